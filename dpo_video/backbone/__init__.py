@@ -1,0 +1,1 @@
+"""Backbones: the families of video diffusion models."""

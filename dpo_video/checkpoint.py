@@ -1,0 +1,60 @@
+"""Nested state on disk without pickle: tensors as safetensors, everything else as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+_TENSOR, _PAIRS = "__tensor__", "__pairs__"
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write a tree of dicts, lists, numbers, strings and tensors to one safetensors file.
+
+    The file appears whole or not at all: it is written beside its place, synced and renamed.
+    """
+    tensors: dict[str, Tensor] = {}
+    skeleton = json.dumps(_pack(state, tensors))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={"state": skeleton})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_state(path: Path) -> Any:
+    """Read back what `save_state` wrote, tensors on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        skeleton = json.loads(file.metadata()["state"])
+    return _unpack(skeleton, load_file(path))
+
+
+def _pack(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, Tensor):
+        name = str(len(tensors))
+        tensors[name] = node.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: name}
+    if isinstance(node, dict):
+        # JSON keys are strings; optimizer states are keyed by integers.
+        return {_PAIRS: [[key, _pack(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, (list, tuple)):
+        return [_pack(value, tensors) for value in node]
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    raise TypeError(f"a state cannot hold a {type(node).__name__}")
+
+
+def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_unpack(value, tensors) for value in node]
+    if isinstance(node, dict):
+        if _TENSOR in node:
+            return tensors[node[_TENSOR]]
+        return {key: _unpack(value, tensors) for key, value in node[_PAIRS]}
+    return node

@@ -1,0 +1,34 @@
+"""Errors that are raised on purpose. Each says what is wrong and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line, exit code 2, no traceback."""
+
+
+class PluginError(UserError):
+    """A plugin that cannot be loaded; the message names its distribution."""
+
+
+class BadStore(UserError):
+    """A pair store that is missing, damaged, or made for something else."""
+
+
+class BadRun(UserError):
+    """A run directory that is missing, damaged, or does not fit what is asked of it."""
+
+
+class TrainingStopped(UserError):
+    """Training stopped itself, and says why."""
+
+
+def unknown(what: str, name: str, available: Iterable[str]) -> UserError:
+    """An error for a name that does not exist, with the nearest one that does."""
+    options = sorted(available)
+    near = difflib.get_close_matches(name, options, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return UserError(f"Unknown {what} '{name}'.{hint} Available: {', '.join(options) or 'none'}.")

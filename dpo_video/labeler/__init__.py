@@ -1,0 +1,1 @@
+"""Labelers: two videos in, who is better per segment out."""

@@ -1,0 +1,1 @@
+"""Losses: elementwise errors in, one loss per pair out."""

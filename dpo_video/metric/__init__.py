@@ -1,0 +1,1 @@
+"""Metrics: a video in, one number out."""

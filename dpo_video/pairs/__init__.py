@@ -1,0 +1,1 @@
+"""Pair construction: clips or prompts in, preference pairs out."""

@@ -1,0 +1,1 @@
+"""References: where the frozen model's predictions come from."""

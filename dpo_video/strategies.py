@@ -1,0 +1,218 @@
+"""The kinds of strategy, and what some of them make for a run.
+
+A strategy is a frozen pydantic model: its fields are its options, their docstrings the help, its
+class docstring names its source. It holds no state; what changes during a run lives in the objects
+that it makes. Everything here is abstract: what runs is in the folder named after the kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+from torch import Generator, Tensor, nn
+
+from dpo_video.types import (
+    Clip,
+    Context,
+    Latents,
+    LossOutput,
+    Pair,
+    PairErrors,
+    PerPair,
+    Region,
+    Videos,
+    VideoShape,
+)
+
+
+class Strategy(BaseModel):
+    """What all kinds share: frozen options, no others accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    kind: ClassVar[str]
+
+
+# --- what strategies make for a run ----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """A family's own sampling settings, used wherever an option leaves them open."""
+
+    steps: int
+    guidance: float
+
+
+class VideoModel(ABC):
+    """A loaded video diffusion model; the only class that knows its family."""
+
+    denoiser: nn.Module
+    shape: VideoShape
+    sampling: Sampling
+    device: torch.device
+    identity: str
+    """A hash of the weights: what pairs and checkpoints were made with."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """`(c, f, h, w)` of one video."""
+
+    @abstractmethod
+    def encode_videos(self, videos: Videos) -> Latents:
+        """Pixels in [0, 1] to scaled latents, by the mean of the posterior."""
+
+    @abstractmethod
+    def decode_videos(self, latents: Latents) -> Videos:
+        """Scaled latents to pixels in [0, 1]."""
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Context:
+        """What the denoiser needs to know of the prompts."""
+
+    @abstractmethod
+    def sample_levels(self, n: int, generator: Generator) -> PerPair:
+        """Draw `n` training noise levels from the family's distribution, on the CPU."""
+
+    @abstractmethod
+    def add_noise(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
+        """The forward process at `level`, one level per video."""
+
+    @abstractmethod
+    def target(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
+        """What the denoiser is trained to predict: epsilon, v or flow velocity."""
+
+    @abstractmethod
+    def predict(
+        self, denoiser: nn.Module, noisy: Latents, level: PerPair, context: Context
+    ) -> Latents:
+        """Run a denoiser of this family (the model's own, adapted or not)."""
+
+    @abstractmethod
+    def sample(
+        self,
+        context: Context,
+        noise: Latents,
+        *,
+        denoiser: nn.Module | None = None,
+        clean: Latents | None = None,
+        level: float = 1.0,
+        region: Region | None = None,
+        per_frame: bool = False,
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> Latents:
+        """Draw videos' latents, deterministically given `noise`.
+
+        Pure noise gives text-to-video. With `clean`, sampling starts from `clean` noised to
+        `level`, a share in (0, 1] of the schedule (guided re-noising). With `region` as well, only
+        the region is repainted and everything outside equals `clean` to the bit. `per_frame` treats
+        every frame as a video of its own.
+        """
+
+    @abstractmethod
+    def latent_frames(self, segment: slice) -> slice:
+        """The latent frames that a slice of pixel frames covers."""
+
+    @abstractmethod
+    def lora_targets(self) -> list[str]:
+        """Names of the modules of `denoiser` that an adapter goes on."""
+
+
+class Anchor(ABC):
+    """The frozen model that a policy is compared with, for the length of a run."""
+
+    @abstractmethod
+    def network(self) -> AbstractContextManager[nn.Module]:
+        """The reference network, for use inside the `with` block only."""
+
+
+# --- the kinds -------------------------------------------------------------------------------
+
+
+class Labeler(Strategy, ABC):
+    """Says which of two videos is better, per segment."""
+
+    kind: ClassVar[str] = "labeler"
+
+    @abstractmethod
+    def __call__(
+        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
+    ) -> Float[Tensor, "b s"]:
+        """+1 where the first is better, -1 the second, 0 a tie; one column a segment."""
+
+
+class PairBuilder(Strategy, ABC):
+    """Makes a preference pair of a clip or of a prompt."""
+
+    kind: ClassVar[str] = "pairs"
+
+    @property
+    @abstractmethod
+    def needs_video(self) -> bool:
+        """Whether the clips must have a video; otherwise a prompt is enough."""
+
+    @abstractmethod
+    def __call__(
+        self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
+    ) -> Pair:
+        """Make one pair; all randomness comes from `generator`."""
+
+
+class Loss(Strategy, ABC):
+    """A pure function of the errors: one value per pair, never a mean over the batch."""
+
+    kind: ClassVar[str] = "loss"
+
+    @abstractmethod
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        """The loss of every pair."""
+
+
+class Reference(Strategy, ABC):
+    """Where the frozen model's predictions come from."""
+
+    kind: ClassVar[str] = "reference"
+
+    @abstractmethod
+    def follow(self, policy: nn.Module) -> Anchor:
+        """The anchor of a policy: a peft model whose only trainable part is its adapter."""
+
+
+class Metric(Strategy, ABC):
+    """A video to one number."""
+
+    kind: ClassVar[str] = "metric"
+    higher_is_better: ClassVar[bool]
+    unit: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
+        """One number a video."""
+
+
+class Backbone(Strategy, ABC):
+    """A family of video diffusion models."""
+
+    kind: ClassVar[str] = "backbone"
+    guards: ClassVar[tuple[str, ...]]
+    """Names of the metrics that must not get worse when another one improves."""
+
+    @abstractmethod
+    def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
+        """Load the model, frozen and in evaluation mode."""
+
+    @abstractmethod
+    def clips(self, seed: int) -> Iterator[Clip]:
+        """The family's own endless supply of real clips; a UserError if it has none."""
+
+    @abstractmethod
+    def prompts(self, n: int) -> list[str]:
+        """`n` prompts spread over what the family can show, for evaluation."""

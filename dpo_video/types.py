@@ -1,0 +1,126 @@
+"""The values that flow between the parts: frozen, named, shaped.
+
+Axes: `b` pair, `c` latent channel, `f` latent frame, `h w` latent height and width; capitals
+`F H W` are the same in pixels. Pixels lie in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Video = Float[Tensor, "3 F H W"]
+Videos = Float[Tensor, "b 3 F H W"]
+Latents = Float[Tensor, "b c f h w"]
+Region = Float[Tensor, "b 1 f h w"]
+Preference = Float[Tensor, "b f"]
+PerPair = Float[Tensor, " b"]
+# What the text encoder gives the denoiser: named tensors whose first axis is `b`.
+Context = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoShape:
+    """What a backbone wants to see and gives back."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A captioned video at the backbone's shape, or a prompt alone (`video` is None)."""
+
+    name: str
+    """Where it comes from: a file's path, or what drew it."""
+    caption: str
+    video: Video | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two latents of one prompt and who is better where."""
+
+    first: Float[Tensor, "c f h w"]
+    second: Float[Tensor, "c f h w"]
+    preference: Float[Tensor, " f"]
+    """In [-1, 1] per latent frame: +1 where the first is better, -1 the second, 0 a tie."""
+    region: Float[Tensor, "1 f h w"]
+    """1 where the two may differ, 0 where they are equal by construction."""
+    prompt: str
+    source: str
+    """The name of the clip it was made from."""
+    strength: float = 0.0
+    """The noise level in (0, 1] that the loser was regenerated from (LocalDPO's alpha, DenseDPO's
+    eta); 0 where nothing was re-noised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """Pairs stacked along `b`, with their prompts encoded."""
+
+    first: Latents
+    second: Latents
+    preference: Preference
+    region: Region
+    strength: PerPair
+    context: Context
+    keys: Sequence[str]
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The same batch on another device."""
+        moved = {
+            field.name: value.to(device) if isinstance(value, Tensor) else value
+            for field in fields(self)
+            for value in [getattr(self, field.name)]
+        }
+        moved["context"] = {name: value.to(device) for name, value in self.context.items()}
+        return PairBatch(**moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairErrors:
+    """Elementwise squared errors of both networks on both videos, in fp32; all a loss may see."""
+
+    policy_first: Latents
+    policy_second: Latents
+    reference_first: Latents
+    reference_second: Latents
+    preference: Preference
+    region: Region
+    strength: PerPair
+
+    @property
+    def change_first(self) -> Latents:
+        """`d(first)`: how much worse than the reference the policy predicts the first video."""
+        return self.policy_first - self.reference_first
+
+    @property
+    def change_second(self) -> Latents:
+        """`d(second)`."""
+        return self.policy_second - self.reference_second
+
+    @property
+    def winner(self) -> PerPair:
+        """+1 where most frames prefer the first, -1 the second, 0 where they are even."""
+        return self.preference.sum(dim=1).sign()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutput:
+    """One loss per pair, and the figures that tell whether it learns (detached by the loop)."""
+
+    loss: PerPair
+    margin: PerPair
+    """Implicit reward of the chosen video less that of the rejected one."""
+    logits: PerPair
+    """What the loss's sigmoid sees: beta times the margin."""
+    chosen_change: PerPair
+    """`d(chosen)`: positive when the policy predicts the chosen video worse than the reference."""
+    rejected_change: PerPair
