@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+
+from dpo_video.files import write_tensors
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
 
@@ -16,16 +18,11 @@ _TENSOR, _PAIRS = "__tensor__", "__pairs__"
 def save_state(path: Path, state: Any) -> None:
     """Write a tree of dicts, lists, numbers, strings and tensors to one safetensors file.
 
-    The file appears whole or not at all: it is written beside its place, synced and renamed.
+    The file appears whole or not at all.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_pack(state, tensors))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"state": skeleton})
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_tensors(path, tensors, metadata={"state": skeleton})
 
 
 def load_state(path: Path) -> Any:

@@ -14,15 +14,15 @@ class PluginError(UserError):
     """A plugin that cannot be loaded; the message names its distribution."""
 
 
-class BadStore(UserError):
+class StoreError(UserError):
     """A pair store that is missing, damaged, or made for something else."""
 
 
-class BadRun(UserError):
+class RunError(UserError):
     """A run directory that is missing, damaged, or does not fit what is asked of it."""
 
 
-class TrainingStopped(UserError):
+class TrainingError(UserError):
     """Training stopped itself, and says why."""
 
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -192,6 +192,8 @@ class Metric(Strategy, ABC):
     kind: ClassVar[str] = "metric"
     higher_is_better: ClassVar[bool]
     unit: ClassVar[str]
+    role: ClassVar[Literal["target", "motion", "guard"]] = "target"
+    """What to improve, how much moves, or what must not be lost on the way."""
 
     @abstractmethod
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
@@ -210,8 +212,8 @@ class Backbone(Strategy, ABC):
         """Load the model, frozen and in evaluation mode."""
 
     @abstractmethod
-    def clips(self, seed: int) -> Iterator[Clip]:
-        """The family's own endless supply of real clips; a UserError if it has none."""
+    def clips(self, seed: int) -> Iterator[Clip] | None:
+        """The family's own endless supply of real clips; None if it has none."""
 
     @abstractmethod
     def prompts(self, n: int) -> list[str]:

@@ -7,7 +7,7 @@ Axes: `b` pair, `c` latent channel, `f` latent frame, `h w` latent height and wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -75,13 +75,15 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on another device."""
-        moved = {
-            field.name: value.to(device) if isinstance(value, Tensor) else value
-            for field in fields(self)
-            for value in [getattr(self, field.name)]
-        }
-        moved["context"] = {name: value.to(device) for name, value in self.context.items()}
-        return PairBatch(**moved)
+        return PairBatch(
+            first=self.first.to(device),
+            second=self.second.to(device),
+            preference=self.preference.to(device),
+            region=self.region.to(device),
+            strength=self.strength.to(device),
+            context={name: value.to(device) for name, value in self.context.items()},
+            keys=self.keys,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,17 @@ from diffusers import (
     UNet2DConditionModel,
     UNetMotionModel,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dpo_video.checkpoint import load_state, save_state
+from dpo_video.files import write_tensors
+from dpo_video.tiny import WEIGHTS
 from dpo_video.tiny import scenes as world
 
-WEIGHTS = Path(__file__).parent / "weights"
+
 TEXT_LENGTH = 24  # tokens; the longest caption has 12 with both ends
 WIDTHS = (64, 96, 96)
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear")  # AnimateDiff's
@@ -265,6 +267,8 @@ def encode_bank(
         drawn = world.draw_scenes(20, torch.Generator().manual_seed(10_000_000 + start))
         captions += drawn.captions()
         if stored is None:
+            if start % 500 == 0:
+                print(f"bank {start}/{clips}", flush=True)
             frames = world.render(drawn).flatten(0, 1).to(device)
             latents = vae.encode(2 * frames - 1).latent_dist.mean
             parts.append(latents.unflatten(0, (20, -1)).transpose(1, 2).cpu())
@@ -273,7 +277,7 @@ def encode_bank(
         # One factor for all channels, as in every latent diffusion model (unit variance overall).
         factor = 1 / (stored - stored.mean(dim=(0, 2, 3, 4), keepdim=True)).std()
         vae.register_to_config(scaling_factor=float(factor))
-        save_file({"latents": (stored * factor).half(), "factor": factor[None]}, path)
+        write_tensors(path, {"latents": (stored * factor).half(), "factor": factor[None]})
         stored = load_file(path)["latents"]
     vae.register_to_config(scaling_factor=float(load_file(path)["factor"]))
     return stored, captions

@@ -1,0 +1,57 @@
+"""The embedded model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, final
+
+import torch
+
+from dpo_video.backbone.animatediff import load_folder
+from dpo_video.seeds import generator
+from dpo_video.strategies import Backbone, Sampling, VideoModel
+from dpo_video.tiny import WEIGHTS, scenes
+from dpo_video.types import Clip, VideoShape
+
+_DRAWN_AT_ONCE = 16
+
+
+@final
+class Tiny(Backbone):
+    """A six-million-parameter AnimateDiff that ships in the package.
+
+    It shows one coloured shape on a background, 16 frames at 64x64, and is run by the same code as
+    any AnimateDiff checkpoint. Its recipe is `python -m dpo_video.tiny.recipe`.
+    """
+
+    guards: ClassVar[tuple[str, ...]] = ("caption_match", "sharpness")
+
+    model: Path | None = None
+    """A folder that the recipe wrote; the embedded weights when not set."""
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
+        """Load the parts."""
+        return load_folder(
+            self.model or WEIGHTS,
+            device=device,
+            dtype=dtype,
+            shape=VideoShape(
+                frames=scenes.FRAMES, height=scenes.SIZE, width=scenes.SIZE, fps=scenes.FPS
+            ),
+            sampling=Sampling(steps=20, guidance=4.0),
+        )
+
+    def clips(self, seed: int) -> Iterator[Clip]:
+        """Procedural clips, as it was trained on but never the same ones."""
+        for batch in itertools.count():
+            drawn = scenes.draw_scenes(_DRAWN_AT_ONCE, generator(seed, "clips", batch))
+            videos = scenes.render(drawn).transpose(1, 2)
+            for i, (caption, video) in enumerate(zip(drawn.captions(), videos, strict=True)):
+                name = f"scene {batch * _DRAWN_AT_ONCE + i} of seed {seed}"
+                yield Clip(name=name, caption=caption, video=video.contiguous())
+
+    def prompts(self, n: int) -> list[str]:
+        """Captions in which every word comes up about equally often."""
+        return scenes.spread_captions(n)

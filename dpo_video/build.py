@@ -1,0 +1,91 @@
+"""Clips or prompts to a store of preference pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_video.files import writing
+from dpo_video.seeds import generator
+from dpo_video.settings import BuildSettings
+from dpo_video.store import PairStore
+from dpo_video.strategies import Labeler, PairBuilder, VideoModel
+from dpo_video.types import Clip, Pair, Video
+from dpo_video.video import write_video
+
+# The clip that the `i`-th pair is made of.
+Source = Callable[[int], Clip]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """One pair was made."""
+
+    done: int
+    total: int
+    prompt: str
+    seconds: float
+    """For this pair."""
+
+
+def build(
+    store: PairStore,
+    clips: Source,
+    builder: PairBuilder,
+    model: VideoModel,
+    settings: BuildSettings,
+    *,
+    seed: int,
+    labeler: Labeler | None = None,
+) -> Iterator[BuildReport]:
+    """Fill the store up to the number of pairs asked for, going on from what it has.
+
+    Pair `i` depends on the seed and on `i` alone, so it does not matter how often the build was
+    interrupted.
+    """
+    store.check_fits(model)
+    contexts: dict[str, dict[str, Tensor]] = {}
+    for index in range(len(store), settings.count):
+        started = time.monotonic()
+        pair = builder(clips(index), model, labeler, generator(seed, "pair", index))
+        if pair.prompt not in contexts:
+            encoded = model.encode_prompts([pair.prompt])
+            contexts[pair.prompt] = {name: value.cpu() for name, value in encoded.items()}
+        if settings.previews:
+            with writing(store.folder):
+                scale = max(1, 128 // model.shape.height)
+                write_video(store.preview(index), preview(pair, model), model.shape.fps, scale)
+        store.append(pair, contexts[pair.prompt])
+        yield BuildReport(
+            done=index + 1,
+            total=settings.count,
+            prompt=pair.prompt,
+            seconds=time.monotonic() - started,
+        )
+
+
+def preview(pair: Pair, model: VideoModel) -> Video:
+    """First, second and region side by side."""
+    first, second = model.decode_videos(torch.stack([pair.first, pair.second]).to(model.device))
+    region: Float[Tensor, "1 F H W"] = torch.nn.functional.interpolate(
+        pair.region[None], size=first.shape[1:]
+    )[0]
+    # The second video under its region, dimmed outside, shows at a glance what was repainted.
+    shown = second.cpu() * (0.3 + 0.7 * region)
+    return torch.cat([first.cpu(), second.cpu(), shown], dim=-1)
+
+
+def cycle_prompts(prompts: Sequence[str]) -> Source:
+    """Prompts alone, as clips without video, over and over."""
+    return lambda index: Clip(name="prompt", caption=prompts[index % len(prompts)])
+
+
+def in_order(clips: Iterator[Clip]) -> Source:
+    """An endless supply of clips, skipped ahead to the index asked for; indices must grow."""
+    numbered = enumerate(clips)
+    return lambda index: next(clip for number, clip in numbered if number == index)

@@ -1,0 +1,43 @@
+"""The command line: one command a file. Nothing here imports torch before a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from dpo_video.cli import build, config, evaluate, generate, show, train
+from dpo_video.cli import list as listing
+from dpo_video.errors import UserError
+
+app = typer.Typer(
+    name="dpo-video",
+    help="Direct Preference Optimization for text-to-video diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+app.command("build")(build.build)
+app.command("list")(listing.list_strategies)
+app.command("show")(show.show)
+app.command("config")(config.config)
+
+
+def main() -> None:
+    """Run the command line. A UserError is one sentence and exit code 2, a bug keeps its trace."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_escaped(error)}")
+        sys.exit(2)
+
+
+def _escaped(error: UserError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

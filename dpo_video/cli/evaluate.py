@@ -1,0 +1,98 @@
+"""`dpo-video evaluate`."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dpo_video.cli.build import progress_bar
+from dpo_video.cli.options import Assignments, Device, Json, Metrics, console, resolve
+from dpo_video.cli.train import slope_of
+from dpo_video.errors import RunError
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=2, help="Videos of base and tuned each.")
+    ] = None,
+    metric: Metrics = None,
+    assignments: Assignments = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option("--out", help="RUN/evaluation if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a run's tuned model with its base on identical prompts and seeds.
+
+    Writes evaluation.json, both sets of videos and one self-contained page, index.html.
+    """  # fmt: skip
+    if not (run / "run.toml").is_file():
+        raise RunError(f"'{run}' is not a run: it has no run.toml. Name a folder under runs/.")
+    file = run / "run.toml"
+    config = resolve(file, assignments, metrics=metric, run_device=device, evaluate_seeds=seeds)
+    from dpo_video.evaluate import compare
+    from dpo_video.evaluation import Evaluation, evaluation_table
+    from dpo_video.files import write_text, writing
+    from dpo_video.report import render_evaluation
+    from dpo_video.session import load_model, pick_device
+    from dpo_video.train import latest_checkpoint, read_log
+    from dpo_video.verdict import judge_evaluation, judge_training
+    from dpo_video.video import video_bytes
+
+    adapter = latest_checkpoint(run) / "adapter"
+    model = load_model(config, pick_device(config.run.device))
+    settings = config.evaluate
+    prompts = config.backbone.prompts(settings.seeds)
+    folder = out or run / "evaluation"
+    with progress_bar() as bar:
+        task = bar.add_task("videos", total=2 * len(prompts))
+        comparison = compare(
+            model,
+            adapter,
+            config.metrics,
+            prompts,
+            settings,
+            seed=config.run.seed,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    reports = read_log(run)
+    text = file.read_text(encoding="utf-8")
+    evaluation = Evaluation(
+        name=run.resolve().name,
+        prompts=tuple(prompts),
+        seeds=tuple(range(len(prompts))),
+        frames=model.shape.frames,
+        fps=model.shape.fps,
+        metrics=comparison.metrics,
+        tolerance=settings.tolerance,
+        verdict=judge_evaluation(comparison.metrics, tolerance=settings.tolerance),
+        training=tuple(reports),
+        training_verdict=judge_training(reports, slope=slope_of(reports)) if reports else None,
+        command=f"dpo-video evaluate {run}",
+        run_toml=text,
+        versions=tomllib.loads(text).get("versions", {}),
+        facts={"Checkpoint": adapter.parent.name, "Device": str(model.device)},
+    )
+    videos = [
+        (video_bytes(base, model.shape.fps), video_bytes(tuned, model.shape.fps))
+        for base, tuned in zip(comparison.base, comparison.tuned, strict=True)
+    ]
+    with writing(folder):
+        for i, pair in enumerate(videos):
+            for name, data in zip(("base", "tuned"), pair, strict=True):
+                path = folder / "videos" / f"{i:03d}-{name}.mp4"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        write_text(folder / "evaluation.json", evaluation.to_json())
+        write_text(folder / "index.html", render_evaluation(evaluation, videos))
+    if as_json:
+        typer.echo(evaluation.to_json())
+        return
+    Console().print(evaluation_table(evaluation))
+    for detail in evaluation.verdict.details:
+        console.print(detail, highlight=False)
+    console.print(f"\nLook at it: [bold]{folder / 'index.html'}[/]")

@@ -1,0 +1,67 @@
+"""`dpo-video generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpo_video.cli.options import Assignments, Backbone, Device, File, Prompt, console, resolve
+from dpo_video.errors import UserError
+
+
+def generate(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run, for its tuned model; the base if left out.")
+    ] = None,
+    prompt: Prompt = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first video.")] = 0,
+    count: Annotated[
+        int, typer.Option("--count", min=1, help="Videos, each with a seed of its own.")
+    ] = 1,
+    out: Annotated[
+        Path, typer.Option("--out", help="An mp4 or gif; numbered if there are several.")
+    ] = Path("video.mp4"),
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", min=0, help="Classifier-free guidance.")
+    ] = None,
+    backbone: Backbone = None,
+    assignments: Assignments = None,
+    file: File = None,
+    device: Device = None,
+) -> None:
+    """Generate videos with a run's tuned model, or with the base."""
+    if out.suffix.lower() not in (".mp4", ".gif"):
+        raise UserError(f"Cannot write '{out}': videos end in .mp4 or .gif. Change --out.")
+    if run is not None and file is None:
+        file = run / "run.toml"
+    config = resolve(file, assignments, backbone=backbone, run_device=device)
+    import torch
+
+    from dpo_video.evaluate import merged
+    from dpo_video.files import writing
+    from dpo_video.seeds import generator
+    from dpo_video.session import load_model, pick_device
+    from dpo_video.train import latest_checkpoint
+    from dpo_video.video import write_video
+
+    adapter = latest_checkpoint(run) / "adapter" if run is not None else None
+    model = load_model(config, pick_device(config.run.device))
+    denoiser = merged(model, adapter) if adapter else model.denoiser
+    prompts = [prompt] * count if prompt else config.backbone.prompts(count)
+    for i, text in enumerate(prompts):
+        noise = torch.randn(model.latent_shape, generator=generator(seed + i, "generate"))[None]
+        latents = model.sample(
+            model.encode_prompts([text]),
+            noise.to(model.device),
+            denoiser=denoiser,
+            steps=steps,
+            guidance=guidance,
+        )
+        path = out if count == 1 else out.with_stem(f"{out.stem}_{i:02d}")
+        scale = max(1, 256 // model.shape.height)
+        with writing(path):
+            write_video(path, model.decode_videos(latents)[0].cpu(), model.shape.fps, scale)
+        console.print(f"[bold]{path}[/]  seed {seed + i}  {text}", highlight=False)

@@ -1,0 +1,39 @@
+"""`dpo-video list`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dpo_video.cli.options import Json
+
+
+def list_strategies(
+    kind: Annotated[
+        str | None, typer.Argument(help="pairs, labeler, loss, reference, metric or backbone.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List what is installed, built in or by plugins."""
+    from dpo_video import registry
+
+    kinds = [registry.check_kind(kind)] if kind else registry.KINDS
+    found = [listing for each in kinds for listing in registry.listings(each)]
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(listing) for listing in found], indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("kind", "name", "what it is", "from"):
+        table.add_column(column)
+    for each in kinds:
+        rows = [listing for listing in found if listing.kind == each]
+        for row in rows:
+            table.add_row(row.kind, f"[cyan]{row.name}[/]", row.summary, row.distribution)
+        if not rows:
+            table.add_row(each, "[dim]none[/]", "", "")
+    Console().print(table)

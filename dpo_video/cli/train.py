@@ -1,0 +1,225 @@
+"""`dpo-video train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from dpo_video.cli.build import obtain_pairs, progress_bar
+from dpo_video.cli.options import (
+    Assignments,
+    Backbone,
+    Clips,
+    Count,
+    Device,
+    File,
+    Labeler,
+    Loss,
+    Metrics,
+    Pairs,
+    Prompt,
+    Reference,
+    Seed,
+    console,
+    resolve,
+)
+from dpo_video.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dpo_video.config import Config
+    from dpo_video.store import PairStore
+    from dpo_video.strategies import VideoModel
+    from dpo_video.verdict import StepReport, TrainingVerdict
+
+
+def train(
+    pairs: Pairs = None,
+    loss: Loss = None,
+    reference: Reference = None,
+    backbone: Backbone = None,
+    labeler: Labeler = None,
+    metric: Metrics = None,
+    assignments: Assignments = None,
+    file: File = None,
+    clips: Clips = None,
+    prompt: Prompt = None,
+    seed: Seed = None,
+    device: Device = None,
+    count: Count = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Optimizer steps.", rich_help_panel="Run")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The run's folder; runs/PAIRS-LOSS if left out.", rich_help_panel="Run"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel="Run")
+    ] = False,
+) -> None:
+    """Build pairs if need be, and train an adapter on them.
+
+    Repeat a run with --config runs/NAME/run.toml; go on with one by --out runs/NAME --resume.
+    """  # fmt: skip
+    if resume:
+        if out is None:
+            raise UserError("Which run goes on? Name it: dpo-video train --out runs/NAME --resume")
+        if not (out / "run.toml").is_file():
+            raise RunError(f"'{out}' is not a run: it has no run.toml. Start it without --resume.")
+        file = file or out / "run.toml"
+    config = resolve(
+        file,
+        assignments,
+        pairs=pairs,
+        loss=loss,
+        reference=reference,
+        backbone=backbone,
+        labeler=labeler,
+        metrics=metric,
+        run_clips=clips,
+        run_prompt=prompt,
+        run_seed=seed,
+        run_device=device,
+        build_count=count,
+        train_steps=steps,
+    )
+    folder = out or _free_folder(config)
+    if not resume and (folder / "run.toml").exists():
+        raise RunError(
+            f"'{folder}' holds a run already. Go on with it by --resume, or name another --out."
+        )
+
+    from dpo_video.session import accelerator_for, load_model
+
+    accelerator: Accelerator = accelerator_for(config, folder)
+    console.quiet = not accelerator.is_main_process
+    model = load_model(config, accelerator.device)
+    with accelerator.main_process_first():
+        store = obtain_pairs(config, model, folder.parent / "pairs")
+    _write_run(config, folder, accelerator)
+    _run(config, model, store, folder, accelerator, resume=resume)
+
+
+def _free_folder(config: Config) -> Path:
+    """runs/PAIRS-LOSS, or the first of runs/PAIRS-LOSS-2, -3, ... that is free."""
+    pairs = config.pairs.name if isinstance(config.pairs, Path) else config.tables["pairs"]["name"]
+    name = f"{pairs}-{config.tables['loss']['name']}"
+    folder, number = Path("runs") / name, 1
+    while (folder / "run.toml").exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
+def _write_run(config: Config, folder: Path, accelerator: Accelerator) -> None:
+    from dpo_video.files import write_text, writing
+
+    if accelerator.is_main_process:
+        with writing(folder):
+            write_text(folder / "run.toml", config.toml())
+
+
+def _run(
+    config: Config,
+    model: VideoModel,
+    store: PairStore,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+) -> None:
+    from dpo_video.train import train as train_loop
+    from dpo_video.verdict import TrainingState, judge_training
+
+    tables, settings = config.tables, config.train
+    slope = getattr(config.loss, "beta", None)
+    per_step = settings.batch * settings.accumulation * accelerator.num_processes
+    console.print(
+        f"[bold]{tables['loss']['name']}[/] loss"
+        + (f" (slope beta = {slope:g} on the mean-squared-error margin)" if slope else "")
+        + f", [bold]{tables['reference']['name']}[/] reference, {settings.steps} steps of "
+        f"{per_step} pairs, LoRA rank {settings.rank}, lr {settings.lr:g}, "
+        f"on {accelerator.device}. Run: [bold]{folder}[/]"
+    )
+    reports: list[StepReport] = []
+    verdict: TrainingVerdict | None = None
+    bar = progress_bar()
+    task = bar.add_task("steps", total=settings.steps)
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        for progress in train_loop(
+            model,
+            store,
+            config.loss,
+            config.reference,
+            settings,
+            seed=config.run.seed,
+            out=folder,
+            accelerator=accelerator,
+            resume=resume,
+        ):
+            report = progress.report
+            reports.append(report)
+            accelerator.log(report.model_dump(exclude={"step"}), step=report.step)
+            bar.update(task, completed=report.step)
+            live.update(Group(_figures(report), bar))
+            if progress.checkpoint is not None:
+                live.console.print(
+                    f"step {report.step:>5}  loss {report.loss:.4f}  margin {report.margin:+.2e}  "
+                    f"accuracy {report.accuracy:.0%}  saved {progress.checkpoint}",
+                    highlight=False,
+                )
+            judged = judge_training(reports, slope=slope_of(reports), steps=settings.steps)
+            before = verdict.state if verdict else TrainingState.TOO_EARLY
+            if judged.state is not before:
+                live.console.print(_sentence(judged))
+            verdict = judged
+    accelerator.end_training()
+    if verdict is None:
+        console.print(f"'{folder}' has all its {settings.steps} steps already. "
+                      "Give more with --steps.")  # fmt: skip
+    else:
+        console.print(_sentence(verdict))
+    console.print(f"Compare it with the base: [bold]dpo-video evaluate {folder}[/]")
+
+
+def slope_of(reports: list[StepReport]) -> float:
+    """The loss's slope, read off its logits and margins: any loss has one, named or not."""
+    margins = sum(abs(report.margin) for report in reports)
+    return sum(abs(report.logits) for report in reports) / margins if margins else 1.0
+
+
+def _sentence(verdict: TrainingVerdict) -> Text:
+    styles = {"healthy": "bold green", "too_early": "dim", "diverged": "bold red"}
+    style = styles.get(verdict.state.value, "bold yellow")
+    head = verdict.state.value.replace("_", " ")
+    return Text.assemble(
+        (f"{head} (step {verdict.step})", style), f"  {verdict.seen} {verdict.change}"
+    )
+
+
+def _figures(report: StepReport) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    figures = {
+        "loss": f"{report.loss:.4f}",
+        "margin": f"{report.margin:+.2e}",
+        "accuracy": f"{report.accuracy:.0%}",
+        "winner error": f"{report.chosen_change:+.2e}",
+        "loser error": f"{report.rejected_change:+.2e}",
+        "gradient factor": f"{report.gradient_factor:.3f}",
+        "pairs/s": f"{report.pairs_per_second:.2f}",
+        "GiB": f"{report.memory_gib:.2f}",
+    }
+    for name in figures:
+        table.add_column(name, justify="right", min_width=8)
+    table.add_row(*figures.values())
+    return table

@@ -1,0 +1,221 @@
+"""Options from four places: defaults < run.toml < `--loss NAME` < `--set loss.beta=500`."""
+
+from __future__ import annotations
+
+import platform
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from dpo_video import registry
+from dpo_video.errors import UserError, unknown
+from dpo_video.settings import BuildSettings, EvaluateSettings, RunSettings, TrainSettings
+from dpo_video.strategies import Backbone, Labeler, Loss, Metric, PairBuilder, Reference
+
+Model = TypeVar("Model", bound=BaseModel)
+Tables = dict[str, dict[str, Any]]
+
+DEFAULTS: Mapping[str, str] = {
+    "backbone": "tiny",
+    "pairs": "local",
+    "loss": "region",
+    "reference": "toggle",
+}
+METRICS = ("warp_error", "frame_difference", "dynamic_degree")
+ENGINES: Mapping[str, type[BaseModel]] = {
+    "run": RunSettings,
+    "build": BuildSettings,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+}
+_PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run, fully resolved."""
+
+    run: RunSettings
+    build: BuildSettings
+    train: TrainSettings
+    evaluate: EvaluateSettings
+    backbone: Backbone
+    pairs: PairBuilder | Path
+    """A strategy, or the folder of pairs built earlier."""
+    labeler: Labeler | None
+    loss: Loss
+    reference: Reference
+    metrics: Mapping[str, Metric]
+    tables: Tables
+    """All of the above as plain tables, defaults filled in."""
+
+    def toml(self) -> str:
+        """The text of run.toml; `--config` of it repeats the run."""
+        versions = {name: version(name) for name in _PACKAGES}
+        return tomli_w.dumps(
+            {**self.tables, "versions": {**versions, "python": platform.python_version()}}
+        )
+
+
+def resolve(
+    *,
+    file: Path | None = None,
+    choices: Mapping[str, str | None] | None = None,
+    metrics: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    assignments: Sequence[str] = (),
+) -> Config:
+    """Merge the places and make the strategies.
+
+    Args:
+        file: a TOML file; [versions] in it is ignored.
+        choices: kind to name, as given by `--loss NAME`; None leaves the kind as it is.
+        metrics: names given by `--metric`; empty leaves them as they are.
+        flags: dotted option path to value, for options with flags of their own.
+        assignments: texts such as "loss.beta=500".
+
+    Raises:
+        UserError: for an unknown name or option, or a value of the wrong type.
+    """
+    tables = _read(file) if file else {}
+    chosen = {kind: name for kind, name in (choices or {}).items() if name is not None}
+    for kind in (*DEFAULTS, "labeler"):
+        if kind in chosen:
+            _choose(tables, kind, chosen[kind])
+        elif kind not in tables and kind in DEFAULTS:
+            tables[kind] = {"name": DEFAULTS[kind]}
+    backbone_class = registry.load("backbone", _name(tables, "backbone"))
+    if metrics or "metric" not in tables:
+        guards = cast(type[Backbone], backbone_class).guards
+        wanted = metrics or (*METRICS, *guards)
+        tables["metric"] = {name: tables.get("metric", {}).get(name, {}) for name in wanted}
+    for path, value in (flags or {}).items():
+        if value is not None:
+            _assign(tables, path, value)
+    for text in assignments:
+        path, separator, value = text.partition("=")
+        if not separator or "." not in path:
+            raise UserError(
+                f"'{text}' is not KIND.OPTION=VALUE. Write it like --set loss.beta=500."
+            )
+        _assign(tables, path.strip(), _parse(value.strip()))
+    return _make(tables)
+
+
+def _read(file: Path) -> Tables:
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"Cannot read '{file}': {error.strerror}. Name an existing TOML file."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"'{file}' is not valid TOML: {error}. Correct it and run again."
+        ) from error
+    tables.pop("versions", None)
+    known = {*ENGINES, *registry.KINDS}
+    for name, table in tables.items():
+        if name not in known:
+            raise unknown("table", name, known)
+        if not isinstance(table, dict):
+            raise UserError(
+                f"'{name}' in '{file}' is not a table. Write [{name}] and its options below."
+            )
+    return tables
+
+
+def _choose(tables: Tables, kind: str, name: str) -> None:
+    """Options that a file gives belong to the strategy that it names; another one drops them."""
+    if kind == "pairs" and ("/" in name or Path(name, "store.json").exists()):
+        tables["pairs"] = {"store": name}
+        return
+    if tables.get(kind, {}).get("name") != name:
+        tables[kind] = {"name": name}
+
+
+def _name(tables: Tables, kind: str) -> str:
+    name = tables[kind].get("name")
+    if not isinstance(name, str):
+        raise UserError(f"The table [{kind}] names no strategy. Add name = \"...\" to it "
+                        f"(see `dpo-video list {kind}`).")  # fmt: skip
+    return name
+
+
+def _assign(tables: Tables, path: str, value: Any) -> None:
+    head, *middle, last = path.split(".")
+    known = {*ENGINES, *registry.KINDS}
+    if head not in known:
+        raise unknown("table", head, known)
+    if head == "labeler" and head not in tables:
+        raise UserError(
+            f"'{path}' sets an option of a labeler, but none is chosen. Add --labeler NAME."
+        )
+    node = tables.setdefault(head, {})
+    if head == "metric" and middle and middle[0] not in node:
+        raise unknown("metric among those chosen", middle[0], node)
+    for part in middle:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(
+                f"'{path}' goes through '{part}', which is not a table. Check the path."
+            )
+    node[last] = value
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word
+
+
+def _make(tables: Tables) -> Config:
+    engines = {name: _build(model, tables.get(name, {}), name) for name, model in ENGINES.items()}
+    made: dict[str, Any] = {}
+    for kind in ("backbone", "pairs", "labeler", "loss", "reference"):
+        if kind not in tables:
+            made[kind] = None
+        elif kind == "pairs" and "store" in tables["pairs"]:
+            made["pairs"] = Path(tables["pairs"]["store"])
+        else:
+            options = {key: value for key, value in tables[kind].items() if key != "name"}
+            name = _name(tables, kind)
+            made[kind] = _build(registry.load(kind, name), options, kind, name)
+    metrics = {
+        name: cast(Metric, _build(registry.load("metric", name), table, f"metric.{name}", name))
+        for name, table in tables["metric"].items()
+    }
+    resolved: Tables = {name: _dump(model) for name, model in engines.items()}
+    for kind, strategy in made.items():
+        if isinstance(strategy, Path):
+            resolved[kind] = {"store": str(strategy)}
+        elif strategy is not None:
+            resolved[kind] = {"name": tables[kind]["name"], **_dump(strategy)}
+    resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
+    return Config(**engines, **made, metrics=metrics, tables=resolved)  # type: ignore[arg-type]
+
+
+def _build(model: type[Model], options: Mapping[str, Any], path: str, name: str = "") -> Model:
+    try:
+        return model(**options)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join([path, *(str(part) for part in detail["loc"])])
+        kind = path.split(".")[0]
+        see = f"`dpo-video show {kind} {name}`" if name else f"`dpo-video show {path}`"
+        if detail["type"] == "extra_forbidden":
+            paths = [option.path for option in registry.options(model, path)]
+            raise unknown("option", where, paths) from error
+        raise UserError(f"{where} = {detail['input']!r}: {detail['msg']}. See {see}.") from error
+
+
+def _dump(model: BaseModel) -> dict[str, Any]:
+    """Plain values, without the ones that are not set: TOML has no null."""
+    return model.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,113 @@
+"""Base against tuned: the same prompts, the same noise, every metric on every video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from dpo_video.errors import RunError
+from dpo_video.seeds import generator
+from dpo_video.settings import EvaluateSettings
+from dpo_video.strategies import Metric, VideoModel
+from dpo_video.types import Videos
+from dpo_video.verdict import MetricResult, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What both networks drew, and what the metrics say of it."""
+
+    base: Videos
+    tuned: Videos
+    metrics: tuple[MetricResult, ...]
+
+
+def merged(model: VideoModel, adapter: Path) -> nn.Module:
+    """The model's denoiser with an adapter merged into it, in place: the bare one is gone.
+
+    Raises:
+        RunError: if the adapter does not fit the denoiser.
+    """
+    try:
+        policy = PeftModel.from_pretrained(model.denoiser, str(adapter))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RunError(
+            f"The adapter in '{adapter}' does not fit this backbone ({error}). "
+            "Evaluate the run with the backbone that it was trained on."
+        ) from error
+    network: nn.Module = policy.merge_and_unload(safe_merge=True)
+    return network.eval().requires_grad_(False)
+
+
+def compare(
+    model: VideoModel,
+    adapter: Path,
+    metrics: Mapping[str, Metric],
+    prompts: Sequence[str],
+    settings: EvaluateSettings,
+    *,
+    seed: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Comparison:
+    """Draw with the base, merge the adapter, draw again, measure both.
+
+    `on_progress` is told how many of the `2 * len(prompts)` videos are drawn.
+    """
+    sets: list[Videos] = []
+    for tuned_now in (False, True):
+        denoiser = merged(model, adapter) if tuned_now else model.denoiser
+        drawn: list[Tensor] = []
+        for videos in draw(model, denoiser, prompts, settings, seed):
+            drawn.append(videos)
+            on_progress(len(sets) * len(prompts) + sum(len(part) for part in drawn))
+        sets.append(torch.cat(drawn))
+    base, tuned = sets
+    return Comparison(base=base, tuned=tuned, metrics=tuple(
+        MetricResult.measured(
+            name,
+            _values(metric, base, prompts, settings.batch),
+            _values(metric, tuned, prompts, settings.batch),
+            unit=metric.unit,
+            higher_is_better=metric.higher_is_better,
+            role=Role(metric.role),
+        )
+        for name, metric in metrics.items()
+    ))  # fmt: skip
+
+
+def draw(
+    model: VideoModel,
+    denoiser: nn.Module,
+    prompts: Sequence[str],
+    settings: EvaluateSettings,
+    seed: int,
+) -> Iterator[Videos]:
+    """Batches of videos on the CPU; the `i`-th prompt always gets the `i`-th noise."""
+    for start in range(0, len(prompts), settings.batch):
+        texts = prompts[start : start + settings.batch]
+        noise = torch.stack(
+            [
+                torch.randn(model.latent_shape, generator=generator(seed, "evaluate", start + i))
+                for i in range(len(texts))
+            ]
+        )
+        latents = model.sample(
+            model.encode_prompts(texts),
+            noise.to(model.device),
+            denoiser=denoiser,
+            steps=settings.steps,
+            guidance=settings.guidance,
+        )
+        yield model.decode_videos(latents).cpu()
+
+
+def _values(metric: Metric, videos: Videos, prompts: Sequence[str], batch: int) -> list[float]:
+    parts = [
+        metric(videos[i : i + batch], prompts[i : i + batch]) for i in range(0, len(videos), batch)
+    ]
+    return [float(value) for value in torch.cat(parts)]

@@ -1,0 +1,75 @@
+"""Files that appear whole or not at all, and one sentence when the disk says no."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpo_video.errors import UserError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission is denied",
+}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    with publishing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that appears whole or not at all."""
+    with publishing(path) as partial:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
+
+
+@contextmanager
+def publishing(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to; sync it and rename it into place at the end.
+
+    The name keeps its ending, by which encoders choose their format.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise UserError(
+            f"Cannot write to '{where}': {reason}. What was written before is safe; put that right "
+            "and run the same command again to go on."
+        ) from error
+
+
+def _reason(error: Exception) -> str | None:
+    if isinstance(error, OSError):
+        return _REASONS.get(error.errno or 0)
+    # safetensors reports the system's error number in its text only.
+    return next((why for number, why in _REASONS.items() if f"code: {number}," in str(error)), None)

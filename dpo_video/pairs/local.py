@@ -1,0 +1,74 @@
+"""Region-level pairs: a real clip against the same clip partly repainted."""
+
+from __future__ import annotations
+
+from typing import Annotated, final
+
+import torch
+from pydantic import Field
+from torch import Generator
+
+from dpo_video.errors import UserError
+from dpo_video.masks import RegionOptions, draw_region
+from dpo_video.strategies import Labeler, PairBuilder, VideoModel
+from dpo_video.types import Clip, Pair
+
+
+@final
+class Local(PairBuilder):
+    """The frozen model repaints moving regions of a real clip; the clip wins.
+
+    LocalDPO (Huang et al. 2026, arXiv 2601.04068): one noise per pair, one sampling pass per
+    prompt, no critic and no annotator. Outside the region both videos' latents are equal to the
+    bit.
+    """
+
+    alphas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.75, 0.80, 0.85, 0.90)
+    """Shares of the noise schedule to draw from, one per pair (the authors' code goes to 0.95)."""
+    steps: int | None = Field(default=None, ge=1)
+    """Steps of the whole schedule, of which the share alpha is run; the backbone's own number when
+    not set (50 in the paper)."""
+    guidance: float | None = Field(default=None, ge=0)
+    """Classifier-free guidance; the backbone's own when not set (6.0 in the paper)."""
+    mask: RegionOptions = RegionOptions()
+    """How the regions are drawn."""
+
+    @property
+    def needs_video(self) -> bool:
+        """The winner is a real clip."""
+        return True
+
+    def __call__(
+        self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
+    ) -> Pair:
+        """Repaint a region of the clip."""
+        if clip.video is None:
+            raise UserError("Pairs of kind 'local' need real videos. Name them with --clips DIR.")
+        _, frames, height, width = model.latent_shape
+        region = draw_region(
+            (frames, height, width),
+            (model.shape.height, model.shape.width),
+            generator,
+            self.mask,
+        )
+        alpha = self.alphas[int(torch.randint(len(self.alphas), (), generator=generator))]
+        noise = torch.randn(model.latent_shape, generator=generator)
+        winner = model.encode_videos(clip.video[None])
+        loser = model.sample(
+            model.encode_prompts([clip.caption]),
+            noise[None].to(winner),
+            clean=winner,
+            level=alpha,
+            region=region[None].to(winner),
+            steps=self.steps,
+            guidance=self.guidance,
+        )
+        return Pair(
+            first=winner[0].cpu(),
+            second=loser[0].cpu(),
+            preference=torch.ones(frames),
+            region=region,
+            prompt=clip.caption,
+            source=clip.name,
+            strength=alpha,
+        )

@@ -1,0 +1,36 @@
+"""The reference as a second network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+from torch import nn
+
+from dpo_video.strategies import Anchor, Reference
+
+
+@final
+class Copy(Reference):
+    """A deep copy of the denoiser without the adapter: simplest, and the weights twice in memory.
+
+    The standard mode of Video-DPO.
+    """
+
+    def follow(self, policy: nn.Module) -> Anchor:
+        """Copy the policy, take the adapter off the copy, freeze it."""
+        bare = copy.deepcopy(policy).unload()  # type: ignore[operator]
+        return _Frozen(bare.requires_grad_(False).train(policy.training))
+
+
+@final
+class _Frozen(Anchor):
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+
+    @contextmanager
+    def network(self) -> Iterator[nn.Module]:
+        """The copy."""
+        yield self._network

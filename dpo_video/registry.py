@@ -1,0 +1,148 @@
+"""Names to strategies, through entry points: built-ins and plugins come in by the same door.
+
+Listing names imports none of them. Groups are `dpo_video.KIND`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_video.errors import PluginError, UserError, unknown
+
+if TYPE_CHECKING:
+    from dpo_video.strategies import Strategy
+
+KINDS = ("pairs", "labeler", "loss", "reference", "metric", "backbone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A strategy as far as it is known without importing it."""
+
+    kind: str
+    name: str
+    distribution: str
+    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a strategy or of an engine."""
+
+    path: str
+    type: str
+    default: str
+    meaning: str
+
+
+def listings(kind: str) -> list[Listing]:
+    """What is installed of a kind, by name."""
+    return [
+        Listing(kind=kind, name=name, distribution=_distribution(entry), summary=_summary(entry))
+        for name, entry in sorted(_entries(kind).items())
+    ]
+
+
+def load(kind: str, name: str) -> type[Strategy]:
+    """The class behind a name; a UserError for an unknown name or a broken plugin."""
+    entries = _entries(kind)
+    if name not in entries:
+        raise unknown(kind, name, entries)
+    entry = entries[name]
+    try:
+        loaded = entry.load()
+    except Exception as error:
+        raise PluginError(
+            f"The {kind} '{name}' of {_distribution(entry)} cannot be imported "
+            f"({type(error).__name__}: {error}). Repair or uninstall that package; everything else "
+            "goes on working."
+        ) from error
+    base = _base(kind)
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        raise PluginError(
+            f"The {kind} '{name}' of {_distribution(entry)} is not a {base.__name__}. Derive it "
+            f"from dpo_video.strategies.{base.__name__}."
+        )
+    return loaded
+
+
+def options(model: type[Any], path: str) -> list[Option]:
+    """The options of a pydantic class, nested ones by their dotted path."""
+    found = []
+    for name, field in model.model_fields.items():
+        here = f"{path}.{name}"
+        nested = field.annotation
+        if isinstance(nested, type) and hasattr(nested, "model_fields"):
+            found += options(nested, here)
+            continue
+        default = "required" if field.is_required() else repr(field.get_default())
+        meaning = " ".join((field.description or "").split())
+        found.append(Option(path=here, type=_type(nested), default=default, meaning=meaning))
+    return found
+
+
+def check_kind(kind: str) -> str:
+    """The kind itself; a UserError for an unknown one."""
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    return kind
+
+
+@functools.cache
+def _entries(kind: str) -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=f"dpo_video.{check_kind(kind)}"):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise UserError(
+                f"Two packages call a {kind} '{entry.name}': {_distribution(other)} and "
+                f"{_distribution(entry)}. Uninstall one of them."
+            )
+    return found
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+
+
+def _summary(entry: EntryPoint) -> str:
+    """The first line of a built-in's docstring, read from its source without importing it."""
+    if not entry.module.startswith("dpo_video."):
+        return ""
+    spec = importlib.util.find_spec(entry.module)
+    if spec is None or spec.origin is None:
+        return ""
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == entry.attr:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    return ""
+
+
+def _base(kind: str) -> type[Strategy]:
+    from dpo_video import strategies
+
+    bases = {
+        "pairs": strategies.PairBuilder,
+        "labeler": strategies.Labeler,
+        "loss": strategies.Loss,
+        "reference": strategies.Reference,
+        "metric": strategies.Metric,
+        "backbone": strategies.Backbone,
+    }
+    return bases[kind]
+
+
+def _type(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    text = str(annotation)
+    for noise in ("typing.", "pathlib.", "pathlib._local.", "NoneType"):
+        text = text.replace(noise, "none" if noise == "NoneType" else "")
+    return text

@@ -1,0 +1,122 @@
+"""From a resolved configuration to loaded things: the device, the model, the clips, the pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+
+from dpo_video.build import Source, cycle_prompts, in_order
+from dpo_video.clips import ClipFolder, open_clips
+from dpo_video.config import Config
+from dpo_video.errors import UserError
+from dpo_video.store import Manifest, PairStore
+from dpo_video.strategies import PairBuilder, VideoModel
+
+PROMPTS = 64  # cycled, for pairs that need no clip on a backbone that has none of its own
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the best there is."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if name == "auto":
+        return torch.device(available[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"'{name}' is no device. Choose among {', '.join(available)}.") from error
+    if device.type not in available:
+        raise UserError(
+            f"There is no '{device.type}' here, or this torch cannot use it. Choose among "
+            f"{', '.join(available)}."
+        )
+    return device
+
+
+def load_model(config: Config, device: torch.device) -> VideoModel:
+    """Load the backbone; its weights stay fp32 on a CPU and under mixed precision's choice."""
+    dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    # Their progress bars come in dozens and say nothing that ours do not.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    return config.backbone.load(device, dtypes[config.train.precision])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedSource:
+    """Where the clips come from."""
+
+    clips: Source
+    fingerprint: str
+    """A hash or a name that stands for them."""
+    folder: ClipFolder | None
+    """Set where they are the user's files; knows which ones it had to skip."""
+
+
+def open_source(config: Config, model: VideoModel) -> OpenedSource:
+    """The user's clips, or the backbone's own, or prompts alone."""
+    assert not isinstance(config.pairs, Path)
+    run = config.run
+    if run.clips is not None:
+        folder = open_clips(Path(run.clips), model.shape, run.prompt)
+        return OpenedSource(clips=folder.cycle, fingerprint=folder.fingerprint, folder=folder)
+    backbone = config.tables["backbone"]["name"]
+    own = config.backbone.clips(run.seed)
+    if own is not None:
+        return OpenedSource(clips=in_order(own), fingerprint=f"{backbone}'s own", folder=None)
+    if config.pairs.needs_video:
+        raise UserError(
+            f"Pairs of kind '{config.tables['pairs']['name']}' are made of real videos, and the "
+            f"backbone '{backbone}' has none of its own. Name a folder with --clips DIR."
+        )
+    prompts = [run.prompt] if run.prompt else config.backbone.prompts(PROMPTS)
+    fingerprint = "prompts: " + " | ".join(prompts)
+    return OpenedSource(clips=cycle_prompts(prompts), fingerprint=fingerprint, folder=None)
+
+
+def open_store(
+    config: Config, builder: PairBuilder, model: VideoModel, clips: str, where: Path, exact: bool
+) -> PairStore:
+    """The store that this configuration's pairs belong in, new or begun.
+
+    Its folder is `where` itself if `exact`, else one under `where` that is named after a hash of
+    all that the pairs depend on, so that equal recipes find each other's pairs.
+    """
+    tables = {name: config.tables.get(name, {}) for name in ("backbone", "pairs", "labeler")}
+    manifest = Manifest(
+        recipe={**tables, "seed": config.run.seed, "clips": clips},
+        identity=model.identity,
+        latent_shape=model.latent_shape,
+        fps=model.shape.fps,
+    )
+    names = f"{config.tables['pairs']['name']}-{config.tables['backbone']['name']}"
+    return PairStore.create(where if exact else where / f"{names}-{manifest.key}", manifest)
+
+
+def accelerator_for(config: Config, folder: Path) -> Accelerator:
+    """Accelerate's object for a run: device, precision, tracker."""
+    device = pick_device(config.run.device)
+    name = config.train.tracker
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=config.train.precision,
+            log_with=None if name == "none" else name,
+            project_dir=folder,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"train.tracker or train.precision does not work here: {error} "
+            "Set train.tracker=none or train.precision=no."
+        ) from error
+    if name != "none":
+        accelerator.init_trackers("tracker")
+    return accelerator

@@ -1,0 +1,85 @@
+"""The engines' options: tables of run.toml that belong to no strategy. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """What all tables share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BuildSettings(Settings):
+    """[build]: how many pairs."""
+
+    count: int = Field(default=64, ge=1)
+    """Pairs to build."""
+    previews: bool = True
+    """Write an mp4 of every pair."""
+
+
+class TrainSettings(Settings):
+    """[train]: the optimisation."""
+
+    steps: int = Field(default=200, ge=1)
+    """Optimizer steps."""
+    batch: int = Field(default=1, ge=1)
+    """Pairs per forward pass and process."""
+    accumulation: int = Field(default=4, ge=1)
+    """Forward passes per optimizer step."""
+    lr: float = Field(default=1e-4, gt=0)
+    """AdamW's learning rate after warm-up, constant from there."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's momenta."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's weight decay."""
+    warmup: int = Field(default=10, ge=0)
+    """Steps of linear warm-up."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    rank: int = Field(default=16, ge=1)
+    """LoRA's rank."""
+    alpha: float = Field(default=32.0, gt=0)
+    """LoRA's alpha: its update is scaled by alpha / rank."""
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    """Mixed precision of the forward passes; errors and losses are always fp32."""
+    save_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    samples: int = Field(default=2, ge=0)
+    """Videos drawn at every checkpoint, with seeds that never change."""
+    tracker: str = "tensorboard"
+    """Any tracker of Accelerate's; "none" for the JSON lines alone."""
+
+
+class EvaluateSettings(Settings):
+    """[evaluate]: base against tuned on identical seeds."""
+
+    seeds: int = Field(default=47, ge=2)
+    """Videos of each, one prompt and one seed a video."""
+    batch: int = Field(default=4, ge=1)
+    """Videos sampled at once."""
+    steps: int | None = Field(default=None, ge=1)
+    """Sampling steps; the backbone's own number when not set."""
+    guidance: float | None = Field(default=None, ge=0)
+    """Classifier-free guidance; the backbone's own when not set."""
+    tolerance: float = Field(default=0.03, ge=0, lt=1)
+    """Largest relative fall of the dynamic degree that still counts as keeping the motion."""
+    real: int = Field(default=0, ge=0)
+    """Real clips to compare both sets with by Frechet distance; 0 leaves it out."""
+
+
+class RunSettings(Settings):
+    """[run]: what everything depends on."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of every random draw."""
+    device: str = "auto"
+    """cuda, mps, cpu or cuda:N; "auto" takes the best there is."""
+    clips: str | None = None
+    """A folder of real videos (or one video); the backbone's own clips when not set."""
+    prompt: str | None = None
+    """The caption of clips that have none, or the one prompt of pairs that need no clip."""

@@ -1,0 +1,217 @@
+"""Preference pairs on disk.
+
+    store.json                  what the pairs were made with, checked before they are used
+    pairs.jsonl                 one line a pair, appended once its files are safely written
+    latents/00000.safetensors   first, second, preference, region
+    contexts/HASH.safetensors   an encoded prompt, shared by the pairs that have it
+    previews/00000.mp4          first, second and region side by side
+
+A pair exists when its line does. A torn last line is a pair that does not exist yet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dpo_video.errors import StoreError
+from dpo_video.files import write_tensors, write_text, writing
+from dpo_video.strategies import VideoModel
+from dpo_video.types import Context, Pair, PairBatch
+
+VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Manifest(_Record):
+    """What a store's pairs were made with."""
+
+    format: Literal["dpo-video pairs"] = "dpo-video pairs"
+    version: int = VERSION
+    recipe: dict[str, Any]
+    """The resolved tables [backbone], [pairs] and [labeler], the seed and the clips' hash."""
+    identity: str
+    """The hash of the model's weights."""
+    latent_shape: tuple[int, int, int, int]
+    """`(c, f, h, w)`."""
+    fps: float
+
+    @property
+    def key(self) -> str:
+        """A hash of everything that the pairs depend on: 10 hex digits."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+class PairRow(_Record):
+    """One line of pairs.jsonl."""
+
+    index: int
+    prompt: str
+    context: str
+    """The name of the encoded prompt's file."""
+    source: str
+    strength: float
+    region_share: float
+    """The region's share of the latent elements."""
+
+
+@final
+class PairStore:
+    """An open store: a sequence of pairs, and `append`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "store.json").is_file():
+            raise StoreError(
+                f"'{folder}' is not a pair store: it has no store.json. Name a folder that "
+                "`dpo-video build` wrote, or a strategy (see `dpo-video list pairs`)."
+            )
+        try:
+            self.manifest = Manifest.model_validate_json((folder / "store.json").read_text())
+        except ValidationError as error:
+            raise StoreError(
+                f"'{folder / 'store.json'}' cannot be read ({_first(error)}). Build the pairs "
+                "again, or update dpo-video if a newer version wrote them."
+            ) from error
+        self.rows = self._read_rows()
+
+    @classmethod
+    def create(cls, folder: Path, manifest: Manifest) -> PairStore:
+        """Start a store, or open the one of the same manifest that is there."""
+        if (folder / "store.json").exists():
+            store = cls(folder)
+            if store.manifest != manifest:
+                raise StoreError(
+                    f"'{folder}' holds pairs of another recipe. Name another folder with --out, "
+                    "or delete it."
+                )
+            return store
+        with writing(folder):
+            for name in ("latents", "contexts", "previews"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            write_text(folder / "store.json", manifest.model_dump_json(indent=2) + "\n")
+        return cls(folder)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def preview(self, index: int) -> Path:
+        """Where a pair's preview goes."""
+        return self.folder / "previews" / f"{index:05d}.mp4"
+
+    def append(self, pair: Pair, context: Context) -> PairRow:
+        """Add a pair; `context` is its encoded prompt, with a leading axis of 1."""
+        index = len(self.rows)
+        name = hashlib.sha256(pair.prompt.encode()).hexdigest()[:16]
+        row = PairRow(
+            index=index,
+            prompt=pair.prompt,
+            context=name,
+            source=pair.source,
+            strength=pair.strength,
+            region_share=pair.region.mean().item(),
+        )
+        tensors = {
+            "first": pair.first,
+            "second": pair.second,
+            "preference": pair.preference,
+            "region": pair.region,
+        }
+        with writing(self.folder):
+            if not self._context_path(name).exists():
+                write_tensors(self._context_path(name), dict(context))
+            write_tensors(self._latents_path(index), tensors)
+            with (self.folder / "pairs.jsonl").open("a", encoding="utf-8") as file:
+                file.write(row.model_dump_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self.rows.append(row)
+        return row
+
+    def batch(self, indices: Sequence[int]) -> PairBatch:
+        """Read pairs and stack them, on the CPU."""
+        rows = [self.rows[i] for i in indices]
+        parts = [self._load(self._latents_path(row.index)) for row in rows]
+        contexts = [self._load(self._context_path(row.context)) for row in rows]
+        stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+        return PairBatch(
+            **stacked,
+            strength=torch.tensor([row.strength for row in rows]),
+            context={name: torch.cat([c[name] for c in contexts]) for name in contexts[0]},
+            keys=[f"{row.index:05d}" for row in rows],
+        )
+
+    def check_fits(self, model: VideoModel) -> None:
+        """A StoreError unless the pairs were made with this very model."""
+        if self.manifest.latent_shape != model.latent_shape:
+            raise StoreError(
+                f"The pairs in '{self.folder}' have latents of shape {self.manifest.latent_shape}, "
+                f"the backbone's are {model.latent_shape}. Build pairs for this backbone."
+            )
+        if self.manifest.identity != model.identity:
+            raise StoreError(
+                f"The pairs in '{self.folder}' were made with other weights "
+                f"({self.manifest.identity}; the backbone's are {model.identity}). Build pairs "
+                "for this backbone."
+            )
+
+    def _latents_path(self, index: int) -> Path:
+        return self.folder / "latents" / f"{index:05d}.safetensors"
+
+    def _context_path(self, name: str) -> Path:
+        return self.folder / "contexts" / f"{name}.safetensors"
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"'{path}' cannot be read ({error}). Delete '{self.folder}' and build the pairs "
+                "again."
+            ) from error
+
+    def _read_rows(self) -> list[PairRow]:
+        path = self.folder / "pairs.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_bytes().split(b"\n")
+        if torn := lines.pop():
+            # A write that was cut off. Its pair will be made again.
+            with writing(self.folder), path.open("r+b") as file:
+                file.truncate(path.stat().st_size - len(torn))
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = PairRow.model_validate_json(line)
+            except ValidationError as error:
+                raise StoreError(
+                    f"Line {number} of '{path}' cannot be read ({_first(error)}). Delete that line "
+                    "and all after it, and build again: the rest is kept."
+                ) from error
+            if row.index != number - 1:
+                raise StoreError(
+                    f"Line {number} of '{path}' has index {row.index}, not {number - 1}. Delete "
+                    "that line and all after it, and build again: the rest is kept."
+                )
+            rows.append(row)
+        return rows
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    place = ".".join(str(part) for part in detail["loc"])
+    return f"{place}: {detail['msg']}" if place else detail["msg"]

@@ -1,0 +1,360 @@
+"""The training loop. It knows kinds and never names, prints nothing and yields reports."""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from dpo_video.checkpoint import load_state, save_state
+from dpo_video.diffusion import pair_errors
+from dpo_video.errors import RunError, TrainingError
+from dpo_video.files import write_text, writing
+from dpo_video.seeds import derive, generator
+from dpo_video.settings import TrainSettings
+from dpo_video.store import PairStore
+from dpo_video.strategies import Anchor, Loss, Reference, VideoModel
+from dpo_video.types import LossOutput, PairBatch, PairErrors
+from dpo_video.verdict import StepReport
+from dpo_video.video import write_video
+
+LATEST = "latest"
+
+
+def adapt(model: VideoModel, settings: TrainSettings, seed: int) -> PeftModel:
+    """Put a LoRA on the model's denoiser; nothing else may be trainable.
+
+    `B` starts at zero, so the policy starts as the reference. No dropout: it would make the two
+    differ at step 0.
+    """
+    torch.manual_seed(derive(seed, "lora"))
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=model.lora_targets(),
+    )
+    policy: PeftModel = get_peft_model(model.denoiser, config)
+    stray = [n for n, p in policy.named_parameters() if p.requires_grad and ".lora_" not in n]
+    if stray:
+        raise TrainingError(
+            f"{len(stray)} weights outside the adapter are trainable, '{stray[0]}' first. This is "
+            "a fault of the backbone: it must load frozen."
+        )
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    return policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What the loop yields: a step was made; perhaps a checkpoint was written."""
+
+    report: StepReport
+    checkpoint: Path | None
+
+
+def train(
+    model: VideoModel,
+    store: PairStore,
+    loss: Loss,
+    reference: Reference,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    out: Path,
+    accelerator: Accelerator,
+    resume: bool = False,
+) -> Iterator[Progress]:
+    """Train an adapter, one report per optimizer step.
+
+    Every pair's noise and level come from a generator of its own place in the run, so neither a
+    resumption nor the number of processes changes them.
+
+    Raises:
+        TrainingError: at a first step whose margin is not exactly 0, and when the loss, the
+            gradient or an error is not finite.
+        RunError: if there is nothing to resume.
+    """
+    store.check_fits(model)
+    if not len(store):
+        raise TrainingError(f"'{store.folder}' holds no pairs. Build some first.")
+    bare = adapt(model, settings, seed)
+    anchor = reference.follow(bare)
+    parameters = [p for p in bare.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+    )
+    policy, optimizer = accelerator.prepare(bare, optimizer)
+    run = _Run(model, store, loss, anchor, policy, settings, seed, accelerator)
+    start = _restore(out, bare, optimizer) if resume else 0
+    if accelerator.is_main_process:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            _truncate_log(out / "log.jsonl", start)
+    started = time.monotonic()
+    for step in range(start, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
+        began = time.monotonic()
+        outputs = run.accumulate(step)
+        if step == 0:
+            _check_first_step(outputs)
+        norm = float(accelerator.clip_grad_norm_(parameters, settings.clip))
+        lr = optimizer.param_groups[0]["lr"]
+        now = time.monotonic()
+        left = (settings.steps - step - 1) * (now - started) / (step + 1 - start)
+        report = _report(step + 1, outputs, norm, lr, now - began, now - started, left, accelerator)
+        if not math.isfinite(report.loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"Step {step + 1} is not finite (loss {report.loss}, gradient norm {norm}); its "
+                f"pairs were {', '.join(run.keys)}. The last checkpoint is safe. Lower train.lr, "
+                "or check those pairs."
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        if accelerator.is_main_process:
+            with writing(out), (out / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(report.model_dump_json() + "\n")
+        saved = None
+        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+            saved = out / "checkpoints" / f"step_{step + 1:06d}"
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                with writing(out):
+                    _save(saved, bare, optimizer, step + 1)
+                    _draw_samples(model, bare, store, settings.samples, out, saved.name, seed)
+            accelerator.wait_for_everyone()
+        yield Progress(report=report, checkpoint=saved)
+
+
+class _Run:
+    """The parts of a run that every step needs."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        store: PairStore,
+        loss: Loss,
+        anchor: Anchor,
+        policy: nn.Module,
+        settings: TrainSettings,
+        seed: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model, self.store, self.loss, self.anchor = model, store, loss, anchor
+        self.policy, self.settings, self.seed = policy, settings, seed
+        self.accelerator = accelerator
+        self.keys: list[str] = []
+
+    def accumulate(self, step: int) -> list[LossOutput]:
+        """The gradient of one optimizer step; the detached outputs of its forward passes."""
+        outputs, self.keys = [], []
+        for part in range(self.settings.accumulation):
+            places = self._places(step, part)
+            batch = self.store.batch([self._pair_at(place) for place in places])
+            self.keys += batch.keys
+            last = part == self.settings.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.policy):
+                output = self.loss(self._errors(batch, places))
+                self.accelerator.backward(output.loss.mean() / self.settings.accumulation)
+            outputs.append(_detached(output))
+        return outputs
+
+    def _errors(self, batch: PairBatch, places: list[int]) -> PairErrors:
+        device = self.accelerator.device
+        noises, levels = [], []
+        for place in places:
+            draw = generator(self.seed, "draw", place)
+            noises.append(torch.randn(self.model.latent_shape, generator=draw))
+            levels.append(self.model.sample_levels(1, draw))
+        noise = torch.stack(noises).to(device, batch.first.dtype)
+        level = torch.cat(levels).to(device)
+        with self.accelerator.autocast():
+            return pair_errors(self.model, self.policy, self.anchor, batch.to(device), noise, level)
+
+    def _places(self, step: int, part: int) -> list[int]:
+        """Positions in the endless sequence of pairs that this process takes."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.settings.batch
+        first = ((step * self.settings.accumulation + part) * world + rank) * size
+        return list(range(first, first + size))
+
+    def _pair_at(self, place: int) -> int:
+        """Epochs are permutations: every pair once before any comes again."""
+        epoch, position = divmod(place, len(self.store))
+        order = torch.randperm(len(self.store), generator=generator(self.seed, "epoch", epoch))
+        return int(order[position])
+
+
+def _detached(output: LossOutput) -> LossOutput:
+    values = {name: getattr(output, name).detach() for name in LossOutput.__dataclass_fields__}
+    return LossOutput(**values)
+
+
+def _check_first_step(outputs: list[LossOutput]) -> None:
+    margin = max(output.margin.abs().max().item() for output in outputs)
+    if margin != 0:
+        raise TrainingError(
+            f"At step 0 the policy must equal the reference, but the margin is {margin:.3g}. The "
+            "two are not run alike: check for dropout, other precision or other kernels in the "
+            "backbone, or an adapter that does not start at zero."
+        )
+
+
+def _report(
+    step: int,
+    outputs: list[LossOutput],
+    grad_norm: float,
+    lr: float,
+    step_seconds: float,
+    seconds: float,
+    eta: float,
+    accelerator: Accelerator,
+) -> StepReport:
+    """The figures of one step over the pairs of all processes; one host sync."""
+    columns = torch.stack(
+        [
+            torch.cat([getattr(output, name) for output in outputs]).float()
+            for name in ("loss", "margin", "logits", "chosen_change", "rejected_change")
+        ],
+        dim=1,
+    )
+    loss, margin, logits, chosen, rejected = accelerator.gather(columns).cpu().unbind(dim=1)
+    return StepReport(
+        step=step,
+        loss=loss.mean().item(),
+        margin=margin.mean().item(),
+        logits=logits.mean().item(),
+        accuracy=((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item(),
+        chosen_change=chosen.mean().item(),
+        rejected_change=rejected.mean().item(),
+        gradient_factor=torch.sigmoid(-logits).mean().item(),
+        loser_dominant=((chosen > 0) & (rejected > chosen.abs())).float().mean().item(),
+        grad_norm=grad_norm,
+        lr=lr,
+        pairs_per_second=len(loss) / step_seconds,
+        memory_gib=_peak_memory(accelerator.device) / 2**30,
+        seconds=seconds,
+        eta_seconds=eta,
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def latest_checkpoint(out: Path) -> Path:
+    """The newest whole checkpoint of a run; a RunError if there is none."""
+    pointer = out / "checkpoints" / LATEST
+    if not pointer.is_file():
+        raise RunError(
+            f"'{out}' has no checkpoint yet. Train it first: dpo-video train --config "
+            f"{out / 'run.toml'} --out {out}"
+        )
+    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+
+
+def read_log(out: Path) -> list[StepReport]:
+    """The steps that a run has made so far."""
+    path = out / "log.jsonl"
+    if not path.exists():
+        return []
+    return [StepReport.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _save(folder: Path, policy: PeftModel, optimizer: Any, step: int) -> None:
+    """Write a checkpoint under another name, rename it, then move the pointer to it."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.save_pretrained(partial / "adapter")
+    state = {"step": step, "optimizer": optimizer.state_dict(), "rng": _rng_state()}
+    save_state(partial / "state.safetensors", state)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    write_text(folder.parent / LATEST, folder.name + "\n")
+
+
+def _restore(out: Path, policy: PeftModel, optimizer: Any) -> int:
+    folder = latest_checkpoint(out)
+    state = load_state(folder / "state.safetensors")
+    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+    set_peft_model_state_dict(policy, weights)
+    optimizer.load_state_dict(state["optimizer"])
+    _set_rng_state(state["rng"])
+    return int(state["step"])
+
+
+def _rng_state() -> dict[str, Any]:
+    """Every generator that a backbone or a plugin might draw from behind our back."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss,
+                  cached],
+    }  # fmt: skip
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+
+
+def _truncate_log(path: Path, steps: int) -> None:
+    """Keep the lines of the steps that the checkpoint holds; the others will be written again."""
+    if path.exists():
+        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
+        write_text(path, "".join(kept))
+
+
+def _draw_samples(
+    model: VideoModel,
+    policy: nn.Module,
+    store: PairStore,
+    count: int,
+    out: Path,
+    name: str,
+    seed: int,
+) -> None:
+    """A few videos with prompts and seeds that never change, to watch the policy change."""
+    for i in range(min(count, len(store))):
+        context = store.batch([i]).to(model.device).context
+        noise = torch.randn(model.latent_shape, generator=generator(seed, "sample", i))[None]
+        latents = model.sample(context, noise.to(model.device), denoiser=policy)
+        video = model.decode_videos(latents)[0].cpu()
+        scale = max(1, 256 // model.shape.height)
+        write_video(out / "samples" / name / f"{i:02d}.mp4", video, model.shape.fps, scale)

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import random_errors
+
+from dpo_video.errors import UserError
+from dpo_video.loss.global_ import Global
+from dpo_video.loss.region import Region
+from dpo_video.types import PairErrors
+
+LN2 = math.log(2)
+
+
+def swapped(errors: PairErrors) -> PairErrors:
+    return replace(
+        errors,
+        policy_first=errors.policy_second,
+        policy_second=errors.policy_first,
+        reference_first=errors.reference_second,
+        reference_second=errors.reference_first,
+    )
+
+
+def test_global_matches_a_hand_computed_example() -> None:
+    # d(first) = 0.1 - 0.3 = -0.2, d(second) = 0.5 - 0.4 = 0.1: m = 0.1 - (-0.2) = 0.3.
+    ones = torch.ones(1, 1, 2, 1, 1)
+    errors = PairErrors(
+        policy_first=0.1 * ones,
+        reference_first=0.3 * ones,
+        policy_second=0.5 * ones,
+        reference_second=0.4 * ones,
+        preference=torch.ones(1, 2),
+        region=ones,
+        strength=torch.zeros(1),
+    )
+    output = Global(beta=10)(errors)
+    assert output.margin.item() == pytest.approx(0.3)
+    assert output.logits.item() == pytest.approx(3.0)
+    assert output.loss.item() == pytest.approx(math.log(1 + math.exp(-3)))
+    assert output.chosen_change.item() == pytest.approx(-0.2)
+    assert output.rejected_change.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("loss", [Global(), Region()])
+def test_swapping_the_videos_flips_the_margin(loss: Global | Region) -> None:
+    errors = random_errors(full_region=False)
+    torch.testing.assert_close(loss(errors).margin, -loss(swapped(errors)).margin)
+
+
+@pytest.mark.parametrize("loss", [Global(), Region()])
+def test_swapping_videos_and_preference_changes_nothing(loss: Global | Region) -> None:
+    errors = random_errors(full_region=False)
+    mirrored = replace(swapped(errors), preference=-errors.preference)
+    torch.testing.assert_close(loss(errors).loss, loss(mirrored).loss, rtol=0, atol=0)
+
+
+def test_equal_networks_give_ln_2_exactly() -> None:
+    errors = random_errors()
+    same = replace(
+        errors, policy_first=errors.reference_first, policy_second=errors.reference_second
+    )
+    output = Global()(same)
+    assert (output.margin == 0).all()
+    torch.testing.assert_close(output.loss, torch.full((3,), LN2), rtol=0, atol=1e-7)
+
+
+def region_alone(**options: float) -> Region:
+    zero = {"global_weight": 0.0, "anchor_weight": 0.0, "region_anchor_weight": 0.0}
+    return Region(**{**zero, **options})  # type: ignore[arg-type]
+
+
+def test_region_with_a_full_mask_equals_global() -> None:
+    errors = random_errors()  # strength 0.75: the scale is 1
+    torch.testing.assert_close(region_alone()(errors).loss, Global()(errors).loss)
+
+
+def test_region_without_elements_is_ln_2_and_has_no_gradient() -> None:
+    errors = random_errors()
+    policy = errors.policy_first.clone().requires_grad_()
+    empty = replace(errors, policy_first=policy, region=torch.zeros_like(errors.region))
+    output = region_alone()(empty)
+    torch.testing.assert_close(output.loss, torch.full((3,), LN2))
+    output.loss.sum().backward()
+    assert policy.grad is not None and (policy.grad == 0).all()
+
+
+def test_region_does_not_see_outside_the_mask() -> None:
+    errors = random_errors(full_region=False)
+    policy = errors.policy_first.clone().requires_grad_()
+    region_alone(beta=1.0)(replace(errors, policy_first=policy)).loss.sum().backward()
+    assert policy.grad is not None
+    inside = errors.region.expand_as(policy) > 0
+    assert (policy.grad[~inside] == 0).all()
+    assert (policy.grad[inside] != 0).all()
+
+
+def test_masked_error_is_a_mean_per_pair_not_over_the_batch() -> None:
+    errors = random_errors(full_region=False)
+    alone = [
+        region_alone()(
+            PairErrors(**{name: value[i : i + 1] for name, value in vars(errors).items()})
+        ).loss
+        for i in range(3)
+    ]
+    torch.testing.assert_close(region_alone()(errors).loss, torch.cat(alone))
+
+
+def test_the_region_slope_grows_with_the_strength() -> None:
+    errors = random_errors(full_region=False)
+    strong = replace(errors, strength=torch.full((3,), 0.90))
+    weak, scaled = region_alone()(errors), region_alone()(strong)
+    torch.testing.assert_close(scaled.logits, 2 * weak.logits)
+    unscaled = region_alone(scale_by_strength=False)(strong)
+    torch.testing.assert_close(unscaled.logits, weak.logits)
+
+
+def test_the_composite_is_the_weighted_sum() -> None:
+    errors = random_errors(full_region=False)
+    chosen = errors.policy_first
+    masked = torch.stack(
+        [c[:, r[0] > 0].mean() for c, r in zip(chosen, errors.region, strict=True)]
+    )
+    expected = (
+        2 * Global()(errors).loss
+        + 3 * region_alone()(errors).loss
+        + 0.5 * chosen.mean(dim=(1, 2, 3, 4))
+        + 0.25 * masked
+    )
+    loss = Region(global_weight=2, region_weight=3, anchor_weight=0.5, region_anchor_weight=0.25)
+    torch.testing.assert_close(loss(errors).loss, expected)
+
+
+def test_a_tie_trains_nothing() -> None:
+    errors = random_errors()
+    policy = errors.policy_first.clone().requires_grad_()
+    tie = replace(errors, policy_first=policy, preference=torch.tensor([[1.0, -1, 1, -1]] * 3))
+    output = Global()(tie)
+    output.loss.sum().backward()
+    assert (output.margin == 0).all()
+    assert policy.grad is not None and (policy.grad == 0).all()
+
+
+def test_region_refuses_pairs_without_regions() -> None:
+    errors = replace(random_errors(), strength=torch.zeros(3))
+    with pytest.raises(UserError, match="no regions.*--loss global"):
+        Region()(errors)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_small
+from torch import Tensor, nn
+
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.diffusion import pair_errors
+from dpo_video.loss.global_ import Global
+from dpo_video.reference.copy import Copy
+from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import TrainSettings
+from dpo_video.strategies import Reference
+from dpo_video.train import adapt
+from dpo_video.types import PairBatch, PairErrors
+
+
+def a_batch(model: AnimateDiffModel, pairs: int = 2) -> PairBatch:
+    generator = torch.Generator().manual_seed(1)
+    first, second = torch.randn(2, pairs, *model.latent_shape, generator=generator)
+    frames = model.latent_shape[1]
+    return PairBatch(
+        first=first,
+        second=second,
+        preference=torch.ones(pairs, frames),
+        region=torch.ones(pairs, 1, *model.latent_shape[1:]),
+        strength=torch.full((pairs,), 0.75),
+        context=model.encode_prompts(["a red square"] * pairs),
+        keys=["0", "1"],
+    )
+
+
+def step(folder: Path, reference: Reference, *, trained: bool) -> tuple[PairErrors, list[Tensor]]:
+    """Errors and adapter gradients of one step, with an adapter that has or has not moved."""
+    model = load_small(folder)
+    policy = adapt(model, TrainSettings(rank=2, alpha=4), seed=0)
+    if trained:
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    anchor = reference.follow(policy)
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(2, *model.latent_shape, generator=generator)
+    level = model.sample_levels(2, generator)
+    errors = pair_errors(model, policy, anchor, a_batch(model), noise, level)
+    Global()(errors).loss.sum().backward()
+    return errors, [p.grad for p in policy.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("reference", [Copy(), Toggle()])
+def test_an_adapter_that_has_not_moved_gives_exactly_ln_2(
+    small_folder: Path, reference: Reference
+) -> None:
+    errors, gradients = step(small_folder, reference, trained=False)
+    output = Global()(errors)
+    assert (output.margin == 0).all()
+    assert output.loss.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
+    assert any((gradient != 0).any() for gradient in gradients)
+
+
+def test_toggle_equals_copy(small_folder: Path) -> None:
+    copied, copied_gradients = step(small_folder, Copy(), trained=True)
+    toggled, toggled_gradients = step(small_folder, Toggle(), trained=True)
+    for name, value in vars(copied).items():
+        assert torch.equal(value, getattr(toggled, name)), name
+    assert (copied.policy_first != copied.reference_first).any()
+    for one, other in zip(copied_gradients, toggled_gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_both_videos_get_the_same_noise_and_level(small_model: AnimateDiffModel) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Spy(nn.Module):
+        def forward(self, noisy: Tensor, level: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+            seen.append((noisy, level))
+            return (noisy,)
+
+    policy = adapt(small_model, TrainSettings(rank=2), seed=0)
+    batch = a_batch(small_model)
+    noise = torch.randn(2, *small_model.latent_shape)
+    level = torch.tensor([100.0, 900.0])
+    pair_errors(small_model, Spy(), Toggle().follow(policy), batch, noise, level)
+    noisy, levels = seen[0]
+    assert levels.tolist() == [100, 900, 100, 900]
+    alpha = small_model.scheduler.alphas_cumprod[level.long()].view(-1, 1, 1, 1, 1)
+    for half, clean in zip(noisy.chunk(2), (batch.first, batch.second), strict=True):
+        recovered = (half - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        torch.testing.assert_close(recovered, noise, rtol=1e-4, atol=1e-5)
+
+
+def test_the_adapter_is_on_again_after_the_reference_even_if_it_fails(
+    small_model: AnimateDiffModel,
+) -> None:
+    policy = adapt(small_model, TrainSettings(rank=2), seed=0)
+    anchor = Toggle().follow(policy)
+    with pytest.raises(RuntimeError), anchor.network():
+        assert policy.get_model_status().enabled is False
+        raise RuntimeError
+    assert policy.get_model_status().enabled is True
+
+
+def test_only_the_motion_modules_attention_trains(small_model: AnimateDiffModel) -> None:
+    policy = adapt(small_model, TrainSettings(rank=2), seed=0)
+    trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("motion_modules" in name and ".lora_" in name for name in trainable)
+    projections = {name.split(".lora_")[0].rsplit("attn", 1)[1] for name in trainable}
+    assert projections == {f"{i}.{p}" for i in (1, 2) for p in ("to_q", "to_k", "to_v", "to_out.0")}

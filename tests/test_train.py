@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import SHAPE, load_small
+from safetensors.torch import load_file
+
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.errors import RunError, StoreError, TrainingError
+from dpo_video.loss.global_ import Global
+from dpo_video.loss.region import Region
+from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import TrainSettings
+from dpo_video.store import Manifest, PairStore
+from dpo_video.strategies import Loss
+from dpo_video.train import Progress, latest_checkpoint, train
+from dpo_video.types import LossOutput, Pair, PairErrors
+
+SETTINGS = TrainSettings(
+    steps=6, batch=1, accumulation=2, lr=1e-2, warmup=2, rank=2, alpha=4, save_every=2, samples=1,
+    tracker="none",
+)  # fmt: skip
+
+
+def make_store(folder: Path, model: AnimateDiffModel, pairs: int = 5) -> PairStore:
+    """Random pairs with half the picture as their region."""
+    manifest = Manifest(
+        recipe={"made": "at random"},
+        identity=model.identity,
+        latent_shape=model.latent_shape,
+        fps=SHAPE.fps,
+    )
+    store = PairStore.create(folder, manifest)
+    generator = torch.Generator().manual_seed(7)
+    region = torch.zeros(1, *model.latent_shape[1:])
+    region[..., : model.latent_shape[3] // 2] = 1
+    for i in range(len(store), pairs):
+        first, other = torch.randn(2, *model.latent_shape, generator=generator)
+        pair = Pair(
+            first=first,
+            second=torch.where(region > 0, other, first),
+            preference=torch.ones(model.latent_shape[1]),
+            region=region,
+            prompt=f"a red square moving {('left', 'right')[i % 2]} slowly",
+            source="random",
+            strength=0.8,
+        )
+        store.append(pair, model.encode_prompts([pair.prompt]))
+    return store
+
+
+def run(
+    folder: Path,
+    store: PairStore,
+    out: Path,
+    settings: TrainSettings = SETTINGS,
+    *,
+    loss: Loss | None = None,
+    resume: bool = False,
+) -> list[Progress]:
+    return list(
+        train(
+            load_small(folder),
+            store,
+            loss or Region(),
+            Toggle(),
+            settings,
+            seed=0,
+            out=out,
+            accelerator=Accelerator(cpu=True),
+            resume=resume,
+        )
+    )
+
+
+def adapter_hash(out: Path) -> str:
+    weights = latest_checkpoint(out) / "adapter" / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_it_starts_at_zero_margin_and_learns(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=2)
+    settings = SETTINGS.model_copy(update={"steps": 30, "save_every": 30})
+    progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
+    first, last = progress[0].report, progress[-1].report
+    assert first.margin == 0 and first.logits == 0
+    assert first.loss == pytest.approx(0.693147, abs=1e-6)
+    assert first.gradient_factor == 0.5 and first.accuracy == 0.5
+    assert first.grad_norm > 0
+    assert last.margin > 0 and last.loss < 0.69
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 31))
+
+
+def test_a_resumed_run_ends_in_the_same_bytes(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    run(small_folder, store, tmp_path / "whole")
+    half = SETTINGS.model_copy(update={"steps": 3})
+    run(small_folder, store, tmp_path / "halves", half)
+    resumed = run(small_folder, store, tmp_path / "halves", resume=True)
+    assert [p.report.step for p in resumed] == [4, 5, 6]
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
+    logs = [
+        (tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "halves")
+    ]
+    for one, other in zip(*logs, strict=True):
+        a, b = json.loads(one), json.loads(other)
+        timing = {"seconds", "eta_seconds", "pairs_per_second", "memory_gib"}
+        assert {k: a[k] for k in a.keys() - timing} == {k: b[k] for k in b.keys() - timing}
+
+
+def test_kill_9_at_any_step_then_resume_gives_the_same_bytes(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    run(small_folder, store, tmp_path / "whole")
+    script = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import os, test_train
+        from dpo_video.store import PairStore
+        from accelerate import Accelerator
+        store = PairStore(Path({str(tmp_path / "pairs")!r}))
+        for progress in test_train.train(
+            test_train.load_small(Path({str(small_folder)!r})), store, test_train.Region(),
+            test_train.Toggle(), test_train.SETTINGS, seed=0, out=Path({str(tmp_path / "cut")!r}),
+            accelerator=Accelerator(cpu=True), resume=False,
+        ):
+            print(progress.report.step, flush=True)
+    """)
+    # Random, but not by the clock: which step is hit varies with the machine, the law does not.
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 3:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    assert latest_checkpoint(tmp_path / "cut").is_dir()
+    run(small_folder, store, tmp_path / "cut", resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "cut")
+
+
+def test_the_pointer_is_valid_when_a_save_is_cut_off(
+    small_folder: Path,
+    small_model: AnimateDiffModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    from dpo_video import train as module
+
+    saved: list[int] = []
+    original = module.save_state
+
+    def fail_at_the_second(path: Path, state: object) -> None:
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        original(path, state)
+
+    monkeypatch.setattr(module, "save_state", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(small_folder, store, tmp_path / "run")
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path / "run").name == "step_000002"
+    run(small_folder, store, tmp_path / "whole")
+    run(small_folder, store, tmp_path / "run", resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
+
+
+def test_every_pair_is_seen_once_per_epoch(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    from dpo_video.train import _Run
+
+    store = make_store(tmp_path / "pairs", small_model, pairs=5)
+    parts = _Run(
+        small_model, store, Global(), None, None, SETTINGS, 0, Accelerator(cpu=True)  # type: ignore[arg-type]
+    )  # fmt: skip
+    epochs = [[parts._pair_at(5 * epoch + i) for i in range(5)] for epoch in range(4)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_the_adapter_is_peft_and_nothing_else(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    run(small_folder, store, tmp_path / "run")
+    folder = latest_checkpoint(tmp_path / "run") / "adapter"
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(".lora_" in name and "motion_modules" in name for name in weights)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+    samples = list((tmp_path / "run" / "samples").rglob("*.mp4"))
+    assert {path.parent.name for path in samples} == {"step_000002", "step_000004", "step_000006"}
+
+
+def test_a_policy_that_differs_at_step_0_is_refused(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+
+    class Lopsided(Loss):
+        def __call__(self, errors: PairErrors) -> LossOutput:
+            output = Global()(errors)
+            return LossOutput(**{**vars(output), "margin": output.margin + 1e-9})
+
+    with pytest.raises(TrainingError, match="margin is 1e-09"):
+        run(small_folder, store, tmp_path / "run", loss=Lopsided())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    model = load_small(small_folder)
+    broken = store.batch([2])
+    path = store.folder / "latents" / "00002.safetensors"
+    tensors = load_file(path)
+    tensors["first"] = torch.full_like(broken.first[0], float("nan"))
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    del model
+    with pytest.raises(TrainingError, match=r"not finite.*00002|not finite"):
+        run(small_folder, store, tmp_path / "run", loss=Global())
+
+
+def test_nothing_to_resume_is_said(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    with pytest.raises(RunError, match="has no checkpoint yet"):
+        run(small_folder, store, tmp_path / "run", resume=True)
+
+
+def test_pairs_of_another_backbone_are_refused(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    other = load_small(small_folder)
+    other.identity = "0123456789abcdef"
+    with pytest.raises(StoreError, match="made with other weights"):
+        store.check_fits(other)
