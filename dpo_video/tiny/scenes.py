@@ -6,6 +6,7 @@ travels. That is what makes the embedded model measurable, and its metrics testa
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -98,6 +99,28 @@ def caption(shape: str, color: str, background: str, motion: str, speed: str) ->
     verb = motion if motion in ("circling", "spinning") else f"moving {motion}"
     article = "an" if color[0] in "aeiou" else "a"
     return f"{article} {color} {shape} {verb} {speed} on a {background} background"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a caption says, in the order that `caption()` takes."""
+
+    shape: str
+    color: str
+    background: str
+    motion: str
+    speed: str
+
+
+def parse_caption(text: str) -> Words | None:
+    """The inverse of `caption()`, blind to case and spacing; None for any other text."""
+    return _meanings().get(" ".join(text.lower().split()))
+
+
+@functools.cache
+def _meanings() -> dict[str, Words]:
+    parts = itertools.product(SHAPES, COLORS, BACKGROUNDS, MOTIONS, SPEEDS)
+    return {caption(*part): Words(*part) for part in parts}
 
 
 def every_caption() -> list[str]:
