@@ -70,8 +70,8 @@ def compare(
     return Comparison(base=base, tuned=tuned, metrics=tuple(
         MetricResult.measured(
             name,
-            _values(metric, base, prompts, settings.batch),
-            _values(metric, tuned, prompts, settings.batch),
+            values(metric, base, prompts, settings.batch),
+            values(metric, tuned, prompts, settings.batch),
             unit=metric.unit,
             higher_is_better=metric.higher_is_better,
             role=Role(metric.role),
@@ -106,7 +106,8 @@ def draw(
         yield model.decode_videos(latents).cpu()
 
 
-def _values(metric: Metric, videos: Videos, prompts: Sequence[str], batch: int) -> list[float]:
+def values(metric: Metric, videos: Videos, prompts: Sequence[str], batch: int) -> list[float]:
+    """A metric's number for every video, `batch` of them at a time."""
     parts = [
         metric(videos[i : i + batch], prompts[i : i + batch]) for i in range(0, len(videos), batch)
     ]

@@ -120,7 +120,9 @@ def train(
         now = time.monotonic()
         left = (settings.steps - step - 1) * (now - started) / (step + 1 - start)
         report = _report(step + 1, outputs, norm, lr, now - began, now - started, left, accelerator)
-        if not math.isfinite(report.loss) or not math.isfinite(norm):
+        # A loss scaler (fp16) meets infinite gradients while it looks for its scale, and skips them.
+        scaled = accelerator.scaler is not None
+        if not (math.isfinite(report.loss) and (scaled or math.isfinite(norm))):
             raise TrainingError(
                 f"Step {step + 1} is not finite (loss {report.loss}, gradient norm {norm}); its "
                 f"pairs were {', '.join(run.keys)}. The last checkpoint is safe. Lower train.lr, "

@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up what they need first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+.PHONY: help setup demo test check format tiny clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(STAMP) ## Make .venv and install the package with everything needed to develop it
+
+# The stamp is the last thing written, so an interrupted set-up is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup ## Local pairs, region loss, toggled reference on the embedded model; then the comparison
+	rm -rf $(DEMO)
+	$(BIN)/dpo-video train --pairs local --loss region --reference toggle --out $(DEMO) \
+	    --config examples/demo.toml
+	$(BIN)/dpo-video evaluate $(DEMO)
+
+check: setup ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check ## All checks and all tests
+	$(BIN)/python -m pytest
+
+format: setup ## Put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+tiny: setup ## Train the embedded model from scratch (about two hours on 2 cores; restartable)
+	$(BIN)/python -m dpo_video.tiny.recipe
+
+clean: ## Delete what set-up made; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
