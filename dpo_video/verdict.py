@@ -1,0 +1,586 @@
+"""Two judgements in words: is this training working, and did it make better videos?
+
+No torch here: the loop asks while it runs, the command line and the page ask afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from dpo_video.statistics import PairedDifference, Record, paired_difference
+
+# --- training --------------------------------------------------------------------------------
+
+WINDOW = 20
+"""Reports that a judgement looks back on. One report is a few pairs at random noise levels and its
+margin is mostly noise; over 20 the standard error is 4.5 times smaller."""
+SHORT = 5
+"""Reports that tell an explosion from one hard batch, soon enough to stop it."""
+MOVED = 0.1
+"""Logits under which nothing was learned yet: sigmoid(0.1) = 52.5% is a coin, and the loss is then
+0.644 or more."""
+DEAD = 0.05
+"""Gradient factor under which training is over: a tenth of the 0.5 that it starts from (loss 0.05,
+logits 3). A mean below it leaves no room for even one pair in ten that is still unlearned."""
+WINNER_SHARE = 0.25
+"""Rise of the chosen error, as a share of the margin, that is no longer a side effect. Nearly every
+run pays something here; from a quarter on, samples follow the winner's error rather than the
+margin."""
+EXPLODED_LOSS = 10.0
+"""Times its start. For a logistic loss that is 6.9: the policy is certain, and wrong."""
+EXPLODED_CHANGE = 0.5
+"""Rise of a mean squared error. Targets (epsilon, v, velocity) have a variance of 1 to 2, so a
+network that predicts nothing at all is off by about 1."""
+CLEAR = 2.0
+"""Standard errors that a mean must be away from zero to count as such."""
+
+
+class StepReport(Record):
+    """One optimizer step, as means over its pairs."""
+
+    step: int
+    """Optimizer steps done, from 1."""
+    loss: float
+    margin: float
+    """Implicit reward of the chosen less that of the rejected: a difference of mean squared
+    errors."""
+    logits: float
+    """beta * margin: what the loss's sigmoid sees."""
+    accuracy: float
+    """Share of pairs with a margin above 0; a margin of exactly 0 counts half."""
+    chosen_change: float
+    """d(chosen): how much larger than the reference's the policy's error on the chosen video is."""
+    rejected_change: float
+    """d(rejected)."""
+    gradient_factor: float
+    """Mean of sigmoid(-logits): 0.5 at the start, 0 when the loss pushes no more."""
+    loser_dominant: float
+    """Share of pairs with d(chosen) > 0 and d(rejected) > |d(chosen)|: the margin grows although
+    the winner gets worse (Diffusion-SDPO)."""
+    grad_norm: float
+    """Before clipping. Not finite where a loss scaler skipped the step."""
+    lr: float
+    pairs_per_second: float
+    memory_gib: float
+    """Peak so far, GiB."""
+    seconds: float
+    """Since training began."""
+    eta_seconds: float
+    """Expected to the end."""
+
+
+class TrainingState(StrEnum):
+    """What a run is doing."""
+
+    TOO_EARLY = "too_early"
+    NOT_MOVING = "not_moving"
+    SATURATED = "saturated"
+    LOSER_DOMINANT = "loser_dominant"
+    DIVERGED = "diverged"
+    HEALTHY = "healthy"
+
+
+class TrainingVerdict(Record):
+    """A run's state, what shows it, and what to change."""
+
+    state: TrainingState
+    step: int
+    """The step that it is about: the last one, or the one at which training diverged."""
+    seen: str
+    """One sentence with numbers."""
+    change: str
+    """One sentence that names the option."""
+
+
+def judge_training(
+    reports: Sequence[StepReport], *, slope: float, steps: int | None = None
+) -> TrainingVerdict:
+    """Judge a run by its last reports; may be asked after any step.
+
+    Several things can be true at once; the verdict is the one to act on first: diverged, then
+    loser_dominant (more of the same does harm), saturated (more does nothing), not_moving.
+
+    Args:
+        reports: all reports so far, oldest first.
+        slope: the loss's slope on the margin (`beta`), to express errors in logits.
+        steps: how many the run will have. With it, a run is not called "not moving" before a
+            quarter of them; without, it is judged as if it ended here.
+    """
+    window = reports[-WINDOW:]
+    if exploded := _diverged(reports):
+        return exploded
+    if len(reports) < WINDOW:
+        return TrainingVerdict(
+            state=TrainingState.TOO_EARLY,
+            step=reports[-1].step if reports else 0,
+            seen=f"Only {len(reports)} steps so far, and a judgement looks back on {WINDOW}.",
+            change=f"Nothing yet; a run needs train.steps of {WINDOW} or more to be judged.",
+        )
+    view = _View.of(window, start=reports[0].loss, slope=slope)
+    # Warm-up and the first real steps are flat in every run, and slow settings stay so for long.
+    planned = steps or len(reports)
+    patient = len(reports) < min(planned, max(2 * WINDOW, planned // 4))
+    if view.winner_is_worse:
+        return _loser_dominant(view)
+    if view.factor < DEAD:
+        return _saturated(view)
+    if not view.moved and not patient:
+        return _not_moving(view)
+    return _healthy(view)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Smoothed:
+    mean: float
+    error: float
+    """Standard error of the mean."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> _Smoothed:
+        array = np.asarray(values, dtype=np.float64)
+        return cls(mean=float(array.mean()), error=float(array.std(ddof=1)) / math.sqrt(len(array)))
+
+    @property
+    def is_clearly_positive(self) -> bool:
+        return self.mean > CLEAR * self.error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _View:
+    """The trailing window, smoothed."""
+
+    last: StepReport
+    start: float
+    slope: float
+    loss: float
+    margin: float
+    logits: _Smoothed
+    accuracy: float
+    chosen: _Smoothed
+    rejected: float
+    factor: float
+    dominant: float
+
+    @classmethod
+    def of(cls, window: Sequence[StepReport], *, start: float, slope: float) -> _View:
+        def mean(value: Callable[[StepReport], float]) -> float:
+            return float(np.mean([value(report) for report in window]))
+
+        return cls(
+            last=window[-1],
+            start=start,
+            slope=slope,
+            loss=mean(lambda report: report.loss),
+            margin=mean(lambda report: report.margin),
+            logits=_Smoothed.of([report.logits for report in window]),
+            accuracy=mean(lambda report: report.accuracy),
+            chosen=_Smoothed.of([report.chosen_change for report in window]),
+            rejected=mean(lambda report: report.rejected_change),
+            factor=mean(lambda report: report.gradient_factor),
+            dominant=mean(lambda report: report.loser_dominant),
+        )
+
+    @property
+    def moved(self) -> bool:
+        return self.logits.mean >= MOVED and self.logits.is_clearly_positive
+
+    @property
+    def winner_is_worse(self) -> bool:
+        """The chosen error rose: not by chance, by as much as counts as moving, and dearly."""
+        return (
+            self.chosen.is_clearly_positive
+            and self.slope * self.chosen.mean >= MOVED
+            and self.chosen.mean >= WINNER_SHARE * self.margin
+        )
+
+
+def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
+    window, recent = reports[-WINDOW:], reports[-SHORT:]
+    if any(not _is_finite(report) for report in window):
+        first = next(report for report in reports if not _is_finite(report))
+        return TrainingVerdict(
+            state=TrainingState.DIVERGED,
+            step=first.step,
+            seen=f"At step {first.step} the loss became {first.loss} and the margin "
+            f"{first.margin}.",
+            change=f"Lower train.lr ({_less(first.lr)} instead of {option(first.lr)}) and set "
+            'train.precision to "bf16" or "no" if it is "fp16"; nothing after that step is usable.',
+        )
+    # A loss scaler skips a few steps while it finds its scale, never a whole window.
+    if len(window) == WINDOW and all(not math.isfinite(report.grad_norm) for report in window):
+        return TrainingVerdict(
+            state=TrainingState.DIVERGED,
+            step=window[0].step,
+            seen=f"The gradient has not been finite since step {window[0].step}, so that no step "
+            "changed the weights.",
+            change='Set train.precision to "bf16" or "no".',
+        )
+    if len(recent) < SHORT:
+        return None
+    # A loss that begins at 0 has no ratio to it.
+    start = max(math.log(2), reports[0].loss)
+
+    def excess(report: StepReport) -> float:
+        """How far beyond the limits a report is; 1 is the limit."""
+        if not _is_finite(report):  # long ago, and survived: a loss scaler skipped it
+            return math.inf
+        rise = max(report.chosen_change, report.rejected_change)
+        return max(report.loss / (EXPLODED_LOSS * start), rise / EXPLODED_CHANGE)
+
+    if np.median([excess(report) for report in recent]) <= 1:
+        return None
+    sizes = np.array([excess(report) for report in reports])
+    medians = np.median(np.lib.stride_tricks.sliding_window_view(sizes, SHORT), axis=1)
+    onset = int(np.argmax(medians > 1))
+    first = reports[onset + int(np.argmax(sizes[onset : onset + SHORT] > 1))]
+    last = reports[-1]
+    return TrainingVerdict(
+        state=TrainingState.DIVERGED,
+        step=first.step,
+        seen=f"It broke at step {first.step}: the loss is {brief(last.loss)} (it began at "
+        f"{brief(start)}), and against the reference the error on the chosen videos has risen by "
+        f"{brief(last.chosen_change)}, on the rejected ones by {brief(last.rejected_change)}, "
+        "where a network that predicts nothing is off by about 1.",
+        change=f"Lower train.lr ({_less(first.lr)} instead of {option(first.lr)}) and start again, "
+        f"or go on from a checkpoint well before step {first.step}.",
+    )
+
+
+def _loser_dominant(view: _View) -> TrainingVerdict:
+    pull = 10 ** round(math.log10(max(view.slope * view.factor, 1.0)))
+    return TrainingVerdict(
+        state=TrainingState.LOSER_DOMINANT,
+        step=view.last.step,
+        seen=f"The winner is getting worse: the error on the chosen videos rose by "
+        f"{brief(view.chosen.mean)}, on the rejected ones by {brief(view.rejected)}, so that "
+        f"{view.accuracy:.0%} of pairs are ordered right while {view.dominant:.0%} of them owe it "
+        "to the loser alone.",
+        change=f"Lower train.lr ({_less(view.last.lr)} instead of {option(view.last.lr)}) or "
+        "train.steps, or hold the winner: loss.anchor_weight of about "
+        f"{pull} where the loss has one (it must weigh against beta times the gradient factor).",
+    )
+
+
+def _saturated(view: _View) -> TrainingVerdict:
+    # The beta at which the margin that was reached would give logits of 1.
+    beta = _round(view.slope / max(view.logits.mean, 1.0))
+    return TrainingVerdict(
+        state=TrainingState.SATURATED,
+        step=view.last.step,
+        seen=f"The gradient factor is {view.factor:.3f} of the 0.5 it began with (beta * margin "
+        f"is {brief(view.logits.mean)}): the loss is satisfied and pushes no more.",
+        change=f"If the videos should change further, lower loss.beta to about {option(beta)}; if "
+        "not, fewer train.steps give the same result.",
+    )
+
+
+def _not_moving(view: _View) -> TrainingVerdict:
+    # Two ways to stay at ln 2: margins that are tiny, and margins that cancel.
+    if view.logits.error >= MOVED:
+        return TrainingVerdict(
+            state=TrainingState.NOT_MOVING,
+            step=view.last.step,
+            seen=f"The loss stays at {brief(view.loss)}: beta * margin swings from pair to pair "
+            f"but averages {brief(view.logits.mean)}, and {view.accuracy:.0%} of pairs are ordered "
+            "right.",
+            change="The pairs do not agree on a direction: look at them, build more "
+            "(build.count), average over more (train.accumulation), or lower train.lr "
+            f"({_less(view.last.lr)} instead of {option(view.last.lr)}).",
+        )
+    return TrainingVerdict(
+        state=TrainingState.NOT_MOVING,
+        step=view.last.step,
+        seen=f"The loss stays at {brief(view.loss)} (it began at {brief(view.start)}): beta * "
+        f"margin is {brief(view.logits.mean)}, too small for the policy to differ from the "
+        "reference.",
+        # AdamW divides the gradient by its own size, so while the loss is flat a larger beta
+        # alone does not make the steps longer.
+        change=f"Raise train.lr ({_more(view.last.lr)} instead of {option(view.last.lr)}) or "
+        "train.steps first, as AdamW's steps do not grow with beta while the loss is flat; then "
+        "loss.beta.",
+    )
+
+
+def _healthy(view: _View) -> TrainingVerdict:
+    chosen = "fell" if view.chosen.mean < 0 else "rose"
+    rejected = "fell" if view.rejected < 0 else "rose"
+    return TrainingVerdict(
+        state=TrainingState.HEALTHY,
+        step=view.last.step,
+        seen=f"The loss went from {brief(view.start)} to {brief(view.loss)}, "
+        f"{view.accuracy:.0%} of pairs are ordered right; the error on the chosen videos {chosen} "
+        f"by {brief(abs(view.chosen.mean))}, on the rejected ones it {rejected} by "
+        f"{brief(abs(view.rejected))}.",
+        change=f"Nothing; with a gradient factor of {view.factor:.2f} more train.steps would "
+        "still move it.",
+    )
+
+
+def _is_finite(report: StepReport) -> bool:
+    values = (
+        report.loss,
+        report.margin,
+        report.logits,
+        report.chosen_change,
+        report.rejected_change,
+    )
+    return all(math.isfinite(value) for value in values)
+
+
+def _less(lr: float) -> str:
+    return option(_round(lr / 3))
+
+
+def _more(lr: float) -> str:
+    return option(_round(lr * 3))
+
+
+def _round(value: float) -> float:
+    """To one significant digit: advice is never more exact than that."""
+    return float(f"{value:.0e}")
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+FEW = 10
+"""Videos under which a bootstrap interval of skewed values covers less than 90%."""
+
+
+class Role(StrEnum):
+    """What a metric is measured for."""
+
+    TARGET = "target"
+    """What the training was to improve."""
+    MOTION = "motion"
+    """How much moves: must not fall, or a still picture would win."""
+    GUARD = "guard"
+    """What must not be lost on the way."""
+
+
+class MetricResult(Record):
+    """One metric on every video of the base model and of the tuned one."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    role: Role
+    base: tuple[float, ...]
+    """One value a video, in the order of the prompts."""
+    tuned: tuple[float, ...]
+    difference: PairedDifference
+
+    @classmethod
+    def measured(
+        cls,
+        name: str,
+        base: Sequence[float],
+        tuned: Sequence[float],
+        *,
+        unit: str,
+        higher_is_better: bool,
+        role: Role,
+        seed: int = 0,
+    ) -> MetricResult:
+        """Compare two sets of values, video by video."""
+        return cls(
+            name=name,
+            unit=unit,
+            higher_is_better=higher_is_better,
+            role=role,
+            base=tuple(base),
+            tuned=tuple(tuned),
+            difference=paired_difference(base, tuned, seed=seed),
+        )
+
+    @property
+    def label(self) -> str:
+        """The name as words."""
+        return self.name.replace("_", " ")
+
+    @property
+    def improved(self) -> bool:
+        """The whole interval is on the good side of zero."""
+        return self.difference.low > 0 if self.higher_is_better else self.difference.high < 0
+
+    @property
+    def worsened(self) -> bool:
+        """The whole interval is on the bad side of zero."""
+        return self.difference.high < 0 if self.higher_is_better else self.difference.low > 0
+
+
+class Outcome(StrEnum):
+    """What training did to the videos."""
+
+    IMPROVED = "improved"
+    MOVES_LESS = "moves_less"
+    """Better on its targets, but it moves less: no improvement."""
+    LESS_FAITHFUL = "less_faithful"
+    """Better on its targets, but a guard got worse."""
+    UNPROVEN = "unproven"
+    """Better on its targets, and nothing measured the motion."""
+    MIXED = "mixed"
+    """Better on one target, worse on another."""
+    NO_CLEAR_CHANGE = "no_clear_change"
+    WORSE = "worse"
+
+
+class EvaluationVerdict(Record):
+    """What happened to the videos, for a person."""
+
+    outcome: Outcome
+    headline: str
+    """One short sentence."""
+    details: tuple[str, ...]
+    """One sentence for every metric, and what to keep in mind."""
+
+
+def judge_evaluation(
+    metrics: Sequence[MetricResult], *, tolerance: float = 0.03
+) -> EvaluationVerdict:
+    """Say what happened, and "improved" only where three things hold.
+
+    A target's 95% interval excludes zero in the good direction and no other target's excludes it
+    in the bad one; no motion metric's mean fell by more than `tolerance` (relative); no guard's
+    interval excludes zero in the bad direction. The motion is judged by its mean, not by its
+    interval: "no significant fall" would be easy to reach with few videos.
+
+    Args:
+        metrics: at least one of role target.
+        tolerance: largest relative fall of the motion that counts as keeping it.
+
+    Raises:
+        ValueError: there is no target.
+    """
+    targets, motions, guards = (
+        [metric for metric in metrics if metric.role is role] for role in Role
+    )
+    if not targets:
+        raise ValueError("nothing to judge: no metric has the role of a target")
+    better = [metric for metric in targets if metric.improved]
+    worse = [metric for metric in targets if metric.worsened]
+    stiller = [metric for metric in motions if _fell(metric, tolerance)]
+    lost = [metric for metric in guards if metric.worsened]
+    gain = _gain(better)
+    if better and worse:
+        outcome = Outcome.MIXED
+        headline = f"Mixed: {_names(better)} got better, {_names(worse)} got worse."
+    elif better and stiller:
+        outcome = Outcome.MOVES_LESS
+        also = f", and less faithful: {_moves(lost)}" if lost else ""
+        headline = f"{gain} because it moves less{also}."
+    elif better and lost:
+        outcome = Outcome.LESS_FAITHFUL
+        headline = f"{gain} but less faithful: {_moves(lost)}."
+    elif better and not motions:
+        outcome = Outcome.UNPROVEN
+        headline = f"{gain}, but nothing measured whether it still moves."
+    elif better:
+        outcome = Outcome.IMPROVED
+        headline = f"Improved: {gain.lower()}, and it moves as much as before."
+        if any((metric.difference.relative or 0) > tolerance for metric in motions):
+            headline = f"Improved: {gain.lower()}, and it moves more than before."
+    else:
+        # Nothing was gained. For a loss of motion, too, ask for more than chance here.
+        fallen = [*worse, *lost, *(metric for metric in stiller if metric.worsened)]
+        outcome = Outcome.WORSE if fallen else Outcome.NO_CLEAR_CHANGE
+        headline = f"Worse: {_moves(fallen)}." if fallen else "No clear change."
+    details = [_describe(metric, tolerance) for metric in (*targets, *motions, *guards)]
+    fewest = min(metric.difference.pairs for metric in metrics)
+    if fewest < FEW:
+        details.append(f"With {fewest} videos the intervals are rough.")
+    if not guards:
+        details.append("No metric guarded how faithful the videos are.")
+    if not motions:
+        details.append(
+            "Add a metric of motion (--metric dynamic_degree): a frozen video is smooth."
+        )
+    return EvaluationVerdict(outcome=outcome, headline=headline, details=tuple(details))
+
+
+def _fell(metric: MetricResult, tolerance: float) -> bool:
+    relative = metric.difference.relative
+    return relative is not None and relative < -tolerance
+
+
+def _gain(better: Sequence[MetricResult]) -> str:
+    # The names choose a word here, never the judgement.
+    smooth = all(metric.name in ("warp_error", "frame_difference") for metric in better)
+    return "Smoother" if smooth else "Better"
+
+
+def _names(metrics: Sequence[MetricResult]) -> str:
+    names = [metric.label for metric in metrics]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _moves(metrics: Sequence[MetricResult]) -> str:
+    """Such as "caption match fell and warp error rose"."""
+    parts = [
+        f"{metric.label} {'rose' if metric.difference.difference > 0 else 'fell'}"
+        for metric in metrics
+    ]
+    return " and ".join(parts)
+
+
+def _describe(metric: MetricResult, tolerance: float) -> str:
+    change = metric.difference
+    size = (
+        f"{percent(change.relative)}, 95% interval {percent(change.relative_low)} to "
+        f"{percent(change.relative_high)}"
+        if change.relative is not None
+        else f"95% interval {brief(change.low)} to {brief(change.high)}"
+    )
+    direction = "rose" if change.difference > 0 else "fell"
+    values = f"from {brief(change.base_mean)} to {brief(change.tuned_mean)} ({size})"
+    text = f"{metric.label.capitalize()} {direction} {values}"
+    if metric.role is Role.MOTION:
+        if _fell(metric, tolerance):
+            return f"{text}, more than the {tolerance:.0%} that count as keeping the motion."
+        if (change.relative_low or 0) < -tolerance:
+            return (
+                f"{text}: within the {tolerance:.0%} tolerance, though {change.pairs} videos "
+                "cannot rule out a larger fall."
+            )
+        return f"{text}: the motion is kept."
+    if metric.improved or metric.worsened:
+        return f"{text}: {'better' if metric.improved else 'worse'}."
+    return f"{text}: no clear change."
+
+
+# --- numbers as a person writes them ---------------------------------------------------------
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def brief(value: float | None) -> str:
+    """About three significant digits: `150.3`, `7.20`, `0.693`, `1.2e-4`."""
+    if value is None:
+        return "n/a"
+    if not math.isfinite(value) or value == 0:
+        return str(value) if value else "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if -4 <= exponent < 5:
+        text = f"{value:.{max(0, min(5, 2 - exponent), int(exponent == 2))}f}"
+    else:
+        mantissa, _, power = f"{value:.1e}".partition("e")
+        text = f"{mantissa.removesuffix('.0')}e{int(power)}"
+    return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def option(value: float) -> str:
+    """A number as one would type it: `3e-5`, `0.001`, `500`."""
+    if not 0 < abs(value) < 1e-3:
+        return f"{value:g}"
+    mantissa, _, power = f"{value:.5e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+def percent(share: float | None) -> str:
+    """A signed percentage, such as `+4.2%`."""
+    return "n/a" if share is None else f"{share:+.1%}".replace("-", MINUS)
