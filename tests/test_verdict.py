@@ -1,0 +1,416 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from dpo_video.verdict import (
+    WINDOW,
+    MetricResult,
+    Outcome,
+    Role,
+    StepReport,
+    TrainingState,
+    brief,
+    judge_evaluation,
+    judge_training,
+    option,
+    percent,
+)
+
+SLOPE = 2500.0
+Curve = Callable[[int], float]
+
+
+def run(
+    chosen: Curve,
+    rejected: Curve,
+    *,
+    steps: int = 60,
+    slope: float = SLOPE,
+    noise: float = 0.3,
+    pairs: int = 4,
+    terms: int = 1,
+    seed: int = 0,
+) -> list[StepReport]:
+    """Reports of a run whose errors change along two curves, as a loop would make them.
+
+    Args:
+        chosen: step to d(chosen), in logits (times the slope).
+        rejected: step to d(rejected), in logits.
+        steps: how long.
+        slope: beta.
+        noise: of a pair's logits, relative to their size (plus a hundredth of a logit).
+        pairs: a step.
+        terms: logistic terms in the loss (the region loss has two).
+        seed: of the noise.
+    """
+    rng = np.random.default_rng(seed)
+    reports = []
+    for step in range(1, steps + 1):
+        d_w, d_l = chosen(step - 1), rejected(step - 1)
+        size = noise * (abs(d_w) + abs(d_l)) + (0.01 if step > 1 else 0.0)
+        winners, losers = d_w + size * rng.normal(size=pairs), d_l + size * rng.normal(size=pairs)
+        logits = losers - winners
+        reports.append(
+            StepReport(
+                step=step,
+                loss=terms * float(np.logaddexp(0, -logits).mean()),
+                margin=float(logits.mean()) / slope,
+                logits=float(logits.mean()),
+                accuracy=float(((logits > 0) + 0.5 * (logits == 0)).mean()),
+                chosen_change=float(winners.mean()) / slope,
+                rejected_change=float(losers.mean()) / slope,
+                gradient_factor=float(np.exp(-np.logaddexp(0, logits)).mean()),
+                loser_dominant=float(((winners > 0) & (losers > abs(winners))).mean()),
+                grad_norm=float(rng.lognormal(-1, 0.4)),
+                lr=1e-4 * min(1.0, step / 10),
+                pairs_per_second=3.0,
+                memory_gib=1.5,
+                seconds=1.3 * step,
+                eta_seconds=1.3 * (steps - step),
+            )
+        )
+    return reports
+
+
+def grow(to: float, over: int = 60) -> Curve:
+    return lambda step: to * min(1.0, step / over)
+
+
+def flat(step: int) -> float:
+    return 0.0
+
+
+# --- training: each state, along a likely path -----------------------------------------------
+
+HEALTHY = {
+    "the winner gets better": (grow(-0.3), grow(1.0)),
+    "the loser alone moves": (flat, grow(1.2)),
+    "the winner pays a little": (grow(0.15), grow(1.5)),
+    "strong, not yet dead": (grow(-0.5), grow(1.8)),
+    "both errors fall": (grow(-1.0), grow(-0.3)),
+}
+DOMINANT = {
+    "both errors rise, the loser's more": (grow(1.0), grow(2.5)),
+    "both errors rise alike": (grow(2.0), grow(2.0)),
+    "also saturated": (grow(5.0), grow(14.0)),
+    "the winner's rises more": (grow(2.0), grow(1.0)),
+}
+SATURATED = {
+    "far too much slope": (grow(-3.0), grow(9.0)),
+    "just dead": (flat, grow(6.0, over=40)),
+}
+STILL = {
+    "nothing happens": (flat, flat),
+    "ten times too slow": (grow(-0.01), grow(0.04)),
+}
+
+
+@pytest.mark.parametrize(
+    ("state", "curves"),
+    [
+        (state, curves)
+        for state, paths in (
+            (TrainingState.HEALTHY, HEALTHY),
+            (TrainingState.LOSER_DOMINANT, DOMINANT),
+            (TrainingState.SATURATED, SATURATED),
+            (TrainingState.NOT_MOVING, STILL),
+        )
+        for curves in paths.values()
+    ],
+    ids=[*HEALTHY, *DOMINANT, *SATURATED, *STILL],
+)
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("terms", [1, 2])
+def test_every_state_is_reached_by_its_own_path(
+    state: TrainingState, curves: tuple[Curve, Curve], seed: int, terms: int
+) -> None:
+    verdict = judge_training(run(*curves, seed=seed, terms=terms), slope=SLOPE, steps=60)
+    assert verdict.state is state, verdict
+    assert verdict.step == 60
+
+
+def test_the_slope_is_the_unit() -> None:
+    # The same logits from a tenth of the slope are ten times the errors: the same verdict.
+    for paths in (HEALTHY, DOMINANT, SATURATED, STILL):
+        for curves in paths.values():
+            states = {
+                judge_training(run(*curves, slope=slope), slope=slope).state
+                for slope in (250.0, 2500.0)
+            }
+            assert len(states) == 1
+
+
+def test_noise_around_nothing_is_no_progress_and_no_harm() -> None:
+    states = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        wild = [
+            report.model_copy(
+                update={"logits": w - c, "chosen_change": c / SLOPE, "margin": (w - c) / SLOPE}
+            )
+            for report in run(flat, flat)
+            for c, w in [rng.normal(0, 0.7, 2)]
+        ]
+        verdict = judge_training(wild, slope=SLOPE)
+        states.append(verdict.state)
+        if verdict.state is TrainingState.NOT_MOVING:
+            assert "train.accumulation" in verdict.change
+    assert states.count(TrainingState.NOT_MOVING) > 90
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("field", ["loss", "margin", "chosen_change"])
+@pytest.mark.parametrize("at", [3, 41])
+def test_what_is_not_finite_has_diverged_at_its_step(field: str, value: float, at: int) -> None:
+    reports = run(*HEALTHY["the loser alone moves"])
+    for index in range(at - 1, min(at + 5, 60)):
+        reports[index] = reports[index].model_copy(update={field: value})
+    verdict = judge_training(reports[: at + 5], slope=SLOPE)
+    assert (verdict.state, verdict.step) == (TrainingState.DIVERGED, at)
+    assert f"step {at}" in verdict.seen
+    assert "train.lr" in verdict.change and "train.precision" in verdict.change
+
+
+def test_an_explosion_is_named_with_its_step() -> None:
+    def burst(step: int) -> float:
+        return 0.02 * step if step < 40 else 2000.0 * 1.3 ** (step - 40)
+
+    reports = run(burst, lambda step: 0.03 * step if step < 40 else 1.1 * burst(step), noise=0.05)
+    assert judge_training(reports[:40], slope=SLOPE).state is TrainingState.LOSER_DOMINANT
+    verdict = judge_training(reports, slope=SLOPE)
+    assert (verdict.state, verdict.step) == (TrainingState.DIVERGED, 41)
+    assert "checkpoint well before step 41" in verdict.change
+
+
+def test_a_loss_that_explodes_while_errors_stay_small_has_diverged() -> None:
+    wrong = run(lambda step: 0.0 if step < 30 else 30.0, lambda step: 0.02 * step, noise=0.05)
+    verdict = judge_training(wrong, slope=SLOPE)
+    assert (verdict.state, verdict.step) == (TrainingState.DIVERGED, 31)
+
+
+def test_a_step_that_was_survived_does_not_hide_what_follows() -> None:
+    reports = run(*HEALTHY["the loser alone moves"])
+    reports[0] = reports[0].model_copy(update={"loss": math.nan})
+    assert judge_training(reports, slope=SLOPE).state is TrainingState.HEALTHY
+    reports[50:] = [report.model_copy(update={"chosen_change": 3.0}) for report in reports[50:]]
+    verdict = judge_training(reports, slope=SLOPE)
+    assert (verdict.state, verdict.step) == (TrainingState.DIVERGED, 51)
+
+
+def test_one_wild_step_is_no_explosion() -> None:
+    reports = run(*HEALTHY["the loser alone moves"])
+    reports[57] = reports[57].model_copy(update={"loss": 40.0})
+    assert judge_training(reports, slope=SLOPE).state is TrainingState.HEALTHY
+
+
+def test_a_loss_scaler_may_skip_some_steps_but_not_all() -> None:
+    reports = run(*HEALTHY["the loser alone moves"])
+    some = [
+        report.model_copy(update={"grad_norm": math.inf}) if report.step > 50 else report
+        for report in reports
+    ]
+    assert judge_training(some, slope=SLOPE).state is TrainingState.HEALTHY
+    every = [report.model_copy(update={"grad_norm": math.inf}) for report in run(flat, flat)]
+    verdict = judge_training(every, slope=SLOPE)
+    assert verdict.state is TrainingState.DIVERGED and "train.precision" in verdict.change
+
+
+# --- training: asked live --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 1, WINDOW - 1])
+def test_it_is_too_early_to_judge_a_few_steps(steps: int) -> None:
+    verdict = judge_training(run(flat, flat, steps=steps), slope=SLOPE, steps=1000)
+    assert (verdict.state, verdict.step) == (TrainingState.TOO_EARLY, steps)
+
+
+def states_along(reports: Sequence[StepReport]) -> list[TrainingState]:
+    """The states in the order in which a loop that asks at every step would print them."""
+    states: list[TrainingState] = []
+    for end in range(1, len(reports) + 1):
+        state = judge_training(reports[:end], slope=SLOPE, steps=len(reports)).state
+        if not states or states[-1] is not state:
+            states.append(state)
+    return states
+
+
+def test_a_slow_start_is_given_time() -> None:
+    slow = run(grow(-0.2, over=1000), grow(1.0, over=1000), steps=1000)
+    assert judge_training(slow[:60], slope=SLOPE).state is TrainingState.NOT_MOVING
+    assert states_along(slow) == [TrainingState.TOO_EARLY, TrainingState.HEALTHY]
+
+
+def test_the_verdict_turns_once_when_the_run_does() -> None:
+    too_far = run(lambda step: -0.01 * step, lambda step: 0.03 * step, steps=200)
+    assert states_along(too_far) == [
+        TrainingState.TOO_EARLY,
+        TrainingState.HEALTHY,
+        TrainingState.SATURATED,
+    ]
+
+
+# --- training: the words ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("curves", "options"),
+    [
+        (STILL["nothing happens"], ("train.lr (3e-4 instead of 1e-4)", "train.steps", "loss.beta")),
+        (SATURATED["just dead"], ("loss.beta to about", "train.steps")),
+        (DOMINANT["both errors rise alike"], ("train.lr (3e-5 instead of 1e-4)", "anchor_weight")),
+        (HEALTHY["the loser alone moves"], ("train.steps",)),
+    ],
+)
+def test_the_advice_names_options(curves: tuple[Curve, Curve], options: Sequence[str]) -> None:
+    verdict = judge_training(run(*curves), slope=SLOPE)
+    for wanted in options:
+        assert wanted in verdict.change
+    for sentence in (verdict.seen, verdict.change):
+        assert sentence.endswith(".") and sentence[0].isupper()
+        assert any(character.isdigit() for character in verdict.seen)
+
+
+# --- evaluation ------------------------------------------------------------------------------
+
+
+def metric(
+    name: str, role: Role, change: float, *, noise: float = 0.1, n: int = 47
+) -> MetricResult:
+    """A metric whose values change by a share on average, exactly, with noise a video."""
+    rng = np.random.default_rng(len(name))
+    base = rng.lognormal(1, 0.3, n)
+    wobble = noise * rng.normal(size=n)
+    wobble -= (wobble * base).sum() / base.sum()
+    return MetricResult.measured(
+        name,
+        list(base),
+        list(base * (1 + change + wobble)),
+        unit="",
+        higher_is_better=role is not Role.TARGET,
+        role=role,
+    )
+
+
+def judge(
+    warp: float = 0.0, difference: float = 0.0, motion: float = 0.0, match: float = 0.0
+) -> tuple[Outcome, str]:
+    verdict = judge_evaluation(
+        [
+            metric("warp_error", Role.TARGET, warp),
+            metric("frame_difference", Role.TARGET, difference),
+            metric("dynamic_degree", Role.MOTION, motion),
+            metric("caption_match", Role.GUARD, match),
+        ]
+    )
+    assert len(verdict.details) == 4
+    return verdict.outcome, verdict.headline
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "headline"),
+    [
+        ((-0.257, -0.183), Outcome.IMPROVED, "Improved: smoother, and it moves as much as before."),
+        ((-0.2, 0.0), Outcome.IMPROVED, "Improved: smoother, and it moves as much as before."),
+        ((-0.2, -0.2, -0.029), Outcome.IMPROVED, "as much as before."),
+        ((-0.2, -0.2, 0.1), Outcome.IMPROVED, "Improved: smoother, and it moves more than before."),
+        ((-0.2, -0.2, -0.031), Outcome.MOVES_LESS, "Smoother because it moves less."),
+        ((-0.2, -0.2, -0.6), Outcome.MOVES_LESS, "Smoother because it moves less."),
+        (
+            (-0.2, -0.2, -0.6, -0.2),
+            Outcome.MOVES_LESS,
+            "Smoother because it moves less, and less faithful: caption match fell.",
+        ),
+        (
+            (-0.2, -0.2, 0.0, -0.2),
+            Outcome.LESS_FAITHFUL,
+            "Smoother but less faithful: caption match fell.",
+        ),
+        ((-0.2, -0.2, 0.0, -0.005), Outcome.IMPROVED, "Improved"),  # within its interval
+        ((-0.005, 0.005), Outcome.NO_CLEAR_CHANGE, "No clear change."),
+        ((0.0, 0.0, 0.3, 0.3), Outcome.NO_CLEAR_CHANGE, "No clear change."),
+        ((0.3, 0.2), Outcome.WORSE, "Worse: warp error rose and frame difference rose."),
+        ((0.0, 0.0, -0.3), Outcome.WORSE, "Worse: dynamic degree fell."),
+        ((0.0, 0.0, 0.0, -0.3), Outcome.WORSE, "Worse: caption match fell."),
+        (
+            (-0.2, 0.2),
+            Outcome.MIXED,
+            "Mixed: warp error got better, frame difference got worse.",
+        ),
+    ],
+)
+def test_every_outcome(changes: tuple[float, ...], outcome: Outcome, headline: str) -> None:
+    found = judge(*changes)
+    assert found[0] is outcome
+    assert headline in found[1]
+
+
+def test_nothing_is_improved_while_nobody_watches_the_motion() -> None:
+    verdict = judge_evaluation([metric("warp_error", Role.TARGET, -0.3)])
+    assert verdict.outcome is Outcome.UNPROVEN
+    assert any("--metric dynamic_degree" in sentence for sentence in verdict.details)
+    assert any("No metric guarded" in sentence for sentence in verdict.details)
+
+
+def test_the_tolerance_is_the_users() -> None:
+    metrics = [
+        metric("warp_error", Role.TARGET, -0.3),
+        metric("dynamic_degree", Role.MOTION, -0.08),
+    ]
+    assert judge_evaluation(metrics).outcome is Outcome.MOVES_LESS
+    assert judge_evaluation(metrics, tolerance=0.1).outcome is Outcome.IMPROVED
+
+
+def test_doubt_about_the_motion_is_said() -> None:
+    metrics = [
+        metric("warp_error", Role.TARGET, -0.3),
+        metric("dynamic_degree", Role.MOTION, -0.01, noise=0.4),
+    ]
+    verdict = judge_evaluation(metrics)
+    assert verdict.outcome is Outcome.IMPROVED
+    assert "cannot rule out a larger fall" in verdict.details[1]
+
+
+def test_other_targets_are_better_rather_than_smoother() -> None:
+    metrics = [
+        metric("aesthetic_score", Role.TARGET, -0.3),
+        metric("dynamic_degree", Role.MOTION, 0.0),
+    ]
+    assert "Improved: better, and" in judge_evaluation(metrics).headline
+
+
+def test_few_videos_are_said_to_be_few() -> None:
+    verdict = judge_evaluation([metric("warp_error", Role.TARGET, -0.3, n=6)])
+    assert "With 6 videos the intervals are rough." in verdict.details
+
+
+def test_the_details_have_the_numbers() -> None:
+    one = metric("warp_error", Role.TARGET, -0.25)
+    (sentence, *_) = judge_evaluation([one]).details
+    assert sentence.startswith(f"Warp error fell from {brief(one.difference.base_mean)} to ")
+    assert "95% interval" in sentence and "25.0%" in sentence and sentence.endswith(": better.")
+
+
+def test_without_a_target_there_is_nothing_to_judge() -> None:
+    with pytest.raises(ValueError, match="target"):
+        judge_evaluation([metric("dynamic_degree", Role.MOTION, 0.0)])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (150.32, "150.3"), (7.2, "7.20"), (math.log(2), "0.693"), (-0.00012, "\u22120.00012"),
+        (1.24e-5, "1.2e-5"), (2500.0, "2500"), (123456.0, "1.2e5"), (0.0, "0"), (math.nan, "nan"),
+        (None, "n/a"),
+    ],
+)  # fmt: skip
+def test_numbers_are_brief(value: float | None, text: str) -> None:
+    assert brief(value) == text
+
+
+def test_shares_and_options_read_as_typed() -> None:
+    assert (percent(-0.2574), percent(0.042)) == ("\u221225.7%", "+4.2%")
+    assert (option(3e-5), option(1e-3), option(2500.0)) == ("3e-5", "0.001", "2500")
