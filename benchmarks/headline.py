@@ -58,7 +58,7 @@ def draw_base(work: Path) -> torch.Tensor:
         config = resolve({}, 0)
         model = load_model(config, torch.device("cpu"))
         prompts = config.backbone.prompts(config.evaluate.seeds)
-        drawn = torch.cat(list(draw(model, model.denoiser, prompts, config.evaluate, 0)))
+        drawn = torch.cat(list(draw(model, model.denoiser, prompts, config.evaluate)))
         save_state(path, {"videos": drawn})
     videos: torch.Tensor = load_state(path)["videos"]
     return videos
@@ -96,7 +96,7 @@ def run(name: str, setting: dict[str, Any], seed: int, work: Path) -> dict[str, 
     trained = time.monotonic() - started
     prompts = config.backbone.prompts(config.evaluate.seeds)
     denoiser = merged(load_model(config, device), latest_checkpoint(out) / "adapter")
-    tuned = torch.cat(list(draw(model, denoiser, prompts, config.evaluate, 0)))
+    tuned = torch.cat(list(draw(model, denoiser, prompts, config.evaluate)))
     base = draw_base(work)
     results = [
         MetricResult.measured(

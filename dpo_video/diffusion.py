@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpo_video.seeds import generator
 from dpo_video.strategies import Anchor, VideoModel
 from dpo_video.types import Context, Latents, LossOutput, PairBatch, PairErrors, PerPair
+
+
+def initial_noise(model: VideoModel, seeds: Sequence[int]) -> Latents:
+    """What sampling starts from, one video a seed: the same seed always means the same noise."""
+    drawn = [torch.randn(model.latent_shape, generator=generator(seed, "video")) for seed in seeds]
+    return torch.stack(drawn).to(model.device)
 
 
 def pair_errors(

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from dpo_video.diffusion import initial_noise
 from dpo_video.errors import RunError
-from dpo_video.seeds import generator
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.types import Videos
@@ -51,7 +51,6 @@ def compare(
     prompts: Sequence[str],
     settings: EvaluateSettings,
     *,
-    seed: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Comparison:
     """Draw with the base, merge the adapter, draw again, measure both.
@@ -62,7 +61,7 @@ def compare(
     for tuned_now in (False, True):
         denoiser = merged(model, adapter) if tuned_now else model.denoiser
         drawn: list[Tensor] = []
-        for videos in draw(model, denoiser, prompts, settings, seed):
+        for videos in draw(model, denoiser, prompts, settings):
             drawn.append(videos)
             on_progress(len(sets) * len(prompts) + sum(len(part) for part in drawn))
         sets.append(torch.cat(drawn))
@@ -85,20 +84,14 @@ def draw(
     denoiser: nn.Module,
     prompts: Sequence[str],
     settings: EvaluateSettings,
-    seed: int,
 ) -> Iterator[Videos]:
-    """Batches of videos on the CPU; the `i`-th prompt always gets the `i`-th noise."""
+    """Batches of videos on the CPU; the `i`-th prompt gets the noise of seed `settings.seed + i`."""
     for start in range(0, len(prompts), settings.batch):
         texts = prompts[start : start + settings.batch]
-        noise = torch.stack(
-            [
-                torch.randn(model.latent_shape, generator=generator(seed, "evaluate", start + i))
-                for i in range(len(texts))
-            ]
-        )
+        seeds = range(settings.seed + start, settings.seed + start + len(texts))
         latents = model.sample(
             model.encode_prompts(texts),
-            noise.to(model.device),
+            initial_noise(model, seeds),
             denoiser=denoiser,
             steps=settings.steps,
             guidance=settings.guidance,

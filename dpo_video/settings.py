@@ -60,6 +60,8 @@ class EvaluateSettings(Settings):
 
     seeds: int = Field(default=47, ge=2)
     """Videos of each, one prompt and one seed a video."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the noises; not the run's, so that runs with other seeds draw the same videos."""
     batch: int = Field(default=4, ge=1)
     """Videos sampled at once."""
     steps: int | None = Field(default=None, ge=1)
@@ -68,8 +70,6 @@ class EvaluateSettings(Settings):
     """Classifier-free guidance; the backbone's own when not set."""
     tolerance: float = Field(default=0.03, ge=0, lt=1)
     """Largest relative fall of the dynamic degree that still counts as keeping the motion."""
-    real: int = Field(default=0, ge=0)
-    """Real clips to compare both sets with by Frechet distance; 0 leaves it out."""
 
 
 class RunSettings(Settings):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dpo_video.checkpoint import load_state, save_state
-from dpo_video.diffusion import pair_errors
+from dpo_video.diffusion import initial_noise, pair_errors
 from dpo_video.errors import RunError, TrainingError
 from dpo_video.files import write_text, writing
 from dpo_video.seeds import derive, generator
@@ -140,7 +140,7 @@ def train(
             if accelerator.is_main_process:
                 with writing(out):
                     _save(saved, bare, optimizer, step + 1)
-                    _draw_samples(model, bare, store, settings.samples, out, saved.name, seed)
+                    _draw_samples(model, bare, store, settings.samples, out, saved.name)
             accelerator.wait_for_everyone()
         yield Progress(report=report, checkpoint=saved)
 
@@ -350,13 +350,11 @@ def _draw_samples(
     count: int,
     out: Path,
     name: str,
-    seed: int,
 ) -> None:
     """A few videos with prompts and seeds that never change, to watch the policy change."""
     for i in range(min(count, len(store))):
         context = store.batch([i]).to(model.device).context
-        noise = torch.randn(model.latent_shape, generator=generator(seed, "sample", i))[None]
-        latents = model.sample(context, noise.to(model.device), denoiser=policy)
+        latents = model.sample(context, initial_noise(model, [i]), denoiser=policy)
         video = model.decode_videos(latents)[0].cpu()
         scale = max(1, 256 // model.shape.height)
         write_video(out / "samples" / name / f"{i:02d}.mp4", video, model.shape.fps, scale)

@@ -56,7 +56,6 @@ def evaluate(
             config.metrics,
             prompts,
             settings,
-            seed=config.run.seed,
             on_progress=lambda done: bar.update(task, completed=done),
         )
     reports = read_log(run)
@@ -64,7 +63,7 @@ def evaluate(
     evaluation = Evaluation(
         name=run.resolve().name,
         prompts=tuple(prompts),
-        seeds=tuple(range(len(prompts))),
+        seeds=tuple(range(settings.seed, settings.seed + len(prompts))),
         frames=model.shape.frames,
         fps=model.shape.fps,
         metrics=comparison.metrics,

@@ -38,11 +38,9 @@ def generate(
     if run is not None and file is None:
         file = run / "run.toml"
     config = resolve(file, assignments, backbone=backbone, run_device=device)
-    import torch
-
+    from dpo_video.diffusion import initial_noise
     from dpo_video.evaluate import merged
     from dpo_video.files import writing
-    from dpo_video.seeds import generator
     from dpo_video.session import load_model, pick_device
     from dpo_video.train import latest_checkpoint
     from dpo_video.video import write_video
@@ -52,10 +50,9 @@ def generate(
     denoiser = merged(model, adapter) if adapter else model.denoiser
     prompts = [prompt] * count if prompt else config.backbone.prompts(count)
     for i, text in enumerate(prompts):
-        noise = torch.randn(model.latent_shape, generator=generator(seed + i, "generate"))[None]
         latents = model.sample(
             model.encode_prompts([text]),
-            noise.to(model.device),
+            initial_noise(model, [seed + i]),
             denoiser=denoiser,
             steps=steps,
             guidance=guidance,

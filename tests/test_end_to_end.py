@@ -1,0 +1,116 @@
+"""The main job as a user runs it, on the embedded model, in as few steps as show everything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+CLIPS = Path(__file__).parents[2] / "shared" / "clips"
+QUICK = [
+    "--set=train.accumulation=1", "--set=train.save_every=1", "--set=train.samples=1",
+    "--set=train.tracker=none", "--device=cpu",
+]  # fmt: skip
+LOCAL = ["--pairs=local", "--loss=region", "--set=pairs.steps=4", "--count=2", "--steps=2"]
+
+
+def dpo_video(
+    *arguments: str | Path, cwd: Path, ok: bool = True
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_video", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ok:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run in it."""
+    place = tmp_path_factory.mktemp("place")
+    dpo_video("train", *LOCAL, *QUICK, cwd=place)
+    return place
+
+
+def test_a_run_has_all_its_parts(place: Path) -> None:
+    run = place / "runs" / "local-region"
+    resolved = tomllib.loads((run / "run.toml").read_text())
+    assert resolved["loss"]["name"] == "region" and resolved["loss"]["beta"] == 2500
+    assert resolved["versions"]["torch"]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["margin"] == 0
+    assert (run / "checkpoints" / "step_000002" / "adapter" / "adapter_config.json").exists()
+    assert len(list((run / "samples").rglob("*.mp4"))) == 2
+
+
+def test_pairs_are_reused_and_it_is_said(place: Path) -> None:
+    done = dpo_video("train", *LOCAL, *QUICK, "--out", "runs/again", cwd=place)
+    assert "built earlier" in done.stderr
+    assert len(list((place / "runs" / "pairs").iterdir())) == 1
+
+
+def test_a_config_repeats_a_run_to_the_byte(place: Path) -> None:
+    dpo_video("train", "--config", "runs/local-region/run.toml", "--out", "runs/repeat", cwd=place)
+    weights = [
+        place / "runs" / name / "checkpoints/step_000002/adapter/adapter_model.safetensors"
+        for name in ("local-region", "repeat")
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_evaluate_writes_a_page_and_json(place: Path) -> None:
+    done = dpo_video(
+        "evaluate", "runs/local-region", "--seeds", "2", "--set", "evaluate.steps=3", cwd=place
+    )
+    folder = place / "runs" / "local-region" / "evaluation"
+    page = (folder / "index.html").read_text()
+    assert "data:video/mp4;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    found = json.loads((folder / "evaluation.json").read_text())
+    names = {metric["name"] for metric in found["metrics"]}
+    assert {"warp_error", "frame_difference", "dynamic_degree"} <= names
+    assert "index.html" in done.stderr
+
+
+def test_generate_writes_videos(place: Path) -> None:
+    dpo_video(
+        "generate", "runs/local-region", "--prompt", "a red star", "--steps", "2",
+        "--out", "star.gif", cwd=place,
+    )  # fmt: skip
+    dpo_video("generate", "--steps", "2", "--count", "2", "--out", "base.mp4", cwd=place)
+    assert (place / "star.gif").read_bytes()[:3] == b"GIF"
+    assert (place / "base_00.mp4").exists() and (place / "base_01.mp4").exists()
+
+
+def test_jitter_with_copy(place: Path) -> None:
+    dpo_video(
+        "train", "--pairs=jitter", "--loss=global", "--reference=copy", "--set=pairs.winner=clip",
+        "--count=1", "--steps=1", *QUICK, cwd=place,
+    )  # fmt: skip
+    assert (place / "runs" / "jitter-global" / "log.jsonl").exists()
+
+
+def test_region_loss_on_pairs_without_regions_says_so(place: Path) -> None:
+    done = dpo_video(
+        "train", "--pairs=jitter", "--loss=region", "--set=pairs.winner=clip", "--count=1",
+        "--steps=1", *QUICK, cwd=place, ok=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "have no regions" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the folder of real clips is not here")
+def test_real_clips(place: Path) -> None:
+    done = dpo_video("train", *LOCAL, *QUICK, "--clips", CLIPS, "--out", "runs/real", cwd=place)
+    assert (place / "runs" / "real" / "log.jsonl").exists()
+    assert "example_1_A.mp4" in done.stderr  # it has no caption, and that is said
