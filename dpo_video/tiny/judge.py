@@ -1,0 +1,140 @@
+"""An instrument that looks at `tiny`'s videos: what is shown, and whether the shape is whole.
+
+The recipe is `python -m dpo_video.tiny.judge_recipe`; with `--measure` it says how far the judge
+can be trusted.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dpo_video.errors import UserError
+from dpo_video.tiny import scenes
+from dpo_video.types import Videos
+
+WEIGHTS = Path(__file__).with_name("judge.safetensors")
+BROKEN = len(scenes.SHAPES)
+"""The index of the last shape class: none of the five, because it is blurred, torn or melted."""
+FEATURES = 24  # per frame; a video has twice as many, few enough for a covariance of 47 videos
+_FRAMES_AT_ONCE = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """What the judge sees in frames; `*` is one axis of frames, or videos and their frames."""
+
+    color: Float[Tensor, "*frames 8"]
+    """Log-probabilities, in the order of `scenes.COLORS`."""
+    shape: Float[Tensor, "*frames 6"]
+    """Log-probabilities, in the order of `scenes.SHAPES`, then `BROKEN`."""
+    background: Float[Tensor, "*frames 8"]
+    """Log-probabilities, in the order of `scenes.BACKGROUNDS`."""
+    features: Float[Tensor, "*frames 24"]
+    """The layer that all three are read from."""
+
+
+class Judge(nn.Module):
+    """A small convolutional network over single frames, with a head for each word of a caption."""
+
+    video_mean: Tensor
+    video_scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            *_layer(12, 24),
+            *_layer(24, 48, stride=2),
+            *_layer(48, 48),
+            *_layer(48, 64, stride=2),
+            *_layer(64, 64),
+        )
+        self.features = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, FEATURES))
+        self.color = nn.Linear(FEATURES, len(scenes.COLORS))
+        self.shape = nn.Linear(FEATURES, len(scenes.SHAPES) + 1)
+        self.background = nn.Linear(FEATURES, len(scenes.BACKGROUNDS))
+        # The first two moments of real videos' features, for `video_features`.
+        self.register_buffer("video_mean", torch.zeros(2 * FEATURES))
+        self.register_buffer("video_scale", torch.ones(2 * FEATURES))
+
+    def forward(self, frames: Float[Tensor, "n 3 64 64"]) -> Sight:
+        """Look at frames in [0, 1]."""
+        # Keeps every pixel of an outline at a quarter of the work.
+        folded = F.pixel_unshuffle(2 * frames - 1, 2)
+        grid = self.trunk(folded.contiguous(memory_format=torch.channels_last))
+        features = self.features(torch.cat([grid.mean(dim=(2, 3)), grid.amax(dim=(2, 3))], dim=1))
+        return Sight(
+            color=self.color(features).log_softmax(dim=-1),
+            shape=self.shape(features).log_softmax(dim=-1),
+            background=self.background(features).log_softmax(dim=-1),
+            features=features,
+        )
+
+
+def _layer(channels: int, width: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    convolution = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+    return convolution, nn.BatchNorm2d(width), nn.ReLU()
+
+
+@functools.cache
+def load_judge(device: torch.device = torch.device("cpu")) -> Judge:  # noqa: B008 - a constant
+    """The trained judge in fp32, frozen and in evaluation mode; one per device."""
+    judge = Judge()
+    judge.load_state_dict(load_file(WEIGHTS))
+    return judge.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def judge_videos(videos: Videos, judge: Judge | None = None) -> Sight:
+    """Look at every frame of videos in [0, 1]; the result has axes `b F`.
+
+    Raises:
+        UserError: where the frames are not 64x64, which is all that the judge was trained on.
+    """
+    if videos.shape[-2:] != (scenes.SIZE, scenes.SIZE):
+        height, width = videos.shape[-2:]
+        raise UserError(
+            f"The judge of tiny's videos reads frames of {scenes.SIZE}x{scenes.SIZE} pixels, and "
+            f"these have {width}x{height}. Use it with --backbone tiny only."
+        )
+    judge = judge or load_judge(videos.device)
+    frames = videos.transpose(1, 2).flatten(0, 1).float()
+    looks = [judge(part) for part in frames.split(_FRAMES_AT_ONCE)]
+    grid = (len(videos), videos.shape[2])
+    return Sight(
+        **{
+            name: torch.cat([getattr(look, name) for look in looks]).unflatten(0, grid)
+            for name in ("color", "shape", "background", "features")
+        }
+    )
+
+
+def video_features(videos: Videos, judge: Judge | None = None) -> Float[Tensor, "b 48"]:
+    """The 'judge features' of videos of two frames or more, for a Frechet distance.
+
+    The first half is the mean over time of the frames' features, so it sees appearance; the second
+    is the mean absolute difference between one frame's features and the next's, so it sees shapes
+    that flicker, change or break up. Both are in standard deviations of real clips.
+    """
+    judge = judge or load_judge(videos.device)
+    return (_raw_video_features(videos, judge) - judge.video_mean) / judge.video_scale
+
+
+def _raw_video_features(videos: Videos, judge: Judge) -> Float[Tensor, "b 48"]:
+    features = judge_videos(videos, judge).features
+    return torch.cat([features.mean(dim=1), features.diff(dim=1).abs().mean(dim=1)], dim=1)
+
+
+@torch.no_grad()
+def set_scale(judge: Judge, videos: Videos) -> None:
+    """Take the zero and the unit of `video_features` from real clips."""
+    raw = _raw_video_features(videos, judge)
+    judge.video_mean.copy_(raw.mean(dim=0))
+    judge.video_scale.copy_(raw.std(dim=0).clamp(min=1e-3))
