@@ -99,21 +99,25 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for header in ("metric", "wanted", "base", "tuned", "difference", "95% interval", "relative"):
-        table.add_column(header, justify="left" if header in ("metric", "wanted") else "right")
+    for header in ("metric", "wanted", "base", "tuned", "change", "95% interval"):
+        table.add_column(
+            header, justify="left" if header in ("metric", "wanted") else "right", no_wrap=True
+        )
     table.add_column("")
     styles = {"better": "green", "worse": "red", "no clear change": "dim"}
     for metric in evaluation.metrics:
         change = metric.difference
         sign, word = mark(metric)
+        relative = change.relative is not None
         table.add_row(
-            Text(f"{metric.label} ({metric.unit})" if metric.unit else metric.label),
+            Text(metric.label),
             "higher" if metric.higher_is_better else "lower",
             brief(change.base_mean),
             brief(change.tuned_mean),
-            brief(change.difference),
-            f"{brief(change.low)} to {brief(change.high)}",
-            percent(change.relative),
+            percent(change.relative) if relative else brief(change.difference),
+            f"{percent(change.relative_low)} to {percent(change.relative_high)}"
+            if relative
+            else f"{brief(change.low)} to {brief(change.high)}",
             Text(f"{sign} {word}", style=styles[word]),
         )
     return table

@@ -40,7 +40,7 @@ class Tiny(Backbone):
             shape=VideoShape(
                 frames=scenes.FRAMES, height=scenes.SIZE, width=scenes.SIZE, fps=scenes.FPS
             ),
-            sampling=Sampling(steps=20, guidance=4.0),
+            sampling=Sampling(steps=20, guidance=2.5),
         )
 
     def clips(self, seed: int) -> Iterator[Clip]:

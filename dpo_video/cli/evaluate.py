@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from dpo_video.cli.build import progress_bar
 from dpo_video.cli.options import Assignments, Device, Json, Metrics, console, resolve
@@ -93,5 +94,5 @@ def evaluate(
         return
     Console().print(evaluation_table(evaluation))
     for detail in evaluation.verdict.details:
-        console.print(detail, highlight=False)
+        console.print(f"[dim]-[/] {escape(detail)}", highlight=False)
     console.print(f"\nLook at it: [bold]{folder / 'index.html'}[/]")

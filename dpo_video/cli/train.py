@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -194,8 +195,9 @@ def _run(
 
 def slope_of(reports: list[StepReport]) -> float:
     """The loss's slope, read off its logits and margins: any loss has one, named or not."""
-    margins = sum(abs(report.margin) for report in reports)
-    return sum(abs(report.logits) for report in reports) / margins if margins else 1.0
+    finite = [report for report in reports if math.isfinite(report.margin)]
+    margins = sum(abs(report.margin) for report in finite)
+    return sum(abs(report.logits) for report in finite) / margins if margins else 1.0
 
 
 def _sentence(verdict: TrainingVerdict) -> Text:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
@@ -34,7 +35,6 @@ from dpo_video.checkpoint import load_state, save_state
 from dpo_video.files import write_tensors
 from dpo_video.tiny import WEIGHTS
 from dpo_video.tiny import scenes as world
-
 
 TEXT_LENGTH = 24  # tokens; the longest caption has 12 with both ends
 WIDTHS = (64, 96, 96)
@@ -173,8 +173,12 @@ class Stage:
                 parameter.copy_(average)
 
     def _save(self) -> None:
-        state = {"done": self.done, "optimizer": self.optimizer.state_dict(), "average": self.average,
-                 "parameters": [p.detach() for p in self.parameters]}  # fmt: skip
+        state = {
+            "done": self.done,
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "parameters": [p.detach() for p in self.parameters],
+        }
         save_state(self.path, state)
 
     def _restore(self) -> None:
@@ -384,15 +388,15 @@ def export(
     text_encoder: CLIPTextModel,
     unet: UNetMotionModel,
 ) -> None:
-    """Write a diffusers checkpoint folder, weights in fp16."""
-    vae = copy.deepcopy(vae).half()
-    vae.save_pretrained(folder / "vae")
-    copy.deepcopy(unet).half().save_pretrained(folder / "unet")
-    copy.deepcopy(text_encoder).half().save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing").save_pretrained(
-        folder / "scheduler"
-    )
+    """Write a checkpoint folder that `AnimateDiffPipeline.from_pretrained` loads, in fp16."""
+    AnimateDiffPipeline(
+        vae=copy.deepcopy(vae).half(),
+        text_encoder=copy.deepcopy(text_encoder).half(),
+        tokenizer=tokenizer,
+        unet=copy.deepcopy(unet).half(),
+        motion_adapter=None,
+        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing"),
+    ).save_pretrained(folder)
 
 
 def main(arguments: Iterator[str] | None = None) -> None:
