@@ -157,6 +157,8 @@ def _assign(tables: Tables, path: str, value: Any) -> None:
         raise UserError(
             f"'{path}' sets an option of a labeler, but none is chosen. Add --labeler NAME."
         )
+    if head in registry.KINDS and not middle and last == "name":
+        raise UserError(f"'{path}' is no option. Choose a {head} by --{head} NAME.")
     node = tables.setdefault(head, {})
     if head == "metric" and middle and middle[0] not in node:
         raise unknown("metric among those chosen", middle[0], node)
@@ -183,7 +185,7 @@ def _make(tables: Tables) -> Config:
         if kind not in tables:
             made[kind] = None
         elif kind == "pairs" and "store" in tables["pairs"]:
-            made["pairs"] = Path(tables["pairs"]["store"])
+            made["pairs"] = _store(tables["pairs"])
         else:
             options = {key: value for key, value in tables[kind].items() if key != "name"}
             name = _name(tables, kind)
@@ -202,7 +204,20 @@ def _make(tables: Tables) -> Config:
     return Config(**engines, **made, metrics=metrics, tables=resolved)  # type: ignore[arg-type]
 
 
-def _build(model: type[Model], options: Mapping[str, Any], path: str, name: str = "") -> Model:
+def _store(table: Mapping[str, Any]) -> Path:
+    if not isinstance(table["store"], str):
+        raise UserError(f"pairs.store = {table['store']!r} is no folder. Write its path in quotes.")
+    if extra := sorted(table.keys() - {"store"}):
+        raise UserError(
+            f"pairs.{extra[0]} is an option of a strategy, but pairs.store names finished pairs, "
+            f"'{table['store']}'. Remove one of the two."
+        )
+    return Path(table["store"])
+
+
+def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model:
+    if not isinstance(options, Mapping):
+        raise UserError(f"'{path}' is {options!r}, not a table. Set its options, one by one.")
     try:
         return model(**options)
     except ValidationError as error:

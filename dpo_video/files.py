@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dpo_video.errors import UserError
@@ -19,6 +20,10 @@ _REASONS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.EFBIG: "the file would be larger than is allowed here",
+    errno.ENOTDIR: "a part of that path is a file",
+    errno.EEXIST: "a file of that name is in the way",
 }
 
 
@@ -32,8 +37,10 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Write a safetensors file that appears whole or not at all."""
+    data = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
     with publishing(path) as partial:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
+        # Their own save_file makes files that only their owner can read.
+        partial.write_bytes(data)
 
 
 @contextmanager
@@ -71,5 +78,6 @@ def writing(where: Path) -> Iterator[None]:
 def _reason(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return _REASONS.get(error.errno or 0)
-    # safetensors reports the system's error number in its text only.
-    return next((why for number, why in _REASONS.items() if f"code: {number}," in str(error)), None)
+    # peft saves by safetensors, which reports the system's error number in its text only.
+    number = re.search(r"(?:os error|code:) (\d+)", str(error))
+    return _REASONS.get(int(number[1])) if number else None

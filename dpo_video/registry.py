@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_video.errors import PluginError, UserError, unknown
+from dpo_video.errors import PluginError, unknown
 
 if TYPE_CHECKING:
     from dpo_video.strategies import Strategy
@@ -45,7 +45,8 @@ def listings(kind: str) -> list[Listing]:
     """What is installed of a kind, by name."""
     return [
         Listing(kind=kind, name=name, distribution=_distribution(entry), summary=_summary(entry))
-        for name, entry in sorted(_entries(kind).items())
+        for name, entries in sorted(_entries(kind).items())
+        for entry in entries
     ]
 
 
@@ -54,10 +55,16 @@ def load(kind: str, name: str) -> type[Strategy]:
     entries = _entries(kind)
     if name not in entries:
         raise unknown(kind, name, entries)
-    entry = entries[name]
+    entry, *others = entries[name]
+    if others:
+        raise PluginError(
+            f"Several packages call a {kind} '{name}': "
+            f"{', '.join(_distribution(each) for each in entries[name])}. Uninstall all but one; "
+            "everything else goes on working."
+        )
     try:
         loaded = entry.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a plugin's import may do anything
         raise PluginError(
             f"The {kind} '{name}' of {_distribution(entry)} cannot be imported "
             f"({type(error).__name__}: {error}). Repair or uninstall that package; everything else "
@@ -81,7 +88,8 @@ def options(model: type[Any], path: str) -> list[Option]:
         if isinstance(nested, type) and hasattr(nested, "model_fields"):
             found += options(nested, here)
             continue
-        default = "required" if field.is_required() else repr(field.get_default())
+        value = field.get_default(call_default_factory=True, validated_data={})
+        default = "required" if field.is_required() else repr(value)
         meaning = " ".join((field.description or "").split())
         found.append(Option(path=here, type=_type(nested), default=default, meaning=meaning))
     return found
@@ -95,15 +103,13 @@ def check_kind(kind: str) -> str:
 
 
 @functools.cache
-def _entries(kind: str) -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
+def _entries(kind: str) -> dict[str, list[EntryPoint]]:
+    """By name; a name has several only where packages disagree about it."""
+    found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=f"dpo_video.{check_kind(kind)}"):
-        other = found.setdefault(entry.name, entry)
-        if other.value != entry.value:
-            raise UserError(
-                f"Two packages call a {kind} '{entry.name}': {_distribution(other)} and "
-                f"{_distribution(entry)}. Uninstall one of them."
-            )
+        same = found.setdefault(entry.name, [])
+        if entry.value not in {other.value for other in same}:
+            same.append(entry)
     return found
 
 

@@ -29,7 +29,7 @@ from dpo_video.files import write_tensors, write_text, writing
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Context, Pair, PairBatch
 
-VERSION = 1
+_TENSORS = {"first", "second", "preference", "region"}
 
 
 class _Record(BaseModel):
@@ -40,7 +40,7 @@ class Manifest(_Record):
     """What a store's pairs were made with."""
 
     format: Literal["dpo-video pairs"] = "dpo-video pairs"
-    version: int = VERSION
+    version: Literal[1] = 1
     recipe: dict[str, Any]
     """The resolved tables [backbone], [pairs] and [labeler], the seed and the clips' hash."""
     identity: str
@@ -81,7 +81,7 @@ class PairStore:
                 "`dpo-video build` wrote, or a strategy (see `dpo-video list pairs`)."
             )
         try:
-            self.manifest = Manifest.model_validate_json((folder / "store.json").read_text())
+            self.manifest = Manifest.model_validate_json((folder / "store.json").read_bytes())
         except ValidationError as error:
             raise StoreError(
                 f"'{folder / 'store.json'}' cannot be read ({_first(error)}). Build the pairs "
@@ -145,7 +145,7 @@ class PairStore:
     def batch(self, indices: Sequence[int]) -> PairBatch:
         """Read pairs and stack them, on the CPU."""
         rows = [self.rows[i] for i in indices]
-        parts = [self._load(self._latents_path(row.index)) for row in rows]
+        parts = [self._load_pair(self._latents_path(row.index)) for row in rows]
         contexts = [self._load(self._context_path(row.context)) for row in rows]
         stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         return PairBatch(
@@ -174,6 +174,15 @@ class PairStore:
 
     def _context_path(self, name: str) -> Path:
         return self.folder / "contexts" / f"{name}.safetensors"
+
+    def _load_pair(self, path: Path) -> dict[str, Tensor]:
+        tensors = self._load(path)
+        if tensors.keys() != _TENSORS or tensors["first"].shape != self.manifest.latent_shape:
+            raise StoreError(
+                f"'{path}' holds something else than a pair of this store. Delete "
+                f"'{self.folder}' and build the pairs again."
+            )
+        return tensors
 
     def _load(self, path: Path) -> dict[str, Tensor]:
         try:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -280,7 +282,13 @@ def latest_checkpoint(out: Path) -> Path:
             f"'{out}' has no checkpoint yet. Train it first: dpo-video train --config "
             f"{out / 'run.toml'} --out {out}"
         )
-    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not (folder / "state.safetensors").is_file():
+        raise RunError(
+            f"'{pointer}' names '{folder.name}', which holds no checkpoint. Write the name of "
+            "another folder beside it into that file, or train again."
+        )
+    return folder
 
 
 def read_log(out: Path) -> list[StepReport]:
@@ -288,7 +296,15 @@ def read_log(out: Path) -> list[StepReport]:
     path = out / "log.jsonl"
     if not path.exists():
         return []
-    return [StepReport.model_validate_json(line) for line in path.read_text("utf-8").splitlines()]
+    # What follows the last line break was cut off while it was written.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [StepReport.model_validate_json(line) for line in lines]
+    except ValidationError as error:
+        raise RunError(
+            f"'{path}' cannot be read ({error.errors()[0]['msg']}). Delete it to go on without the "
+            "training curves."
+        ) from error
 
 
 def _save(folder: Path, policy: PeftModel, optimizer: Any, step: int) -> None:
@@ -305,12 +321,19 @@ def _save(folder: Path, policy: PeftModel, optimizer: Any, step: int) -> None:
 
 def _restore(out: Path, policy: PeftModel, optimizer: Any) -> int:
     folder = latest_checkpoint(out)
-    state = load_state(folder / "state.safetensors")
-    weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-    set_peft_model_state_dict(policy, weights)
-    optimizer.load_state_dict(state["optimizer"])
-    _set_rng_state(state["rng"])
-    return int(state["step"])
+    try:
+        state = load_state(folder / "state.safetensors")
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+        set_peft_model_state_dict(policy, weights)
+        optimizer.load_state_dict(state["optimizer"])
+        _set_rng_state(state["rng"])
+        return int(state["step"])
+    except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RunError(
+            f"The checkpoint '{folder}' is damaged, or of an adapter of another shape ({reason}). "
+            f"Write the name of an earlier one into '{folder.parent / LATEST}', or train again."
+        ) from error
 
 
 def _rng_state() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
@@ -121,7 +122,10 @@ def load_folder(
 
 def _load(load: Callable[..., Any], source: str | Path, **options: Any) -> Any:
     try:
-        return load(str(source), **options)
+        with warnings.catch_warnings():
+            # diffusers gives the hub's client an argument that it has no use for any more.
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            return load(str(source), **options)
     except (OSError, ValueError) as error:
         where = f"{options['subfolder']} of " if "subfolder" in options else ""
         reason = str(error).strip().splitlines()[0]
@@ -147,7 +151,7 @@ class AnimateDiffModel(VideoModel):
         shape: VideoShape,
         sampling: Sampling,
     ) -> None:
-        self.denoiser: nn.Module = unet.to(device).eval().requires_grad_(False)
+        self.denoiser: nn.Module = _resettled(unet.to(device)).eval().requires_grad_(False)
         self.vae = vae.to(device).eval().requires_grad_(False)
         self.text_encoder = text_encoder.to(device).eval().requires_grad_(False)
         self.tokenizer, self.scheduler = tokenizer, scheduler
@@ -306,6 +310,17 @@ class AnimateDiffModel(VideoModel):
     def lora_targets(self) -> list[str]:
         """The attention projections of the motion modules, and nothing else."""
         return [name for name, _ in self.denoiser.named_modules() if _ATTENTION.match(name)]
+
+
+def _resettled(network: nn.Module) -> nn.Module:
+    """The same weights in memory of their own.
+
+    Loaded ones lie wherever their file has them. Kernels round differently by that, and a copy of
+    the network would not equal it to the bit.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.clone()
+    return network
 
 
 def hash_weights(*networks: nn.Module) -> str:

@@ -52,6 +52,7 @@ class Region(Loss):
             (self.region_weight, self.region_anchor_weight, errors.region, self.beta * scale),
         ]
         chosen_error = chosen_of(errors, errors.policy_first, errors.policy_second)
+        decided = errors.winner.abs()  # an even pair has no winner to be pulled towards
         outputs, total = [], torch.zeros_like(errors.strength)
         for weight, anchor, region, beta in terms:
             output = sigmoid_loss(
@@ -61,7 +62,8 @@ class Region(Loss):
                 beta,
             )
             outputs.append(output)
-            total = total + weight * output.loss + anchor * masked_mean(chosen_error, region)
+            pull = decided * masked_mean(chosen_error, region)
+            total = total + weight * output.loss + anchor * pull
         # The figures that are shown are the region's: that is where the pair differs.
         shown = outputs[1]
         return LossOutput(
