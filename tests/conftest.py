@@ -1,4 +1,5 @@
 """A minimal AnimateDiff of the real classes, random weights, saved and loaded back by path."""
+# ruff: noqa: E402 - the hook must be in place before what it checks is imported
 
 from __future__ import annotations
 
@@ -9,8 +10,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from pathlib import Path
 
+from jaxtyping import install_import_hook
+
+# Shapes and types are checked at every call, here and never in production. Left out are the two
+# that import what they only name in annotations for type checkers alone, to stay light.
+PACKAGE = Path(__file__).parents[1] / "dpo_video"
+CHECKED = {path.stem for path in PACKAGE.iterdir()} - {"cli", "registry"}
+install_import_hook([f"dpo_video.{name}" for name in sorted(CHECKED)], "checked.typed")
+
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -22,10 +33,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from dpo_video.backbone.animatediff import AnimateDiffModel, load_folder
 from dpo_video.strategies import Sampling
+from dpo_video.testing import small_videos
 from dpo_video.tiny.recipe import SCHEDULE, TEXT_LENGTH, new_tokenizer
-from dpo_video.types import Clip, PairErrors, VideoShape
+from dpo_video.types import Clip, VideoShape
 
 torch.set_num_threads(1)
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 SHAPE = VideoShape(frames=4, height=16, width=16, fps=8.0)
 CPU = torch.device("cpu")
@@ -108,25 +122,7 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def clip(generator: torch.Generator) -> Clip:
-    """Random pixels at the small model's shape."""
-    video = torch.rand(3, SHAPE.frames, SHAPE.height, SHAPE.width, generator=generator)
+def clip() -> Clip:
+    """A random texture at the small model's shape."""
+    video = small_videos(1, SHAPE.frames, SHAPE.height, SHAPE.width)[0]
     return Clip(name="random", caption="a red square moving left slowly", video=video)
-
-
-def random_errors(seed: int = 0, pairs: int = 3, *, full_region: bool = True) -> PairErrors:
-    """Positive errors of 3 pairs, 2x4x3x3, the first preferred everywhere."""
-    g = torch.Generator().manual_seed(seed)
-    shape = (pairs, 2, 4, 3, 3)
-    region = torch.ones(pairs, 1, 4, 3, 3)
-    if not full_region:
-        region = (torch.rand(region.shape, generator=g) < 0.4).float()
-    return PairErrors(
-        policy_first=torch.rand(shape, generator=g),
-        policy_second=torch.rand(shape, generator=g),
-        reference_first=torch.rand(shape, generator=g),
-        reference_second=torch.rand(shape, generator=g),
-        preference=torch.ones(pairs, 4),
-        region=region,
-        strength=torch.full((pairs,), 0.75),
-    )

@@ -23,8 +23,9 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import Loss
-from dpo_video.train import Progress, latest_checkpoint, train
+from dpo_video.train import Progress, adapt, latest_checkpoint, read_log, train
 from dpo_video.types import LossOutput, Pair, PairErrors
+from dpo_video.verdict import StepReport
 
 SETTINGS = TrainSettings(
     steps=6, batch=1, accumulation=2, lr=1e-2, warmup=2, rank=2, alpha=4, save_every=2, samples=1,
@@ -92,14 +93,20 @@ def test_it_starts_at_zero_margin_and_learns(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=2)
-    settings = SETTINGS.model_copy(update={"steps": 30, "save_every": 30})
+    # AdamW moves a weight by about lr a step, whatever the gradient. 30 steps of 3e-4 on random
+    # weights of about 0.1 keep the logits near 1, where the loss falls evenly. One step's margin is
+    # mostly its noise levels: ten are judged together.
+    settings = SETTINGS.model_copy(update={"steps": 30, "save_every": 30, "lr": 3e-4})
     progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
-    first, last = progress[0].report, progress[-1].report
+    first = progress[0].report
     assert first.margin == 0 and first.logits == 0
     assert first.loss == pytest.approx(0.693147, abs=1e-6)
     assert first.gradient_factor == 0.5 and first.accuracy == 0.5
     assert first.grad_norm > 0
-    assert last.margin > 0 and last.loss < 0.69
+    margins = [p.report.margin for p in progress]
+    thirds = [sum(margins[i : i + 10]) for i in (0, 10, 20)]
+    assert 0 < thirds[0] < thirds[1] < thirds[2]
+    assert sum(p.report.loss for p in progress[20:]) / 10 < 0.55
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 31))
 
@@ -193,9 +200,9 @@ def test_every_pair_is_seen_once_per_epoch(
     from dpo_video.train import _Run
 
     store = make_store(tmp_path / "pairs", small_model, pairs=5)
-    parts = _Run(
-        small_model, store, Global(), None, None, SETTINGS, 0, Accelerator(cpu=True)  # type: ignore[arg-type]
-    )  # fmt: skip
+    policy = adapt(small_model, SETTINGS, seed=0)
+    anchor = Toggle().follow(policy)
+    parts = _Run(small_model, store, Global(), anchor, policy, SETTINGS, 0, Accelerator(cpu=True))
     epochs = [[parts._pair_at(5 * epoch + i) for i in range(5)] for epoch in range(4)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -233,7 +240,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
-    model = load_small(small_folder)
     broken = store.batch([2])
     path = store.folder / "latents" / "00002.safetensors"
     tensors = load_file(path)
@@ -241,8 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     from safetensors.torch import save_file
 
     save_file(tensors, path)
-    del model
-    with pytest.raises(TrainingError, match=r"not finite.*00002|not finite"):
+    with pytest.raises(TrainingError, match=r"not finite.* pairs were .*00002"):
         run(small_folder, store, tmp_path / "run", loss=Global())
 
 
@@ -262,3 +267,45 @@ def test_pairs_of_another_backbone_are_refused(
     other.identity = "0123456789abcdef"
     with pytest.raises(StoreError, match="made with other weights"):
         store.check_fits(other)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_earlier_ones_are_kept(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 2, "save_every": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    newest = latest_checkpoint(tmp_path / "run")
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"step_000002' is damaged.*earlier one"):
+        run(small_folder, store, tmp_path / "run", settings, resume=True)
+    state.unlink()
+    with pytest.raises(RunError, match="'step_000002', which holds no checkpoint"):
+        latest_checkpoint(tmp_path / "run")
+    (newest.parent / "latest").write_text("step_000001\n")
+    resumed = run(small_folder, store, tmp_path / "run", settings, resume=True)
+    assert [p.report.step for p in resumed] == [2]
+
+
+def test_an_adapter_of_another_shape_is_not_resumed(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    wider = settings.model_copy(update={"rank": 4, "steps": 2})
+    with pytest.raises(RunError, match="of an adapter of another shape") as caught:
+        run(small_folder, store, tmp_path / "run", wider, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_log_is_read_up_to_what_was_cut_off(tmp_path: Path) -> None:
+    assert read_log(tmp_path) == []
+    fields = {name: 0.5 for name in StepReport.model_fields}
+    line = StepReport(**{**fields, "step": 1}).model_dump_json()  # type: ignore[arg-type]
+    (tmp_path / "log.jsonl").write_text(f"{line}\n{line[:20]}")
+    assert [report.step for report in read_log(tmp_path)] == [1]
+    (tmp_path / "log.jsonl").write_text(f"{line[:20]}\n{line}\n")
+    with pytest.raises(RunError, match=r"log\.jsonl' cannot be read"):
+        read_log(tmp_path)

@@ -1,0 +1,354 @@
+"""Every strategy that is installed, ours or a plugin's, passes the contract of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import CPU, SHAPE
+from pydantic import Field
+from torch import Generator, Tensor, nn
+
+from dpo_video import registry
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.loss.global_ import Global
+from dpo_video.metric.frame_difference import FrameDifference
+from dpo_video.pairs.jitter import Jitter
+from dpo_video.strategies import (
+    Anchor,
+    Backbone,
+    Labeler,
+    Loss,
+    Metric,
+    PairBuilder,
+    Reference,
+    Strategy,
+    VideoModel,
+)
+from dpo_video.testing import (
+    check_backbone,
+    check_backbone_model,
+    check_labeler,
+    check_loss,
+    check_metric,
+    check_options,
+    check_pairs,
+    check_reference,
+)
+from dpo_video.tiny import WEIGHTS
+from dpo_video.types import Clip, LossOutput, Pair, PairErrors
+
+
+def installed(kind: str) -> list[str]:
+    return sorted({listing.name for listing in registry.listings(kind)})
+
+
+def made(kind: str, name: str, **options: Any) -> Any:
+    return registry.load(kind, name)(**options)
+
+
+@pytest.mark.parametrize("name", installed("loss"))
+def test_losses(name: str) -> None:
+    check_loss(made("loss", name))
+
+
+@pytest.mark.parametrize("name", installed("reference"))
+def test_references(name: str, small_model: AnimateDiffModel) -> None:
+    check_reference(made("reference", name), small_model)
+
+
+@pytest.mark.parametrize("name", installed("pairs"))
+def test_pairs(name: str, small_model: AnimateDiffModel) -> None:
+    check_pairs(made("pairs", name), small_model)
+
+
+@pytest.mark.parametrize("name", installed("metric"))
+def test_metrics(name: str) -> None:
+    check_metric(made("metric", name))
+
+
+@pytest.mark.parametrize("name", installed("labeler"))
+def test_labelers(name: str) -> None:
+    check_labeler(made("labeler", name))
+
+
+@pytest.mark.parametrize("name", installed("backbone"))
+def test_backbones(name: str, small_folder: Path) -> None:
+    shape = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
+    small = {"animatediff": {"model": str(small_folder), **shape}}
+    backbone: Backbone = made("backbone", name, **small.get(name, {}))
+    check_backbone(backbone)
+    if name == "tiny" and not WEIGHTS.is_dir():
+        pytest.skip("the embedded model is not trained yet")
+    check_backbone_model(backbone.load(CPU, torch.float32))
+
+
+def test_the_checks_leave_the_model_as_it_was(small_model: AnimateDiffModel) -> None:
+    before = {name: value.clone() for name, value in small_model.denoiser.state_dict().items()}
+    check_reference(made("reference", "toggle"), small_model)
+    check_backbone_model(small_model)
+    after = small_model.denoiser.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# --- what the contracts catch ----------------------------------------------------------------
+
+
+class Averaged(Loss):
+    """Mixes the pairs of a batch."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, loss=output.loss.mean().expand_as(output.loss))
+
+
+class Biased(Loss):
+    """The first always wins."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        return Global()(replace(errors, preference=torch.ones_like(errors.preference)))
+
+
+class Writing(Loss):
+    """Works in place."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        errors.policy_first.mul_(0.5)
+        return Global()(errors)
+
+
+class Drawing(Loss):
+    """Random."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, loss=output.loss + torch.rand(()))
+
+
+class Offset(Loss):
+    """Wants a head start."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, logits=output.logits - 1)
+
+
+class OneSided(Loss):
+    """Trains on one video only."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        return Global()(replace(errors, policy_second=errors.policy_second.detach()))
+
+
+class Infinite(Loss):
+    """Overflows."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, loss=output.loss / 0)
+
+
+class Undocumented(Loss):
+    """One option says nothing."""
+
+    beta: float = 1.0
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        return Global()(errors)
+
+
+class Nameless(Loss):
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        return Global()(errors)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sentence"),
+    [
+        (Averaged, "depends on the other pairs"),
+        (Biased, "swap places"),
+        (Writing, "writes to what it was given"),
+        (Drawing, "global generator"),
+        (Offset, "logits is not exactly 0"),
+        (OneSided, "reaches the policy's errors of the second"),
+        (Infinite, "loss that is not finite"),
+        (Undocumented, "Undocumented.beta has no docstring"),
+        (Nameless, "Nameless has no docstring"),
+    ],
+)
+def test_a_broken_loss_is_caught(loss: type[Loss], sentence: str) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_loss(loss())
+
+
+class Thawed(Strategy, frozen=False):
+    """Not frozen."""
+
+
+class Lenient(Strategy, extra="ignore"):
+    """Takes anything."""
+
+
+class Untyped(Strategy):
+    """Holds what no file can."""
+
+    value: object = Field(default=Generator)
+    """Something."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sentence"),
+    [(Thawed, "not frozen"), (Lenient, "unknown options"), (Untyped, "do not survive")],
+)
+def test_options_that_break_the_rules_are_caught(strategy: type[Strategy], sentence: str) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_options(strategy())
+
+
+class Same(Reference):
+    """Forgets to take the adapter off."""
+
+    def follow(self, policy: nn.Module) -> Anchor:
+        class Bare(Anchor):
+            @contextmanager
+            def network(self) -> Iterator[nn.Module]:
+                yield policy
+
+        return Bare()
+
+
+class LeftOff(Reference):
+    """Does not put the adapter on again after an error."""
+
+    def follow(self, policy: nn.Module) -> Anchor:
+        class Bare(Anchor):
+            @contextmanager
+            def network(self) -> Iterator[nn.Module]:
+                policy.base_model.disable_adapter_layers()  # type: ignore[operator, union-attr]
+                yield policy
+                policy.base_model.enable_adapter_layers()  # type: ignore[operator, union-attr]
+
+        return Bare()
+
+
+@pytest.mark.parametrize(
+    ("reference", "sentence"),
+    [(Same, "does not predict what the bare denoiser"), (LeftOff, "also after an error")],
+)
+def test_a_broken_reference_is_caught(
+    reference: type[Reference], sentence: str, small_model: AnimateDiffModel
+) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_reference(reference(), small_model)
+
+
+class Mixing(Metric):
+    """Compares with the batch's mean."""
+
+    higher_is_better: ClassVar[bool] = False
+    unit: ClassVar[str] = "none"
+
+    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        values = FrameDifference()(videos, prompts)
+        return values - values.mean()
+
+
+class Fragile(Metric):
+    """Divides by the motion."""
+
+    higher_is_better: ClassVar[bool] = False
+    unit: ClassVar[str] = "none"
+
+    def __call__(self, videos: Tensor, prompts: Sequence[str]) -> Tensor:
+        return 1 / FrameDifference()(videos, prompts)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sentence"),
+    [(Mixing, "depends on the other videos"), (Fragile, "not finite on a frozen video")],
+)
+def test_a_broken_metric_is_caught(metric: type[Metric], sentence: str) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_metric(metric())
+
+
+class Leaking(PairBuilder):
+    """Says that less may differ than does."""
+
+    @property
+    def needs_video(self) -> bool:
+        return True
+
+    def __call__(
+        self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
+    ) -> Pair:
+        pair = Jitter(winner="clip")(clip, model, labeler, generator)
+        return replace(pair, region=torch.zeros_like(pair.region))
+
+
+class Stuck(PairBuilder):
+    """Ignores its generator."""
+
+    @property
+    def needs_video(self) -> bool:
+        return True
+
+    def __call__(
+        self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
+    ) -> Pair:
+        return Jitter(winner="clip")(clip, model, labeler, Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("builder", "sentence"),
+    [(Leaking, "differ outside their region"), (Stuck, "whatever the generator says")],
+)
+def test_a_broken_pair_builder_is_caught(
+    builder: type[PairBuilder], sentence: str, small_model: AnimateDiffModel
+) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_pairs(builder(), small_model)
+
+
+class FirstIsBetter(Labeler):
+    """Prefers what it sees first, as vision-language models do."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        return torch.ones(len(prompts), len(segments))
+
+
+class Brighter(Labeler):
+    """Prefers what is brighter: a labeler that keeps the contract."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        lead = (first - second).mean(dim=(1, 3, 4))
+        return torch.stack([lead[:, segment].mean(dim=1).sign() for segment in segments], dim=1)
+
+
+def test_a_labeler_must_not_prefer_the_first() -> None:
+    check_labeler(Brighter())
+    with pytest.raises(AssertionError, match="do not change their sign"):
+        check_labeler(FirstIsBetter())
+
+
+def test_a_model_that_repaints_too_much_is_caught(
+    small_model: AnimateDiffModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = small_model.sample
+
+    def careless(*arguments: Any, region: Tensor | None = None, **options: Any) -> Tensor:
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(small_model, "sample", careless)
+    with pytest.raises(AssertionError, match="outside the region"):
+        check_backbone_model(small_model)
