@@ -1,0 +1,115 @@
+"""Plugins as strangers write them: really installed, really used, and harmless when broken."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SHAPE
+
+PLUGINS = Path(__file__).parents[1] / "plugins"
+NAMES = sorted(path.parent.name for path in PLUGINS.glob("*/pyproject.toml"))
+
+
+def program(
+    *arguments: str | Path, path: Path, cwd: Path, module: str = "dpo_video"
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(path), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that every plugin of this repository is installed in, by pip, without a network."""
+    place = tmp_path_factory.mktemp("plugins")
+    sources = []
+    for name in NAMES:  # a build leaves things behind: not in the repository
+        sources.append(shutil.copytree(PLUGINS / name, place / "sources" / name))
+    done = program(
+        "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation",
+        "--disable-pip-version-check", "--target", place / "site", *sources,
+        path=place, cwd=place, module="pip",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return place / "site"
+
+
+def test_there_is_one() -> None:
+    assert "dpo-video-focal" in NAMES
+
+
+def test_it_is_listed_and_shown_like_our_own(installed: Path, tmp_path: Path) -> None:
+    done = program("list", "loss", path=installed, cwd=tmp_path)
+    rows = {line.split()[1]: line for line in done.stdout.splitlines()[1:]}
+    assert "dpo-video-focal 0.1.0" in rows["focal"] and "region" in rows
+    done = program("show", "loss", "focal", path=installed, cwd=tmp_path)
+    for text in ("arXiv 2501.06645", "loss.beta", "loss.gamma", "0 is clip-level DPO"):
+        assert text in done.stdout
+
+
+def test_it_trains(installed: Path, small_folder: Path, tmp_path: Path) -> None:
+    done = program(
+        "train", "--pairs=jitter", "--loss=focal", "--set=loss.gamma=0.3", "--set=pairs.steps=2",
+        "--backbone=animatediff", f"--set=backbone.model={small_folder}",
+        f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
+        f"--set=backbone.width={SHAPE.width}", "--count=1", "--steps=1", "--device=cpu",
+        "--set=train.accumulation=1", "--set=train.rank=2", "--metric=frame_difference",
+        "--out", tmp_path / "run", path=installed, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 'name = "focal"\nbeta = 2500.0\ngamma = 0.3' in (tmp_path / "run/run.toml").read_text()
+    # At its first step a policy equals its reference: the loss is 0.5^0.3 ln 2.
+    assert '"loss":0.563' in (tmp_path / "run" / "log.jsonl").read_text()
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))  # TensorBoard, by default
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_own_tests_pass(name: str, installed: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(PLUGINS / name / "tests", tmp_path / "tests")
+    done = program(
+        "-q", "-W", "error", "-p", "no:cacheprovider", own,
+        path=installed, cwd=tmp_path, module="pytest",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def fake(place: Path, distribution: str, source: str, entry: str) -> None:
+    """What pip would leave of a package of one module."""
+    module = distribution.replace("-", "_")
+    (place / f"{module}.py").write_text(source)
+    info = place / f"{module}-3.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 3.2\n")
+    (info / "entry_points.txt").write_text(f"[dpo_video.loss]\n{entry}\n")
+
+
+def test_broken_plugins_are_named_and_break_nothing_else(tmp_path: Path) -> None:
+    place = tmp_path / "site"
+    place.mkdir()
+    fake(place, "dpo-absent", "import nothing_like_this\n", "absent = dpo_absent:Absent")
+    fake(place, "dpo-plain", "class Plain:\n    pass\n", "plain = dpo_plain:Plain")
+    fake(place, "dpo-double", "raise SystemExit\n", "region = dpo_double:Region")
+    done = program("list", "loss", path=place, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    rows = [line.split()[1] for line in done.stdout.splitlines()[1:]]
+    assert {"absent", "plain", "global"} <= set(rows) and rows.count("region") == 2
+    for name, package, why in (
+        ("absent", "dpo-absent 3.2", "No module named 'nothing_like_this'"),
+        ("plain", "dpo-plain 3.2", "is not a Loss"),
+        ("region", "dpo-double 3.2", "Uninstall all but one"),
+    ):
+        done = program("show", "loss", name, path=place, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == ""
+        assert package in done.stderr and why in done.stderr
+        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert program("show", "loss", "global", path=place, cwd=tmp_path).returncode == 0
