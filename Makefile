@@ -22,8 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## Local pairs, region loss, toggled reference on the embedded model; then the comparison
 	rm -rf $(DEMO)
 	$(BIN)/dpo-video train --pairs local --loss region --reference toggle --out $(DEMO) \
-	    --config examples/demo.toml
-	$(BIN)/dpo-video evaluate $(DEMO)
+	    --count 16 --steps 30 --set train.batch=2 --set train.accumulation=1 \
+	    --set train.lr=1e-3 --set train.save_every=30
+	$(BIN)/dpo-video evaluate $(DEMO) --seeds 12
 
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .
@@ -31,7 +32,7 @@ check: setup ## Lint, formatting and types
 	$(BIN)/mypy
 
 test: check ## All checks and all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable
 
 format: setup ## Put the code into shape
 	$(BIN)/ruff check --fix .

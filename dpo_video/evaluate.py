@@ -37,7 +37,8 @@ def merged(model: VideoModel, adapter: Path) -> nn.Module:
         policy = PeftModel.from_pretrained(model.denoiser, str(adapter))
     except (RuntimeError, ValueError, OSError) as error:
         raise RunError(
-            f"The adapter in '{adapter}' does not fit this backbone ({error}). "
+            f"The adapter in '{adapter}' does not fit this backbone "
+            f"({str(error).splitlines()[0]}). "
             "Evaluate the run with the backbone that it was trained on."
         ) from error
     network: nn.Module = policy.merge_and_unload(safe_merge=True)
@@ -85,7 +86,7 @@ def draw(
     prompts: Sequence[str],
     settings: EvaluateSettings,
 ) -> Iterator[Videos]:
-    """Batches of videos on the CPU; the `i`-th prompt gets the noise of seed `settings.seed + i`."""
+    """Batches of videos on the CPU; the `i`-th prompt gets the seed `settings.seed + i`."""
     for start in range(0, len(prompts), settings.batch):
         texts = prompts[start : start + settings.batch]
         seeds = range(settings.seed + start, settings.seed + start + len(texts))

@@ -122,7 +122,7 @@ def train(
         now = time.monotonic()
         left = (settings.steps - step - 1) * (now - started) / (step + 1 - start)
         report = _report(step + 1, outputs, norm, lr, now - began, now - started, left, accelerator)
-        # A loss scaler (fp16) meets infinite gradients while it looks for its scale, and skips them.
+        # fp16: the loss scaler meets infinite gradients while it finds its scale, and skips them.
         scaled = accelerator.scaler is not None
         if not (math.isfinite(report.loss) and (scaled or math.isfinite(norm))):
             raise TrainingError(

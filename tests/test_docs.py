@@ -44,12 +44,15 @@ def test_the_readme_names_every_built_in_strategy() -> None:
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
-    tree = (ROOT / "README.md").read_text().split("## Where things are")[1]
-    block = tree.split("```")[1]
-    folder = ROOT / "dpo_video"
-    for line in block.splitlines()[1:]:
-        names = [word for word in line.split("  ")[1].split() if line.startswith("  ")]
-        for name in names:
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1].split("```")[1]
+    folder = ROOT
+    for line in tree.strip().splitlines():
+        names, *_ = re.split(r"\s{2,}", line.strip())
+        if not line.startswith(" "):
+            folder = ROOT / names
+            assert folder.exists(), names
+            continue
+        for name in names.split():
             assert (folder / name).exists(), name
 
 
