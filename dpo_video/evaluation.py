@@ -103,7 +103,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         table.add_column(
             header, justify="left" if header in ("metric", "wanted") else "right", no_wrap=True
         )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     styles = {"better": "green", "worse": "red", "no clear change": "dim"}
     for metric in evaluation.metrics:
         change = metric.difference
@@ -118,6 +118,6 @@ def evaluation_table(evaluation: Evaluation) -> Table:
             f"{percent(change.relative_low)} to {percent(change.relative_high)}"
             if relative
             else f"{brief(change.low)} to {brief(change.high)}",
-            Text(f"{sign} {word}", style=styles[word]),
+            Text(f"{sign} {word}".replace("no clear change", "unclear"), style=styles[word]),
         )
     return table

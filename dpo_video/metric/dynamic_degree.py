@@ -1,0 +1,144 @@
+"""How much really moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from kornia.filters import gaussian_blur2d
+from pydantic import Field
+from torch import Tensor
+
+from dpo_video.errors import UserError
+from dpo_video.flow import dense_flow, warp
+from dpo_video.strategies import Metric
+from dpo_video.types import PerPair, Videos
+
+BELIEF = 0.7  # share of the mismatch that a path may leave and still be followed
+
+
+@final
+class DynamicDegree(Metric):
+    """Speed of what moves, in per cent of the frame's diagonal per frame, blind to flicker.
+
+    After VBench's dynamic degree (Huang et al. 2023, arXiv 2311.17982): the fastest 5% of the
+    picture count, so that a small object on a still background is not averaged away. VBench takes
+    the flow of consecutive frames, in which flicker reads as motion. Here every pixel of a few
+    anchor frames is tracked straight to each of the frames around it, and a line is fitted to where
+    it went. Motion is what follows the line; flicker goes back and forth, and is what the line
+    leaves over. Pixels whose line is not significant against that residual (an F-test) count as
+    still, and from the squared speed of the others the share that noise adds is taken off:
+
+    `100 / diagonal * sqrt(mean over anchors and the fastest pixels of |speed|^2 - variance)`
+
+    Limits: an object smaller than `share` of the picture counts by the root of its area; a flat
+    disc that spins in place does not move at all; a flicker slower than the tracked window looks
+    like motion; videos of fewer than 5 frames are too short for the test, and flicker counts.
+    """
+
+    higher_is_better: ClassVar[bool] = True
+    role: ClassVar[Literal["target", "motion", "guard"]] = "motion"
+    unit: ClassVar[str] = "% of diagonal / frame"
+
+    share: float = Field(default=0.05, gt=0, le=1)
+    """The fastest share of the picture that counts (VBench takes 5%)."""
+    radius: int = Field(default=4, ge=2)
+    """Frames that a pixel is tracked before and after its anchor frame."""
+    significance: float = Field(default=1e-4, gt=0, lt=1)
+    """Chance at which a pixel that only flickers may pass for a moving one."""
+    size: int = Field(default=128, ge=16)
+    """Larger videos are reduced to this shorter side, in pixels."""
+
+    def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
+        """One number a video; a UserError for videos of a single frame."""
+        frames = videos.shape[2]
+        if frames < 2:
+            raise UserError(
+                "dynamic_degree follows pixels from frame to frame, and these videos have only "
+                "one. Use videos of 2 frames or more."
+            )
+        videos = self._reduce(videos.float())
+        radius = min(self.radius, (frames - 1) // 2)
+        if radius < 2:
+            anchor, offsets, windows = 0, [frames - 1], [videos]
+        else:
+            anchor, offsets = radius, [k for k in range(-radius, radius + 1) if k]
+            length = 2 * radius + 1
+            count = math.ceil((frames - length) / radius) + 1
+            starts = torch.linspace(0, frames - length, count).round().int().tolist()
+            windows = [videos[:, :, start : start + length] for start in starts]
+        path = _track(torch.cat(windows), anchor, offsets)
+        squared = self._squared_speed(path, offsets).flatten(1)
+        fastest = squared.topk(max(1, round(self.share * squared.shape[1])), dim=1).values
+        diagonal = math.hypot(*videos.shape[-2:])
+        pooled = fastest.mean(1).unflatten(0, (len(windows), -1)).mean(0)
+        return pooled.sqrt() * (100 / diagonal)
+
+    def _reduce(self, videos: Videos) -> Float[Tensor, "b 3 F h w"]:
+        """Shrink to `size`: tracking needs no more, and noise averages out."""
+        scale = self.size / min(videos.shape[-2:])
+        if scale >= 1:
+            return videos
+        small = F.interpolate(
+            videos.transpose(1, 2).flatten(0, 1),
+            size=[round(side * scale) for side in videos.shape[-2:]],
+            mode="bilinear",
+            antialias=True,
+            align_corners=False,
+        )
+        return small.unflatten(0, (len(videos), -1)).transpose(1, 2)
+
+    def _squared_speed(
+        self, path: Float[Tensor, "n k 2 h w"], offsets: list[int]
+    ) -> Float[Tensor, "n h w"]:
+        """Squared speed of each pixel along a straight line; 0 where the line is not significant.
+
+        In squared pixels per frame.
+        """
+        time = torch.tensor(offsets, dtype=path.dtype, device=path.device)
+        spread = time.square().sum()
+        speed = torch.einsum("nkchw,k->nchw", path, time) / spread
+        squared = speed.square().sum(1)
+        if len(offsets) == 1:
+            return squared
+        line = path.mean(1, keepdim=True) + speed[:, None] * time[:, None, None, None]
+        residual = (path - line).square().sum(dim=(1, 2)) / (len(offsets) - 2)
+        variance = residual / spread  # of the speed of a pixel that does not move
+        # The F distribution with 2 and `freedom` degrees, inverted: it has a closed form.
+        freedom = 2 * (len(offsets) - 2)
+        critical = freedom / 2 * (self.significance ** (-2 / freedom) - 1)
+        return torch.where(squared > critical * variance, squared - variance, 0)
+
+
+def _track(windows: Videos, anchor: int, offsets: list[int]) -> Float[Tensor, "n k 2 h w"]:
+    """How far each pixel of the anchor frame has gone `offsets` frames later, in pixels.
+
+    Every offset is matched with the anchor frame itself, so that errors do not add up; the path so
+    far only says where to look. Half the resolution is sharp enough over several frames.
+    """
+    frame = windows[:, :, anchor]
+    found: dict[int, Tensor] = {}
+    for offset in sorted(offsets, key=abs):
+        other = windows[:, :, anchor + offset]
+        nearer = found.get(offset - (1 if offset > 0 else -1))
+        start = None
+        if nearer is not None:
+            # Go on along the path, but only where that explains this frame: the error of a pixel
+            # without texture would be handed on, and drift like a motion.
+            guess = nearer * (abs(offset) / (abs(offset) - 1))
+            follows = _mismatch(frame, warp(other, guess)) < BELIEF * _mismatch(frame, other)
+            start = torch.where(follows, guess, 0)
+        found[offset] = dense_flow(frame, other, start=start, finest=1)
+    return torch.stack([found[k] for k in offsets], dim=1)[..., ::2, ::2]
+
+
+def _mismatch(
+    first: Float[Tensor, "n 3 H W"], second: Float[Tensor, "n 3 H W"]
+) -> Float[Tensor, "n 1 H W"]:
+    """Squared difference around each pixel."""
+    squared = (first - second).square().mean(1, keepdim=True)
+    return gaussian_blur2d(squared, (13, 13), (3.0, 3.0), border_type="replicate")

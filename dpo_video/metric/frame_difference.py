@@ -1,0 +1,31 @@
+"""How much the picture changes from frame to frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, final
+
+from dpo_video.errors import UserError
+from dpo_video.strategies import Metric
+from dpo_video.types import PerPair, Videos
+
+
+@final
+class FrameDifference(Metric):
+    """Mean absolute difference of consecutive frames, on the 0-255 scale.
+
+    As published with Video-DPO. It sees flicker and motion alike, and is 0 for a frozen video: read
+    it beside `dynamic_degree`.
+    """
+
+    higher_is_better: ClassVar[bool] = False
+    unit: ClassVar[str] = "0-255"
+
+    def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
+        """One number a video; a UserError for videos of a single frame."""
+        if videos.shape[2] < 2:
+            raise UserError(
+                "frame_difference compares consecutive frames, and these videos have only one. "
+                "Use videos of 2 frames or more."
+            )
+        return 255 * videos.float().diff(dim=2).abs().mean(dim=(1, 2, 3, 4))

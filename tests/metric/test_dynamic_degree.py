@@ -1,0 +1,210 @@
+"""What moves counts and what flickers does not, on clips of known motion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from kornia.filters import gaussian_blur2d
+from torch import Generator, Tensor
+
+from dpo_video.errors import UserError
+from dpo_video.flow import dense_flow, warp
+from dpo_video.metric.dynamic_degree import DynamicDegree
+from dpo_video.tiny.scenes import MOTIONS, SIZE, SPEEDS, Scenes, draw_scenes, render
+from dpo_video.video import read_video
+
+CLIPS = Path(__file__).parents[3] / "shared" / "clips"
+DIAGONAL = math.hypot(SIZE, SIZE)
+EACH = 2  # scenes of every motion and speed
+
+
+def degree(videos: Tensor) -> Tensor:
+    return DynamicDegree()(videos, [])
+
+
+def pick(scenes: Scenes, index: Tensor) -> Scenes:
+    return replace(scenes, **{f.name: getattr(scenes, f.name)[index] for f in fields(scenes)})
+
+
+def filmed(scenes: Scenes) -> Float[Tensor, "b 3 F 64 64"]:
+    return render(scenes).movedim(2, 1).contiguous()
+
+
+def per_frame(videos: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    frames = change(videos.transpose(1, 2).flatten(0, 1))
+    return frames.unflatten(0, (len(videos), -1)).transpose(1, 2).contiguous()
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    """Every motion at both speeds, of shapes whose spinning shows."""
+    drawn = draw_scenes(400, Generator().manual_seed(11))
+    chosen = [
+        ((drawn.motion == motion) & (drawn.speed == speed) & (drawn.shape > 0)).nonzero()[:EACH, 0]
+        for speed in range(len(SPEEDS))
+        for motion in range(len(MOTIONS))
+    ]
+    return pick(drawn, torch.cat(chosen))
+
+
+@pytest.fixture(scope="module")
+def videos(scenes: Scenes) -> Float[Tensor, "b 3 F 64 64"]:
+    return filmed(scenes)
+
+
+@pytest.fixture(scope="module")
+def clean(videos: Tensor) -> Tensor:
+    return degree(videos)
+
+
+# --- flicker, new in every frame -------------------------------------------------------------
+
+
+def grain(videos: Tensor, seed: int = 1, strength: float = 0.05) -> Tensor:
+    noise = torch.randn(videos.shape, generator=Generator().manual_seed(seed))
+    return (videos + strength * noise).clamp(0, 1)
+
+
+def tint(videos: Tensor, seed: int = 2) -> Tensor:
+    """Every frame's channels brightened or darkened by up to a tenth."""
+    offset = torch.rand(*videos.shape[:3], 1, 1, generator=Generator().manual_seed(seed))
+    return (videos + 0.2 * (offset - 0.5)).clamp(0, 1)
+
+
+def wobble(videos: Tensor, seed: int = 3, strength: float = 0.7) -> Tensor:
+    """Outlines displaced by smooth noise of `strength` pixels."""
+
+    def bend(frames: Tensor) -> Tensor:
+        generator = Generator().manual_seed(seed)
+        field = torch.randn(len(frames), 2, *frames.shape[-2:], generator=generator)
+        field = gaussian_blur2d(field, (17, 17), (4.0, 4.0))
+        return warp(frames, strength * field / field.std())
+
+    return per_frame(videos, bend)
+
+
+FLICKERS = [grain, tint, wobble]
+# --- laws ------------------------------------------------------------------------------------
+
+
+def test_it_is_the_speed_of_what_moves(scenes: Scenes, clean: Tensor) -> None:
+    step = scenes.center.diff(dim=1).norm(dim=-1)
+    truth = 100 / DIAGONAL * step.square().mean(1).sqrt()
+    travels = truth > 0
+    ratio = (clean / truth)[travels]
+    assert (ratio > 0.8).all()
+    assert (ratio < 1.3).all()
+    assert 0.95 < ratio.mean() < 1.15
+
+
+def test_spinning_in_place_is_motion(scenes: Scenes, clean: Tensor) -> None:
+    spinning = scenes.motion == MOTIONS.index("spinning")
+    rim = 100 / DIAGONAL * scenes.angle.diff(dim=1).abs().mean(1) * scenes.radius
+    ratio = (clean / rim)[spinning]
+    assert (ratio > 0.4).all()
+    assert (ratio < 1.3).all()
+
+
+@pytest.mark.parametrize("flicker", FLICKERS)
+def test_flicker_neither_adds_nor_hides_motion(
+    flicker: Callable[[Tensor], Tensor], videos: Tensor, clean: Tensor
+) -> None:
+    flickering = degree(flicker(videos))
+    assert abs(flickering.mean() / clean.mean() - 1) < 0.05
+    # Taking the flicker off again is the same law read backwards: nothing is lost by it.
+    assert (flickering > 0.5 * clean).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("flicker", FLICKERS)
+def test_a_frozen_clip_that_flickers_does_not_move(
+    flicker: Callable[[Tensor], Tensor], videos: Tensor, clean: Tensor
+) -> None:
+    frozen = flicker(videos[:, :, 7:8].repeat(1, 1, 16, 1, 1))
+    assert degree(frozen).mean() < 0.03 * clean.mean()
+
+
+def test_the_flow_from_frame_to_frame_would_be_fooled(videos: Tensor, clean: Tensor) -> None:
+    frames = wobble(videos[:, :, 7:8].repeat(1, 1, 4, 1, 1)).transpose(1, 2)
+    flow = dense_flow(frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1))
+    fastest = flow.norm(dim=1).flatten(1).topk(round(0.05 * SIZE**2), dim=1).values
+    assert 100 / DIAGONAL * fastest.mean() > 0.5 * clean.mean()
+
+
+def test_smoothing_the_flicker_away_does_not_lower_it(videos: Tensor, clean: Tensor) -> None:
+    rough = grain(videos)
+    smooth = F.avg_pool3d(F.pad(rough, (0, 0, 0, 0, 1, 1), mode="replicate"), (3, 1, 1), stride=1)
+    assert degree(smooth).mean() > 0.95 * degree(rough).mean()
+
+
+def test_frozen_is_exactly_zero(videos: Tensor) -> None:
+    assert degree(videos[:, :, :1].repeat(1, 1, 16, 1, 1)).max() < 1e-4
+
+
+def test_half_the_frames_move_twice_as_fast() -> None:
+    drawn = draw_scenes(60, Generator().manual_seed(2), frames=31)
+    straight = (drawn.motion < 4).nonzero()[:8, 0]
+    slow = filmed(pick(drawn, straight))
+    ratio = degree(slow[:, :, ::2]) / degree(slow[:, :, 8:24])
+    assert torch.allclose(ratio, torch.tensor(2.0), rtol=0.12)
+
+
+def test_faster_is_always_more() -> None:
+    still = pick(draw_scenes(40, Generator().manual_seed(2)), torch.arange(4))
+    time = torch.arange(16.0) - 7.5
+    measured = []
+    for pace in (0.0, 0.25, 0.5, 1.0, 2.0):
+        center = 32 + torch.stack([pace * time, 0 * time], dim=-1)
+        moving = replace(still, center=center.repeat(4, 1, 1), angle=torch.zeros(4, 16))
+        measured.append(degree(filmed(moving)))
+    assert (torch.stack(measured).diff(dim=0) > 0).all()
+
+
+def test_a_small_thing_on_a_still_ground_counts() -> None:
+    axis = torch.arange(96.0)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    frames = [((x - 20 - 1.5 * t).square() + (y - 48).square() < 64).float() for t in range(16)]
+    ball = torch.stack(frames).expand(1, 3, 16, 96, 96)  # 2% of the picture
+    truth = 100 * 1.5 / math.hypot(96, 96)
+    assert 0.6 * truth < degree(ball) < 1.1 * truth
+
+
+@pytest.mark.parametrize(
+    ("frames", "tolerance"), [(2, 0.5), (3, 0.2), (4, 0.2), (5, 0.1), (8, 0.1), (9, 0.1), (23, 0.1)]
+)
+def test_any_length(frames: int, tolerance: float) -> None:
+    drawn = pick(draw_scenes(60, Generator().manual_seed(2), frames=23), torch.arange(30))
+    moving = pick(drawn, (drawn.motion < 4).nonzero()[:4, 0])
+    truth = 100 / DIAGONAL * moving.center.diff(dim=1).norm(dim=-1).mean(1)
+    assert torch.allclose(degree(filmed(moving)[:, :, :frames]), truth, rtol=tolerance)
+
+
+def test_one_frame_is_too_few() -> None:
+    with pytest.raises(UserError, match="Use videos of 2 frames or more"):
+        degree(torch.zeros(1, 3, 1, 32, 32))
+
+
+def test_a_batch_is_its_videos_one_by_one(videos: Tensor, clean: Tensor) -> None:
+    alone = torch.cat([degree(video[None]) for video in videos[::6]])
+    assert torch.allclose(clean[::6], alone, rtol=1e-2)
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no real clips at {CLIPS}")
+def test_real_clips() -> None:
+    measured = {}
+    for name in ("cyclist_g1", "cyclist_g2", "dog", "thrown_ball"):
+        footage = read_video(CLIPS / f"{name}.mp4", frames=16)
+        video = footage.frames[None] / 255
+        measured[name] = degree(video)
+        frozen = video[:, :, 7:8].repeat(1, 1, 16, 1, 1)
+        assert degree(grain(frozen)) < 0.03
+        assert torch.allclose(degree(grain(video, strength=0.02)), measured[name], rtol=0.1)
+    # Two riders that cross the picture, a dog and a hand-held throw.
+    assert min(measured["cyclist_g1"], measured["cyclist_g2"]) > 2
+    assert max(measured["dog"], measured["thrown_ball"]) < 0.5

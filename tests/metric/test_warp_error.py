@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from jaxtyping import Float
+from kornia.filters import gaussian_blur2d
+from torch import Tensor
+
+from dpo_video.errors import UserError
+from dpo_video.metric.frame_difference import FrameDifference
+from dpo_video.metric.warp_error import WarpError
+from dpo_video.tiny.scenes import draw_scenes, render
+
+
+def sliding(count: int, step: int = 1, frames: int = 5) -> Float[Tensor, "b 3 F 64 64"]:
+    """Textures that slide to the right by whole pixels, new ones coming in."""
+    noise = torch.rand(count, 3, 72, 72 + 64, generator=torch.Generator().manual_seed(0))
+    texture = 4 * (gaussian_blur2d(noise, (13, 13), (3.0, 3.0)) - 0.5) + 0.5
+    texture = texture.clamp(0, 1)[..., 4:-4, 4:-4]
+    starts = [step * (frames - 1 - t) for t in range(frames)]
+    return torch.stack([texture[..., s : s + 64] for s in starts], dim=2)
+
+
+def unwarped(videos: Tensor) -> Tensor:
+    return 255**2 * videos.diff(dim=2).square().mean(dim=(1, 2, 3, 4))
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Float[Tensor, "b 3 F 64 64"]:
+    return render(draw_scenes(6, torch.Generator().manual_seed(3))).movedim(2, 1).contiguous()
+
+
+def test_on_a_shift_the_right_way_round_is_below_no_warp_and_the_published_above() -> None:
+    videos = sliding(3)
+    still, corrected = unwarped(videos), WarpError()(videos, [])
+    assert (corrected < 0.02 * still).all()
+    for variant in ("lk", "farneback"):
+        assert (WarpError(variant=variant)(videos, []) > 1.5 * still).all()
+
+
+def test_the_right_way_round_on_shapes(scenes: Tensor) -> None:
+    still, corrected = unwarped(scenes), WarpError()(scenes, [])
+    assert (corrected < 0.25 * still).all()
+    assert corrected.mean() < 0.1 * still.mean()
+    assert (WarpError(variant="lk")(scenes, []) > still).all()
+
+
+def test_the_published_direction_doubles_a_motion() -> None:
+    # On a ramp the per-pixel flow is exact, so that going the wrong way is off by two steps of it.
+    ramp = (torch.arange(64.0) / 128).expand(3, 64, 64)
+    videos = torch.stack([ramp, ramp - 1 / 128], dim=1)[None]  # one pixel to the right
+    wrong = WarpError(variant="lk")(videos, [])
+    assert torch.allclose(wrong, 4 * unwarped(videos), rtol=0.1)
+
+
+def test_frozen_is_zero(scenes: Tensor) -> None:
+    frozen = scenes[:, :, :1].repeat(1, 1, 4, 1, 1)
+    for variant in ("corrected", "lk", "farneback"):
+        assert WarpError(variant=variant)(frozen, []).max() < 0.01
+
+
+def test_flow_does_not_explain_a_flicker_of_colour_away() -> None:
+    drawn = draw_scenes(24, torch.Generator().manual_seed(3))
+    plain = drawn.background < 6  # a shifted pattern can pass for a lit one
+    lit = 0.1 + 0.7 * render(drawn)[plain].movedim(2, 1)
+    lit[:, :, 1::2] += 0.1
+    flicker = 25.5**2
+    assert (WarpError()(lit, []) > 0.8 * flicker).all()
+    assert (WarpError()(lit, []) < 1.2 * flicker).all()
+
+
+def test_grain_costs_its_variance(scenes: Tensor) -> None:
+    grain = 0.02 * torch.randn(scenes.shape, generator=torch.Generator().manual_seed(0))
+    both_frames = 2 * (0.02 * 255) ** 2
+    added = WarpError()(0.2 + 0.6 * scenes + grain, []) - WarpError()(0.2 + 0.6 * scenes, [])
+    # Sampling between pixels averages some of it away.
+    assert (added > 0.5 * both_frames).all()
+    assert (added < 1.1 * both_frames).all()
+
+
+def test_what_is_uncovered_does_not_count() -> None:
+    ground = sliding(1, frames=1)[:, :, 0]
+    frames = []
+    for t in range(4):
+        frame = ground.clone()
+        frame[..., 20:40, 8 + 6 * t : 24 + 6 * t] = 1 - ground[..., 20:40, 8:24]
+        frames.append(frame)
+    videos = torch.stack(frames, dim=2)
+    assert WarpError()(videos, []) < 0.1 * unwarped(videos)
+
+
+def test_what_is_never_found_again_counts_in_full() -> None:
+    rising = torch.zeros(1, 3, 2, 32, 32)
+    rising[:, :, 1] = 0.5
+    assert WarpError()(rising, []) == pytest.approx((0.5 * 255) ** 2, rel=1e-4)
+
+
+def test_a_batch_is_its_videos_one_by_one(scenes: Tensor) -> None:
+    for variant in ("corrected", "lk", "farneback"):
+        metric = WarpError(variant=variant)
+        alone = torch.cat([metric(video[None], []) for video in scenes])
+        assert torch.allclose(metric(scenes, []), alone, rtol=1e-3)
+
+
+def test_half_precision_is_read_in_full(scenes: Tensor) -> None:
+    error = WarpError()(scenes.bfloat16(), [])
+    assert error.dtype == torch.float32
+
+
+def test_frame_difference_by_hand(scenes: Tensor) -> None:
+    videos = torch.zeros(2, 3, 3, 4, 4)
+    videos[0, :, 1] = 0.4
+    videos[1, :, 2, :2] = 1.0
+    expected = torch.tensor([(0.4 + 0.4) / 2, (0 + 0.5) / 2]) * 255
+    assert torch.allclose(FrameDifference()(videos, []), expected)
+    assert FrameDifference()(scenes[:, :, :1].repeat(1, 1, 4, 1, 1), []).max() == 0
+
+
+@pytest.mark.parametrize("metric", [WarpError(), FrameDifference()])
+def test_one_frame_is_too_few(metric: WarpError | FrameDifference) -> None:
+    with pytest.raises(UserError, match="Use videos of 2 frames or more"):
+        metric(torch.zeros(1, 3, 1, 32, 32), [])
+
+
+def test_without_opencv_the_published_variant_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UserError, match="pip install opencv-python-headless"):
+        WarpError(variant="farneback")(sliding(1), [])
