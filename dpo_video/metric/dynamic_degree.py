@@ -35,9 +35,11 @@ class DynamicDegree(Metric):
 
     `100 / diagonal * sqrt(mean over anchors and the fastest pixels of |speed|^2 - variance)`
 
-    Limits: an object smaller than `share` of the picture counts by the root of its area; a flat
-    disc that spins in place does not move at all; a flicker slower than the tracked window looks
-    like motion; videos of fewer than 5 frames are too short for the test, and flicker counts.
+    Limits: an object smaller than `share` of the picture counts by the root of its area; one that
+    crosses a tenth of the picture per frame is lost, and motion that changes its mind within the
+    tracked window counts in part or not at all; a flat disc that spins in place does not move;
+    a flicker slower than the window looks like motion; grain as strong as the picture's contrast
+    hides slow motion; videos of fewer than 5 frames are too short for the test, and flicker counts.
     """
 
     higher_is_better: ClassVar[bool] = True
