@@ -23,7 +23,7 @@ demo: setup ## Local pairs, region loss, toggled reference on the embedded model
 	rm -rf $(DEMO)
 	$(BIN)/dpo-video train --pairs local --loss region --reference toggle --out $(DEMO) \
 	    --count 16 --steps 30 --set train.batch=2 --set train.accumulation=1 \
-	    --set train.lr=1e-3 --set train.save_every=30
+	    --set train.lr=3e-4 --set train.save_every=30
 	$(BIN)/dpo-video evaluate $(DEMO) --seeds 12
 
 check: setup ## Lint, formatting and types

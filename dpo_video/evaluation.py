@@ -96,6 +96,8 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         caption=f"{len(evaluation.prompts)} videos of each, same prompts and seeds; intervals are "
         "95% bootstrap intervals of the paired difference",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # 80 columns must do
+        pad_edge=False,
         title_justify="left",
         caption_justify="left",
     )
