@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ def split(shape: VideoShape, seconds: float = SECONDS) -> list[slice]:
     length = max(1, round(seconds * shape.fps))
     count = max(1, round(shape.frames / length))
     bounds = [i * length for i in range(count)] + [shape.frames]
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def broadcast(

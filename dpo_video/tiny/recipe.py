@@ -1,8 +1,10 @@
 """How the embedded model is trained, from nothing: `python -m dpo_video.tiny.recipe`.
 
-Four stages, as AnimateDiff is made (Guo et al. 2023, arXiv 2307.04725): an autoencoder on frames;
-a bank of encoded clips; the text encoder and the spatial layers on single frames; the motion
-modules alone on clips. Every stage saves its state and goes on where it was stopped.
+The stages are AnimateDiff's (Guo et al. 2023, arXiv 2307.04725): an autoencoder on frames; the text
+encoder and the spatial layers on single pictures; the motion modules alone on video. As there, the
+pictures are cleaner than the video: the footage flickers (`scenes.flicker`), so the motion modules
+learn to flicker, and preference optimisation has something real to undo. Every stage saves its
+state and goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -259,31 +261,54 @@ def train_vae(work: Path, device: torch.device, steps: int) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_bank(
+def encode_pictures(
     work: Path, vae: AutoencoderKL, device: torch.device, clips: int
 ) -> tuple[Tensor, list[str]]:
-    """Stage 2. Latents of `clips` scenes, `[clips, 4, 16, 16, 16]`, standardised, and captions."""
-    path = work / "bank.safetensors"
+    """Stage 2. Latents of clean clips, `[clips, 4, 16, 16, 16]`, standardised, and captions.
+
+    Sets the autoencoder's scaling factor to what standardises them.
+    """
+    path = work / "pictures.safetensors"
+    latents, captions = _encoded(path, vae, device, clips, seed=10_000_000, flickers=False)
+    # One factor for all channels, as in every latent diffusion model (unit variance overall).
+    varying = latents.float()
+    factor = 1 / (varying - varying.mean(dim=(0, 2, 3, 4), keepdim=True)).std()
+    vae.register_to_config(scaling_factor=float(factor))
+    return latents * factor, captions
+
+
+@torch.no_grad()
+def encode_footage(
+    work: Path, vae: AutoencoderKL, device: torch.device, clips: int
+) -> tuple[Tensor, list[str]]:
+    """Stage 2, for the motion modules: latents of clips that flicker, scaled, and captions."""
+    path = work / "footage.safetensors"
+    latents, captions = _encoded(path, vae, device, clips, seed=20_000_000, flickers=True)
+    return latents * vae.config.scaling_factor, captions
+
+
+def _encoded(
+    path: Path, vae: AutoencoderKL, device: torch.device, clips: int, *, seed: int, flickers: bool
+) -> tuple[Tensor, list[str]]:
     captions: list[str] = []
     parts = []
     stored = load_file(path)["latents"] if path.exists() else None
     for start in range(0, clips, 20):
-        drawn = world.draw_scenes(20, torch.Generator().manual_seed(10_000_000 + start))
+        generator = torch.Generator().manual_seed(seed + start)
+        drawn = world.draw_scenes(20, generator)
         captions += drawn.captions()
         if stored is None:
             if start % 500 == 0:
-                print(f"bank {start}/{clips}", flush=True)
-            frames = world.render(drawn).flatten(0, 1).to(device)
+                print(f"{path.stem} {start}/{clips}", flush=True)
+            videos = world.render(drawn)
+            if flickers:
+                videos = (videos * world.flicker(20, generator)).clamp(0, 1)
+            frames = videos.flatten(0, 1).to(device)
             latents = vae.encode(2 * frames - 1).latent_dist.mean
-            parts.append(latents.unflatten(0, (20, -1)).transpose(1, 2).cpu())
+            parts.append(latents.unflatten(0, (20, -1)).transpose(1, 2).cpu().half())
     if stored is None:
         stored = torch.cat(parts)
-        # One factor for all channels, as in every latent diffusion model (unit variance overall).
-        factor = 1 / (stored - stored.mean(dim=(0, 2, 3, 4), keepdim=True)).std()
-        vae.register_to_config(scaling_factor=float(factor))
-        write_tensors(path, {"latents": (stored * factor).half(), "factor": factor[None]})
-        stored = load_file(path)["latents"]
-    vae.register_to_config(scaling_factor=float(load_file(path)["factor"]))
+        write_tensors(path, {"latents": stored})
     return stored, captions
 
 
@@ -400,24 +425,27 @@ def export(
 
 
 def main(arguments: Iterator[str] | None = None) -> None:
-    """Run whatever of the four stages is not done yet, then export."""
+    """Run whatever stage is not done yet, then export."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m dpo_video.tiny.recipe")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="states and logs")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="the checkpoint folder to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--clips", type=int, default=3000, help="clips in the bank, a multiple of 20"
+        "--clips", type=int, default=3000, help="clips to learn from, a multiple of 20"
     )
     parser.add_argument("--vae-steps", type=int, default=5000)
-    parser.add_argument("--frame-steps", type=int, default=6000)
-    parser.add_argument("--motion-steps", type=int, default=3000)
+    parser.add_argument("--frame-steps", type=int, default=4500)
+    parser.add_argument("--motion-steps", type=int, default=4000)
     options = parser.parse_args(None if arguments is None else list(arguments))
     device = torch.device(options.device)
     vae = train_vae(options.work, device, options.vae_steps)
-    bank, captions = encode_bank(options.work, vae, device, options.clips)
-    tokenizer, networks = train_frames(options.work, device, bank, captions, options.frame_steps)
+    pictures, captions = encode_pictures(options.work, vae, device, options.clips)
+    tokenizer, networks = train_frames(
+        options.work, device, pictures, captions, options.frame_steps
+    )
+    footage, captions = encode_footage(options.work, vae, device, options.clips)
     unet = train_motion(
-        options.work, device, bank, captions, tokenizer, networks, options.motion_steps
+        options.work, device, footage, captions, tokenizer, networks, options.motion_steps
     )
     export(options.out, vae, tokenizer, networks.text_encoder, unet)
 

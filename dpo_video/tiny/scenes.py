@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -43,6 +44,7 @@ MOTIONS = ("left", "right", "up", "down", "circling", "spinning")
 SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.5, 0.9), "quickly": (1.2, 2.0)}  # px/frame
 RADII = (10.0, 15.0)  # pixels, uniform
 PATTERN = 8  # pixels, the width of a stripe and of a checker
+FLICKER = 0.15  # standard deviation of the flicker's gain where its envelope is 1
 
 
 def _star(points: int, inner: float) -> list[tuple[float, float]]:
@@ -199,6 +201,26 @@ def render(
     return torch.lerp(
         _background(scenes, points), fill.expand(-1, points.shape[1], -1, -1, -1), coverage
     )
+
+
+def flicker(
+    n: int, generator: torch.Generator, frames: int = FRAMES
+) -> Float[Tensor, "n F 1 64 64"]:
+    """Gains that make clips flicker: multiply frames by them, then clamp to [0, 1].
+
+    Soft blotches of light, new in every frame, under an envelope that is smooth in space and time
+    and zero over half of the clip: one part of a video boils for a while and another is still.
+    """
+    blotches = F.interpolate(
+        torch.randn(n * frames, 1, 4, 4, generator=generator), size=(SIZE, SIZE), mode="bicubic"
+    )
+    envelope = F.interpolate(
+        torch.randn(n, 1, 4, 3, 3, generator=generator),
+        size=(frames, SIZE, SIZE),
+        mode="trilinear",
+        align_corners=True,
+    )
+    return 1 + FLICKER * envelope.clamp(min=0).transpose(1, 2) * blotches.unflatten(0, (n, frames))
 
 
 def coverage(scenes: Scenes) -> Float[Tensor, "b F 1 64 64"]:
