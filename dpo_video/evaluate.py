@@ -52,25 +52,33 @@ def compare(
     prompts: Sequence[str],
     settings: EvaluateSettings,
     *,
+    base: Videos | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Comparison:
     """Draw with the base, merge the adapter, draw again, measure both.
 
-    `on_progress` is told how many of the `2 * len(prompts)` videos are drawn.
+    Args:
+        model: the base; its denoiser has the adapter merged into it afterwards.
+        adapter: a folder in PEFT's format.
+        metrics: what to measure.
+        prompts: one a video.
+        settings: seeds and sampling.
+        base: the base's videos, if these very ones have been drawn already.
+        on_progress: told how many of the `2 * len(prompts)` videos are there.
     """
-    sets: list[Videos] = []
-    for tuned_now in (False, True):
-        denoiser = merged(model, adapter) if tuned_now else model.denoiser
+    sets: list[Videos] = [] if base is None else [base]
+    while len(sets) < 2:
+        denoiser = merged(model, adapter) if sets else model.denoiser
         drawn: list[Tensor] = []
         for videos in draw(model, denoiser, prompts, settings):
             drawn.append(videos)
             on_progress(len(sets) * len(prompts) + sum(len(part) for part in drawn))
         sets.append(torch.cat(drawn))
-    base, tuned = sets
-    return Comparison(base=base, tuned=tuned, metrics=tuple(
+    before, tuned = sets
+    return Comparison(base=before, tuned=tuned, metrics=tuple(
         MetricResult.measured(
             name,
-            values(metric, base, prompts, settings.batch),
+            values(metric, before, prompts, settings.batch),
             values(metric, tuned, prompts, settings.batch),
             unit=metric.unit,
             higher_is_better=metric.higher_is_better,

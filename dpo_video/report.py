@@ -41,14 +41,7 @@ def render_evaluation(evaluation: Evaluation, videos: Sequence[tuple[bytes, byte
     """
     if videos and len(videos) != len(evaluation.prompts):
         raise ValueError(f"{len(videos)} pairs of videos for {len(evaluation.prompts)} prompts")
-    environment = Environment(
-        loader=PackageLoader("dpo_video"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(brief=brief, percent=percent, option=option)
+    environment = templates()
     script = _asset(environment, "evaluation.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     reach = _reach(evaluation.metrics)
@@ -68,6 +61,19 @@ def render_evaluation(evaluation: Evaluation, videos: Sequence[tuple[bytes, byte
         window=WINDOW,
         size={"width": WIDTH, "height": HEIGHT, "forest": FOREST},
     )
+
+
+def templates() -> Environment:
+    """The package's templates: everything that goes into them is escaped."""
+    environment = Environment(
+        loader=PackageLoader("dpo_video"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(brief=brief, percent=percent, option=option)
+    return environment
 
 
 def _asset(environment: Environment, name: str) -> Markup:

@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from dpo_video.cli import build, config, evaluate, generate, show, train
+from dpo_video.cli import build, compare, config, evaluate, generate, show, train
 from dpo_video.cli import list as listing
 from dpo_video.errors import UserError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("build")(build.build)
 app.command("list")(listing.list_strategies)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,11 @@ from dpo_video.cli.build import progress_bar
 from dpo_video.cli.options import Assignments, Device, Json, Metrics, console, resolve
 from dpo_video.cli.train import slope_of
 from dpo_video.errors import RunError
+
+if TYPE_CHECKING:
+    from dpo_video.config import Config
+    from dpo_video.evaluation import Evaluation
+    from dpo_video.types import Videos
 
 
 def evaluate(
@@ -33,10 +38,25 @@ def evaluate(
     """  # fmt: skip
     if not (run / "run.toml").is_file():
         raise RunError(f"'{run}' is not a run: it has no run.toml. Name a folder under runs/.")
-    file = run / "run.toml"
-    config = resolve(file, assignments, metrics=metric, run_device=device, evaluate_seeds=seeds)
+    config = resolve(
+        run / "run.toml", assignments, metrics=metric, run_device=device, evaluate_seeds=seeds
+    )
+    from dpo_video.evaluation import evaluation_table
+
+    evaluation = evaluate_run(run, config, out or run / "evaluation")
+    if as_json:
+        typer.echo(evaluation.to_json())
+        return
+    Console().print(evaluation_table(evaluation))
+    for detail in evaluation.verdict.details:
+        console.print(f"[dim]-[/] {escape(detail)}", highlight=False)
+    console.print(f"\nLook at it: [bold]{(out or run / 'evaluation') / 'index.html'}[/]")
+
+
+def evaluate_run(run: Path, config: Config, folder: Path, base: Videos | None = None) -> Evaluation:
+    """Measure a run and write its evaluation; `base` holds the base's videos if they are drawn."""
     from dpo_video.evaluate import compare
-    from dpo_video.evaluation import Evaluation, evaluation_table
+    from dpo_video.evaluation import Evaluation
     from dpo_video.files import write_text, writing
     from dpo_video.report import render_evaluation
     from dpo_video.session import load_model, pick_device
@@ -48,7 +68,6 @@ def evaluate(
     model = load_model(config, pick_device(config.run.device))
     settings = config.evaluate
     prompts = config.backbone.prompts(settings.seeds)
-    folder = out or run / "evaluation"
     with progress_bar() as bar:
         task = bar.add_task("videos", total=2 * len(prompts))
         comparison = compare(
@@ -57,10 +76,11 @@ def evaluate(
             config.metrics,
             prompts,
             settings,
+            base=base,
             on_progress=lambda done: bar.update(task, completed=done),
         )
     reports = read_log(run)
-    text = file.read_text(encoding="utf-8")
+    text = (run / "run.toml").read_text(encoding="utf-8")
     evaluation = Evaluation(
         name=run.resolve().name,
         prompts=tuple(prompts),
@@ -78,8 +98,8 @@ def evaluate(
         facts={"Checkpoint": adapter.parent.name, "Device": str(model.device)},
     )
     videos = [
-        (video_bytes(base, model.shape.fps), video_bytes(tuned, model.shape.fps))
-        for base, tuned in zip(comparison.base, comparison.tuned, strict=True)
+        (video_bytes(first, model.shape.fps), video_bytes(second, model.shape.fps))
+        for first, second in zip(comparison.base, comparison.tuned, strict=True)
     ]
     with writing(folder):
         for i, pair in enumerate(videos):
@@ -87,12 +107,6 @@ def evaluate(
                 path = folder / "videos" / f"{i:03d}-{name}.mp4"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-        write_text(folder / "evaluation.json", evaluation.to_json())
         write_text(folder / "index.html", render_evaluation(evaluation, videos))
-    if as_json:
-        typer.echo(evaluation.to_json())
-        return
-    Console().print(evaluation_table(evaluation))
-    for detail in evaluation.verdict.details:
-        console.print(f"[dim]-[/] {escape(detail)}", highlight=False)
-    console.print(f"\nLook at it: [bold]{folder / 'index.html'}[/]")
+        write_text(folder / "evaluation.json", evaluation.to_json())
+    return evaluation

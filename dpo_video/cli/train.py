@@ -107,8 +107,8 @@ def train(
     model = load_model(config, accelerator.device)
     with accelerator.main_process_first():
         store = obtain_pairs(config, model, folder.parent / "pairs")
-    _write_run(config, folder, accelerator)
-    _run(config, model, store, folder, accelerator, resume=resume)
+    write_run(config, folder, accelerator)
+    run_training(config, model, store, folder, accelerator, resume=resume)
 
 
 def _free_folder(config: Config) -> Path:
@@ -122,7 +122,8 @@ def _free_folder(config: Config) -> Path:
     return folder
 
 
-def _write_run(config: Config, folder: Path, accelerator: Accelerator) -> None:
+def write_run(config: Config, folder: Path, accelerator: Accelerator) -> None:
+    """Write the run's run.toml."""
     from dpo_video.files import write_text, writing
 
     if accelerator.is_main_process:
@@ -130,7 +131,7 @@ def _write_run(config: Config, folder: Path, accelerator: Accelerator) -> None:
             write_text(folder / "run.toml", config.toml())
 
 
-def _run(
+def run_training(
     config: Config,
     model: VideoModel,
     store: PairStore,
@@ -139,6 +140,7 @@ def _run(
     *,
     resume: bool,
 ) -> None:
+    """Train, show what happens, and end with the verdict."""
     from dpo_video.train import train as train_loop
     from dpo_video.verdict import TrainingState, judge_training
 
