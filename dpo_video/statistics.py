@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -101,6 +102,32 @@ def paired_difference(
         relative_low=relative_low,
         relative_high=relative_high,
     )
+
+
+def cohen_kappa(first: Sequence[int], second: Sequence[int]) -> float | None:
+    """Agreement of two raters beyond chance (Cohen 1960): 1 is full, 0 is what chance gives.
+
+    `(observed - chance) / (1 - chance)`, with chance from how often each rater uses each category.
+    None where it is undefined: without items, and where both raters give every item the same one
+    category, so that chance alone would agree on everything.
+
+    Args:
+        first: one category an item.
+        second: the other rater's, of the same items in the same order.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} ratings cannot be compared with {len(second)}")
+    count = len(first)
+    observed = sum(one == other for one, other in zip(first, second, strict=True))
+    counts, others = Counter(first), Counter(second)
+    # In whole numbers, so that "everything by chance" is recognised exactly.
+    chance = sum(counts[category] * others[category] for category in counts)
+    if chance == count**2:
+        return None
+    return (count * observed - chance) / (count**2 - chance)
 
 
 def _interval(estimate: float, draws: Array, left_out: Array) -> tuple[float, float]:

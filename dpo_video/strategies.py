@@ -8,25 +8,29 @@ that it makes. Everything here is abstract: what runs is in the folder named aft
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Generator, Tensor, nn
 
+from dpo_video.errors import UserError
 from dpo_video.types import (
     Clip,
     Context,
     Latents,
     LossOutput,
+    Mark,
+    Material,
     Pair,
     PairErrors,
     PerPair,
     Region,
+    Video,
     Videos,
     VideoShape,
 )
@@ -141,12 +145,62 @@ class Labeler(Strategy, ABC):
     """Says which of two videos is better, per segment."""
 
     kind: ClassVar[str] = "labeler"
+    incidental: ClassVar[frozenset[str]] = frozenset()
+    """Options that change how it works, not what it says (a port, a price): labelling goes on under
+    the same name when they change."""
 
     @abstractmethod
     def __call__(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
     ) -> Float[Tensor, "b s"]:
         """+1 where the first is better, -1 the second, 0 a tie; one column a segment."""
+
+
+class LabelWork(ABC):
+    """A stored set of pairs to label, and where the labels go."""
+
+    pairs: Sequence[int]
+    """The indices of all of them, labelled or not."""
+    segments: Sequence[slice]
+    """In pixel frames."""
+    fps: float
+
+    @abstractmethod
+    def prompt(self, pair: int) -> str:
+        """What both videos of a pair should show."""
+
+    @abstractmethod
+    def videos(self, pair: int) -> tuple[Video, Video]:
+        """The first and the second, decoded when asked for, on the CPU."""
+
+    @abstractmethod
+    def marks(self, rater: str = "") -> Mapping[int, Sequence[Mark]]:
+        """What a rater says by now, one mark a segment; None in it where something is open."""
+
+    @abstractmethod
+    def record(self, pair: int, marks: Sequence[Mark], *, rater: str = "", note: str = "") -> None:
+        """Save what a rater says of a pair; on the disk when this returns.
+
+        It takes the place of what the rater said of that pair before, for relabelling and undoing.
+        """
+
+
+class SetLabeler(Labeler, ABC):
+    """Labels a stored set in its own way: interactive, as a person is, or from a file of labels."""
+
+    @abstractmethod
+    def label_set(self, work: LabelWork) -> None:
+        """Label as much as there is to label; a KeyboardInterrupt inside ends it as well."""
+
+    @final
+    def __call__(
+        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
+    ) -> Float[Tensor, "b s"]:
+        """A UserError: there is no set yet while pairs are built."""
+        raise UserError(
+            f"{type(self).__name__} labels finished sets only. Build the pairs without it, then "
+            "label them: dpo-video label PAIRS --labeler NAME."
+        )
 
 
 class PairBuilder(Strategy, ABC):
@@ -166,10 +220,24 @@ class PairBuilder(Strategy, ABC):
         """Make one pair; all randomness comes from `generator`."""
 
 
+class SuppliedPairs(PairBuilder, ABC):
+    """A pair builder that brings what its pairs are made of, such as somebody's finished pairs."""
+
+    @abstractmethod
+    def material(self, model: VideoModel, prompt: str | None) -> Material:
+        """Open it; `prompt` is for whatever has none of its own.
+
+        The pairs are then made of its clips and of no others. A UserError if there is nothing to
+        make a pair of, here or when the first clip is asked for.
+        """
+
+
 class Loss(Strategy, ABC):
     """A pure function of the errors: one value per pair, never a mean over the batch."""
 
     kind: ClassVar[str] = "loss"
+    needs_region: ClassVar[bool] = False
+    """Whether it makes sense only for pairs whose videos are equal outside a region."""
 
     @abstractmethod
     def __call__(self, errors: PairErrors) -> LossOutput:

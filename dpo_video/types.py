@@ -6,8 +6,9 @@ Axes: `b` pair, `c` latent channel, `f` latent frame, `h w` latent height and wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,8 @@ Latents = Float[Tensor, "b c f h w"]
 Region = Float[Tensor, "b 1 f h w"]
 Preference = Float[Tensor, "b f"]
 PerPair = Float[Tensor, " b"]
+# What a rater says of one segment: a label in [-1, 1], nothing on purpose, or nothing yet.
+Mark = float | Literal["skip"] | None
 # What the text encoder gives the denoiser: named tensors whose first axis is `b`.
 Context = Mapping[str, Tensor]
 
@@ -44,6 +47,28 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A file that gives nothing, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What pairs are made of, where their builder brings it itself."""
+
+    clips: Iterator[Clip]
+    """One a pair, always in the same order."""
+    count: int
+    """How many there are at most: what is damaged shows only when it is read."""
+    fingerprint: str
+    """A hash that stands for them."""
+    skipped: Sequence[Skipped]
+    """What gives no pair; grows while `clips` are read."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pair:
     """Two latents of one prompt and who is better where."""
 
@@ -59,6 +84,9 @@ class Pair:
     strength: float = 0.0
     """The noise level in (0, 1] that the loser was regenerated from (LocalDPO's alpha, DenseDPO's
     eta); 0 where nothing was re-noised."""
+    context: Context | None = None
+    """The encoded prompt, with a leading axis of 1, where it came with the pair; None where the
+    model is to encode `prompt`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +122,9 @@ class PairErrors:
     policy_second: Latents
     reference_first: Latents
     reference_second: Latents
+    policy_product: Latents
+    """The policy's signed error (prediction less target) on the first video times that on the
+    second, without gradient: positive where both pull its output the same way."""
     preference: Preference
     region: Region
     strength: PerPair
@@ -113,6 +144,11 @@ class PairErrors:
         """+1 where most frames prefer the first, -1 the second, 0 where they are even."""
         return self.preference.sum(dim=1).sign()
 
+    @property
+    def majority(self) -> Preference:
+        """The winner, as the label of every frame."""
+        return self.winner[:, None].expand_as(self.preference)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutput:
@@ -122,7 +158,10 @@ class LossOutput:
     margin: PerPair
     """Implicit reward of the chosen video less that of the rejected one."""
     logits: PerPair
-    """What the loss's sigmoid sees: beta times the margin."""
+    """beta times the margin: what a sigmoid loss sees."""
+    gradient_factor: PerPair
+    """How hard the loss pushes on the margin, as half of how hard it does at margin 0: 0.5 at the
+    start of a run, 0 once it is satisfied. For a sigmoid loss that is sigmoid(-logits)."""
     chosen_change: PerPair
     """`d(chosen)`: positive when the policy predicts the chosen video worse than the reference."""
     rejected_change: PerPair

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dpo_video.statistics import paired_difference
+from dpo_video.statistics import cohen_kappa, paired_difference
 
 Array = NDArray[np.float64]
 
@@ -123,6 +123,35 @@ def test_what_cannot_be_compared_is_refused() -> None:
         paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="2 finite pairs or more, not 1"):
         paired_difference([1.0, math.nan], [1.0, 2.0])
+
+
+# --- agreement -------------------------------------------------------------------------------
+
+# Two raters on 50 items: both say 1 on 20 and 0 on 15, and they differ on 5 and 10. They agree on
+# 0.7; by chance they would on 25/50 * 30/50 + 25/50 * 20/50 = 0.5. So kappa is 0.2 / 0.5.
+FIRST = [1] * 20 + [1] * 5 + [0] * 10 + [0] * 15
+SECOND = [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15
+
+
+def test_kappa_of_a_table_counted_by_hand() -> None:
+    assert cohen_kappa(FIRST, SECOND) == pytest.approx(0.4)
+    assert cohen_kappa(SECOND, FIRST) == pytest.approx(0.4)
+    named = {0: 7, 1: -3}
+    assert cohen_kappa([named[x] for x in FIRST], [named[x] for x in SECOND]) == pytest.approx(0.4)
+
+
+def test_kappa_is_1_for_equal_ratings_and_negative_below_chance() -> None:
+    assert cohen_kappa(FIRST, FIRST) == 1
+    assert cohen_kappa([1, -1, 0], [1, -1, 0]) == 1
+    assert cohen_kappa([0, 1], [1, 0]) == -1
+    assert cohen_kappa([1, 1], [0, 0]) == 0, "two raters of one category each, and not the same"
+
+
+@pytest.mark.parametrize("ratings", [[], [1], [0, 0, 0]])
+def test_kappa_is_undefined_where_chance_agrees_on_everything(ratings: list[int]) -> None:
+    assert cohen_kappa(ratings, ratings) is None
+    with pytest.raises(ValueError, match="cannot be compared"):
+        cohen_kappa(ratings, [*ratings, 1])
 
 
 def test_judging_needs_no_torch() -> None:
