@@ -18,8 +18,10 @@ from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair, Video
 from dpo_video.video import write_video
 
-# The clip that the `i`-th pair is made of.
-Source = Callable[[int], Clip]
+COUNT = 64  # pairs, where nobody says how many
+
+# The clip that the `i`-th pair is made of; None behind the last one.
+Source = Callable[[int], Clip | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,15 @@ class BuildReport:
     prompt: str
     seconds: float
     """For this pair."""
+    decided: bool
+    """Whether either video is preferred anywhere; otherwise the pair is a tie, or unlabelled."""
+
+
+def wanted(settings: BuildSettings, available: int | None) -> int:
+    """How many pairs to build, of as many as there is material for (None: without end)."""
+    if available is None:
+        return settings.count or COUNT
+    return min(settings.count or available, available)
 
 
 def build(
@@ -42,30 +53,38 @@ def build(
     *,
     seed: int,
     labeler: Labeler | None = None,
+    available: int | None = None,
 ) -> Iterator[BuildReport]:
     """Fill the store up to the number of pairs asked for, going on from what it has.
+
+    It ends earlier where `clips` does.
 
     Pair `i` depends on the seed and on `i` alone, so it does not matter how often the build was
     interrupted.
     """
     store.check_fits(model)
     contexts: dict[str, dict[str, Tensor]] = {}
-    for index in range(len(store), settings.count):
+    total = wanted(settings, available)
+    for index in range(len(store), total):
         started = time.monotonic()
-        pair = builder(clips(index), model, labeler, generator(seed, "pair", index))
-        if pair.prompt not in contexts:
+        clip = clips(index)
+        if clip is None:
+            return
+        pair = builder(clip, model, labeler, generator(seed, "pair", index))
+        if pair.context is None and pair.prompt not in contexts:
             encoded = model.encode_prompts([pair.prompt])
             contexts[pair.prompt] = {name: value.cpu() for name, value in encoded.items()}
         if settings.previews:
             with writing(store.folder):
                 scale = max(1, 128 // model.shape.height)
                 write_video(store.preview(index), preview(pair, model), model.shape.fps, scale)
-        store.append(pair, contexts[pair.prompt])
+        store.append(pair, contexts[pair.prompt] if pair.context is None else pair.context)
         yield BuildReport(
             done=index + 1,
-            total=settings.count,
+            total=total,
             prompt=pair.prompt,
             seconds=time.monotonic() - started,
+            decided=bool(pair.preference.any()),
         )
 
 
@@ -86,6 +105,6 @@ def cycle_prompts(prompts: Sequence[str]) -> Source:
 
 
 def in_order(clips: Iterator[Clip]) -> Source:
-    """An endless supply of clips, skipped ahead to the index asked for; indices must grow."""
+    """A supply of clips, skipped ahead to the index asked for; indices must grow."""
     numbered = enumerate(clips)
-    return lambda index: next(clip for number, clip in numbered if number == index)
+    return lambda index: next((clip for number, clip in numbered if number == index), None)

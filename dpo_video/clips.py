@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from dpo_video.errors import UserError
-from dpo_video.types import Clip, VideoShape
+from dpo_video.types import Clip, Skipped, Video, VideoShape
 from dpo_video.video import (
     VIDEO_SUFFIXES,
     VideoError,
@@ -32,14 +32,6 @@ CAPTIONING = (
     f"Caption it by a line in {METADATA} ({{file_name, text}}), "
     "by a text file of its name beside it, or give all clips one caption with --prompt."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Skipped:
-    """A file that gives no clip, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,18 +73,7 @@ class ClipFolder(Sequence[Clip]):
             VideoError: If the file is damaged further on than `open_clips` looked.
         """
         window, shape = self._windows[index], self.shape
-        footage = read_video(
-            self.root / window.file,
-            fps=None if window.spread else shape.fps,
-            start=window.start,
-            frames=None if window.spread else shape.frames,
-            cover=(shape.height, shape.width),
-            folder_fps=shape.fps,
-        )
-        try:
-            video = fit_video(footage.frames, footage.fps, shape)
-        except UserError as error:
-            raise VideoError(f"{window.file}: {error}") from error
+        video = _decode(self.root / window.file, shape, window.start, window.spread)
         return Clip(name=self.name(index), caption=window.caption, video=video)
 
     def __iter__(self) -> Iterator[Clip]:
@@ -174,7 +155,7 @@ def open_clips(
         )
     root = folder.parent if single else folder
     captions = _read_metadata(root / METADATA)
-    names = [folder.name] if single else _find(root)
+    names = [folder.name] if single else find_videos(root)
     skipped = [
         Skipped(name=name, reason=f"{METADATA} names it, but there is no such video")
         for name in captions or ()
@@ -187,7 +168,7 @@ def open_clips(
         except VideoError as error:
             skipped.append(Skipped(name=name, reason=str(error)))
             continue
-        caption = (captions or {}).get(name) or _read_caption(root / name) or prompt
+        caption = (captions or {}).get(name) or read_caption(root / name) or prompt
         if not caption:
             if captions is None or single:
                 raise UserError(f"{root / name} has no caption. {CAPTIONING}")
@@ -212,7 +193,32 @@ def open_clips(
     return ClipFolder(root, shape, found, skipped)
 
 
-def _find(root: Path) -> list[str]:
+def read_beginning(path: Path, shape: VideoShape) -> Video:
+    """The beginning of a video, or of a folder of frames, as a clip is read.
+
+    Raises:
+        UserError: If there is no such file.
+        VideoError: If it is damaged or too short.
+    """
+    return _decode(path, shape, 0.0, _cut(path, shape, 1).spread)
+
+
+def _decode(path: Path, shape: VideoShape, start: float, spread: bool) -> Video:
+    footage = read_video(
+        path,
+        fps=None if spread else shape.fps,
+        start=start,
+        frames=None if spread else shape.frames,
+        cover=(shape.height, shape.width),
+        folder_fps=shape.fps,
+    )
+    try:
+        return fit_video(footage.frames, footage.fps, shape)
+    except UserError as error:
+        raise VideoError(f"{path.name}: {error}") from error
+
+
+def find_videos(root: Path) -> list[str]:
     """Videos and folders of frames under `root`, as relative POSIX paths in natural order."""
     names = []
     for place, folders, files in os.walk(root):
@@ -262,7 +268,7 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _read_caption(path: Path) -> str | None:
+def read_caption(path: Path) -> str | None:
     """The text beside a video, if there is any."""
     file = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
     if not file.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import transformers
 from accelerate import Accelerator
 
 from dpo_video.build import Source, cycle_prompts, in_order
-from dpo_video.clips import ClipFolder, open_clips
+from dpo_video.clips import open_clips
 from dpo_video.config import Config
 from dpo_video.errors import UserError
 from dpo_video.store import Manifest, PairStore
-from dpo_video.strategies import PairBuilder, VideoModel
+from dpo_video.strategies import PairBuilder, SuppliedPairs, VideoModel
+from dpo_video.types import Skipped
 
 PROMPTS = 64  # cycled, for pairs that need no clip on a backbone that has none of its own
 
@@ -57,21 +59,38 @@ class OpenedSource:
     clips: Source
     fingerprint: str
     """A hash or a name that stands for them."""
-    folder: ClipFolder | None
-    """Set where they are the user's files; knows which ones it had to skip."""
+    count: int | None = None
+    """How many there are at most; None where they have no end."""
+    skipped: Sequence[Skipped] = ()
+    """The user's files that give none; grows while clips are read."""
 
 
 def open_source(config: Config, model: VideoModel) -> OpenedSource:
-    """The user's clips, or the backbone's own, or prompts alone."""
+    """What the pairs bring themselves, or the user's clips, or the backbone's, or prompts alone."""
     assert not isinstance(config.pairs, Path)
     run = config.run
+    if isinstance(config.pairs, SuppliedPairs):
+        if run.clips is not None:
+            raise UserError(
+                f"Pairs of kind '{config.tables['pairs']['name']}' are made of files of their own, "
+                "and of no clips. Leave --clips out."
+            )
+        own = config.pairs.material(model, run.prompt)
+        return OpenedSource(
+            clips=in_order(own.clips),
+            fingerprint=own.fingerprint,
+            count=own.count,
+            skipped=own.skipped,
+        )
     if run.clips is not None:
         folder = open_clips(Path(run.clips), model.shape, run.prompt)
-        return OpenedSource(clips=folder.cycle, fingerprint=folder.fingerprint, folder=folder)
+        return OpenedSource(
+            clips=folder.cycle, fingerprint=folder.fingerprint, skipped=folder.skipped
+        )
     backbone = config.tables["backbone"]["name"]
-    own = config.backbone.clips(run.seed)
-    if own is not None:
-        return OpenedSource(clips=in_order(own), fingerprint=f"{backbone}'s own", folder=None)
+    drawn = config.backbone.clips(run.seed)
+    if drawn is not None:
+        return OpenedSource(clips=in_order(drawn), fingerprint=f"{backbone}'s own")
     if config.pairs.needs_video:
         raise UserError(
             f"Pairs of kind '{config.tables['pairs']['name']}' are made of real videos, and the "
@@ -79,7 +98,7 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
         )
     prompts = [run.prompt] if run.prompt else config.backbone.prompts(PROMPTS)
     fingerprint = "prompts: " + " | ".join(prompts)
-    return OpenedSource(clips=cycle_prompts(prompts), fingerprint=fingerprint, folder=None)
+    return OpenedSource(clips=cycle_prompts(prompts), fingerprint=fingerprint)
 
 
 def open_store(

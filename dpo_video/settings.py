@@ -16,8 +16,8 @@ class Settings(BaseModel):
 class BuildSettings(Settings):
     """[build]: how many pairs."""
 
-    count: int = Field(default=64, ge=1)
-    """Pairs to build."""
+    count: int | None = Field(default=None, ge=1)
+    """Pairs to build; when not set, 64, or all there are of pairs that bring their own files."""
     previews: bool = True
     """Write an mp4 of every pair."""
 

@@ -14,14 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dpo_video.errors import StoreError
@@ -116,7 +118,7 @@ class PairStore:
     def append(self, pair: Pair, context: Context) -> PairRow:
         """Add a pair; `context` is its encoded prompt, with a leading axis of 1."""
         index = len(self.rows)
-        name = hashlib.sha256(pair.prompt.encode()).hexdigest()[:16]
+        name = _context_name(pair)
         row = PairRow(
             index=index,
             prompt=pair.prompt,
@@ -155,6 +157,16 @@ class PairStore:
             keys=[f"{row.index:05d}" for row in rows],
         )
 
+    def preference(self, index: int) -> Float[Tensor, " f"]:
+        """Who is better where in a pair, read without its latents."""
+        path = self._latents_path(self.rows[index].index)
+        with self._reading(path), safe_open(path, framework="pt") as file:
+            return file.get_tensor("preference")
+
+    def decided(self) -> list[int]:
+        """The pairs that there is something to learn from; the others are ties throughout."""
+        return [index for index in range(len(self)) if self.preference(index).any()]
+
     def check_fits(self, model: VideoModel) -> None:
         """A StoreError unless the pairs were made with this very model."""
         if self.manifest.latent_shape != model.latent_shape:
@@ -185,8 +197,13 @@ class PairStore:
         return tensors
 
     def _load(self, path: Path) -> dict[str, Tensor]:
-        try:
+        with self._reading(path):
             return load_file(path)
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             raise StoreError(
                 f"'{path}' cannot be read ({error}). Delete '{self.folder}' and build the pairs "
@@ -218,6 +235,12 @@ class PairStore:
                 )
             rows.append(row)
         return rows
+
+
+def _context_name(pair: Pair) -> str:
+    """Equal for prompts that the model encodes alike; by content for what came encoded."""
+    named = pair.prompt.encode() if pair.context is None else save(dict(pair.context))
+    return hashlib.sha256(named).hexdigest()[:16]
 
 
 def _first(error: ValidationError) -> str:

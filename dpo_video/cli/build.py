@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from dpo_video.config import Config
     from dpo_video.store import PairStore
     from dpo_video.strategies import VideoModel
+
+SKIPPED_SHOWN = 20  # by name; the rest are counted
 
 
 def build(
@@ -81,6 +84,7 @@ def build(
 def obtain_pairs(config: Config, model: VideoModel, where: Path, exact: bool = False) -> PairStore:
     """Open the pairs that the configuration names, or build what is missing of them."""
     from dpo_video.build import build as build_pairs
+    from dpo_video.build import wanted
     from dpo_video.session import open_source, open_store
     from dpo_video.store import PairStore
 
@@ -91,14 +95,15 @@ def obtain_pairs(config: Config, model: VideoModel, where: Path, exact: bool = F
         return store
     source = open_source(config, model)
     store = open_store(config, config.pairs, model, source.fingerprint, where, exact)
-    present, wanted = len(store), config.build.count
-    if present >= wanted:
+    present, total = len(store), wanted(config.build, source.count)
+    if present >= total:
         console.print(f"Using {present} pairs built earlier: [bold]{store.folder}[/]")
         return store
     again = f"{present} are there already, " if present else ""
-    console.print(f"Building {wanted} pairs ({again}in [bold]{store.folder}[/])")
+    console.print(f"Building {total} pairs ({again}in [bold]{store.folder}[/])")
+    undecided = 0
     with progress_bar() as bar:
-        task = bar.add_task("pairs", total=wanted, completed=present)
+        task = bar.add_task("pairs", total=total, completed=present)
         for report in build_pairs(
             store,
             source.clips,
@@ -107,10 +112,19 @@ def obtain_pairs(config: Config, model: VideoModel, where: Path, exact: bool = F
             config.build,
             seed=config.run.seed,
             labeler=config.labeler,
+            available=source.count,
         ):
+            undecided += not report.decided
             bar.update(task, completed=report.done)
-    for skipped in source.folder.skipped if source.folder else ():
-        console.print(f"[yellow]Skipped[/] {skipped.name}: {skipped.reason}")
+    for skipped in source.skipped[:SKIPPED_SHOWN]:
+        console.print(f"[yellow]Skipped[/] {escape(skipped.name)}: {escape(skipped.reason)}")
+    if source.skipped:
+        console.print(f"Files skipped in all: {len(source.skipped)}")
+    if undecided:
+        console.print(
+            f"{undecided} of {len(store) - present} pairs prefer neither video, and train nothing. "
+            f"Label them: dpo-video label {store.folder} --labeler NAME"
+        )
     return store
 
 
