@@ -16,7 +16,15 @@ from pydantic import BaseModel, ValidationError
 from dpo_video import registry
 from dpo_video.errors import UserError, unknown
 from dpo_video.settings import BuildSettings, EvaluateSettings, RunSettings, TrainSettings
-from dpo_video.strategies import Backbone, Labeler, Loss, Metric, PairBuilder, Reference
+from dpo_video.strategies import (
+    Backbone,
+    Labeler,
+    Loss,
+    MeasuringLabeler,
+    Metric,
+    PairBuilder,
+    Reference,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 Tables = dict[str, dict[str, Any]]
@@ -190,18 +198,34 @@ def _make(tables: Tables) -> Config:
             options = {key: value for key, value in tables[kind].items() if key != "name"}
             name = _name(tables, kind)
             made[kind] = _build(registry.load(kind, name), options, kind, name)
+    settled = made["labeler"]
+    if isinstance(settled, MeasuringLabeler):
+        settled, made["labeler"] = _give_metrics(settled)
     metrics = {
         name: cast(Metric, _build(registry.load("metric", name), table, f"metric.{name}", name))
         for name, table in tables["metric"].items()
     }
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
-    for kind, strategy in made.items():
+    for kind, strategy in {**made, "labeler": settled}.items():
         if isinstance(strategy, Path):
             resolved[kind] = {"store": str(strategy)}
         elif strategy is not None:
             resolved[kind] = {"name": tables[kind]["name"], **_dump(strategy)}
     resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
     return Config(**engines, **made, metrics=metrics, tables=resolved)  # type: ignore[arg-type]
+
+
+def _give_metrics(labeler: MeasuringLabeler) -> tuple[MeasuringLabeler, Labeler]:
+    """The labeler with its metrics' options spelled out, and the one that judges by them."""
+    if strays := sorted(labeler.options.keys() - set(labeler.measures)):
+        raise unknown("metric among the labeler's", strays[0], labeler.measures)
+    metrics = {}
+    for name in labeler.measures:
+        options = labeler.options.get(name, {})
+        made = _build(registry.load("metric", name), options, f"metric.{name}", name)
+        metrics[name] = cast(Metric, made)
+    options = {name: _dump(metric) for name, metric in metrics.items()}
+    return labeler.model_copy(update={"options": options}), labeler.with_metrics(metrics)
 
 
 def _store(table: Mapping[str, Any]) -> Path:

@@ -11,9 +11,16 @@ from typing import Any, final
 import torch
 
 from dpo_video.labels import LabelBook, LabelRecipe
-from dpo_video.segments import split
+from dpo_video.segments import SECONDS, split
 from dpo_video.store import PairStore
-from dpo_video.strategies import Labeler, LabelWork, SetLabeler, VideoModel
+from dpo_video.strategies import (
+    Judgement,
+    Labeler,
+    LabelWork,
+    ReasonedLabeler,
+    SetLabeler,
+    VideoModel,
+)
 from dpo_video.types import Mark, Video
 
 
@@ -27,6 +34,8 @@ class LabelReport:
     pair: int
     labels: Sequence[float]
     seconds: float
+    figures: Mapping[str, float]
+    """What it took; see `Judgement`."""
 
 
 @final
@@ -50,6 +59,11 @@ class StoreWork(LabelWork):
         first, second = self.model.decode_videos(both).float().cpu()
         return first, second
 
+    @property
+    def raters(self) -> Sequence[str]:
+        """Those in the book."""
+        return self.book.raters
+
     def marks(self, rater: str = "") -> Mapping[int, Sequence[Mark]]:
         """What the book says."""
         return self.book.marks(rater)
@@ -61,16 +75,20 @@ class StoreWork(LabelWork):
 
 
 def recipe(
-    store: PairStore, model: VideoModel, labeler: Labeler, name: str, seconds: float
+    store: PairStore, model: VideoModel, labeler: Mapping[str, Any], seconds: float = SECONDS
 ) -> LabelRecipe:
-    """What the labels of a labeler, called `name`, on a store have in common."""
+    """What the labels of a labeler on a store have in common.
+
+    Args:
+        store: the pairs.
+        model: what decodes them.
+        labeler: the table [labeler], without its incidental options.
+        seconds: length of a segment.
+    """
     segments = split(model.shape, seconds)
     latents = [model.latent_frames(segment) for segment in segments]
-    options: dict[str, Any] = labeler.model_dump(
-        mode="json", exclude_none=True, exclude=set(labeler.incidental)
-    )
     return LabelRecipe(
-        labeler={"name": name, **options},
+        labeler=dict(labeler),
         pairs=store.manifest.key,
         identity=model.identity,
         fps=model.shape.fps,
@@ -96,9 +114,9 @@ def label(
         if pair in done:
             continue
         started = time.monotonic()
-        first, second = work.videos(pair)
-        labels = labeler([work.prompt(pair)], first[None], second[None], work.segments)[0].tolist()
-        book.record(pair, labels)
+        judgement = _judge(labeler, work, pair)
+        labels = judgement.labels[0].tolist()
+        book.record(pair, labels, note=judgement.notes[0])
         done.add(pair)
         yield LabelReport(
             done=len(done),
@@ -106,4 +124,13 @@ def label(
             pair=pair,
             labels=labels,
             seconds=time.monotonic() - started,
+            figures=judgement.figures,
         )
+
+
+def _judge(labeler: Labeler, work: StoreWork, pair: int) -> Judgement:
+    first, second = work.videos(pair)
+    asked = [work.prompt(pair)], first[None], second[None], work.segments
+    if isinstance(labeler, ReasonedLabeler):
+        return labeler.judge(*asked)
+    return Judgement(labels=labeler(*asked), notes=[""], figures={})

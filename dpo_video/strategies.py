@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from jaxtyping import Float
@@ -156,6 +156,61 @@ class Labeler(Strategy, ABC):
         """+1 where the first is better, -1 the second, 0 a tie; one column a segment."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Labels, and what there is to say about them."""
+
+    labels: Float[Tensor, "b s"]
+    notes: Sequence[str]
+    """One a pair: why."""
+    figures: Mapping[str, float]
+    """What it took, by name, to be summed over calls: requests, tokens, cost."""
+
+
+class ReasonedLabeler(Labeler, ABC):
+    """A labeler that says why, and what its labels cost."""
+
+    @abstractmethod
+    def judge(
+        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
+    ) -> Judgement:
+        """Label, and explain."""
+
+    @final
+    def __call__(
+        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
+    ) -> Float[Tensor, "b s"]:
+        """The labels alone."""
+        return self.judge(prompts, first, second, segments).labels
+
+
+class MeasuringLabeler(Labeler, ABC):
+    """Names the metrics that it judges by; with them it becomes the labeler that can judge.
+
+    A kind does not know the names of another, so whoever reads the configuration looks the metrics
+    up and hands them over.
+    """
+
+    options: dict[str, dict[str, Any]] = {}
+    """Options of the metrics by name, as in `--set labeler.options.warp_error.variant=lk`."""
+
+    @property
+    @abstractmethod
+    def measures(self) -> Sequence[str]:
+        """The names of the metrics."""
+
+    @abstractmethod
+    def with_metrics(self, metrics: Mapping[str, Metric]) -> Labeler:
+        """The labeler that judges by these metrics: one of each name in `measures`."""
+
+    @final
+    def __call__(
+        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
+    ) -> Float[Tensor, "b s"]:
+        """A TypeError: it has no metrics yet."""
+        raise TypeError(f"{type(self).__name__} has no metrics yet: call its with_metrics first")
+
+
 class LabelWork(ABC):
     """A stored set of pairs to label, and where the labels go."""
 
@@ -172,6 +227,11 @@ class LabelWork(ABC):
     @abstractmethod
     def videos(self, pair: int) -> tuple[Video, Video]:
         """The first and the second, decoded when asked for, on the CPU."""
+
+    @property
+    @abstractmethod
+    def raters(self) -> Sequence[str]:
+        """Everyone who said something, in order of appearance."""
 
     @abstractmethod
     def marks(self, rater: str = "") -> Mapping[int, Sequence[Mark]]:
