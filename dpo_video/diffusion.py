@@ -1,16 +1,26 @@
-"""The DPO step's mathematics: errors of two networks on two videos, and the sigmoid loss."""
+"""The DPO step's mathematics: errors of two networks on two videos, and what losses share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dpo_video.seeds import generator
 from dpo_video.strategies import Anchor, VideoModel
-from dpo_video.types import Context, Latents, LossOutput, PairBatch, PairErrors, PerPair
+from dpo_video.types import (
+    Context,
+    Latents,
+    LossOutput,
+    PairBatch,
+    PairErrors,
+    PerPair,
+    Preference,
+    Region,
+)
 
 
 def initial_noise(model: VideoModel, seeds: Sequence[int]) -> Latents:
@@ -40,29 +50,26 @@ def pair_errors(
     noisy = model.add_noise(clean, noise, level)
     target = model.target(clean, noise, level).float()
 
-    def errors(network: nn.Module) -> Latents:
-        prediction = model.predict(network, noisy, level, context)
+    def residuals(network: nn.Module) -> Latents:
         # An fp16 error near 0.5 is 4.9e-4 from its neighbour: 1.2 logits at a slope of 2500.
-        return (prediction.float() - target).square()
+        return model.predict(network, noisy, level, context).float() - target
 
     with torch.no_grad(), anchor.network() as reference:
-        reference_first, reference_second = errors(reference).chunk(2)
-    policy_first, policy_second = errors(policy).chunk(2)
+        reference_first, reference_second = residuals(reference).square().chunk(2)
+    first, second = residuals(policy).chunk(2)
     return PairErrors(
-        policy_first=policy_first,
-        policy_second=policy_second,
+        policy_first=first.square(),
+        policy_second=second.square(),
         reference_first=reference_first,
         reference_second=reference_second,
+        policy_product=(first * second).detach(),
         preference=batch.preference,
         region=batch.region,
         strength=batch.strength,
     )
 
 
-def chosen_of(errors: PairErrors, first: Tensor, second: Tensor) -> Tensor:
-    """For each pair, the tensor that belongs to the chosen video (the first of an even pair)."""
-    wins = (errors.winner >= 0).view(-1, *(1,) * (first.ndim - 1))
-    return torch.where(wins, first, second)
+# --- what losses are made of -----------------------------------------------------------------
 
 
 def sigmoid_loss(
@@ -78,6 +85,54 @@ def sigmoid_loss(
         loss=-F.logsigmoid(logits),
         margin=margin,
         logits=logits,
+        gradient_factor=torch.sigmoid(-logits),
         chosen_change=torch.where(winner >= 0, first, second),
         rejected_change=torch.where(winner >= 0, second, first),
     )
+
+
+def clip_loss(errors: PairErrors, beta: float) -> LossOutput:
+    """`sigmoid_loss` of whole videos: the errors' mean over all elements, the majority's winner.
+
+    What other losses of one margin per video share with it: they replace `loss`, and
+    `gradient_factor` where theirs differs.
+    """
+    first, second = (
+        change.mean(dim=(1, 2, 3, 4)) for change in (errors.change_first, errors.change_second)
+    )
+    return sigmoid_loss(first, second, errors.winner, beta)
+
+
+def anchored(
+    output: LossOutput, errors: PairErrors, weight: float, labels: Preference | None = None
+) -> LossOutput:
+    """Add `weight` times the policy's error on the chosen video (LocalDPO's pull to the winner).
+
+    Args:
+        output: What the loss is without it.
+        errors: Of the same pairs.
+        weight: 0 adds nothing.
+        labels: Who is chosen, per frame; the majority of each pair's frames if left out.
+    """
+    if weight == 0:
+        return output
+    pull = chosen_error(errors, errors.majority if labels is None else labels)
+    return replace(output, loss=output.loss + weight * pull)
+
+
+def chosen_error(errors: PairErrors, labels: Preference, region: Region | None = None) -> PerPair:
+    """Mean of the policy's error on the video that `labels` choose, frame by frame.
+
+    Over the region's elements, or all; ties are left out, and a pair of ties alone has 0.
+    """
+    labels = labels[:, None, :, None, None]
+    chosen = torch.where(labels > 0, errors.policy_first, errors.policy_second)
+    weight = labels.abs() * (torch.ones_like(errors.region) if region is None else region)
+    return masked_mean(chosen, weight)
+
+
+def masked_mean(values: Latents, weight: Region) -> PerPair:
+    """Mean over the channels and the elements of each pair that have a weight; 0 without any."""
+    total = values.shape[1] * weight.sum(dim=(1, 2, 3, 4))
+    # Divided by 1 where all is 0, so that nothing turns into nan.
+    return (values * weight).sum(dim=(1, 2, 3, 4)) / torch.where(total > 0, total, 1.0)

@@ -77,11 +77,13 @@ def random_errors(
             (near + change * (2 * draw - 1)).abs()
             for near, draw in zip(reference, policy, strict=True)
         ]
+    signs = torch.rand(shape, generator=generator).sub(0.5).sign()
     return PairErrors(
         policy_first=policy[0],
         policy_second=policy[1],
         reference_first=reference[0],
         reference_second=reference[1],
+        policy_product=signs * (policy[0] * policy[1]).sqrt(),
         preference=torch.ones(pairs, 4),
         region=region,
         strength=torch.full((pairs,), 0.75),

@@ -35,6 +35,7 @@ from dpo_video.verdict import StepReport
 from dpo_video.video import write_video
 
 LATEST = "latest"
+FIGURES = ("loss", "margin", "logits", "gradient_factor", "chosen_change", "rejected_change")
 
 
 def adapt(model: VideoModel, settings: TrainSettings, seed: int) -> PeftModel:
@@ -85,17 +86,17 @@ def train(
 ) -> Iterator[Progress]:
     """Train an adapter, one report per optimizer step.
 
-    Every pair's noise and level come from a generator of its own place in the run, so neither a
-    resumption nor the number of processes changes them.
+    Pairs that are ties throughout are never drawn. Every pair's noise and level come from a
+    generator of its own place in the run, so neither a resumption nor the number of processes
+    changes them.
 
     Raises:
-        TrainingError: at a first step whose margin is not exactly 0, and when the loss, the
-            gradient or an error is not finite.
+        TrainingError: if the pairs are all ties or lack what the loss needs, at a first step whose
+            margin is not exactly 0, and when the loss, the gradient or an error is not finite.
         RunError: if there is nothing to resume.
     """
     store.check_fits(model)
-    if not len(store):
-        raise TrainingError(f"'{store.folder}' holds no pairs. Build some first.")
+    pairs = _usable(store, loss)
     bare = adapt(model, settings, seed)
     anchor = reference.follow(bare)
     parameters = [p for p in bare.parameters() if p.requires_grad]
@@ -103,7 +104,7 @@ def train(
         parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
     )
     policy, optimizer = accelerator.prepare(bare, optimizer)
-    run = _Run(model, store, loss, anchor, policy, settings, seed, accelerator)
+    run = _Run(model, store, pairs, loss, anchor, policy, settings, seed, accelerator)
     start = _restore(out, bare, optimizer) if resume else 0
     if accelerator.is_main_process:
         with writing(out):
@@ -154,6 +155,7 @@ class _Run:
         self,
         model: VideoModel,
         store: PairStore,
+        pairs: list[int],
         loss: Loss,
         anchor: Anchor,
         policy: nn.Module,
@@ -161,7 +163,8 @@ class _Run:
         seed: int,
         accelerator: Accelerator,
     ) -> None:
-        self.model, self.store, self.loss, self.anchor = model, store, loss, anchor
+        self.model, self.loss, self.anchor = model, loss, anchor
+        self.store, self.pairs = store, pairs
         self.policy, self.settings, self.seed = policy, settings, seed
         self.accelerator = accelerator
         self.keys: list[str] = []
@@ -201,9 +204,28 @@ class _Run:
 
     def _pair_at(self, place: int) -> int:
         """Epochs are permutations: every pair once before any comes again."""
-        epoch, position = divmod(place, len(self.store))
-        order = torch.randperm(len(self.store), generator=generator(self.seed, "epoch", epoch))
-        return int(order[position])
+        epoch, position = divmod(place, len(self.pairs))
+        order = torch.randperm(len(self.pairs), generator=generator(self.seed, "epoch", epoch))
+        return self.pairs[int(order[position])]
+
+
+def _usable(store: PairStore, loss: Loss) -> list[int]:
+    """The pairs to draw from: all but those that are ties throughout."""
+    if not len(store):
+        raise TrainingError(f"'{store.folder}' holds no pairs. Build some first.")
+    if loss.needs_region and all(row.region_share == 1 for row in store.rows):
+        raise TrainingError(
+            f"The pairs in '{store.folder}' have no regions: their two videos may differ "
+            "everywhere. Train them with --loss global, or build pairs that have regions "
+            "(--pairs local)."
+        )
+    if pairs := store.decided():
+        return pairs
+    raise TrainingError(
+        f"All {len(store)} pairs in '{store.folder}' are ties, from which there is nothing to "
+        f"learn. Label them (dpo-video label {store.folder} --labeler NAME, then train with "
+        "--labels NAME), or build them with a --labeler."
+    )
 
 
 def _detached(output: LossOutput) -> LossOutput:
@@ -233,13 +255,10 @@ def _report(
 ) -> StepReport:
     """The figures of one step over the pairs of all processes; one host sync."""
     columns = torch.stack(
-        [
-            torch.cat([getattr(output, name) for output in outputs]).float()
-            for name in ("loss", "margin", "logits", "chosen_change", "rejected_change")
-        ],
+        [torch.cat([getattr(output, name) for output in outputs]).float() for name in FIGURES],
         dim=1,
     )
-    loss, margin, logits, chosen, rejected = accelerator.gather(columns).cpu().unbind(dim=1)
+    loss, margin, logits, factor, chosen, rejected = accelerator.gather(columns).cpu().unbind(dim=1)
     return StepReport(
         step=step,
         loss=loss.mean().item(),
@@ -248,7 +267,7 @@ def _report(
         accuracy=((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item(),
         chosen_change=chosen.mean().item(),
         rejected_change=rejected.mean().item(),
-        gradient_factor=torch.sigmoid(-logits).mean().item(),
+        gradient_factor=factor.mean().item(),
         loser_dominant=((chosen > 0) & (rejected > chosen.abs())).float().mean().item(),
         grad_norm=grad_norm,
         lr=lr,

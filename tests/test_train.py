@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,10 +203,61 @@ def test_every_pair_is_seen_once_per_epoch(
     store = make_store(tmp_path / "pairs", small_model, pairs=5)
     policy = adapt(small_model, SETTINGS, seed=0)
     anchor = Toggle().follow(policy)
-    parts = _Run(small_model, store, Global(), anchor, policy, SETTINGS, 0, Accelerator(cpu=True))
+    parts = _Run(
+        small_model, store, store.decided(), Global(), anchor, policy, SETTINGS, 0,
+        Accelerator(cpu=True),
+    )  # fmt: skip
     epochs = [[parts._pair_at(5 * epoch + i) for i in range(5)] for epoch in range(4)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_ties_are_never_drawn_and_change_nothing_else(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    whole = make_store(tmp_path / "whole", small_model, pairs=3)
+    store = PairStore.create(tmp_path / "some", whole.manifest)
+    for index in range(3):
+        batch = whole.batch([index])
+        pair = Pair(
+            first=batch.first[0], second=batch.second[0], preference=batch.preference[0],
+            region=batch.region[0], prompt=whole.rows[index].prompt, source="random", strength=0.8,
+        )  # fmt: skip
+        store.append(replace(pair, preference=torch.zeros_like(pair.preference)), batch.context)
+        store.append(pair, batch.context)
+    assert store.decided() == [1, 3, 5]
+    run(small_folder, whole, tmp_path / "run", loss=Global())
+    run(small_folder, store, tmp_path / "run-some", loss=Global())
+    assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "run-some")
+
+
+def test_a_store_of_ties_says_how_to_label_it(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=0)
+    latents = torch.zeros(small_model.latent_shape)
+    pair = Pair(
+        first=latents, second=latents + 1, preference=torch.zeros(SHAPE.frames),
+        region=torch.ones(1, *latents.shape[1:]), prompt="a", source="random",
+    )  # fmt: skip
+    store.append(pair, small_model.encode_prompts(["a"]))
+    with pytest.raises(TrainingError, match=r"All 1 pairs .* are ties.*dpo-video label .*pairs"):
+        run(small_folder, store, tmp_path / "run", loss=Global())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_of_regions_refuses_pairs_without_them(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=0)
+    pair = Pair(
+        first=torch.zeros(small_model.latent_shape), second=torch.ones(small_model.latent_shape),
+        preference=torch.ones(SHAPE.frames), region=torch.ones(1, *small_model.latent_shape[1:]),
+        prompt="a", source="random", strength=0.8,
+    )  # fmt: skip
+    store.append(pair, small_model.encode_prompts(["a"]))
+    with pytest.raises(TrainingError, match=r"have no regions.*--loss global"):
+        run(small_folder, store, tmp_path / "run", loss=Region())
 
 
 def test_the_adapter_is_peft_and_nothing_else(

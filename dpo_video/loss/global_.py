@@ -6,7 +6,7 @@ from typing import final
 
 from pydantic import Field
 
-from dpo_video.diffusion import sigmoid_loss
+from dpo_video.diffusion import anchored, clip_loss
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors
 
@@ -23,10 +23,9 @@ class Global(Loss):
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors. Published code multiplies by a hidden 0.5: their
     beta of 5000 is 2500 here."""
+    anchor_weight: float = Field(default=0.0, ge=0)
+    """Weight of the policy's error on the chosen video, added to the loss (0.1 in LocalDPO)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         """The loss of every pair."""
-        first, second = (
-            change.mean(dim=(1, 2, 3, 4)) for change in (errors.change_first, errors.change_second)
-        )
-        return sigmoid_loss(first, second, errors.winner, self.beta)
+        return anchored(clip_loss(errors, self.beta), errors, self.anchor_weight)

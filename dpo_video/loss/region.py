@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import final
+from dataclasses import replace
+from typing import ClassVar, final
 
 import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
 
-from dpo_video.diffusion import chosen_of, sigmoid_loss
-from dpo_video.errors import UserError
+from dpo_video.diffusion import anchored, chosen_error, clip_loss, masked_mean, sigmoid_loss
 from dpo_video.strategies import Loss
-from dpo_video.types import Latents, LossOutput, PairErrors, PerPair
-from dpo_video.types import Region as RegionMask
+from dpo_video.types import LossOutput, PairErrors, PerPair
 
 
 @final
@@ -23,7 +20,11 @@ class Region(Loss):
     LocalDPO (Huang et al. 2026, arXiv 2601.04068): `w_global L_global + w_region L_region` and a
     pull towards the winner. The masked errors are means over the mask's elements of each pair, and
     the region's slope grows with the noise level that the loser was repainted from.
+
+    The figures shown while it trains are the region's; pairs must have regions (--pairs local).
     """
+
+    needs_region: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope of both terms on their margin of mean squared errors (v-space in the paper)."""
@@ -36,46 +37,26 @@ class Region(Loss):
     region_anchor_weight: float = Field(default=0.1, ge=0)
     """Weight of the policy's error on the chosen video, inside the region."""
     scale_by_strength: bool = True
-    """Multiply the region's slope by `1 + (strength - 0.75) / 0.15`, as the authors do."""
+    """Multiply the region's slope by `1 + (strength - 0.75) / 0.15`, as the authors do for their
+    strengths, 0.75 and more; below that it stays `beta` (the line would turn negative at 0.6)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
-        """The loss of every pair; a UserError for pairs that carry no region."""
-        if not (errors.region < 1).any() and not errors.strength.any():
-            raise UserError(
-                "These pairs have no regions: their two videos differ everywhere. Train them with "
-                "--loss global, or build pairs that have regions (--pairs local)."
-            )
-        everywhere = torch.ones_like(errors.region)
-        scale = 1 + (errors.strength - 0.75) / 0.15 if self.scale_by_strength else 1.0
-        terms = [
-            (self.global_weight, self.anchor_weight, everywhere, self.beta),
-            (self.region_weight, self.region_anchor_weight, errors.region, self.beta * scale),
-        ]
-        chosen_error = chosen_of(errors, errors.policy_first, errors.policy_second)
-        decided = errors.winner.abs()  # an even pair has no winner to be pulled towards
-        outputs, total = [], torch.zeros_like(errors.strength)
-        for weight, anchor, region, beta in terms:
-            output = sigmoid_loss(
-                masked_mean(errors.change_first, region),
-                masked_mean(errors.change_second, region),
-                errors.winner,
-                beta,
-            )
-            outputs.append(output)
-            pull = decided * masked_mean(chosen_error, region)
-            total = total + weight * output.loss + anchor * pull
-        # The figures that are shown are the region's: that is where the pair differs.
-        shown = outputs[1]
-        return LossOutput(
-            loss=total,
-            margin=shown.margin,
-            logits=shown.logits,
-            chosen_change=shown.chosen_change,
-            rejected_change=shown.rejected_change,
+        """The loss of every pair."""
+        everywhere = clip_loss(errors, self.beta)
+        inside = sigmoid_loss(
+            masked_mean(errors.change_first, errors.region),
+            masked_mean(errors.change_second, errors.region),
+            errors.winner,
+            self.beta * self._scale(errors.strength),
         )
+        pull = chosen_error(errors, errors.majority, errors.region)
+        loss = (
+            self.global_weight * everywhere.loss
+            + self.region_weight * inside.loss
+            + self.region_anchor_weight * pull
+        )
+        return anchored(replace(inside, loss=loss), errors, self.anchor_weight)
 
-
-def masked_mean(values: Latents, region: RegionMask) -> PerPair:
-    """Mean over the channels and the region's elements of each pair; 0 where it has none."""
-    weight: Float[Tensor, "b c f h w"] = region.expand_as(values)
-    return (values * weight).sum(dim=(1, 2, 3, 4)) / weight.sum(dim=(1, 2, 3, 4)).clamp(min=1)
+    def _scale(self, strength: PerPair) -> PerPair:
+        scale = 1 + (strength - 0.75) / 0.15
+        return scale.clamp(min=1.0) if self.scale_by_strength else torch.ones_like(strength)
