@@ -36,6 +36,7 @@ from dpo_video.strategies import (
     PairBuilder,
     Reference,
     Strategy,
+    SuppliedPairs,
     VideoModel,
 )
 from dpo_video.tiny.scenes import spread_captions
@@ -240,12 +241,17 @@ def check_pairs(
     Args:
         builder: The strategy.
         model: Any small model.
-        clip: What the pairs are made of; random pixels under a caption if left out.
+        clip: What the pairs are made of; if left out, the first of what the builder brings itself,
+            or else random pixels under a caption.
         labeler: For strategies that need one.
     """
     check_options(builder)
     name = type(builder).__name__
-    clip = clip or _random_clip(model)
+    if clip is None:
+        if isinstance(builder, SuppliedPairs):
+            clip = _first_supplied(builder, model, name)
+        else:
+            clip = _random_clip(model)
 
     def make(of: Clip, seed: int) -> Pair:
         return builder(of, model, labeler, Generator().manual_seed(seed))
@@ -259,6 +265,11 @@ def check_pairs(
     if not builder.needs_video:
         _check_pair(make(bare, 0), model, name)
         return
+    # Nobody to ask is for the builder to say, or to do without.
+    with suppress(UserError):
+        _check_pair(builder(clip, model, None, Generator().manual_seed(0)), model, name)
+    if isinstance(builder, SuppliedPairs):  # finished pairs leave nothing to draw or to leave out
+        return
     try:
         make(bare, 0)
     except UserError:
@@ -271,6 +282,22 @@ def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
     shapes = {
         "first": model.latent_shape,
         "second": model.latent_shape,
+def _first_supplied(builder: SuppliedPairs, model: VideoModel, name: str) -> Clip:
+    """The first clip that the builder brings, if it brings the same ones in the same order."""
+    one, two = (builder.material(model, "a caption") for _ in range(2))
+    _law(
+        one.count > 0 and one.count == two.count and one.fingerprint == two.fingerprint,
+        f"{name} opens the same material twice and gives another count or fingerprint.",
+    )
+    clips = [list(islice(material.clips, 2)) for material in (one, two)]
+    _law(clips[0], f"{name} brings nothing, and raises no UserError that says so.")
+    _law(
+        [clip.name for clip in clips[0]] == [clip.name for clip in clips[1]],
+        f"{name} brings its clips in another order. Pairs are numbered: sort them.",
+    )
+    return clips[0][0]
+
+
         "preference": (cells[0],),
         "region": (1, *cells),
     }
@@ -299,6 +326,14 @@ def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
 def check_reference(reference: Reference, model: VideoModel) -> None:
     """It predicts what the bare denoiser predicts, and leaves the policy as it was.
 
+    if pair.context is not None:
+        encoded = model.encode_prompts([pair.prompt])
+        _law(
+            {k: v.shape for k, v in pair.context.items()}
+            == {k: v.shape for k, v in encoded.items()},
+            f"{name}'s context is not shaped as the model encodes a prompt, a leading axis of 1 "
+            "included.",
+        )
     The adapter that this puts on the model is taken off at the end.
     """
     check_options(reference)

@@ -64,7 +64,7 @@ def test_references(name: str, small_model: AnimateDiffModel) -> None:
 
 @pytest.mark.parametrize("name", installed("pairs"))
 def test_pairs(name: str, small_model: AnimateDiffModel) -> None:
-    check_pairs(made("pairs", name), small_model)
+    check_pairs(made("pairs", name), small_model, labeler=Brighter())
 
 
 @pytest.mark.parametrize("name", installed("metric"))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, final
+from typing import final
 
 import torch
 from pydantic import Field
 from torch import Generator
 
-from dpo_video.errors import UserError
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair, Videos
+from dpo_video.winner import OWN_SAMPLE, Winner, winning_video
 
 
 @final
@@ -21,7 +21,7 @@ class Jitter(PairBuilder):
     videos go through the same encoder, so that nothing else tells them apart.
     """
 
-    winner: Literal["sample", "clip"] = "sample"
+    winner: Winner = "sample"
     """The model's own sample of the prompt, or the real clip."""
     noise: float = Field(default=0.15, gt=0, le=1)
     """`s`, in units of the pixel range."""
@@ -39,18 +39,9 @@ class Jitter(PairBuilder):
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
         """Jitter a sample or the clip."""
-        if self.winner == "clip":
-            if clip.video is None:
-                raise UserError(
-                    "Jittering real clips needs real videos. Name them with --clips DIR, or let "
-                    "the model's samples win (--set pairs.winner=sample)."
-                )
-            video = clip.video[None]
-        else:
-            start = torch.randn(model.latent_shape, generator=generator)[None]
-            context = model.encode_prompts([clip.caption])
-            latents = model.sample(context, start, steps=self.steps, guidance=self.guidance)
-            video = model.decode_videos(latents).cpu()
+        video = winning_video(
+            self.winner, clip, model, generator, steps=self.steps, guidance=self.guidance
+        )
         both = torch.cat([video, jitter(video, self.noise, generator)])
         winner, loser = model.encode_videos(both).cpu()
         frames = winner.shape[1]
@@ -60,7 +51,7 @@ class Jitter(PairBuilder):
             preference=torch.ones(frames),
             region=torch.ones(1, *winner.shape[1:]),
             prompt=clip.caption,
-            source=clip.name if self.winner == "clip" else "own sample",
+            source=clip.name if self.winner == "clip" else OWN_SAMPLE,
         )
 
 

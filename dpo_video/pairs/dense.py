@@ -1,0 +1,85 @@
+"""Segment-level pairs: two videos that share the structure of one real clip."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Generator
+
+from dpo_video.errors import UserError
+from dpo_video.segments import SECONDS, preference
+from dpo_video.strategies import Labeler, PairBuilder, VideoModel
+from dpo_video.types import Clip, Pair
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@final
+class Dense(PairBuilder):
+    """A real clip is noised twice and denoised twice: same motion, other details.
+
+    DenseDPO's StructuralDPO (Wu et al. 2025, arXiv 2506.03517): one eta per pair, drawn from a
+    range and the same for both videos, and two independent noises. Who is better is for a labeler
+    to say, segment by segment; without one the pairs are unlabelled (preference 0), to be labelled
+    afterwards by `dpo-video label`. The clip itself is no part of the pair: against it everything
+    loses, and nothing is learnt (their finding).
+
+    The last round(eta N) of N sampling steps are run. The noise put on the clip is exactly what the
+    first of them expects, which is for the model's family to see to (`VideoModel.sample`): for
+    epsilon and v models the forward process at that step's timestep, for flow models that step's
+    own sigma on their shifted table.
+    """
+
+    eta: tuple[Share, Share] = (0.65, 0.8)
+    """The range that a pair's share of the noise schedule is drawn from."""
+    steps: int | None = Field(default=None, ge=1)
+    """Steps of the whole schedule, of which the share eta is run; the backbone's own number when
+    not set (40 in the paper)."""
+    guidance: float | None = Field(default=None, ge=0)
+    """Classifier-free guidance; the backbone's own when not set (8 in the paper)."""
+    seconds: float = Field(default=SECONDS, gt=0)
+    """Length of the segments that a labeler compares."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.eta[0] > self.eta[1]:
+            raise ValueError("eta's first number is its lower end; exchange the two")
+        return self
+
+    @property
+    def needs_video(self) -> bool:
+        """Both videos are made of a real clip."""
+        return True
+
+    def __call__(
+        self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
+    ) -> Pair:
+        """Re-noise the clip twice."""
+        if clip.video is None:
+            raise UserError("Pairs of kind 'dense' need real videos. Name them with --clips DIR.")
+        low, high = self.eta
+        eta = low + (high - low) * torch.rand((), generator=generator).item()
+        noises = torch.randn(2, *model.latent_shape, generator=generator)
+        video = model.encode_videos(clip.video[None])
+        first, second = model.sample(
+            model.encode_prompts([clip.caption] * 2),
+            noises.to(video),
+            clean=video.expand_as(noises),
+            level=eta,
+            steps=self.steps,
+            guidance=self.guidance,
+        ).cpu()
+        label = torch.zeros(first.shape[1])
+        if labeler is not None:
+            label = preference(labeler, model, clip.caption, first, second, self.seconds)
+        return Pair(
+            first=first,
+            second=second,
+            preference=label,
+            region=torch.ones(1, *first.shape[1:]),
+            prompt=clip.caption,
+            source=clip.name,
+            strength=eta,
+        )

@@ -1,0 +1,163 @@
+"""Dense: one clip, one level, two noises; and the noise that the first step expects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from pydantic import ValidationError
+from test_contracts import Brighter
+from torch import Generator, Tensor, nn
+
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.errors import UserError
+from dpo_video.pairs.dense import Dense
+from dpo_video.segments import preference
+from dpo_video.strategies import Labeler
+from dpo_video.testing import check_pairs
+from dpo_video.types import Clip, Pair
+
+
+def made(
+    model: AnimateDiffModel,
+    clip: Clip,
+    seed: int = 0,
+    labeler: Labeler | None = None,
+    **options: Any,
+) -> Pair:
+    return Dense(**options)(clip, model, labeler, Generator().manual_seed(seed))
+
+
+@contextmanager
+def calls(model: AnimateDiffModel) -> Iterator[list[dict[str, Any]]]:
+    """What `sample` is called with."""
+    seen: list[dict[str, Any]] = []
+    original = model.sample
+
+    def spy(context: Any, noise: Tensor, **options: Any) -> Tensor:
+        seen.append({"noise": noise, **options})
+        return original(context, noise, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "sample", spy)
+        yield seen
+
+
+def test_it_keeps_the_contract_labelled_or_not(small_model: AnimateDiffModel, clip: Clip) -> None:
+    check_pairs(Dense(), small_model, clip=clip)
+    check_pairs(Dense(eta=(1.0, 1.0)), small_model, clip=clip, labeler=Brighter())
+
+
+def test_both_videos_share_clip_and_level_but_not_the_noise(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
+    with calls(small_model) as seen:
+        pair = made(small_model, clip)
+    (call,) = seen  # one call: same kernels, same precision
+    assert clip.video is not None
+    encoded = small_model.encode_videos(clip.video[None])[0]
+    assert torch.equal(call["clean"][0], encoded) and torch.equal(call["clean"][1], encoded)
+    assert call["level"] == pair.strength
+    one, other = call["noise"].flatten(1)
+    assert torch.corrcoef(torch.stack([one, other]))[0, 1].abs() < 0.2
+    assert (pair.region == 1).all()
+    assert pair.prompt == clip.caption and pair.source == clip.name
+
+
+def test_eta_is_uniform_on_its_range(small_model: AnimateDiffModel, clip: Clip) -> None:
+    etas = torch.tensor([made(small_model, clip, seed, steps=2).strength for seed in range(40)])
+    assert etas.min() >= 0.65 and etas.max() <= 0.8
+    assert etas.min() < 0.68 and etas.max() > 0.77 and len(etas.unique()) == 40
+    assert made(small_model, clip, eta=(0.5, 0.5)).strength == 0.5
+
+
+def test_options_reach_the_sampler(small_model: AnimateDiffModel, clip: Clip) -> None:
+    with calls(small_model) as seen:
+        made(small_model, clip, steps=5, guidance=1.5)
+    assert seen[0]["steps"] == 5 and seen[0]["guidance"] == 1.5
+
+
+def test_a_higher_eta_leaves_less_of_the_clip(small_model: AnimateDiffModel, clip: Clip) -> None:
+    assert clip.video is not None
+    encoded = small_model.encode_videos(clip.video[None])[0]
+
+    def distance(eta: float) -> float:
+        pairs = [made(small_model, clip, seed, eta=(eta, eta), steps=10) for seed in range(3)]
+        return sum((video - encoded).norm().item() for p in pairs for video in (p.first, p.second))
+
+    assert distance(0.1) < distance(0.5) < distance(0.9)
+
+
+def test_who_is_better_is_for_the_labeler_to_say(small_model: AnimateDiffModel, clip: Clip) -> None:
+    assert (made(small_model, clip).preference == 0).all()
+    pair = made(small_model, clip, labeler=Brighter(), seconds=0.25)
+    expected = preference(
+        Brighter(), small_model, clip.caption, pair.first, pair.second, seconds=0.25
+    )
+    assert torch.equal(pair.preference, expected) and pair.preference.any()
+    assert torch.equal(pair.first, made(small_model, clip).first)  # it changes nothing else
+
+
+@pytest.mark.parametrize("eta", [(0.0, 0.5), (0.5, 1.1), (0.8, 0.65)])
+def test_a_range_that_is_none_is_refused(eta: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError):
+        Dense(eta=eta)
+
+
+def test_a_prompt_alone_is_refused(small_model: AnimateDiffModel) -> None:
+    with pytest.raises(UserError, match=r"need real videos.*--clips DIR"):
+        made(small_model, Clip(name="prompt", caption="a red square"))
+
+
+# --- the level that sampling starts from -----------------------------------------------------
+
+
+class Perfect(nn.Module):
+    """Predicts the target of the noise that was really drawn, at the level that it is told."""
+
+    def __init__(self, model: AnimateDiffModel, clean: Tensor, noise: Tensor) -> None:
+        super().__init__()
+        self.model, self.clean, self.noise = model, clean, noise
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, noisy: Tensor, level: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        self.seen.append((noisy, level))
+        times = len(noisy) // len(self.clean)  # guidance runs both halves at once
+        clean, noise = (x.repeat(times, 1, 1, 1, 1) for x in (self.clean, self.noise))
+        return (self.model.target(clean, noise, level),)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("eta", [0.05, 0.65, 0.72, 1.0])
+def test_a_perfect_denoiser_recovers_the_clip(
+    small_model: AnimateDiffModel, clip: Clip, prediction: str, spacing: str, eta: float
+) -> None:
+    """It can only if the clip is noised to exactly the level of the first step.
+
+    The predicted noise is the one drawn, whatever the step: at another level than the step's, what
+    is left of it stays in the video.
+    """
+    small_model.scheduler = DDIMScheduler.from_config(
+        small_model.scheduler.config, prediction_type=prediction, timestep_spacing=spacing
+    )
+    assert clip.video is not None
+    clean = small_model.encode_videos(clip.video[None]).expand(2, -1, -1, -1, -1)
+    noise = torch.randn(clean.shape, generator=Generator().manual_seed(0))
+    denoiser = Perfect(small_model, clean, noise)
+    recovered = small_model.sample(
+        small_model.encode_prompts([clip.caption] * 2),
+        noise,
+        denoiser=denoiser,
+        clean=clean,
+        level=eta,
+        steps=20,
+    )
+    noisy, level = denoiser.seen[0]
+    assert len(denoiser.seen) == round(eta * 20)
+    torch.testing.assert_close(noisy[:2], small_model.add_noise(clean, noise, level[:2]))
+    torch.testing.assert_close(recovered, clean, rtol=0, atol=2e-4)

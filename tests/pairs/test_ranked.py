@@ -1,0 +1,116 @@
+"""Ranked: who beats most wins, who loses most loses, and a tie is no preference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from conftest import SHAPE
+from test_contracts import Brighter
+from torch import Generator, Tensor
+
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.errors import UserError
+from dpo_video.pairs.ranked import Ranked, rank
+from dpo_video.strategies import Labeler
+from dpo_video.testing import check_pairs
+from dpo_video.types import Clip, Pair
+
+HALVES = [slice(0, 2), slice(2, 4)]
+
+
+class Fixed(Labeler):
+    """Says what is written for two videos, which carry their number in every pixel."""
+
+    says: Mapping[str, tuple[float, ...]]
+    """Labels by "one-other"."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        one, other = (round(10 * float(video.mean())) for video in (first, second))
+        return torch.tensor([self.says[f"{one}-{other}"]])
+
+
+def numbered(count: int) -> Tensor:
+    """Videos whose every pixel is a tenth of their number."""
+    return (torch.arange(count) / 10)[:, None, None, None, None].expand(-1, 3, 4, 2, 2)
+
+
+def made(
+    model: AnimateDiffModel, clip: Clip, labeler: Labeler | None, seed: int = 0, **options: int
+) -> Pair:
+    return Ranked(**options)(clip, model, labeler, Generator().manual_seed(seed))  # type: ignore[arg-type]
+
+
+class Undecided(Labeler):
+    """Never prefers any."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        return torch.zeros(len(prompts), len(segments))
+
+
+def test_it_keeps_the_contract(small_model: AnimateDiffModel, clip: Clip) -> None:
+    check_pairs(Ranked(samples=2), small_model, clip=clip, labeler=Brighter())
+
+
+def test_the_brightest_wins_against_the_darkest(small_model: AnimateDiffModel, clip: Clip) -> None:
+    """With one whole segment, the labeler's order is the videos' brightness."""
+    generator = Generator().manual_seed(0)
+    noises = torch.randn(5, *small_model.latent_shape, generator=generator)
+    context = small_model.encode_prompts([clip.caption])
+    drawn = torch.cat([small_model.sample(context, noise[None]) for noise in noises])
+    brightness = small_model.decode_videos(drawn).mean(dim=(1, 2, 3, 4))
+    pair = made(small_model, clip, Brighter(), samples=5)
+    assert torch.equal(pair.first, drawn[brightness.argmax()])
+    assert torch.equal(pair.second, drawn[brightness.argmin()])
+    assert (pair.preference == 1).all() and (pair.region == 1).all()
+    assert pair.preference.shape == (SHAPE.frames,)
+    assert pair.prompt == clip.caption and pair.strength == 0
+
+
+def test_a_meeting_goes_to_the_majority_and_not_to_the_sum() -> None:
+    says = {"0-1": (1.0, 1.0, -1.0), "0-2": (0.1, 0.1, -1.0), "1-2": (0.0, 0.0, 0.0)}
+    standing = rank(numbered(3), "", Fixed(says=says), [*HALVES, HALVES[0]])
+    assert [won for won, _ in standing] == [2, -1, -1]
+    assert [total for _, total in standing] == pytest.approx([0.2, -1.0, 0.8])
+
+
+def test_equals_are_told_apart_by_the_sum_of_their_labels() -> None:
+    """Each beats one and loses to one; who won by more stands before."""
+    circle = {"0-1": (0.2, 0.2), "1-2": (1.0, 1.0), "0-2": (-0.5, -0.5)}
+    standing = rank(numbered(3), "", Fixed(says=circle), HALVES)
+    assert [won for won, _ in standing] == [0, 0, 0]
+    order = sorted(range(3), key=lambda sample: standing[sample], reverse=True)
+    assert order == [1, 0, 2]
+    even = {"0-1": (0.1, 0.2), "1-2": (0.1, 0.2), "0-2": (-0.1, -0.2)}
+    assert len(set(rank(numbered(3), "", Fixed(says=even), HALVES))) == 1
+
+
+def test_where_all_are_equal_the_pair_is_a_tie_of_two_videos(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
+    pair = made(small_model, clip, Undecided(), samples=3)
+    assert (pair.preference == 0).all()
+    assert not torch.equal(pair.first, pair.second)
+
+
+def test_every_sample_has_a_noise_of_its_own_and_more_do_not_change_the_first(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
+    firsts = [made(small_model, clip, Undecided(), samples=count) for count in (2, 4)]
+    assert torch.equal(firsts[0].first, firsts[1].first)  # the earlier drawn stands before
+    assert not torch.equal(firsts[0].second, firsts[1].second)
+
+
+def test_a_prompt_is_enough_and_a_labeler_is_needed(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
+    bare = Clip(name="prompt", caption=clip.caption)
+    one, two = (made(small_model, of, Brighter(), samples=2) for of in (bare, clip))
+    assert torch.equal(one.first, two.first)
+    with pytest.raises(UserError, match=r"who ranks them.*--labeler NAME"):
+        made(small_model, bare, None)
