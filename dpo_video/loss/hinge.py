@@ -1,0 +1,34 @@
+"""DPO with a hinge instead of a sigmoid."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import final
+
+import torch.nn.functional as F
+from pydantic import Field
+
+from dpo_video.diffusion import anchored, clip_loss
+from dpo_video.strategies import Loss
+from dpo_video.types import LossOutput, PairErrors
+
+
+@final
+class Hinge(Loss):
+    """Push with full strength until the margin is reached, then not at all.
+
+    `relu(1 - beta * m)`: SLiC-HF's hinge (Zhao et al. 2023, arXiv 2305.10425) on the implicit
+    reward of DPO. It begins at 1, and is 0 from `beta * m = 1` on.
+    """
+
+    beta: float = Field(default=2500.0, gt=0)
+    """Slope on the margin of mean squared errors; a pair is done at a margin of `1 / beta`."""
+    anchor_weight: float = Field(default=0.0, ge=0)
+    """Weight of the policy's error on the chosen video, added to the loss (0.1 in LocalDPO)."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        """The loss of every pair."""
+        output = clip_loss(errors, self.beta)
+        loss = F.relu(1 - output.logits)
+        output = replace(output, loss=loss, gradient_factor=0.5 * (loss > 0).float())
+        return anchored(output, errors, self.anchor_weight)
