@@ -225,7 +225,8 @@ def _give_metrics(labeler: MeasuringLabeler) -> tuple[MeasuringLabeler, Labeler]
         made = _build(registry.load("metric", name), options, f"metric.{name}", name)
         metrics[name] = cast(Metric, made)
     options = {name: _dump(metric) for name, metric in metrics.items()}
-    return labeler.model_copy(update={"options": options}), labeler.with_metrics(metrics)
+    settled = labeler.model_copy(update={"options": options})
+    return settled, settled.with_metrics(metrics)
 
 
 def _store(table: Mapping[str, Any]) -> Path:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dpo_video.errors import StoreError, UserError, unknown
 from dpo_video.files import write_text, writing
+from dpo_video.segments import broadcast
 from dpo_video.statistics import cohen_kappa
 from dpo_video.types import Mark
 
@@ -227,6 +228,47 @@ def tensors(verdicts: Marks) -> dict[int, Float[Tensor, " s"]]:
         pair: torch.tensor([mark if isinstance(mark, int | float) else 0.0 for mark in marks])
         for pair, marks in verdicts.items()
         if any(isinstance(mark, int | float) for mark in marks)
+    }
+
+
+def open_books(store: Path, chosen: Sequence[str]) -> list[LabelBook]:
+    """The books of these names; where one is pinned, NAME@HASH, only if it still says the same.
+
+    Raises:
+        UserError: for an unknown name, and for a pinned book that was changed.
+    """
+    books = []
+    for text in chosen:
+        name, _, pin = text.partition("@")
+        book = LabelBook(store, name)
+        if pin and pin != fingerprint(book.labels()):
+            raise UserError(
+                f"The labels '{name}' in '{store}' are no longer those that this run was begun "
+                f"with. Begin a new run with them as they are now: --labels {name}."
+            )
+        books.append(book)
+    return books
+
+
+def pinned(book: LabelBook) -> str:
+    """NAME@HASH: a book as it is now."""
+    return f"{book.name}@{fingerprint(book.labels())}"
+
+
+def preferences(books: Sequence[LabelBook], frames: int) -> dict[int, Float[Tensor, " f"]]:
+    """What books say per latent frame of the pairs that they label.
+
+    One book's labels as they are; of several, the sign that most of them give, even counts ties.
+    Their segments may differ.
+    """
+    said: dict[int, list[Float[Tensor, " f"]]] = {}
+    for book in books:
+        parts = [slice(start, stop) for start, stop in book.recipe.latents]
+        for pair, labels in book.labels().items():
+            said.setdefault(pair, []).append(broadcast(labels, parts, frames))
+    return {
+        pair: each[0] if len(books) == 1 else torch.stack(each).sign().sum(dim=0).sign()
+        for pair, each in sorted(said.items())
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import diffusers
@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from dpo_video.build import Source, cycle_prompts, in_order
 from dpo_video.clips import open_clips
 from dpo_video.config import Config
-from dpo_video.errors import UserError
+from dpo_video.errors import StoreError, UserError
+from dpo_video.labels import open_books, pinned, preferences
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import PairBuilder, SuppliedPairs, VideoModel
 from dpo_video.types import Skipped
@@ -118,6 +119,39 @@ def open_store(
     )
     names = f"{config.tables['pairs']['name']}-{config.tables['backbone']['name']}"
     return PairStore.create(where if exact else where / f"{names}-{manifest.key}", manifest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """A configuration and its pairs, with the labels that it names."""
+
+    config: Config
+    """`train.labels` in it says what the labels were, so that no others pass for them."""
+    store: PairStore
+    pairs: int
+    """How many have a label; the others are not trained on."""
+
+
+def apply_labels(config: Config, store: PairStore) -> Labelled:
+    """Put the labels of `train.labels` in the place of the pairs' own, if there are any."""
+    books = open_books(store.folder, config.train.labels)
+    if not books:
+        return Labelled(config=config, store=store, pairs=len(store))
+    for book in books:
+        if book.recipe.pairs != store.manifest.key:
+            raise StoreError(
+                f"'{book.path}' holds labels of other pairs than '{store.folder}'. Label these: "
+                f"dpo-video label {store.folder} --labeler NAME --as ANOTHER"
+            )
+    preferred = preferences(books, store.manifest.latent_shape[1])
+    names = tuple(pinned(book) for book in books)
+    train = config.train.model_copy(update={"labels": names})
+    tables = {**config.tables, "train": {**config.tables["train"], "labels": list(names)}}
+    return Labelled(
+        config=replace(config, train=train, tables=tables),
+        store=store.relabelled(preferred),
+        pairs=sum(pair < len(store) for pair in preferred),
+    )
 
 
 def accelerator_for(config: Config, folder: Path) -> Accelerator:

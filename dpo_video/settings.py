@@ -51,6 +51,9 @@ class TrainSettings(Settings):
     """Steps between checkpoints; the last step is always saved."""
     samples: int = Field(default=2, ge=0)
     """Videos drawn at every checkpoint, with seeds that never change."""
+    labels: tuple[str, ...] = ()
+    """Names of labels to train on instead of the pairs' own; a vote where there are several. Once a
+    run has begun, NAME@HASH: other labels of that name are refused."""
     tracker: str = "tensorboard"
     """Any tracker of Accelerate's; "none" for the JSON lines alone."""
 

@@ -11,10 +11,11 @@ A pair exists when its line does. A torn last line is a pair that does not exist
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, final
@@ -77,6 +78,7 @@ class PairStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._preferences: Mapping[int, Float[Tensor, " f"]] | None = None
         if not (folder / "store.json").is_file():
             raise StoreError(
                 f"'{folder}' is not a pair store: it has no store.json. Name a folder that "
@@ -148,6 +150,9 @@ class PairStore:
         """Read pairs and stack them, on the CPU."""
         rows = [self.rows[i] for i in indices]
         parts = [self._load_pair(self._latents_path(row.index)) for row in rows]
+        if self._preferences is not None:
+            for row, part in zip(rows, parts, strict=True):
+                part["preference"] = self.preference(row.index)
         contexts = [self._load(self._context_path(row.context)) for row in rows]
         stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         return PairBatch(
@@ -159,9 +164,17 @@ class PairStore:
 
     def preference(self, index: int) -> Float[Tensor, " f"]:
         """Who is better where in a pair, read without its latents."""
+        if self._preferences is not None:
+            return self._preferences.get(index, torch.zeros(self.manifest.latent_shape[1]))
         path = self._latents_path(self.rows[index].index)
         with self._reading(path), safe_open(path, framework="pt") as file:
             return file.get_tensor("preference")
+
+    def relabelled(self, preferences: Mapping[int, Float[Tensor, " f"]]) -> PairStore:
+        """The same pairs with other preferences; those that are given none become ties."""
+        view = copy.copy(self)
+        view._preferences = preferences
+        return view
 
     def decided(self) -> list[int]:
         """The pairs that there is something to learn from; the others are ties throughout."""

@@ -7,7 +7,17 @@ import sys
 import typer
 from rich.console import Console
 
-from dpo_video.cli import build, compare, config, evaluate, generate, show, train
+from dpo_video.cli import (
+    build,
+    compare,
+    config,
+    evaluate,
+    export_pairs,
+    generate,
+    label,
+    show,
+    train,
+)
 from dpo_video.cli import list as listing
 from dpo_video.errors import UserError
 
@@ -24,6 +34,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("build")(build.build)
+app.command("label")(label.label)
+app.command("export-pairs")(export_pairs.export_pairs)
 app.command("list")(listing.list_strategies)
 app.command("show")(show.show)
 app.command("config")(config.config)

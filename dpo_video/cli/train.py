@@ -58,6 +58,12 @@ def train(
     steps: Annotated[
         int | None, typer.Option("--steps", help="Optimizer steps.", rich_help_panel="Run")
     ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labels", help="Labels to train on; repeat for a vote.", rich_help_panel="Run"
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -93,6 +99,7 @@ def train(
         run_device=device,
         build_count=count,
         train_steps=steps,
+        train_labels=labels or None,
     )
     folder = out or _free_folder(config)
     if not resume and (folder / "run.toml").exists():
@@ -100,13 +107,20 @@ def train(
             f"'{folder}' holds a run already. Go on with it by --resume, or name another --out."
         )
 
-    from dpo_video.session import accelerator_for, load_model
+    from dpo_video.session import accelerator_for, apply_labels, load_model
 
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process
     model = load_model(config, accelerator.device)
     with accelerator.main_process_first():
         store = obtain_pairs(config, model, folder.parent / "pairs")
+        labelled = apply_labels(config, store)
+    config, store = labelled.config, labelled.store
+    if config.train.labels:
+        console.print(
+            f"{labelled.pairs} of {len(store)} pairs have labels ({', '.join(config.train.labels)})"
+            + ("; the others are left out." if labelled.pairs < len(store) else ".")
+        )
     write_run(config, folder, accelerator)
     run_training(config, model, store, folder, accelerator, resume=resume)
 

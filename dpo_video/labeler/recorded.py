@@ -1,0 +1,122 @@
+"""Labels that somebody wrote down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dpo_video.errors import UserError
+from dpo_video.strategies import LabelWork, SetLabeler
+from dpo_video.types import Mark
+
+_WORDS: Mapping[str, float] = {"first": 1.0, "second": -1.0, "tie": 0.0}
+_Label = Annotated[float, Field(ge=-1, le=1)] | Literal["first", "second", "tie", "skip"]
+
+
+class _Line(BaseModel):
+    """One line of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    pair: int | None = Field(default=None, ge=0)
+    prompt: str | None = None
+    label: _Label | None = None
+    labels: tuple[_Label, ...] | None = None
+    rater: str = ""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> _Line:
+        if (self.pair is None) == (self.prompt is None):
+            raise ValueError('give either "pair" or "prompt"')
+        if (self.label is None) == (self.labels is None):
+            raise ValueError('give either "label" or "labels"')
+        return self
+
+    def marks(self, segments: int) -> tuple[Mark, ...]:
+        """One mark a segment."""
+        given = self.labels if self.labels is not None else (self.label,) * segments
+        return tuple(_mark(label) for label in given)
+
+
+@final
+class Recorded(SetLabeler):
+    """Anyone's labels, from a JSONL file.
+
+    One line a label. It names its pair by index, or by the prompt where only one pair has it:
+
+        {"pair": 0, "labels": ["first", "tie"]}
+        {"pair": 1, "label": -1, "rater": "ann", "note": "the first one tears"}
+        {"prompt": "a red square moving left slowly", "label": "second"}
+
+    `labels` has one entry a segment, `label` holds for all of them. An entry is a number from -1
+    (the second is better) to 1 (the first is), or first, second, tie or skip. Of the lines of one
+    pair and rater the last counts. Pairs that the file leaves out stay without a label.
+    """
+
+    incidental: ClassVar[frozenset[str]] = frozenset({"file"})
+
+    file: str
+    """The path of the JSONL file."""
+
+    def label_set(self, work: LabelWork) -> None:
+        """Copy what the book does not have yet; nothing if any line of the file is wrong."""
+        final: dict[tuple[str, int], tuple[tuple[Mark, ...], str]] = {}
+        for number, line in self._lines():
+            marks = line.marks(len(work.segments))
+            if len(marks) != len(work.segments):
+                raise self._error(
+                    number, f"has {len(marks)} labels for {len(work.segments)} segments"
+                )
+            final[line.rater, self._pair(number, line, work)] = marks, line.note
+        for (rater, pair), (marks, note) in final.items():
+            if work.marks(rater).get(pair) != marks:
+                work.record(pair, marks, rater=rater, note=note)
+
+    def _lines(self) -> Iterator[tuple[int, _Line]]:
+        try:
+            texts = Path(self.file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise UserError(
+                f"Cannot read '{self.file}': {reason}. Name a JSONL file: "
+                "--set labeler.file=labels.jsonl"
+            ) from error
+        for number, text in enumerate(texts, start=1):
+            if text.strip():
+                try:
+                    yield number, _Line.model_validate(json.loads(text))
+                except (ValidationError, json.JSONDecodeError) as error:
+                    raise self._error(number, f"is no label ({_reason(error)})") from error
+
+    def _pair(self, number: int, line: _Line, work: LabelWork) -> int:
+        if line.pair is not None:
+            if line.pair not in work.pairs:
+                raise self._error(number, f"names pair {line.pair} of {len(work.pairs)}")
+            return line.pair
+        found = [pair for pair in work.pairs if work.prompt(pair) == line.prompt]
+        if len(found) != 1:
+            raise self._error(number, f"names a prompt that {len(found)} pairs have")
+        return found[0]
+
+    def _error(self, number: int, what: str) -> UserError:
+        return UserError(
+            f"Line {number} of '{self.file}' {what}. Correct it; see `dpo-video show labeler "
+            "recorded`."
+        )
+
+
+def _mark(label: Any) -> Mark:
+    return "skip" if label == "skip" else _WORDS.get(label, label)
+
+
+def _reason(error: ValidationError | json.JSONDecodeError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    detail = error.errors()[0]
+    place = str(detail["loc"][0]) if detail["loc"] else ""
+    return f"{place}: {detail['msg']}" if place else detail["msg"].removeprefix("Value error, ")

@@ -1,0 +1,115 @@
+"""Anyone's labels: what a file says is what the book says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_video.errors import UserError
+from dpo_video.labeler.recorded import Recorded
+from dpo_video.strategies import LabelWork
+from dpo_video.types import Mark, Video
+
+
+class Notebook(LabelWork):
+    """Three pairs, two of one prompt, and labels in memory."""
+
+    def __init__(self) -> None:
+        self.pairs, self.segments, self.fps = range(3), [slice(0, 2), slice(2, 4)], 8.0
+        self.written: list[tuple[int, Sequence[Mark], str, str]] = []
+
+    def prompt(self, pair: int) -> str:
+        return ("a cat", "a cat", "a dog")[pair]
+
+    def videos(self, pair: int) -> tuple[Video, Video]:
+        raise AssertionError("a file needs no videos")
+
+    @property
+    def raters(self) -> Sequence[str]:
+        return list(dict.fromkeys(by for _, _, by, _ in self.written))
+
+    def marks(self, rater: str = "") -> Mapping[int, Sequence[Mark]]:
+        return {pair: marks for pair, marks, by, _ in self.written if by == rater}
+
+    def record(self, pair: int, marks: Sequence[Mark], *, rater: str = "", note: str = "") -> None:
+        self.written.append((pair, marks, rater, note))
+
+
+def labels(folder: Path, *lines: Any) -> Notebook:
+    file = folder / "labels.jsonl"
+    file.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    work = Notebook()
+    Recorded(file=str(file)).label_set(work)
+    return work
+
+
+def test_numbers_words_and_prompts(tmp_path: Path) -> None:
+    work = labels(
+        tmp_path,
+        {"pair": 0, "labels": [0.5, -1]},
+        "",
+        {"pair": 1, "label": "second", "rater": "ann", "note": "tears"},
+        {"prompt": "a dog", "labels": ["tie", "skip"]},
+    )
+    assert work.written == [
+        (0, (0.5, -1), "", ""), (1, (-1, -1), "ann", "tears"), (2, (0, "skip"), "", "")
+    ]  # fmt: skip
+
+
+def test_the_last_line_of_a_pair_and_rater_counts(tmp_path: Path) -> None:
+    work = labels(
+        tmp_path,
+        {"pair": 0, "label": 1},
+        {"pair": 0, "label": 1, "rater": "ann"},
+        {"pair": 0, "label": -1},
+    )
+    assert work.marks() == {0: (-1, -1)} and work.marks("ann") == {0: (1, 1)}
+
+
+def test_reading_it_again_adds_only_what_changed(tmp_path: Path) -> None:
+    work = labels(tmp_path, {"pair": 0, "label": 1}, {"pair": 1, "label": 1})
+    file = tmp_path / "labels.jsonl"
+    Recorded(file=str(file)).label_set(work)
+    assert len(work.written) == 2
+    file.write_text('{"pair": 0, "label": 0}\n{"pair": 1, "label": 1}\n')
+    Recorded(file=str(file)).label_set(work)
+    assert len(work.written) == 3 and work.marks()[0] == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "is no label"),
+        ({"pair": 3, "label": 1}, "names pair 3 of 3"),
+        ({"prompt": "a cat", "label": 1}, "names a prompt that 2 pairs have"),
+        ({"prompt": "a cow", "label": 1}, "names a prompt that 0 pairs have"),
+        ({"pair": 0, "labels": [1]}, "has 1 labels for 2 segments"),
+        ({"pair": 0, "label": 2}, "is no label .label"),
+        ({"pair": 0, "label": "left"}, "is no label .label"),
+        ({"pair": 0}, 'is no label .give either "label" or "labels"'),
+        ({"label": 1}, 'is no label .give either "pair" or "prompt"'),
+        ({"pair": 0, "label": 1, "lable": 1}, "is no label .lable"),
+    ],
+)
+def test_a_wrong_line_is_named_and_nothing_is_recorded(
+    tmp_path: Path, line: Any, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=f"Line 2 of '.*' {sentence}") as caught:
+        labels(tmp_path, {"pair": 0, "label": 1}, line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot read .*--set labeler.file=labels.jsonl"):
+        Recorded(file=str(tmp_path / "none.jsonl")).label_set(Notebook())
+
+
+def test_it_has_nothing_to_say_during_a_build() -> None:
+    video = torch.zeros(1, 3, 4, 2, 2)
+    with pytest.raises(UserError, match="Recorded labels finished sets only"):
+        Recorded(file="x")(["a"], video, video, [slice(0, 4)])
