@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from dpo_video.seeds import generator
 from dpo_video.strategies import Anchor, VideoModel
@@ -29,6 +30,35 @@ def initial_noise(model: VideoModel, seeds: Sequence[int]) -> Latents:
     return torch.stack(drawn).to(model.device)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What both networks are shown: all pairs' first videos, then all their second ones."""
+
+    noisy: Latents
+    level: PerPair
+    context: Context
+    target: Latents
+    """What a perfect prediction would be."""
+
+
+def noised(model: VideoModel, batch: PairBatch, noise: Latents, level: PerPair) -> Inputs:
+    """Both videos of a pair at the same noise and the same level (Diffusion-DPO, Sec. 4)."""
+    clean = torch.cat([batch.first, batch.second])
+    noise, level = noise.repeat(2, 1, 1, 1, 1), level.repeat(2)
+    return Inputs(
+        noisy=model.add_noise(clean, noise, level),
+        level=level,
+        context={name: torch.cat([value, value]) for name, value in batch.context.items()},
+        target=model.target(clean, noise, level),
+    )
+
+
+def reference_predictions(model: VideoModel, anchor: Anchor, inputs: Inputs) -> Latents:
+    """What the reference predicts, without a graph."""
+    with torch.no_grad(), anchor.network() as reference:
+        return model.predict(reference, inputs.noisy, inputs.level, inputs.context)
+
+
 def pair_errors(
     model: VideoModel,
     policy: nn.Module,
@@ -36,27 +66,37 @@ def pair_errors(
     batch: PairBatch,
     noise: Latents,
     level: PerPair,
+    *,
+    known: Float[Tensor, "2*b c f h w"] | None = None,
 ) -> PairErrors:
     """Squared errors of policy and reference on both videos, in fp32.
 
-    Both videos of a pair get the same noise and the same level (Diffusion-DPO, Sec. 4), and both
-    networks the same inputs in the same batch, so that equal networks give equal errors to the bit.
-    The reference runs first: with a toggled adapter, nothing may stand between the policy's forward
-    and its backward.
+    Both networks get the same inputs in the same batch, so that equal networks give equal errors to
+    the bit. The reference runs first: with a toggled adapter, nothing may stand between the
+    policy's forward and its backward.
+
+    Args:
+        model: The family.
+        policy: What trains.
+        anchor: What it is compared with.
+        batch: The pairs.
+        noise: One draw a pair.
+        level: One draw a pair.
+        known: The reference's predictions, where they were made before, pair by pair. The reference
+            does not run, and the policy runs pair by pair too: a prediction's last bits depend on
+            the size of its batch.
     """
-    clean = torch.cat([batch.first, batch.second])
-    noise, level = noise.repeat(2, 1, 1, 1, 1), level.repeat(2)
-    context: Context = {name: torch.cat([value, value]) for name, value in batch.context.items()}
-    noisy = model.add_noise(clean, noise, level)
-    target = model.target(clean, noise, level).float()
-
-    def residuals(network: nn.Module) -> Latents:
-        # An fp16 error near 0.5 is 4.9e-4 from its neighbour: 1.2 logits at a slope of 2500.
-        return model.predict(network, noisy, level, context).float() - target
-
-    with torch.no_grad(), anchor.network() as reference:
-        reference_first, reference_second = residuals(reference).square().chunk(2)
-    first, second = residuals(policy).chunk(2)
+    inputs = noised(model, batch, noise, level)
+    if known is None:
+        known = reference_predictions(model, anchor, inputs)
+        prediction = model.predict(policy, inputs.noisy, inputs.level, inputs.context)
+    else:
+        prediction = _pair_by_pair(model, policy, inputs)
+    # An fp16 error near 0.5 is 4.9e-4 from its neighbour: 1.2 logits at a slope of 2500. All lie in
+    # memory alike, since the last bits of a sum depend on its order.
+    target = inputs.target.float().contiguous()
+    reference_first, reference_second = (known.float().contiguous() - target).square().chunk(2)
+    first, second = (prediction.float().contiguous() - target).chunk(2)
     return PairErrors(
         policy_first=first.square(),
         policy_second=second.square(),
@@ -67,6 +107,16 @@ def pair_errors(
         region=batch.region,
         strength=batch.strength,
     )
+
+
+def _pair_by_pair(model: VideoModel, network: nn.Module, inputs: Inputs) -> Latents:
+    """Predictions of one forward pass a pair."""
+    count = len(inputs.level) // 2
+    parts = []
+    for rows in ([pair, count + pair] for pair in range(count)):
+        context = {name: value[rows] for name, value in inputs.context.items()}
+        parts.append(model.predict(network, inputs.noisy[rows], inputs.level[rows], context))
+    return torch.cat([*(part[:1] for part in parts), *(part[1:] for part in parts)])
 
 
 # --- what losses are made of -----------------------------------------------------------------

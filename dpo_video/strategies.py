@@ -133,6 +133,10 @@ class VideoModel(ABC):
 class Anchor(ABC):
     """The frozen model that a policy is compared with, for the length of a run."""
 
+    draws: int | None = None
+    """How many noises and levels a pair has; its visits then take them in turn, and the loop keeps
+    the predictions for them (dpo_video/bank.py). None for a fresh draw at every visit."""
+
     @abstractmethod
     def network(self) -> AbstractContextManager[nn.Module]:
         """The reference network, for use inside the `with` block only."""

@@ -7,9 +7,10 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from dpo_video.bank import Bank, BankManifest, BankReport, Visit
 from dpo_video.checkpoint import load_state, save_state
-from dpo_video.diffusion import initial_noise, pair_errors
+from dpo_video.diffusion import initial_noise, noised, pair_errors, reference_predictions
 from dpo_video.errors import RunError, TrainingError
 from dpo_video.files import write_text, writing
 from dpo_video.seeds import derive, generator
 from dpo_video.settings import TrainSettings
 from dpo_video.store import PairStore
 from dpo_video.strategies import Anchor, Loss, Reference, VideoModel
-from dpo_video.types import LossOutput, PairBatch, PairErrors
+from dpo_video.types import Latents, LossOutput, PairBatch, PairErrors, PerPair
 from dpo_video.verdict import StepReport
 from dpo_video.video import write_video
 
@@ -83,12 +85,14 @@ def train(
     out: Path,
     accelerator: Accelerator,
     resume: bool = False,
+    on_bank: Callable[[BankReport], None] = lambda report: None,
 ) -> Iterator[Progress]:
     """Train an adapter, one report per optimizer step.
 
-    Pairs that are ties throughout are never drawn. Every pair's noise and level come from a
-    generator of its own place in the run, so neither a resumption nor the number of processes
-    changes them.
+    Pairs that are ties throughout are never drawn. The noise and level of every visit to a pair
+    come from a generator of their own, so neither a resumption nor the number of processes changes
+    them. With a reference that limits a pair's draws, its predictions are made first, and `on_bank`
+    is told of it.
 
     Raises:
         TrainingError: if the pairs are all ties or lack what the loss needs, at a first step whose
@@ -106,6 +110,8 @@ def train(
     policy, optimizer = accelerator.prepare(bare, optimizer)
     run = _Run(model, store, pairs, loss, anchor, policy, settings, seed, accelerator)
     start = _restore(out, bare, optimizer) if resume else 0
+    if start < settings.steps:
+        run.fill_bank(on_bank)
     if accelerator.is_main_process:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -168,32 +174,65 @@ class _Run:
         self.policy, self.settings, self.seed = policy, settings, seed
         self.accelerator = accelerator
         self.keys: list[str] = []
+        self.bank: Bank | None = None
+        if anchor.draws is not None:
+            with accelerator.main_process_first():
+                manifest = BankManifest.of(model, seed, accelerator.mixed_precision)
+                self.bank = Bank(store, manifest)
+
+    def fill_bank(self, on_progress: Callable[[BankReport], None]) -> None:
+        """Make the predictions that the run will need, where the reference limits its draws."""
+        if self.bank is None or self.anchor.draws is None:
+            return
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        settings = self.settings
+        places = settings.steps * settings.accumulation * settings.batch * world
+        distinct = min(places, self.anchor.draws * len(self.pairs))
+        needed = [self._visit_at(place) for place in range(rank, distinct, world)]
+        self.bank.fill(needed, self._predict_reference, on_progress)
+        self.accelerator.wait_for_everyone()
 
     def accumulate(self, step: int) -> list[LossOutput]:
         """The gradient of one optimizer step; the detached outputs of its forward passes."""
         outputs, self.keys = [], []
         for part in range(self.settings.accumulation):
-            places = self._places(step, part)
-            batch = self.store.batch([self._pair_at(place) for place in places])
-            self.keys += batch.keys
+            visits = [self._visit_at(place) for place in self._places(step, part)]
+            drawn = self._draw(visits)
+            self.keys += drawn.batch.keys
             last = part == self.settings.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                output = self.loss(self._errors(batch, places))
+                output = self.loss(self._errors(drawn, visits))
                 self.accelerator.backward(output.loss.mean() / self.settings.accumulation)
             outputs.append(_detached(output))
         return outputs
 
-    def _errors(self, batch: PairBatch, places: list[int]) -> PairErrors:
-        device = self.accelerator.device
+    def _errors(self, drawn: _Drawn, visits: Sequence[Visit]) -> PairErrors:
+        known = self.bank.read(visits).to(drawn.noise.device) if self.bank else None
+        with self.accelerator.autocast():
+            return pair_errors(
+                self.model, self.policy, self.anchor, drawn.batch, drawn.noise, drawn.level,
+                known=known,
+            )  # fmt: skip
+
+    def _predict_reference(self, visit: Visit) -> Latents:
+        drawn = self._draw([visit])
+        with self.accelerator.autocast():
+            inputs = noised(self.model, drawn.batch, drawn.noise, drawn.level)
+            return reference_predictions(self.model, self.anchor, inputs)
+
+    def _draw(self, visits: Sequence[Visit]) -> _Drawn:
+        batch = self.store.batch([visit.pair for visit in visits])
         noises, levels = [], []
-        for place in places:
-            draw = generator(self.seed, "draw", place)
+        for visit in visits:
+            draw = generator(self.seed, "draw", visit.pair, visit.draw)
             noises.append(torch.randn(self.model.latent_shape, generator=draw))
             levels.append(self.model.sample_levels(1, draw))
-        noise = torch.stack(noises).to(device, batch.first.dtype)
-        level = torch.cat(levels).to(device)
-        with self.accelerator.autocast():
-            return pair_errors(self.model, self.policy, self.anchor, batch.to(device), noise, level)
+        device = self.accelerator.device
+        return _Drawn(
+            batch=batch.to(device),
+            noise=torch.stack(noises).to(device, batch.first.dtype),
+            level=torch.cat(levels).to(device),
+        )
 
     def _places(self, step: int, part: int) -> list[int]:
         """Positions in the endless sequence of pairs that this process takes."""
@@ -202,11 +241,27 @@ class _Run:
         first = ((step * self.settings.accumulation + part) * world + rank) * size
         return list(range(first, first + size))
 
-    def _pair_at(self, place: int) -> int:
-        """Epochs are permutations: every pair once before any comes again."""
+    def _visit_at(self, place: int) -> Visit:
+        """Epochs are permutations: every pair once before any comes again, with its next draw."""
         epoch, position = divmod(place, len(self.pairs))
-        order = torch.randperm(len(self.pairs), generator=generator(self.seed, "epoch", epoch))
-        return self.pairs[int(order[position])]
+        order = _permutation(len(self.pairs), self.seed, epoch)
+        draw = epoch if self.anchor.draws is None else epoch % self.anchor.draws
+        return Visit(self.pairs[order[position]], draw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """Pairs, and the noise and level of each, on the run's device."""
+
+    batch: PairBatch
+    noise: Latents
+    level: PerPair
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=generator(seed, "epoch", epoch)).tolist()
+    return order
 
 
 def _usable(store: PairStore, loss: Loss) -> list[int]:

@@ -21,13 +21,16 @@ class Toggle(Reference):
 
     def follow(self, policy: nn.Module) -> Anchor:
         """Toggle the policy's own adapter."""
-        return _Toggled(policy)
+        return Toggled(policy)
 
 
 @final
-class _Toggled(Anchor):
-    def __init__(self, policy: nn.Module) -> None:
+class Toggled(Anchor):
+    """A policy's own network, its adapter off while it is used."""
+
+    def __init__(self, policy: nn.Module, draws: int | None = None) -> None:
         self._policy = policy
+        self.draws = draws
 
     @contextmanager
     def network(self) -> Iterator[nn.Module]:

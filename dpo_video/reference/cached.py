@@ -1,0 +1,29 @@
+"""The reference as predictions made once, ahead of training."""
+
+from __future__ import annotations
+
+from typing import final
+
+from pydantic import Field
+from torch import nn
+
+from dpo_video.reference.toggle import Toggled
+from dpo_video.strategies import Anchor, Reference
+
+
+@final
+class Cached(Reference):
+    """Predictions stored ahead of training: no reference runs in it, a third of the forward work.
+
+    Every pair has a bank of `draws` noises and levels, and its visits take them in turn; what the
+    reference predicts for each is made once, with the adapter off, and kept beside the pairs. Up to
+    `draws` epochs this is `toggle` to the bit, later the draws repeat: see benchmarks/bank.py for
+    what that costs. It saves time only where pairs are visited more often, or by several runs.
+    """
+
+    draws: int = Field(default=4, ge=1)
+    """Noises and levels of each pair; the bank's size on the disk grows with it."""
+
+    def follow(self, policy: nn.Module) -> Anchor:
+        """The policy with its adapter off, for as long as predictions are missing."""
+        return Toggled(policy, draws=self.draws)
