@@ -1,0 +1,87 @@
+"""A person labels, in the browser."""
+
+from __future__ import annotations
+
+import getpass
+import secrets
+import webbrowser
+from typing import ClassVar, final
+
+from pydantic import Field
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dpo_video.errors import UserError
+from dpo_video.page.sitting import Sitting, Summary
+from dpo_video.strategies import LabelWork, SetLabeler
+
+
+@final
+class Page(SetLabeler):
+    """People compare both videos on a local web page, segment by segment (Wu et al. 2025).
+
+    The sides are random and unmarked (a blind comparison). Every answer is on the disk before the
+    page moves on. Several people may label the same set, at once or in turn; their agreement is
+    reported, and training takes their vote.
+    """
+
+    incidental: ClassVar[frozenset[str]] = frozenset({"port", "rater", "browser"})
+
+    seed: int = 0
+    """Of the order of the pairs, and of who is on which side."""
+    port: int = Field(default=0, ge=0, le=65535)
+    """Where the page is served, on 127.0.0.1 only; 0 takes any free port."""
+    rater: str = ""
+    """The name that the page suggests; the user's login name if empty."""
+    browser: bool = True
+    """Open the page in a browser; the link is printed in any case."""
+
+    def label_set(self, work: LabelWork) -> None:
+        """Serve the page until a rater ends it, or Ctrl-C does."""
+        try:
+            from dpo_video.page.server import LOOPBACK, listen, serve
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"The labelling page needs {error.name}. Install it: pip install 'dpo-video[page]'."
+            ) from error
+        console = Console(stderr=True)
+        sitting = Sitting(work, self.seed)
+        token = secrets.token_urlsafe(16)
+        with listen(self.port) as listener:
+            port = listener.getsockname()[1]
+            url = f"http://{LOOPBACK}:{port}/{token}/"
+            console.print("Label here (only this link works, and only on this machine):")
+            console.print(f"  {url}", style="bold", soft_wrap=True, highlight=False)
+            console.print(
+                "Every answer is saved as it is given. Ctrl-C ends, the same command goes on.\n"
+                f"From another machine: ssh -L {port}:{LOOPBACK}:{port} THIS-MACHINE, same link.",
+                style="dim",
+                highlight=False,
+            )
+            if self.browser:
+                webbrowser.open(url)
+            try:
+                serve(sitting, listener, token, suggested=self.rater or _login())
+            finally:
+                for rater in sitting.present():
+                    console.print(summary_table(sitting.summary(rater)))
+
+
+def summary_table(summary: Summary) -> Table:
+    """What a rater did, for the terminal."""
+    table = Table(title=f"Labels by {escape(summary.rater)}", title_justify="left", box=None)
+    table.show_header = False
+    table.add_row("pairs finished", f"{summary.finished} of {summary.total}")
+    counts = ", ".join(f"{count} {answer}" for answer, count in summary.answers.items())
+    table.add_row("segments, as shown", counts)
+    pace = f", {summary.pace:.0f} pairs an hour" if summary.pace else ""
+    table.add_row("this session", f"{summary.minutes:.0f} min of work{pace}")
+    return table
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no login name, as in some containers
+        return ""
