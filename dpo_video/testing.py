@@ -193,6 +193,11 @@ def check_loss(loss: Loss) -> None:
             f"{name}'s {figure} is not exactly 0 for a policy that equals its reference. Training "
             "would stop itself at its first step.",
         )
+    _law(
+        _close(still.gradient_factor, torch.full((count,), 0.5)),
+        f"{name}'s gradient_factor is not 0.5 for a policy that equals its reference. Give half of "
+        "the slope on the margin, relative to its slope at margin 0.",
+    )
     alone = [loss(_one(errors, i)) for i in range(count)]
     for figure, value in vars(output).items():
         _law(
@@ -260,15 +265,15 @@ def check_pairs(
         pair, again, other = make(clip, 0), make(clip, 0), make(clip, 1)
     _check_pair(pair, model, name)
     _law(_same(pair, again), f"{name} makes another pair of the same clip and generator.")
-    _law(not _same(pair, other), f"{name} makes the same pair whatever the generator says.")
-    bare = replace(clip, video=None)
-    if not builder.needs_video:
-        _check_pair(make(bare, 0), model, name)
-        return
     # Nobody to ask is for the builder to say, or to do without.
     with suppress(UserError):
         _check_pair(builder(clip, model, None, Generator().manual_seed(0)), model, name)
     if isinstance(builder, SuppliedPairs):  # finished pairs leave nothing to draw or to leave out
+        return
+    _law(not _same(pair, other), f"{name} makes the same pair whatever the generator says.")
+    bare = replace(clip, video=None)
+    if not builder.needs_video:
+        _check_pair(make(bare, 0), model, name)
         return
     try:
         make(bare, 0)
@@ -277,11 +282,6 @@ def check_pairs(
     raise AssertionError(f"{name} says that it needs videos, but makes a pair of a prompt alone.")
 
 
-def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
-    _, *cells = model.latent_shape
-    shapes = {
-        "first": model.latent_shape,
-        "second": model.latent_shape,
 def _first_supplied(builder: SuppliedPairs, model: VideoModel, name: str) -> Clip:
     """The first clip that the builder brings, if it brings the same ones in the same order."""
     one, two = (builder.material(model, "a caption") for _ in range(2))
@@ -298,6 +298,11 @@ def _first_supplied(builder: SuppliedPairs, model: VideoModel, name: str) -> Cli
     return clips[0][0]
 
 
+def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
+    _, *cells = model.latent_shape
+    shapes = {
+        "first": model.latent_shape,
+        "second": model.latent_shape,
         "preference": (cells[0],),
         "region": (1, *cells),
     }
@@ -321,11 +326,6 @@ def _first_supplied(builder: SuppliedPairs, model: VideoModel, name: str) -> Cli
     _law((pair.first != pair.second).any(), f"{name}'s two videos are the same.")
     _law(0 <= pair.strength <= 1, f"{name}'s strength is {pair.strength}, not in [0, 1].")
     _law(pair.prompt and pair.source, f"{name}'s pair does not say its prompt and its source.")
-
-
-def check_reference(reference: Reference, model: VideoModel) -> None:
-    """It predicts what the bare denoiser predicts, and leaves the policy as it was.
-
     if pair.context is not None:
         encoded = model.encode_prompts([pair.prompt])
         _law(
@@ -334,6 +334,11 @@ def check_reference(reference: Reference, model: VideoModel) -> None:
             f"{name}'s context is not shaped as the model encodes a prompt, a leading axis of 1 "
             "included.",
         )
+
+
+def check_reference(reference: Reference, model: VideoModel) -> None:
+    """It predicts what the bare denoiser predicts, and leaves the policy as it was.
+
     The adapter that this puts on the model is taken off at the end.
     """
     check_options(reference)

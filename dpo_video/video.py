@@ -152,6 +152,11 @@ def read_video(
     return Footage(stacked, fps)
 
 
+def read_picture(path: Path) -> UInt8[Tensor, "3 y x"]:
+    """Read a png or a jpg; a VideoError if it is damaged."""
+    return torch.tensor(_load(path, None)).permute(2, 0, 1)
+
+
 def probe_video(
     path: Path, *, seconds: float | None = None, folder_fps: float = FOLDER_FPS
 ) -> VideoInfo:

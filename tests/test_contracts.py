@@ -28,6 +28,7 @@ from dpo_video.strategies import (
     PairBuilder,
     Reference,
     Strategy,
+    SuppliedPairs,
     VideoModel,
 )
 from dpo_video.testing import (
@@ -39,9 +40,11 @@ from dpo_video.testing import (
     check_options,
     check_pairs,
     check_reference,
+    small_videos,
 )
 from dpo_video.tiny import WEIGHTS
-from dpo_video.types import Clip, LossOutput, Pair, PairErrors
+from dpo_video.types import Clip, LossOutput, Material, Pair, PairErrors
+from dpo_video.video import write_video
 
 
 def installed(kind: str) -> list[str]:
@@ -63,8 +66,12 @@ def test_references(name: str, small_model: AnimateDiffModel) -> None:
 
 
 @pytest.mark.parametrize("name", installed("pairs"))
-def test_pairs(name: str, small_model: AnimateDiffModel) -> None:
-    check_pairs(made("pairs", name), small_model, labeler=Brighter())
+def test_pairs(name: str, small_model: AnimateDiffModel, tmp_path: Path) -> None:
+    options = {"folder": {"path": tmp_path}}.get(name, {})
+    for seed, side in enumerate(("win", "lose")):
+        video = small_videos(1, SHAPE.frames, SHAPE.height, SHAPE.width, seed=seed)[0]
+        write_video(tmp_path / side / "a.mp4", video, SHAPE.fps)
+    check_pairs(made("pairs", name, **options), small_model, labeler=Brighter())
 
 
 @pytest.mark.parametrize("name", installed("metric"))
@@ -305,9 +312,46 @@ class Stuck(PairBuilder):
         return Jitter(winner="clip")(clip, model, labeler, Generator().manual_seed(0))
 
 
+class Flat(PairBuilder):
+    """Encodes the prompt, but not as the model does."""
+
+    @property
+    def needs_video(self) -> bool:
+        return True
+
+    def __call__(
+        self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
+    ) -> Pair:
+        pair = Jitter(winner="clip")(clip, model, labeler, generator)
+        return replace(pair, context={"prompt_embeds": torch.zeros(77, 16)})
+
+
+class Shuffled(SuppliedPairs):
+    """Brings its clips in any order."""
+
+    @property
+    def needs_video(self) -> bool:
+        return False
+
+    def material(self, model: VideoModel, prompt: str | None) -> Material:
+        names = sorted("abcdefgh", key=lambda name: torch.rand(()).item())
+        clips = (Clip(name=name, caption="a caption") for name in names)
+        return Material(clips=clips, count=8, fingerprint="", skipped=[])
+
+    def __call__(
+        self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
+    ) -> Pair:
+        return Jitter()(clip, model, labeler, generator)
+
+
 @pytest.mark.parametrize(
     ("builder", "sentence"),
-    [(Leaking, "differ outside their region"), (Stuck, "whatever the generator says")],
+    [
+        (Leaking, "differ outside their region"),
+        (Stuck, "whatever the generator says"),
+        (Flat, "not shaped as the model encodes"),
+        (Shuffled, "in another order"),
+    ],
 )
 def test_a_broken_pair_builder_is_caught(
     builder: type[PairBuilder], sentence: str, small_model: AnimateDiffModel

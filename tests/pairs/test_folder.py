@@ -1,0 +1,401 @@
+"""Folder: the files say who won; what they cannot say is named and skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHAPE
+from PIL import Image
+from test_contracts import Brighter
+from torch import Generator, Tensor
+
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.build import build, in_order
+from dpo_video.clips import read_beginning
+from dpo_video.errors import UserError
+from dpo_video.pairs.folder import Folder, latent_region
+from dpo_video.settings import BuildSettings
+from dpo_video.store import Manifest, PairStore
+from dpo_video.testing import check_pairs, small_videos
+from dpo_video.triples import export_triples
+from dpo_video.types import Clip, Material, Pair
+from dpo_video.video import write_video
+
+
+def write(path: Path, seed: int, frames: int = SHAPE.frames, fps: float = SHAPE.fps) -> Path:
+    """A random video at the small model's size."""
+    write_video(path, small_videos(1, frames, SHAPE.height, SHAPE.width, seed=seed)[0], fps)
+    return path
+
+
+def folders(root: Path, names: Sequence[str] = ("a", "b", "c")) -> Path:
+    for number, name in enumerate(names):
+        write(root / "win" / f"{name}.mp4", 2 * number)
+        write(root / "lose" / f"{name}.mp4", 2 * number + 1)
+        (root / "win" / f"{name}.txt").write_text(f"the prompt of {name}\n")
+    return root
+
+
+def lines(root: Path, *entries: Any) -> Path:
+    """A JSONL file beside the videos win/a.mp4 and lose/a.mp4."""
+    folders(root, ["a"])
+    base = {"win": "win/a.mp4", "lose": "lose/a.mp4", "prompt": "a prompt"}
+    file = root / "pairs.jsonl"
+    texts = [e if isinstance(e, str) else json.dumps({**base, **e}) for e in entries]
+    file.write_text("\n".join(texts) + "\n")
+    return file
+
+
+def opened(
+    model: AnimateDiffModel, path: Path, prompt: str | None = None, **options: Any
+) -> Material:
+    return Folder(path=path, **options).material(model, prompt)
+
+
+def made(
+    model: AnimateDiffModel, path: Path, prompt: str | None = None, **options: Any
+) -> list[Pair]:
+    builder = Folder(path=path, **options)
+    clips = builder.material(model, prompt).clips
+    return [builder(clip, model, None, Generator()) for clip in clips]
+
+
+def built(model: AnimateDiffModel, path: Path, out: Path, count: int | None = None) -> PairStore:
+    material = opened(model, path)
+    manifest = Manifest(
+        recipe={}, identity=model.identity, latent_shape=model.latent_shape, fps=model.shape.fps
+    )
+    store = PairStore.create(out, manifest)
+    settings = BuildSettings(count=count, previews=False)
+    for _ in build(
+        store,
+        in_order(material.clips),
+        Folder(path=path),
+        model,
+        settings,
+        seed=0,
+        available=material.count,
+    ):
+        pass
+    return store
+
+
+# --- the three formats -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folders", "lines", "latents"])
+def test_it_keeps_the_contract_in_every_format(
+    small_model: AnimateDiffModel, tmp_path: Path, kind: str
+) -> None:
+    path = folders(tmp_path / "mine")
+    if kind == "lines":
+        path = lines(tmp_path, {}, {"labels": [-1.0]})
+    if kind == "latents":
+        export_triples(built(small_model, path, tmp_path / "store"), tmp_path / "out")
+        path = tmp_path / "out"
+    check_pairs(Folder(path=path), small_model, labeler=Brighter())
+
+
+def test_two_folders_pair_by_name_whatever_the_ending(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    root = folders(tmp_path)
+    (root / "lose" / "b.mp4").unlink()
+    write(root / "lose" / "b.gif", 9)
+    pairs = made(small_model, root)
+    assert [pair.source for pair in pairs] == ["a", "b", "c"]
+    assert [pair.prompt for pair in pairs] == [f"the prompt of {name}" for name in "abc"]
+    for pair, loser in zip(pairs, ("a.mp4", "b.gif", "c.mp4"), strict=True):
+        videos = [root / "win" / f"{pair.source}.mp4", root / "lose" / loser]
+        both = torch.stack([read_beginning(path, small_model.shape) for path in videos])
+        first, second = small_model.encode_videos(both)  # one call: the same path for both
+        assert torch.equal(pair.first, first) and torch.equal(pair.second, second)
+        assert (pair.preference == 1).all() and (pair.region == 1).all() and pair.context is None
+
+
+def test_a_prompt_is_looked_for_on_both_sides_and_above(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    root = folders(tmp_path)
+    for name in "abc":
+        (root / "win" / f"{name}.txt").unlink()
+    (root / "lose" / "a.txt").write_text("beside the loser")
+    (root / "b.txt").write_text("above")
+    assert [p.prompt for p in made(small_model, root, "for the rest")] == [
+        "beside the loser", "above", "for the rest"
+    ]  # fmt: skip
+    material = opened(small_model, root)
+    assert material.count == 2
+    assert "--prompt" in material.skipped[0].reason
+
+
+def test_folders_of_frames_are_videos_too(small_model: AnimateDiffModel, tmp_path: Path) -> None:
+    for side, shade in (("win", 200), ("lose", 50)):
+        for frame in range(SHAPE.frames):
+            path = tmp_path / side / "a" / f"{frame}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (SHAPE.width, SHAPE.height), (shade + frame,) * 3).save(path)
+    (pair,) = made(small_model, tmp_path, "grey")
+    assert pair.source == "a" and not torch.equal(pair.first, pair.second)
+
+
+def test_lines_name_files_relative_to_theirs(
+    small_model: AnimateDiffModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absolute = str(tmp_path / "mine" / "lose" / "a.mp4")
+    turned = {"win": absolute, "lose": "win/a.mp4", "prompt": "turned round"}
+    file = lines(tmp_path / "mine", {}, "", turned)
+    monkeypatch.chdir(tmp_path)
+    one, two = made(small_model, file)
+    assert [pair.source for pair in (one, two)] == ["pairs.jsonl:1", "pairs.jsonl:3"]
+    assert [pair.prompt for pair in (one, two)] == ["a prompt", "turned round"]
+    assert torch.equal(one.first, two.second) and torch.equal(one.second, two.first)
+
+
+def test_labels_are_spread_over_the_frames_of_their_segments(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    """Four frames at 8 a second, in segments of a quarter of a second."""
+    file = lines(tmp_path, {"labels": [1, -0.5]}, {"labels": [0, 0]}, {})
+    pairs = made(small_model, file, seconds=0.25)
+    assert [pair.preference.tolist() for pair in pairs] == [
+        [1, 1, -0.5, -0.5], [0, 0, 0, 0], [1, 1, 1, 1]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_outside_its_mask_the_loser_is_the_winner(
+    small_model: AnimateDiffModel, tmp_path: Path, moving: bool
+) -> None:
+    """White in the upper left quarter: that of every frame, or of the last two frames alone."""
+    white = torch.zeros(3, SHAPE.frames, SHAPE.height, SHAPE.width)
+    white[:, 2 if moving else 0 :, : SHAPE.height // 2, : SHAPE.width // 2] = 1
+    name = "mask.mp4" if moving else "mask.png"
+    if moving:
+        write_video(tmp_path / name, white, SHAPE.fps)
+    else:
+        pixels = (white[:, 0] * 255).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(tmp_path / name)
+    (masked, whole) = made(small_model, lines(tmp_path, {"mask": name}, {}))
+    expected = torch.zeros(1, 4, 4, 4)
+    expected[:, 2 if moving else 0 :, :2, :2] = 1
+    assert torch.equal(masked.region, expected)
+    assert torch.equal(masked.first, whole.first)
+    assert torch.equal(masked.second, torch.where(expected > 0, whole.second, whole.first))
+
+
+def test_a_cell_that_the_mask_touches_is_in_the_region(small_model: AnimateDiffModel) -> None:
+    mask = torch.zeros(SHAPE.frames, SHAPE.height, SHAPE.width)
+    mask[1, 7, 12] = 1  # cells are 4x4 pixels
+    region = latent_region(mask, small_model)
+    assert region.sum() == 1 and region[0, 1, 1, 3] == 1
+    assert (latent_region(torch.ones_like(mask), small_model) == 1).all()
+
+
+def test_what_is_exported_comes_back_to_the_bit(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    """Latents, prompts and how they are encoded, without asking the text encoder again."""
+    store = built(small_model, folders(tmp_path / "mine"), tmp_path / "store")
+    export_triples(store, tmp_path / "out")
+    for file in (tmp_path / "out").glob("*.pt"):  # an encoding that the model would not give
+        held = torch.load(file, weights_only=True)
+        torch.save({**held, "prompt_embeds": held["prompt_embeds"] + int(file.stem[-1])}, file)
+    again = built(small_model, tmp_path / "out", tmp_path / "again")
+    assert [row.prompt for row in again.rows] == [row.prompt for row in store.rows]
+    one, two = store.batch(range(3)), again.batch(range(3))
+    assert torch.equal(one.first, two.first) and torch.equal(one.second, two.second)
+    shifts = two.context["prompt_embeds"] - one.context["prompt_embeds"]
+    torch.testing.assert_close(shifts.mean(dim=(1, 2)), torch.arange(3.0))
+
+
+def test_equal_names_of_unknown_prompts_do_not_mix_their_encodings(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    export_triples(
+        built(small_model, folders(tmp_path / "mine"), tmp_path / "store"), tmp_path / "out"
+    )
+    for file in (tmp_path / "out").glob("*.txt"):
+        file.unlink()
+    pairs = made(small_model, tmp_path / "out", "one prompt for all")
+    assert {pair.prompt for pair in pairs} == {"one prompt for all"}
+    contexts = [pair.context["prompt_embeds"] for pair in pairs if pair.context]
+    assert len(contexts) == 3 and not torch.equal(contexts[0], contexts[1])
+    assert "pair_00000.pt" in made(small_model, tmp_path / "out")[0].prompt
+
+
+# --- how many --------------------------------------------------------------------------------
+
+
+def test_there_are_as_many_pairs_as_files_and_count_caps_them(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    root = folders(tmp_path / "mine")
+    assert len(built(small_model, root, tmp_path / "all")) == 3
+    assert len(built(small_model, root, tmp_path / "more", count=9)) == 3
+    assert len(built(small_model, root, tmp_path / "two", count=2)) == 2
+    resumed = built(small_model, root, tmp_path / "two", count=3)
+    assert [row.source for row in resumed.rows] == ["a", "b", "c"]
+
+
+def test_damage_that_shows_late_shortens_the_set_and_moves_nobody(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    root = folders(tmp_path / "mine")
+    (root / "lose" / "b.mp4").write_bytes(b"no video")
+    store = built(small_model, root, tmp_path / "first", count=1)
+    assert [row.source for row in store.rows] == ["a"]
+    resumed = built(small_model, root, tmp_path / "first")
+    assert [row.source for row in resumed.rows] == ["a", "c"]
+
+
+def test_the_fingerprint_follows_what_the_pairs_are_made_of(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    def fingerprint(root: Path) -> str:
+        return opened(small_model, root).fingerprint
+
+    one, two = folders(tmp_path / "one"), folders(tmp_path / "two")
+    assert fingerprint(one) == fingerprint(two)  # not on where they lie
+    (two / "win" / "a.txt").write_text("another prompt")
+    other = fingerprint(two)
+    assert other != fingerprint(one)
+    write(two / "lose" / "c.mp4", 77)
+    assert fingerprint(two) != other
+    labels = [opened(small_model, lines(tmp_path / "l", {"labels": [x]})) for x in (1, 0)]
+    assert labels[0].fingerprint != labels[1].fingerprint
+
+
+# --- what gives no pair ----------------------------------------------------------------------
+
+
+def reasons(material: Material) -> dict[str, str]:
+    list(material.clips)
+    return {skipped.name: skipped.reason for skipped in material.skipped}
+
+
+def test_what_has_no_partner_or_cannot_be_read_is_named(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    root = folders(tmp_path, ["a", "alone", "copy", "damaged", "short", "twice"])
+    (root / "lose" / "alone.mp4").unlink()
+    (root / "lose" / "copy.mp4").write_bytes((root / "win" / "copy.mp4").read_bytes())
+    (root / "win" / "damaged.mp4").write_bytes(b"no video")
+    write(root / "lose" / "short.mp4", 3, frames=2)
+    write(root / "win" / "twice.gif", 4)
+    write(root / "lose" / "other.mp4", 5)
+    material = opened(small_model, root)
+    assert material.count == 4  # the listing sees names alone
+    found = reasons(material)
+    assert found.keys() == {"win/alone.mp4", "lose/other.mp4", "win/twice.gif", "copy", "damaged",
+                            "short"}  # fmt: skip
+    assert "lose has no video called alone" in found["win/alone.mp4"]
+    assert "win has no video called other" in found["lose/other.mp4"]
+    assert "3 videos are called twice" in found["win/twice.gif"]
+    assert "same video" in found["copy"] and "too short" in found["short"]
+    assert [pair.source for pair in made(small_model, root)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("not json", "JSON"),
+        ('{"win": "win/a.mp4"}', "lose"),
+        ({"label": [1]}, "label: Extra inputs"),
+        ({"labels": [2]}, "labels.0"),
+        ({"labels": [1, 1]}, "2 labels, and a video has 1 segments"),
+        ({"win": "gone.mp4"}, "there is no file"),
+        ({"mask": "gone.png"}, "there is no file"),
+        ({"mask": "black.png"}, "do not differ where"),
+        ({"mask": "win/a.txt"}, "damaged or no video"),
+        ({"prompt": None, "win": "lose/a.mp4", "lose": "bare.mp4"}, "has no prompt"),
+    ],
+)
+def test_a_line_that_says_no_pair_is_named(
+    small_model: AnimateDiffModel, tmp_path: Path, entry: Any, reason: str
+) -> None:
+    Image.new("L", (SHAPE.width, SHAPE.height)).save(tmp_path / "black.png")
+    write(tmp_path / "bare.mp4", 8)
+    material = opened(small_model, lines(tmp_path, {}, entry))
+    found = reasons(material)
+    assert found.keys() == {"pairs.jsonl:2"} and reason in found["pairs.jsonl:2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"latents_w": torch.zeros(4, 4, 4, 5)}, "holds shapes"),
+        ({"latents_w": torch.zeros(4, 4, 2, 2), "latents_l": torch.ones(4, 4, 2, 2)}, "latents"),
+        ({"prompt_embeds": torch.zeros(1, 3, 16)}, "prompt_embeds have the shape"),
+        ({"latents_w": torch.full((4, 4, 4, 4), torch.nan)}, "not finite"),
+        ({"latents_l": None}, "does not hold"),
+        ("copy", "same latents"),
+        ("cut", "cannot be read"),
+    ],
+)
+def test_latents_of_something_else_are_named(
+    small_model: AnimateDiffModel, tmp_path: Path, change: Any, reason: str
+) -> None:
+    good = {
+        "latents_w": torch.zeros(4, 4, 4, 4),
+        "latents_l": torch.ones(4, 4, 4, 4),
+        "prompt_embeds": small_model.encode_prompts(["x"])["prompt_embeds"],
+    }
+    torch.save(good, tmp_path / "pair_00000.pt")
+    bad = tmp_path / "pair_00001.pt"
+    if change == "copy":
+        torch.save({**good, "latents_l": good["latents_w"]}, bad)
+    elif change == "cut":
+        bad.write_bytes((tmp_path / "pair_00000.pt").read_bytes()[:100])
+    else:
+        torch.save({**good, **change}, bad)
+    found = reasons(opened(small_model, tmp_path))
+    assert found.keys() == {"pair_00001.pt"} and reason in found["pair_00001.pt"]
+
+
+def test_nothing_usable_is_an_error_with_an_example(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "gone", tmp_path / "empty"):
+        with pytest.raises(UserError, match=r"win and lose.*\.jsonl.*show pairs folder"):
+            opened(small_model, path)
+    with pytest.raises(UserError, match=r"No file gives a pair\. For example pairs\.jsonl:1"):
+        opened(small_model, lines(tmp_path / "lines", {"win": "gone.mp4"}))
+    root = folders(tmp_path / "folders", ["a"])
+    (root / "win" / "a.mp4").write_bytes(b"no video")
+    material = opened(small_model, root)  # it shows when it is read
+    with pytest.raises(UserError, match=r"No file gives a pair\. For example a: .*a\.mp4"):
+        next(material.clips)
+    (tmp_path / "text.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read as text"):
+        opened(small_model, tmp_path / "text.jsonl")
+
+
+def test_a_store_is_told_apart(small_model: AnimateDiffModel, tmp_path: Path) -> None:
+    store = built(small_model, folders(tmp_path / "mine"), tmp_path / "store")
+    with pytest.raises(UserError, match="is a store already"):
+        opened(small_model, store.folder)
+
+
+def test_other_clips_are_refused(small_model: AnimateDiffModel, clip: Clip) -> None:
+    with pytest.raises(UserError, match=r"pairs\.path"):
+        Folder(path=Path("x"))(clip, small_model, None, Generator())
+
+
+def test_a_backbone_that_encodes_prompts_otherwise_is_told(
+    small_model: AnimateDiffModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({}, tmp_path / "pair_00000.pt")
+
+    def pooled(prompts: Sequence[str]) -> dict[str, Tensor]:
+        return {"prompt_embeds": torch.zeros(1, 2, 2), "pooled": torch.zeros(1, 2)}
+
+    monkeypatch.setattr(small_model, "encode_prompts", pooled)
+    with pytest.raises(UserError, match=r"as pooled, prompt_embeds.*Give it videos"):
+        opened(small_model, tmp_path)
