@@ -435,7 +435,7 @@ def main(arguments: Iterator[str] | None = None) -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--frame-steps", type=int, default=4500)
-    parser.add_argument("--motion-steps", type=int, default=4000)
+    parser.add_argument("--motion-steps", type=int, default=3500)
     options = parser.parse_args(None if arguments is None else list(arguments))
     device = torch.device(options.device)
     vae = train_vae(options.work, device, options.vae_steps)
