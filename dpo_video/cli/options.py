@@ -23,7 +23,7 @@ Loss = Annotated[
     str | None, typer.Option("--loss", help="region, global, ...", rich_help_panel=_CHOICE)
 ]
 Reference = Annotated[
-    str | None, typer.Option("--reference", help="toggle, copy, ...", rich_help_panel=_CHOICE)
+    str | None, typer.Option("--reference", help="toggle, copy, cached.", rich_help_panel=_CHOICE)
 ]
 Backbone = Annotated[
     str | None,

@@ -33,8 +33,12 @@ from dpo_video.cli.options import (
 from dpo_video.errors import RunError, UserError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from collections.abc import Callable
 
+    from accelerate import Accelerator
+    from rich.progress import Progress, TaskID
+
+    from dpo_video.bank import BankReport
     from dpo_video.config import Config
     from dpo_video.store import PairStore
     from dpo_video.strategies import VideoModel
@@ -183,6 +187,7 @@ def run_training(
             out=folder,
             accelerator=accelerator,
             resume=resume,
+            on_bank=_bank_shown(live, bar, settings.steps * settings.accumulation * settings.batch),
         ):
             report = progress.report
             reports.append(report)
@@ -207,6 +212,36 @@ def run_training(
     else:
         console.print(_sentence(verdict))
     console.print(f"Compare it with the base: [bold]dpo-video evaluate {folder}[/]")
+
+
+def _bank_shown(live: Live, bar: Progress, visits: int) -> Callable[[BankReport], None]:
+    """Shows a bank of predictions being filled; its size and time before it starts."""
+    task: TaskID | None = None
+
+    def show(report: BankReport) -> None:
+        nonlocal task
+        if task is None:
+            uses = visits / report.total
+            live.console.print(
+                f"Bank of {report.total} predictions ({report.size / 1e6:,.1f} MB, each used "
+                f"{uses:.1f} times) in [bold]{report.folder}[/]: "
+                + (
+                    f"{report.total - report.done} to make, about {report.seconds:,.0f} s."
+                    if report.done < report.total
+                    else "all there."
+                ),
+                highlight=False,
+            )
+            if report.done == 0 and uses < 2:
+                live.console.print(
+                    "[yellow]Used so little, the bank saves this run nothing[/]; another run on "
+                    "these pairs will find it. Alone, --reference toggle is as fast."
+                )
+            task = bar.add_task("bank", total=report.total)
+        bar.update(task, completed=report.done, visible=report.done < report.total)
+        live.update(bar)
+
+    return show
 
 
 def slope_of(reports: list[StepReport]) -> float:
