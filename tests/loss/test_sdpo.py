@@ -32,7 +32,7 @@ def shared_weights(seed: int) -> tuple[Tensor, PairErrors]:
     weights = torch.zeros(shape).requires_grad_()
     # Signed errors that point more or less the same way, the loser's the larger ones.
     common, one, other = (torch.randn(shape, generator=generator) for _ in range(3))
-    first, second = common + one + weights, 1.5 * common + other + weights
+    first, second = common + 0.5 * one + weights, 1.5 * common + 0.5 * other + weights
     return weights, PairErrors(
         policy_first=first.square(),
         policy_second=second.square(),
