@@ -1,0 +1,203 @@
+"""Labels by a vision-language model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, final
+from urllib.parse import urlsplit
+
+import torch
+from PIL import Image
+from pydantic import ConfigDict, Field, field_validator
+
+from dpo_video.chat import Answer, Chat, Endpoint, MalformedError, open_chat
+from dpo_video.strategies import Judgement, ReasonedLabeler
+from dpo_video.types import Video, Videos
+
+_SIGNS = {"first": 1, "second": -1, "tie": 0}
+_QUESTION = (
+    "Below are frames, in order, of two short videos, first those of the first video, then those "
+    "of the second. Both were made from the same source and share their structure: scene, layout "
+    "and motion are meant to be alike. Judge one thing only: which of the two has fewer visual "
+    "artifacts, such as flicker, noise, blur, tearing, distorted or vanishing parts, or motion "
+    "that breaks off. Taste, style and content do not count. Where you see no clear difference, "
+    'it is a tie. Answer with JSON and nothing else: {"better": "first" or "second" or "tie", '
+    '"reason": "one short sentence"}'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    sign: int
+    better: str
+    reason: str
+
+
+@final
+class Vlm(ReasonedLabeler):
+    """A vision-language model says which video has fewer artifacts, segment by segment.
+
+    DenseDPO's labeler (Wu et al. 2025, arXiv 2506.03517): the model sees frames of one segment of
+    both videos, is told that they share their structure, and is asked for artifacts alone. It is
+    asked in both orders, since such models prefer a place; where the answers disagree, it is a tie.
+
+    Any endpoint that speaks OpenAI's chat protocol will do. The key is read from the environment
+    and written nowhere. Answers are kept by a hash of frames, question and model, and never paid
+    for twice. Needs the extra `vlm`.
+    """
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # it may be an address with a password
+    incidental: ClassVar[frozenset[str]] = frozenset(
+        {"base_url", "key_variable", "timeout", "retries", "wait", "parallel", "cache",
+         "input_price", "output_price"}
+    )  # fmt: skip
+
+    model: str
+    """The model's name at the endpoint."""
+    base_url: str = "https://api.openai.com/v1"
+    """The endpoint."""
+    key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key; empty where none is needed."""
+    frames: int = Field(default=8, ge=1)
+    """Frames of each video shown per segment, evenly spread; 8 a second in the paper."""
+    size: int = Field(default=512, ge=16)
+    """Frames are scaled to this shorter side, in pixels."""
+    format: Literal["png", "jpeg"] = "png"
+    """Of the images sent; jpeg (quality 95) is smaller, and adds artifacts of its own."""
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds that one answer may take."""
+    retries: int = Field(default=5, ge=0)
+    """Further attempts after a failure: too many requests, a server's error, a malformed answer."""
+    wait: float = Field(default=1.0, ge=0)
+    """Seconds before the first of them, doubled every time; a server's Retry-After goes first."""
+    parallel: int = Field(default=4, ge=1)
+    """Questions asked at once."""
+    cache: str | None = None
+    """A folder for the answers; the user's cache folder when not set."""
+    input_price: float = Field(default=0.0, ge=0)
+    """US dollars per million input tokens, to report the cost."""
+    output_price: float = Field(default=0.0, ge=0)
+    """US dollars per million output tokens."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _keeps_no_secret(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("not an http(s) address")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("must not carry a key or password; put it into the environment")
+        return value
+
+    def judge(
+        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
+    ) -> Judgement:
+        """Ask twice per pair and segment; a note gives both answers and their reasons."""
+        places = [(pair, segment) for pair in range(len(prompts)) for segment in segments]
+        questions = [
+            self._question(one[pair][:, segment], other[pair][:, segment])
+            for pair, segment in places
+            for one, other in ((first, second), (second, first))
+        ]
+        with open_chat(self._endpoint()) as chat:
+            answers = self._ask_all(chat, questions)
+        verdicts = [answer.value for answer in answers]
+        both = list(zip(verdicts[::2], verdicts[1::2], strict=True))
+        alike = [one.sign == -other.sign for one, other in both]
+        labels = torch.tensor(
+            [float(one.sign) if same else 0.0 for (one, _), same in zip(both, alike, strict=True)]
+        )
+        said = [f"{one.better} ({one.reason}), swapped {other.better} ({other.reason})"
+                for one, other in both]  # fmt: skip
+        count = len(segments)
+        notes = [
+            "; ".join(f"{i + 1}: {said[pair * count + i]}" for i in range(count))
+            for pair in range(len(prompts))
+        ]
+        return Judgement(
+            labels=labels.reshape(len(prompts), count),
+            notes=notes,
+            figures={
+                **self._bill(answers),
+                "segments asked": len(both),
+                "alike in both orders": sum(alike),
+            },
+        )
+
+    def _ask_all(
+        self, chat: Chat, questions: Sequence[list[dict[str, Any]]]
+    ) -> list[Answer[_Verdict]]:
+        with ThreadPoolExecutor(self.parallel) as threads:
+            return list(threads.map(lambda question: chat.ask(question, _read), questions))
+
+    def _question(self, first: Video, second: Video) -> list[dict[str, Any]]:
+        content: list[dict[str, Any]] = [{"type": "text", "text": _QUESTION}]
+        for name, video in (("First", first), ("Second", second)):
+            content.append({"type": "text", "text": f"{name} video:"})
+            content += [
+                {"type": "image_url", "image_url": {"url": url}} for url in self._images(video)
+            ]
+        return content
+
+    def _images(self, video: Video) -> list[str]:
+        """Data URLs of evenly spread frames."""
+        shown = min(self.frames, video.shape[1])
+        places = torch.linspace(0, video.shape[1] - 1, shown).round().long()
+        pixels = video[:, places].movedim(0, -1).clamp(0, 1).mul(255).round().byte().cpu().numpy()
+        urls = []
+        for frame in pixels:
+            image = Image.fromarray(frame)
+            scale = self.size / min(image.size)
+            width, height = (max(1, round(side * scale)) for side in image.size)
+            buffer = io.BytesIO()
+            image.resize((width, height), Image.Resampling.BICUBIC).save(
+                buffer, self.format.upper(), quality=95
+            )
+            data = base64.b64encode(buffer.getvalue()).decode()
+            urls.append(f"data:image/{self.format};base64,{data}")
+        return urls
+
+    def _bill(self, answers: Sequence[Answer[_Verdict]]) -> dict[str, float]:
+        sent = sum(answer.input_tokens for answer in answers)
+        received = sum(answer.output_tokens for answer in answers)
+        return {
+            "requests": sum(answer.requests for answer in answers),
+            "answers from the cache": sum(answer.requests == 0 for answer in answers),
+            "input tokens": sent,
+            "output tokens": received,
+            "cost in US dollars": (sent * self.input_price + received * self.output_price) / 1e6,
+        }
+
+    def _endpoint(self) -> Endpoint:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Endpoint(
+            base_url=self.base_url,
+            model=self.model,
+            key_variable=self.key_variable,
+            timeout=self.timeout,
+            retries=self.retries,
+            wait=self.wait,
+            cache=Path(self.cache) if self.cache else home / "dpo-video" / "vlm",
+        )
+
+
+def _read(text: str) -> _Verdict:
+    """The JSON object in an answer, whatever stands around it."""
+    start, end = text.find("{"), text.rfind("}")
+    try:
+        found = json.loads(text[start : end + 1])
+    except ValueError as error:
+        raise MalformedError("an answer that is no JSON") from error
+    better = found.get("better")
+    word = better.strip().lower() if isinstance(better, str) else ""
+    if word not in _SIGNS:
+        raise MalformedError("an answer that says neither first, second nor tie")
+    reason = " ".join(str(found.get("reason") or "no reason given").split())
+    return _Verdict(sign=_SIGNS[word], better=word, reason=reason)
