@@ -32,7 +32,7 @@ WINNER_SHARE = 0.25
 run pays something here; from a quarter on, samples follow the winner's error rather than the
 margin."""
 EXPLODED_LOSS = 10.0
-"""Times its start. For a logistic loss that is 6.9: the policy is certain, and wrong."""
+"""Times its start. For a logistic loss that is 6.9, for a hinge 10: certain, and wrong."""
 EXPLODED_CHANGE = 0.5
 """Rise of a mean squared error. Targets (epsilon, v, velocity) have a variance of 1 to 2, so a
 network that predicts nothing at all is off by about 1."""
@@ -50,7 +50,7 @@ class StepReport(Record):
     """Implicit reward of the chosen less that of the rejected: a difference of mean squared
     errors."""
     logits: float
-    """beta * margin: what the loss's sigmoid sees."""
+    """beta * margin: what a sigmoid loss sees."""
     accuracy: float
     """Share of pairs with a margin above 0; a margin of exactly 0 counts half."""
     chosen_change: float
@@ -58,7 +58,8 @@ class StepReport(Record):
     rejected_change: float
     """d(rejected)."""
     gradient_factor: float
-    """Mean of sigmoid(-logits): 0.5 at the start, 0 when the loss pushes no more."""
+    """How hard the loss pushes on the margin: 0.5 at the start, 0 when no more. For a sigmoid loss
+    the mean of sigmoid(-logits); below 0 where a loss that has a target pulls the margin back."""
     loser_dominant: float
     """Share of pairs with d(chosen) > 0 and d(rejected) > |d(chosen)|: the margin grows although
     the winner gets worse (Diffusion-SDPO)."""
@@ -267,8 +268,9 @@ def _loser_dominant(view: _View) -> TrainingVerdict:
 
 
 def _saturated(view: _View) -> TrainingVerdict:
-    # The beta at which the margin that was reached would give logits of 1.
-    beta = _round(view.slope / max(view.logits.mean, 1.0))
+    # The beta at which the margin that was reached would give logits of 1; for a loss that is done
+    # at about 1 (hinge, ipo), the one that asks for twice the margin.
+    beta = _round(view.slope / max(view.logits.mean, 2.0))
     return TrainingVerdict(
         state=TrainingState.SATURATED,
         step=view.last.step,
@@ -280,7 +282,7 @@ def _saturated(view: _View) -> TrainingVerdict:
 
 
 def _not_moving(view: _View) -> TrainingVerdict:
-    # Two ways to stay at ln 2: margins that are tiny, and margins that cancel.
+    # Two ways to stay where it began: margins that are tiny, and margins that cancel.
     if view.logits.error >= MOVED:
         return TrainingVerdict(
             state=TrainingState.NOT_MOVING,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -42,7 +43,8 @@ def show(
         typer.echo(json.dumps(found, indent=2))
         return
     console = Console()
-    console.print(f"[bold]{kind}[/] [cyan]{name or ''}[/]\n\n{escape(text)}\n", highlight=False)
+    shown = escape(_reflowed(text))
+    console.print(f"[bold]{kind}[/] [cyan]{name or ''}[/]\n\n{shown}\n", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("option", "type", "default", "meaning"):
         table.add_column(column)
@@ -50,3 +52,8 @@ def show(
         table.add_row(f"[cyan]{option.path}[/]", escape(option.type), escape(option.default),
                       escape(option.meaning))  # fmt: skip
     console.print(table if options else "It has no options.")
+
+
+def _reflowed(text: str) -> str:
+    """Paragraphs as one line each, for the terminal to break; what is indented stays as it is."""
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", text)

@@ -172,6 +172,7 @@ def run_training(
         f"{per_step} pairs, LoRA rank {settings.rank}, lr {settings.lr:g}, "
         f"on {accelerator.device}. Run: [bold]{folder}[/]"
     )
+    _say_what_is_left_out(store)
     reports: list[StepReport] = []
     verdict: TrainingVerdict | None = None
     bar = progress_bar()
@@ -212,6 +213,16 @@ def run_training(
     else:
         console.print(_sentence(verdict))
     console.print(f"Compare it with the base: [bold]dpo-video evaluate {folder}[/]")
+
+
+def _say_what_is_left_out(store: PairStore) -> None:
+    decided = store.decided()
+    if left := len(store) - len(decided):
+        console.print(f"{left} of {len(store)} pairs are left out: they prefer neither video "
+                      "in any frame.")  # fmt: skip
+    if even := sum(not store.preference(index).sum() for index in decided):
+        console.print(f"{even} pairs are even, as many frames for one video as for the other: "
+                      "only a loss that looks at frames (segment) learns from them.")  # fmt: skip
 
 
 def _bank_shown(live: Live, bar: Progress, visits: int) -> Callable[[BankReport], None]:

@@ -21,12 +21,12 @@ class Sdpo(Loss):
     by `-eta (|grad L_w|^2 - s <grad L_w, grad L_l>)` to first order. That is `-eta mu |grad L_w|^2`
     or less for
 
-        s = min(1, (1 - mu) |grad L_w|^2 / <grad L_w, grad L_l>)   where the product is positive,
-        s = 1                                                      elsewhere.
+        s = min(1, (1 - mu) |grad L_w|^2 / G) where G > 0, else 1,
+        G = <grad L_w, grad L_l>.
 
     Gradients on the weights would cost a backward pass per video, so the paper takes those on the
     network's outputs, which are the signed errors up to a constant: `|grad L_w|^2` is the mean of
-    the winner's squared error, the product the mean of `policy_product`. The law is then exact
+    the winner's squared error, and `G` the mean of `policy_product`. The law is then exact
     where the network answers to a step alike for both videos; they share noise and level, and
     1 - mu is how far they may differ. Here `s` is one per pair (the authors' code takes one per
     batch), and nothing is promised of one pair's step for another's winner. The loss's value is

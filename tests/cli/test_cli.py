@@ -138,7 +138,8 @@ def test_every_strategy_can_be_shown(run: Run, kind: str) -> None:
 def test_config_prints_what_would_run_and_stops(run: Run, tmp_path: Path) -> None:
     done = run("config", "--loss=global", "--set", "loss.beta=7", "--seed=3", METRIC)
     tables = tomllib.loads(done.out)
-    assert tables["loss"] == {"name": "global", "beta": 7.0} and tables["run"]["seed"] == 3
+    assert tables["loss"] == {"name": "global", "beta": 7.0, "anchor_weight": 0.0}
+    assert tables["run"]["seed"] == 3
     file = tmp_path / "run.toml"
     file.write_text(done.out)
     assert run("config", "--config", file).out == done.out
