@@ -16,7 +16,18 @@ PACKAGE = Path(__file__).parents[1] / "dpo_video"
 KINDS = set(registry.KINDS)
 # From the bottom up. What is not named is a tool: masks, video, clips, store, flow and the like.
 FOUNDATION = {"errors", "types", "settings"}
-ENGINES = {"build", "train", "evaluate", "label", "export", "fit", "report", "testing", "comparison"}
+ENGINES = {
+    "build",
+    "check",
+    "train",
+    "evaluate",
+    "label",
+    "export",
+    "fit",
+    "report",
+    "testing",
+    "comparison",
+}
 WIRING = {"registry", "config", "session"}
 # They train, measure and publish the embedded model: programs beside the package, not parts of it.
 SCRIPTS = {"tiny.recipe", "tiny.judge_recipe", "tiny.quality"}

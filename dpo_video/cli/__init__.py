@@ -9,6 +9,7 @@ from rich.console import Console
 
 from dpo_video.cli import (
     build,
+    check,
     compare,
     config,
     evaluate,
@@ -35,6 +36,7 @@ app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
 app.command("build")(build.build)
 app.command("label")(label.label)
+app.command("check")(check.check)
 app.command("export-pairs")(export_pairs.export_pairs)
 app.command("list")(listing.list_strategies)
 app.command("show")(show.show)

@@ -1,0 +1,96 @@
+"""`dpo-video check`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dpo_video.cli.build import progress_bar
+from dpo_video.cli.options import Assignments, Backbone, Device, File, Json, Metrics, resolve
+
+if TYPE_CHECKING:
+    from dpo_video.check import Audit
+
+MARKS = {"fine": "[green]ok[/]", "notice": "[yellow]look[/]", "problem": "[bold red]problem[/]"}
+
+
+def check(
+    pairs: Annotated[Path, typer.Argument(help="A folder of pairs.")],
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--labels", help="Labels to check instead of the pairs' own."),
+    ] = None,
+    sample: Annotated[
+        int, typer.Option("--sample", min=0, help="Pairs to decode and compare the motion of.")
+    ] = 32,
+    backbone: Backbone = None,
+    metric: Metrics = None,
+    assignments: Assignments = None,
+    file: File = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Look for what would spoil a training, before it costs anything.
+
+    Exit code 0 if there is no problem (what is only worth a look does not count), 1 if there is
+    one, 2 if the command itself was wrong.
+    """  # fmt: skip
+    from dpo_video.check import audit
+    from dpo_video.session import apply_labels, load_model, pick_device
+    from dpo_video.store import PairStore
+
+    store = PairStore(pairs)
+    made_with: Mapping[str, Any] = {}
+    if backbone is None and file is None:  # then it is the one that the pairs were made with
+        made_with = store.manifest.recipe.get("backbone", {})
+        backbone = made_with.get("name")
+    options = {f"backbone_{key}": value for key, value in made_with.items() if key != "name"}
+    config = resolve(
+        file, assignments, backbone=backbone, metrics=metric, run_device=device,
+        train_labels=labels or None, **options,
+    )  # fmt: skip
+    model = load_model(config, pick_device(config.run.device))
+    store = apply_labels(config, store).store
+    prompts = config.backbone.prompts(config.evaluate.seeds)
+    with progress_bar() as bar:
+        task = bar.add_task("pairs", total=len(store))
+        found = audit(
+            store,
+            model,
+            config.metrics,
+            prompts,
+            sample=sample,
+            on_progress=lambda done: bar.update(task, completed=done),
+        )
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+    else:
+        _show(found)
+    raise typer.Exit(1 if found.problems else 0)
+
+
+def _show(found: Audit) -> None:
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("mark", "check"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("words", overflow="fold")
+    for finding in found.findings:
+        words = Text(finding.seen)
+        if finding.do:
+            words.append(f"\n{finding.do}", style="dim")
+        table.add_row(MARKS[finding.level.value], finding.check, words)
+    console = Console()
+    console.print(table)
+    notices = sum(finding.level.value == "notice" for finding in found.findings)
+    console.print(
+        f"\n{found.pairs} pairs: "
+        + (f"[bold red]{found.problems} problems[/]" if found.problems else "[green]no problem[/]")
+        + f", {notices} worth a look."
+    )
