@@ -12,7 +12,7 @@ need no test framework, no download and no GPU.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
@@ -32,9 +32,11 @@ from dpo_video.strategies import (
     Backbone,
     Labeler,
     Loss,
+    MeasuringLabeler,
     Metric,
     PairBuilder,
     Reference,
+    SetLabeler,
     Strategy,
     SuppliedPairs,
     VideoModel,
@@ -423,10 +425,29 @@ def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
         _law(metric(video, prompts).isfinite().all(), f"{name} is not finite on {what}.")
 
 
-def check_labeler(labeler: Labeler, prompts: Sequence[str] | None = None) -> None:
-    """One label in [-1, 1] per video and segment, blind to the order of the two videos."""
+def check_labeler(
+    labeler: Labeler,
+    prompts: Sequence[str] | None = None,
+    *,
+    metrics: Mapping[str, Metric] | None = None,
+) -> None:
+    """One label in [-1, 1] per video and segment, blind to the order of the two videos.
+
+    Of a `SetLabeler` only the options are checked: it judges no videos that are handed to it.
+
+    Args:
+        labeler: The strategy.
+        prompts: Two that it can read; captions of the embedded model if left out.
+        metrics: For a `MeasuringLabeler`, one of each name in its `measures`.
+    """
     check_options(labeler)
     name = type(labeler).__name__
+    strays = labeler.incidental - type(labeler).model_fields.keys()
+    _law(not strays, f"{name} calls {sorted(strays)} incidental, which are no options of it.")
+    if isinstance(labeler, SetLabeler):
+        return
+    if isinstance(labeler, MeasuringLabeler):
+        labeler = labeler.with_metrics({each: (metrics or {})[each] for each in labeler.measures})
     prompts = spread_captions(2) if prompts is None else list(prompts)
     count, segments = len(prompts), [slice(0, 2), slice(2, 4)]
     first, second = (small_videos(count, 4, seed=seed) for seed in (0, 1))
@@ -445,6 +466,10 @@ def check_labeler(labeler: Labeler, prompts: Sequence[str] | None = None) -> Non
         _close(labeler(prompts, second, first, segments), -labels),
         f"{name}'s labels do not change their sign when the videos swap places. Ask in both "
         "orders, and call it a tie where the answers disagree.",
+    )
+    _law(
+        (labeler(prompts, first, first.clone(), segments) == 0).all(),
+        f"{name} prefers one of two identical videos. They are a tie.",
     )
     alone = [
         labeler(prompts[i : i + 1], first[i : i + 1], second[i : i + 1], segments)

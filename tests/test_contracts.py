@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from chat_server import serving
 from conftest import CPU, SHAPE
 from pydantic import Field
 from torch import Generator, Tensor, nn
@@ -24,6 +25,7 @@ from dpo_video.strategies import (
     Backbone,
     Labeler,
     Loss,
+    MeasuringLabeler,
     Metric,
     PairBuilder,
     Reference,
@@ -80,8 +82,19 @@ def test_metrics(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", installed("labeler"))
-def test_labelers(name: str) -> None:
-    check_labeler(made("labeler", name))
+def test_labelers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving() as server:
+        kept = str(tmp_path / "answers")
+        options = {
+            "metric": {"weights": {"frame_difference": 1.0}},
+            "recorded": {"file": str(tmp_path / "labels.jsonl")},
+            "vlm": {"model": "local", "base_url": server.url, "key_variable": "", "cache": kept,
+                    "frames": 2, "size": 64},
+        }  # fmt: skip
+        labeler = made("labeler", name, **options.get(name, {}))
+        measures = labeler.measures if isinstance(labeler, MeasuringLabeler) else ()
+        check_labeler(labeler, metrics={each: made("metric", each) for each in measures})
 
 
 @pytest.mark.parametrize("name", installed("backbone"))
@@ -379,10 +392,57 @@ class Brighter(Labeler):
         return torch.stack([lead[:, segment].mean(dim=1).sign() for segment in segments], dim=1)
 
 
-def test_a_labeler_must_not_prefer_the_first() -> None:
+class AtLeastAsBright(Labeler):
+    """Gives even videos to the first."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        lead = Brighter()(prompts, first, second, segments)
+        return torch.where(lead == 0, 1.0, lead)
+
+
+class Percent(Labeler):
+    """Counts in per cent."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        return 100 * Brighter()(prompts, first, second, segments)
+
+
+class Whole(Labeler):
+    """One label a video."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        return Brighter()(prompts, first, second, segments).mean(dim=1, keepdim=True)
+
+
+class Careless(Brighter):
+    """Says of an option that it does not have what it does not do."""
+
+    incidental: ClassVar[frozenset[str]] = frozenset({"port"})
+
+
+def test_a_labeler_that_keeps_the_contract_passes() -> None:
     check_labeler(Brighter())
-    with pytest.raises(AssertionError, match="do not change their sign"):
-        check_labeler(FirstIsBetter())
+
+
+@pytest.mark.parametrize(
+    ("labeler", "sentence"),
+    [
+        (FirstIsBetter, "do not change their sign"),
+        (AtLeastAsBright, "prefers one of two identical videos"),
+        (Percent, "labels leave"),
+        (Whole, "Give one label each"),
+        (Careless, "no options of it"),
+    ],
+)
+def test_a_broken_labeler_is_caught(labeler: type[Labeler], sentence: str) -> None:
+    with pytest.raises(AssertionError, match=sentence):
+        check_labeler(labeler())
 
 
 def test_a_model_that_repaints_too_much_is_caught(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from pydantic import ConfigDict, Field, field_validator
 
-from dpo_video.chat import Answer, Chat, Endpoint, MalformedError, open_chat
+from dpo_video.chat import Answer, Endpoint, MalformedError, open_chat
 from dpo_video.strategies import Judgement, ReasonedLabeler
 from dpo_video.types import Video, Videos
 
@@ -106,9 +106,11 @@ class Vlm(ReasonedLabeler):
             for pair, segment in places
             for one, other in ((first, second), (second, first))
         ]
-        with open_chat(self._endpoint()) as chat:
-            answers = self._ask_all(chat, questions)
-        verdicts = [answer.value for answer in answers]
+        asked = {json.dumps(question): question for question in questions}  # each one once
+        with open_chat(self._endpoint()) as chat, ThreadPoolExecutor(self.parallel) as threads:
+            answers = list(threads.map(lambda question: chat.ask(question, _read), asked.values()))
+        said_to = {key: answer.value for key, answer in zip(asked, answers, strict=True)}
+        verdicts = [said_to[json.dumps(question)] for question in questions]
         both = list(zip(verdicts[::2], verdicts[1::2], strict=True))
         alike = [one.sign == -other.sign for one, other in both]
         labels = torch.tensor(
@@ -130,12 +132,6 @@ class Vlm(ReasonedLabeler):
                 "alike in both orders": sum(alike),
             },
         )
-
-    def _ask_all(
-        self, chat: Chat, questions: Sequence[list[dict[str, Any]]]
-    ) -> list[Answer[_Verdict]]:
-        with ThreadPoolExecutor(self.parallel) as threads:
-            return list(threads.map(lambda question: chat.ask(question, _read), questions))
 
     def _question(self, first: Video, second: Video) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = [{"type": "text", "text": _QUESTION}]

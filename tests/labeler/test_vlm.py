@@ -126,6 +126,14 @@ def test_no_answer_is_paid_for_twice(server: Server, tmp_path: Path) -> None:
     assert len(server.questions) == 12
 
 
+def test_equal_questions_are_asked_once(server: Server, tmp_path: Path) -> None:
+    """Of two identical videos both orders are the same question; pairs may be alike as well."""
+    same = videos((0.4, 0.4), (0.4, 0.4))
+    judgement = labeler(server, tmp_path, parallel=8).judge(["a", "b"], same, same, SEGMENTS)
+    assert len(server.questions) == judgement.figures["requests"] == 1
+    assert not judgement.labels.any()
+
+
 def test_a_damaged_answer_is_asked_for_again(server: Server, tmp_path: Path) -> None:
     both = videos((0.9, 0.2)), videos((0.1, 0.8))
     labels = labeler(server, tmp_path)(["a"], *both, SEGMENTS)
