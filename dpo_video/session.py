@@ -70,6 +70,12 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
     """What the pairs bring themselves, or the user's clips, or the backbone's, or prompts alone."""
     assert not isinstance(config.pairs, Path)
     run = config.run
+    if config.labeler is not None and not config.pairs.asks_labeler:
+        raise UserError(
+            f"Pairs of kind '{config.tables['pairs']['name']}' know who is better and ask no "
+            "labeler. Leave --labeler out, or label them once they are built: "
+            "dpo-video label PAIRS --labeler NAME"
+        )
     if isinstance(config.pairs, SuppliedPairs):
         if run.clips is not None:
             raise UserError(

@@ -271,6 +271,8 @@ class PairBuilder(Strategy, ABC):
     """Makes a preference pair of a clip or of a prompt."""
 
     kind: ClassVar[str] = "pairs"
+    asks_labeler: ClassVar[bool] = True
+    """False where the way a pair is made says who is better."""
 
     @property
     @abstractmethod

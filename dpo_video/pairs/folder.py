@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,8 @@ class Folder(SuppliedPairs):
     what tells their files apart is learnt first. What cannot be read or has no partner is named and
     skipped. No labeler is asked: the files say who won.
     """
+
+    asks_labeler: ClassVar[bool] = False
 
     path: Path
     """The folder, or the .jsonl file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,8 @@ class Img2Img(PairBuilder):
     made of; here the video model itself sees one frame at a time. Both videos are decoded and
     encoded once more at the end, whatever they are, so that only the regeneration tells them apart.
     """
+
+    asks_labeler: ClassVar[bool] = False
 
     winner: Winner = "sample"
     """The model's own sample of the prompt, at its own settings, or the real clip."""

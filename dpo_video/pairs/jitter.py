@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from pydantic import Field
@@ -20,6 +20,8 @@ class Jitter(PairBuilder):
     Video-DPO's "noise injection": `clip01(frame + s N(0, 1) + U(-s/4, s/4) per channel)`. Both
     videos go through the same encoder, so that nothing else tells them apart.
     """
+
+    asks_labeler: ClassVar[bool] = False
 
     winner: Winner = "sample"
     """The model's own sample of the prompt, or the real clip."""

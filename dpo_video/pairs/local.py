@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, final
+from typing import Annotated, ClassVar, final
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ class Local(PairBuilder):
     prompt, no critic and no annotator. Outside the region both videos' latents are equal to the
     bit.
     """
+
+    asks_labeler: ClassVar[bool] = False
 
     alphas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.75, 0.80, 0.85, 0.90)
     """Shares of the noise schedule to draw from, one per pair (the authors' code goes to 0.95)."""
