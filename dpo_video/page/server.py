@@ -10,12 +10,12 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
 
 import uvicorn
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -69,9 +69,13 @@ class UndoRequest(_Request):
     revision: int
 
 
+class SheetRequest(_Request):
+    """Pictures are wanted."""
+
+    side: Side
+
+
 _R = TypeVar("_R", bound=_Request)
-_NAME: TypeAdapter[str] = TypeAdapter(Name)
-_SIDE: TypeAdapter[Side] = TypeAdapter(Literal["left", "right"])
 
 
 def application(
@@ -129,8 +133,8 @@ def application(
         pair, segment = request.path_params["pair"], request.path_params["segment"]
         if pair not in sitting.work.pairs or segment >= len(sitting.work.segments):
             raise HTTPException(404, f"there is no segment {segment} of a pair {pair}")
-        side = _valid(_SIDE, request.path_params["side"])
-        first = sitting.is_first(_rater(request), pair, side)
+        asked = _valid(SheetRequest, side=request.path_params["side"], rater=_named(request))
+        first = sitting.is_first(asked.rater, pair, asked.side)
         png = await sheets.get(pair, segment, first=first)
         return Response(png, media_type="image/png")
 
@@ -208,6 +212,7 @@ def listen(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((LOOPBACK, port))
+        listener.listen()  # so that the link works as soon as it is shown
     except OSError as error:
         listener.close()
         raise UserError(
@@ -261,16 +266,17 @@ def _hostname(url: str) -> str | None:
         return None
 
 
+def _named(request: Request) -> str:
+    return request.query_params.get("rater", "")
+
+
 def _rater(request: Request) -> str:
-    return _valid(_NAME, request.query_params.get("rater", ""))
+    return _valid(_Request, rater=_named(request)).rater
 
 
-_T = TypeVar("_T")
-
-
-def _valid(adapter: TypeAdapter[_T], value: Any) -> _T:
+def _valid(expected: type[_R], **values: str) -> _R:
     try:
-        return adapter.validate_python(value)
+        return expected.model_validate(values)
     except ValidationError as error:
         raise HTTPException(400, error.errors()[0]["msg"]) from error
 
