@@ -253,7 +253,7 @@ def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model
         if detail["type"] == "extra_forbidden":
             paths = [option.path for option in registry.options(model, path)]
             raise unknown("option", where, paths) from error
-        hidden = model.model_config.get("hide_input_in_errors")
+        hidden = model.model_config.get("hide_input_in_errors") or detail["type"] == "missing"
         what = where if hidden else f"{where} = {detail['input']!r}"
         raise UserError(f"{what}: {detail['msg']}. See {see}.") from error
 

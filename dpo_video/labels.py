@@ -112,19 +112,23 @@ class LabelBook:
 
     @classmethod
     def open_or_create(cls, store: Path, name: str, recipe: LabelRecipe) -> LabelBook:
-        """Begin a book, or go on with the one of the same recipe that is there."""
+        """Begin a book, or go on with the one of the same recipe that is there.
+
+        One without any label is begun anew: somebody corrected an option that did not work.
+        """
         path = _path(store, name)
+        header = path.with_suffix(".json")
         with writing(path):
-            if not path.with_suffix(".json").exists():
-                write_text(path.with_suffix(".json"), recipe.model_dump_json(indent=2) + "\n")
-            book = cls(store, name)
-            if book.recipe != recipe:
-                raise UserError(
-                    f"'{path}' holds labels of another recipe. Give these a name of their own: "
-                    "--as NAME."
-                )
+            if header.exists() and cls(store, name).lines:
+                if cls(store, name).recipe != recipe:
+                    raise UserError(
+                        f"'{path}' holds labels of another recipe. Give these a name of their own: "
+                        "--as NAME."
+                    )
+            else:
+                write_text(header, recipe.model_dump_json(indent=2) + "\n")
             _drop_torn_line(path)
-        return book
+        return cls(store, name)
 
     @property
     def raters(self) -> list[str]:

@@ -199,6 +199,12 @@ def test_another_recipe_needs_another_name(
     assert labels_of(LabelBook(tmp_path, "mine")) == {0: [1, 1]}
 
 
+def test_a_book_without_labels_may_change_its_recipe(book: LabelBook, tmp_path: Path) -> None:
+    other = RECIPE.model_copy(update={"labeler": {"name": "metric", "margin": 0.2}})
+    assert LabelBook.open_or_create(tmp_path, "mine", other).recipe == other
+    assert LabelBook(tmp_path, "mine").recipe == other
+
+
 @pytest.mark.parametrize("name", ["", "../store", "a/b", ".hidden", "a b"])
 def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="cannot name labels"):
