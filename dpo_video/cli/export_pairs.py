@@ -7,22 +7,28 @@ from typing import Annotated
 
 import typer
 
-from dpo_video.cli.options import console
+from dpo_video.cli.options import console, resolve
 
 
 def export_pairs(
     pairs: Annotated[Path, typer.Argument(help="A folder that `dpo-video build` wrote.")],
     folder: Annotated[Path, typer.Argument(help="Where the files go.")],
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--labels", help="Labels instead of the pairs' own; repeat for a vote."),
+    ] = None,
 ) -> None:
     """Write pairs as the pair_00000.pt files that Video-DPO publishes, prompts beside them.
 
     The format knows winners and losers only: ties are left out, labels that differ between frames
     become their majority, and regions are lost. What was lost is said.
     """
+    from dpo_video.session import apply_labels
     from dpo_video.store import PairStore
     from dpo_video.triples import export_triples
 
-    done = export_triples(PairStore(pairs), folder)
+    config = resolve(None, None, train_labels=labels or None)
+    done = export_triples(apply_labels(config, PairStore(pairs)).store, folder)
     console.print(f"{done.written} pairs in [bold]{folder}[/]")
     for count, what in (
         (done.undecided, "left out: neither video is preferred"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self, final
+from typing import Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -12,8 +12,6 @@ from dpo_video.errors import UserError
 from dpo_video.segments import SECONDS, preference
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair
-
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @final
@@ -32,7 +30,7 @@ class Dense(PairBuilder):
     own sigma on their shifted table.
     """
 
-    eta: tuple[Share, Share] = (0.65, 0.8)
+    eta: tuple[float, float] = (0.65, 0.8)
     """The range that a pair's share of the noise schedule is drawn from."""
     steps: int | None = Field(default=None, ge=1)
     """Steps of the whole schedule, of which the share eta is run; the backbone's own number when
@@ -44,8 +42,9 @@ class Dense(PairBuilder):
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:
-        if self.eta[0] > self.eta[1]:
-            raise ValueError("eta's first number is its lower end; exchange the two")
+        low, high = self.eta
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"eta is a range with 0 < low <= high <= 1, not {low:g} to {high:g}")
         return self
 
     @property

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SHAPE
 from typer.testing import CliRunner
 
@@ -183,6 +184,57 @@ def test_equal_recipes_find_each_others_pairs(
     assert "Using 1 pairs built earlier" in done.err
     assert run("build", *build, "--set=pairs.guidance=1.0").code == 0
     assert len(list((tmp_path / "runs" / "pairs").iterdir())) == 2
+
+
+def test_ones_own_pairs_are_built_exported_and_built_again(
+    run: Run, small: list[str], clips: Path, tmp_path: Path
+) -> None:
+    for side, clip in (("win", "clip_0"), ("lose", "clip_1")):
+        for name in ("one", "two"):
+            path = tmp_path / "mine" / side / f"{name}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((clips / f"{clip}.mp4").read_bytes())
+    (tmp_path / "mine" / "lose" / "alone.mp4").write_bytes(b"no matter")
+    folder = ["build", "--pairs=folder", *small]
+    done = run(*folder, "--set", f"pairs.path={tmp_path / 'mine'}", "--prompt=a square",
+               "--out", tmp_path / "pairs")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "Building 2 pairs" in done.err and "Skipped lose/alone.mp4" in done.err
+    assert "Files skipped in all: 1" in done.err
+    done = run("export-pairs", tmp_path / "pairs", tmp_path / "published")
+    assert done.code == 0 and "2 pairs in" in done.err
+    done = run(
+        *folder, "--set", f"pairs.path={tmp_path / 'published'}", "--out", tmp_path / "again"
+    )
+    assert done.code == 0, done.err
+    one, two = (PairStore(tmp_path / name).batch([0, 1]) for name in ("pairs", "again"))
+    assert torch.equal(one.first, two.first) and torch.equal(one.second, two.second)
+    assert [row.prompt for row in PairStore(tmp_path / "again").rows] == ["a square"] * 2
+
+
+def test_pairs_of_ones_own_take_no_clips_and_say_what_they_want(
+    run: Run, small: list[str], clips: Path
+) -> None:
+    folder = ["build", "--pairs=folder", *small]
+    done = run(*folder)
+    assert done.code == 2 and "pairs.path" in done.err and "show pairs folder" in done.err
+    done = run(*folder, f"--set=pairs.path={clips}")
+    assert done.code == 2 and "win and lose" in done.err
+    done = run(*folder, f"--set=pairs.path={clips}", "--clips", clips)
+    assert done.code == 2 and "Leave --clips out" in done.err
+
+
+def test_pairs_without_a_winner_are_counted(
+    run: Run, small: list[str], clips: Path, tmp_path: Path
+) -> None:
+    done = run("build", "--pairs=dense", "--set=pairs.steps=2", *small, "--clips", clips,
+               "--count=2", "--out", tmp_path / "pairs")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "2 of 2 pairs prefer neither video" in done.err and "dpo-video label" in done.err
+    done = run("export-pairs", tmp_path / "pairs", tmp_path / "published")
+    assert "0 pairs in" in done.err and "2 left out" in done.err
+    done = run("build", "--pairs=ranked", *small, "--count=1", "--out", tmp_path / "ranked")
+    assert done.code == 2 and "--labeler NAME" in done.err
 
 
 def test_a_run_repeats_and_goes_on_from_its_run_toml(
