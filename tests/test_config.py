@@ -153,8 +153,8 @@ def test_a_wrong_assignment_is_one_sentence_and_a_next_step(assignment: str, sen
 
 @pytest.mark.parametrize("kind", ["backbone", "pairs", "loss", "reference", "labeler"])
 def test_an_unknown_name_is_refused_for_every_kind(kind: str) -> None:
-    with pytest.raises(UserError, match=rf"Unknown {kind} 'nothing'\. Available: "):
-        resolved(choices={kind: "nothing"})
+    with pytest.raises(UserError, match=rf"Unknown {kind} 'qqq'\. Available: "):
+        resolved(choices={kind: "qqq"})
 
 
 def test_an_unknown_metric_is_refused() -> None:
