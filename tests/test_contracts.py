@@ -159,6 +159,14 @@ class Offset(Loss):
         return replace(output, logits=output.logits - 1)
 
 
+class Misjudged(Loss):
+    """Another loss with the sigmoid's figures: training would be judged by the wrong slope."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, gradient_factor=2 * output.gradient_factor)
+
+
 class OneSided(Loss):
     """Trains on one video only."""
 
@@ -196,6 +204,7 @@ class Nameless(Loss):
         (Writing, "writes to what it was given"),
         (Drawing, "global generator"),
         (Offset, "logits is not exactly 0"),
+        (Misjudged, "gradient_factor is not 0.5"),
         (OneSided, "reaches the policy's errors of the second"),
         (Infinite, "loss that is not finite"),
         (Undocumented, "Undocumented.beta has no docstring"),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from dpo_video.verdict import (
     WINDOW,
@@ -22,6 +23,21 @@ from dpo_video.verdict import (
 
 SLOPE = 2500.0
 Curve = Callable[[int], float]
+Array = NDArray[np.float64]
+# A loss and its gradient factor, of the logits of some pairs.
+Kind = Callable[[Array], tuple[Array, Array]]
+
+
+def logistic(logits: Array) -> tuple[Array, Array]:
+    return np.logaddexp(0, -logits), np.exp(-np.logaddexp(0, logits))
+
+
+def hinge(logits: Array) -> tuple[Array, Array]:
+    return np.maximum(0, 1 - logits), 0.5 * (logits < 1)
+
+
+def ipo(logits: Array) -> tuple[Array, Array]:
+    return (1 - 2 * logits) ** 2, 0.5 * (1 - 2 * logits)
 
 
 def run(
@@ -33,6 +49,7 @@ def run(
     noise: float = 0.3,
     pairs: int = 4,
     terms: int = 1,
+    kind: Kind = logistic,
     seed: int = 0,
 ) -> list[StepReport]:
     """Reports of a run whose errors change along two curves, as a loop would make them.
@@ -45,6 +62,7 @@ def run(
         noise: of a pair's logits, relative to their size (plus a hundredth of a logit).
         pairs: a step.
         terms: logistic terms in the loss (the region loss has two).
+        kind: what they are if not logistic.
         seed: of the noise.
     """
     rng = np.random.default_rng(seed)
@@ -54,16 +72,17 @@ def run(
         size = noise * (abs(d_w) + abs(d_l)) + (0.01 if step > 1 else 0.0)
         winners, losers = d_w + size * rng.normal(size=pairs), d_l + size * rng.normal(size=pairs)
         logits = losers - winners
+        losses, factors = kind(logits)
         reports.append(
             StepReport(
                 step=step,
-                loss=terms * float(np.logaddexp(0, -logits).mean()),
+                loss=terms * float(losses.mean()),
                 margin=float(logits.mean()) / slope,
                 logits=float(logits.mean()),
                 accuracy=float(((logits > 0) + 0.5 * (logits == 0)).mean()),
                 chosen_change=float(winners.mean()) / slope,
                 rejected_change=float(losers.mean()) / slope,
-                gradient_factor=float(np.exp(-np.logaddexp(0, logits)).mean()),
+                gradient_factor=float(factors.mean()),
                 loser_dominant=float(((winners > 0) & (losers > abs(winners))).mean()),
                 grad_norm=float(rng.lognormal(-1, 0.4)),
                 lr=1e-4 * min(1.0, step / 10),
@@ -142,6 +161,21 @@ def test_the_slope_is_the_unit() -> None:
                 for slope in (250.0, 2500.0)
             }
             assert len(states) == 1
+
+
+@pytest.mark.parametrize(("kind", "done"), [(hinge, 2.0), (ipo, 0.52)])
+def test_a_loss_with_a_target_is_saturated_when_it_is_there(kind: Kind, done: float) -> None:
+    # Logits of 0.5 and of 2 are nothing to a sigmoid, but all that these two ask for.
+    for seed in range(5):
+        there = run(flat, grow(done, over=20), kind=kind, noise=0.1, seed=seed)
+        verdict = judge_training(there, slope=SLOPE, steps=60)
+        assert verdict.state is TrainingState.SATURATED, verdict
+        # Half the slope asks for twice the margin.
+        assert f"loss.beta to about {option(1000.0)}" in verdict.change
+        on_the_way = run(flat, grow(done / 3), kind=kind, noise=0.1, seed=seed)
+        assert judge_training(on_the_way, slope=SLOPE).state is TrainingState.HEALTHY
+        same = run(flat, grow(done, over=20), noise=0.1, seed=seed)
+        assert judge_training(same, slope=SLOPE).state is TrainingState.HEALTHY
 
 
 def test_noise_around_nothing_is_no_progress_and_no_harm() -> None:

@@ -221,8 +221,9 @@ def _say_what_is_left_out(store: PairStore) -> None:
         console.print(f"{left} of {len(store)} pairs are left out: they prefer neither video "
                       "in any frame.")  # fmt: skip
     if even := sum(not store.preference(index).sum() for index in decided):
-        console.print(f"{even} pairs are even, as many frames for one video as for the other: "
-                      "only a loss that looks at frames (segment) learns from them.")  # fmt: skip
+        console.print(f"{even} of {len(store)} pairs are even, with as many frames for one video "
+                      "as for the other: only a loss that looks at frames (segment) learns from "
+                      "them.")  # fmt: skip
 
 
 def _bank_shown(live: Live, bar: Progress, visits: int) -> Callable[[BankReport], None]:

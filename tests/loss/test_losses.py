@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from handmade import errors_of, gradients
 
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
@@ -106,6 +107,39 @@ def test_the_region_slope_grows_with_the_strength() -> None:
     torch.testing.assert_close(scaled.logits, 2 * weak.logits)
     unscaled = region_alone(scale_by_strength=False)(strong)
     torch.testing.assert_close(unscaled.logits, weak.logits)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.6, 0.7])
+def test_below_the_authors_strengths_the_slope_stays_as_it_is(strength: float) -> None:
+    # 1 + (strength - 0.75) / 0.15 is 0 at 0.6 and -4 at 0, where training would be turned round:
+    # a mask of one's own comes with a strength of 0.
+    errors = random_errors(full_region=False)
+    weak = replace(errors, strength=torch.full((3,), strength))
+    torch.testing.assert_close(region_alone()(weak).logits, region_alone()(errors).logits)
+
+
+def test_region_by_hand() -> None:
+    # Three frames of one element, of which the mask has the first two. d(first) = (-0.1, -0.3, 0),
+    # d(second) = (0, 0.2, 0.6): over all m = 0.8/3 + 0.4/3 = 0.4, inside m = 0.1 + 0.2 = 0.3.
+    # At strength 0.9 the region's slope is twice beta = ln 3 / 0.6, so inside z = ln 3, and outside
+    # z = 2/3 ln 3, where sigmoid(-z) = 1 / (1 + 3^(2/3)). The policy's errors are 1 everywhere, so
+    # either anchor adds 0.1.
+    beta, q = math.log(3) / 0.6, 1 / (1 + 3 ** (2 / 3))
+    errors = replace(
+        errors_of([-0.1, -0.3, 0.0], [0.0, 0.2, 0.6], [1.0, 1.0, 1.0]),
+        region=torch.tensor([1.0, 1.0, 0.0]).view(1, 1, 3, 1, 1),
+        strength=torch.tensor([0.9]),
+    )
+    loss = Region(beta=beta)
+    assert loss(errors).loss.item() == pytest.approx(-math.log(1 - q) + math.log(4 / 3) + 0.2)
+    # Per element: the global term gives beta q / 3, the region's 2 beta / 4 / 2 inside the mask,
+    # the anchors 0.1 / 3 and 0.1 / 2 to the chosen video.
+    everywhere, inside = beta * q / 3, beta / 4
+    first, second = gradients(loss, errors)
+    assert first.flatten().tolist() == pytest.approx(
+        [everywhere + inside + 0.1 / 3 + 0.1 / 2] * 2 + [everywhere + 0.1 / 3]
+    )
+    assert second.flatten().tolist() == pytest.approx([-everywhere - inside] * 2 + [-everywhere])
 
 
 def test_the_composite_is_the_weighted_sum() -> None:
