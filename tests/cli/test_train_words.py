@@ -29,8 +29,8 @@ def store_of(folder: Path, *labels: list[float]) -> PairStore:
 def test_ties_and_even_pairs_are_counted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     won, tied, even = [1.0, 1.0, 0.0, 0.0], [0.0] * 4, [1.0, -1.0, 0.0, 0.0]
     _say_what_is_left_out(store_of(tmp_path / "some", won, tied, even, tied))
-    words = " ".join(capfd.readouterr().out.split())
+    words = " ".join(capfd.readouterr().err.split())
     assert "2 of 4 pairs are left out: they prefer neither video in any frame." in words
     assert "1 of 4 pairs are even" in words and "(segment)" in words
     _say_what_is_left_out(store_of(tmp_path / "all", won, won))
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr().err == ""
