@@ -16,7 +16,7 @@ from dpo_video.types import LossOutput, PairErrors
 
 @final
 class Dpop(Loss):
-    """A margin won by the loser alone counts for nothing: the winner's rise is taken off it.
+    """What the winner's error rises by is taken off the margin, several times over.
 
     DPO-Positive (Pal et al. 2024, arXiv 2402.13228): `-logsigmoid(beta * (m - penalty *
     max(0, d(chosen))))`. As long as the policy predicts the chosen video at least as well as the

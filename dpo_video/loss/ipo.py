@@ -17,8 +17,8 @@ class Ipo(Loss):
     """Draw every margin to one value and no further, so that sure labels are not overfitted.
 
     IPO (Azar et al. 2023, arXiv 2310.12036, Eq. 17): `(m - 1 / (2 beta))^2`, here times the
-    constant `(2 beta)^2`: margins are around 1e-4 and their squares lost on an optimizer. So the
-    loss is `(2 beta m - 1)^2`, begins at 1, and is 0 at `beta * m = 0.5`.
+    constant `(2 beta)^2`, as margins are around 1e-4 and an optimizer's epsilon would drown their
+    squares. So the loss is `(2 beta m - 1)^2`: it begins at 1, and is 0 at `beta * m = 0.5`.
     """
 
     beta: float = Field(default=2500.0, gt=0)

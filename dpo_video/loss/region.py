@@ -21,7 +21,8 @@ class Region(Loss):
     pull towards the winner. The masked errors are means over the mask's elements of each pair, and
     the region's slope grows with the noise level that the loser was repainted from.
 
-    The figures shown while it trains are the region's; pairs must have regions (--pairs local).
+    The figures shown while it trains are the region's. Pairs must have regions: those of --pairs
+    local have, and your own files' if they come with masks.
     """
 
     needs_region: ClassVar[bool] = True

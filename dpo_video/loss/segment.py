@@ -30,7 +30,7 @@ class Segment(Loss):
     """What has a sigmoid of its own: each frame (their appendix E, which they ran), or the clip,
     with its frames' margins added up inside (their Eq. 7) and divided by the number of all frames,
     so that `beta` does not depend on a video's length. With equal labels everywhere, "clip" is the
-    loss `global`."""
+    loss `global` of the same beta."""
     anchor_weight: float = Field(default=0.0, ge=0)
     """Weight of the policy's error on the video that each frame's label prefers, added to the
     loss (0.1 in LocalDPO)."""
