@@ -14,38 +14,51 @@ from collections import OrderedDict
 from typing import final
 
 import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
 from PIL import Image
 
 from dpo_video.strategies import LabelWork
 from dpo_video.types import Video
 
-KEEP = 8  # pairs in memory: a few raters, each with what comes next
+KEEP = 2**30  # bytes of decoded frames: ten pairs of 49 frames at 480x720
+
+Frames = UInt8[ndarray, "F H W 3"]
 
 
 @final
 class Sheets:
-    """The pictures of a set, decoded when asked for, one pair at a time."""
+    """The pictures of a set: decoded when asked for, one pair at a time, and kept for a while."""
 
-    def __init__(self, work: LabelWork) -> None:
+    def __init__(self, work: LabelWork, keep: int = KEEP) -> None:
         self._work = work
-        self._pairs: OrderedDict[int, list[tuple[bytes, bytes]]] = OrderedDict()
+        self._keep = keep
+        self._pairs: OrderedDict[int, tuple[Frames, Frames]] = OrderedDict()
         self._turn = asyncio.Lock()
 
     async def get(self, pair: int, segment: int, *, first: bool) -> bytes:
         """The PNG of one segment of the pair's first or second video."""
         async with self._turn:  # decoding takes a whole device; two at once only take longer
             if pair not in self._pairs:
-                self._pairs[pair] = await asyncio.to_thread(self._render, pair)
+                self._pairs[pair] = await asyncio.to_thread(self._decode, pair)
             self._pairs.move_to_end(pair)
-            while len(self._pairs) > KEEP:
+            while len(self._pairs) > 1 and self._size() > self._keep:
                 self._pairs.popitem(last=False)
-            return self._pairs[pair][segment][0 if first else 1]
+            frames = self._pairs[pair][0 if first else 1]
+        return await asyncio.to_thread(sheet, frames[self._work.segments[segment]])
 
-    def _render(self, pair: int) -> list[tuple[bytes, bytes]]:
+    def _decode(self, pair: int) -> tuple[Frames, Frames]:
         first, second = self._work.videos(pair)
-        return [
-            (sheet(first[:, segment]), sheet(second[:, segment])) for segment in self._work.segments
-        ]
+        return eight_bits(first), eight_bits(second)
+
+    def _size(self) -> int:
+        return sum(frames.nbytes for pair in self._pairs.values() for frames in pair)
+
+
+def eight_bits(video: Video) -> Frames:
+    """Pixels in [0, 1] as bytes."""
+    pixels = video.detach().cpu().float().nan_to_num().mul(255).round().clamp(0, 255)
+    return np.ascontiguousarray(pixels.permute(1, 2, 3, 0).numpy().astype(np.uint8))
 
 
 def columns(frames: int) -> int:
@@ -53,19 +66,17 @@ def columns(frames: int) -> int:
     return math.ceil(math.sqrt(frames))
 
 
-def sheet(video: Video) -> bytes:
+def sheet(frames: Frames) -> bytes:
     """Frames side by side in rows of `columns`, as a PNG; unused places stay black."""
-    _, frames, height, width = video.shape
-    pixels = video.detach().cpu().float().nan_to_num().mul(255).round().clamp(0, 255)
-    pictures = pixels.permute(1, 2, 3, 0).numpy().astype(np.uint8)
-    wide = columns(frames)
-    rows = math.ceil(frames / wide)
+    count, height, width, _ = frames.shape
+    wide = columns(count)
+    rows = math.ceil(count / wide)
     grid = np.zeros((rows * wide, height, width, 3), dtype=np.uint8)
-    grid[:frames] = pictures
-    picture = grid.reshape(rows, wide, height, width, 3).transpose(0, 2, 1, 3, 4)
+    grid[:count] = frames
+    picture = grid.reshape(rows, wide, height, width, 3).swapaxes(1, 2)
     buffer = io.BytesIO()
     # Level 1: on the loopback, time to encode counts for more than bytes.
-    Image.fromarray(np.ascontiguousarray(picture.reshape(rows * height, wide * width, 3))).save(
+    Image.fromarray(picture.reshape(rows * height, wide * width, 3)).save(
         buffer, "PNG", compress_level=1
     )
     return buffer.getvalue()
