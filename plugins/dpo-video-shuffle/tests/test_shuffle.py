@@ -1,0 +1,68 @@
+"""What `pytest` in this folder checks once the package is installed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dpo_video_shuffle import Shuffle, _disorder
+
+from dpo_video.backbone.tiny import Tiny
+from dpo_video.errors import UserError
+from dpo_video.strategies import VideoModel
+from dpo_video.testing import check_pairs, small_videos
+from dpo_video.types import Clip, Pair
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoModel:
+    return Tiny().load(torch.device("cpu"), torch.float32)
+
+
+def pair_of(model: VideoModel, builder: Shuffle, seed: int = 0) -> Pair:
+    shape = model.shape
+    video = small_videos(1, shape.frames, shape.height, shape.width)[0]
+    clip = Clip(name="random", caption="a red square moving left slowly", video=video)
+    return builder(clip, model, None, torch.Generator().manual_seed(seed))
+
+
+def test_it_keeps_the_contract(model: VideoModel) -> None:
+    check_pairs(Shuffle(), model)
+
+
+def test_only_the_stretch_is_labelled_and_out_of_order(model: VideoModel) -> None:
+    pair = pair_of(model, Shuffle(frames=3))
+    labelled = pair.preference.nonzero().flatten()
+    assert len(labelled) == 3 and (labelled.diff() == 1).all()
+    assert torch.equal(pair.region[0, :, 0, 0], pair.preference)
+    same = [torch.equal(pair.first[:, f], pair.second[:, f]) for f in range(len(pair.preference))]
+    assert not all(same[f] for f in labelled)
+    assert all(same[f] for f in range(len(same)) if f not in labelled)
+
+
+def test_the_frames_are_the_clips_own(model: VideoModel) -> None:
+    """The embedded model's encoder sees each frame alone, so none is lost and none is new."""
+    pair = pair_of(model, Shuffle())
+
+    def frames(latents: torch.Tensor) -> torch.Tensor:
+        return latents.flatten(2).mean(dim=2).sum(dim=0).sort().values
+
+    torch.testing.assert_close(frames(pair.first), frames(pair.second), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 9])
+def test_no_stretch_stays_in_order_nor_runs_backwards(length: int) -> None:
+    for seed in range(30):
+        order = _disorder(length, torch.Generator().manual_seed(seed))
+        assert sorted(order.tolist()) == list(range(length)) != order.tolist()
+        assert length == 2 or order.tolist() != list(range(length))[::-1]
+
+
+def test_a_prompt_alone_is_told_apart_in_words(model: VideoModel) -> None:
+    with pytest.raises(UserError, match="--clips DIR"):
+        Shuffle()(Clip(name="prompt", caption="a"), model, None, torch.Generator())
+
+
+def test_a_single_frame_has_no_order(model: VideoModel) -> None:
+    still = Clip(name="still.png", caption="a", video=small_videos(1, frames=1)[0])
+    with pytest.raises(UserError, match=r"'still\.png' is a single frame"):
+        Shuffle()(still, model, None, torch.Generator())
