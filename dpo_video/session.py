@@ -17,7 +17,7 @@ from dpo_video.config import Config
 from dpo_video.errors import StoreError, UserError
 from dpo_video.labels import open_books, pinned, preferences
 from dpo_video.store import Manifest, PairStore
-from dpo_video.strategies import PairBuilder, SuppliedPairs, VideoModel
+from dpo_video.strategies import PairBuilder, SetLabeler, SuppliedPairs, VideoModel
 from dpo_video.types import Skipped
 
 PROMPTS = 64  # cycled, for pairs that need no clip on a backbone that has none of its own
@@ -75,6 +75,11 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
             f"Pairs of kind '{config.tables['pairs']['name']}' know who is better and ask no "
             "labeler. Leave --labeler out, or label them once they are built: "
             "dpo-video label PAIRS --labeler NAME"
+        )
+    if isinstance(config.labeler, SetLabeler):
+        raise UserError(
+            f"The labeler '{config.tables['labeler']['name']}' labels finished sets only. Build "
+            "the pairs without it, then: dpo-video label PAIRS --labeler NAME"
         )
     if isinstance(config.pairs, SuppliedPairs):
         if run.clips is not None:

@@ -133,10 +133,18 @@ def test_what_is_no_store_is_said(tmp_path: Path) -> None:
 # --- build -----------------------------------------------------------------------------------
 
 
-def test_pairs_that_know_their_winner_ask_no_labeler(backbone: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="'jitter' know who is better and ask no labeler"):
-        run("build", "--pairs=jitter", *METRIC, *backbone, "--device=cpu", "--count=1",
-            "--out", tmp_path / "built")  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--pairs=jitter", *METRIC], "'jitter' know who is better and ask no labeler"),
+        (["--pairs=dense", "--labeler=recorded", "--set=labeler.file=x"], "finished sets only"),
+    ],
+)
+def test_a_labeler_that_would_not_be_asked_is_refused_at_once(
+    flags: list[str], sentence: str, backbone: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run("build", *flags, *backbone, "--device=cpu", "--count=1", "--out", tmp_path / "built")
     assert not (tmp_path / "built").exists()
 
 
