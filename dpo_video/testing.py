@@ -356,6 +356,10 @@ def check_reference(reference: Reference, model: VideoModel) -> None:
     bare = predicted(model.denoiser)
     with _adapted(model) as policy:
         anchor = reference.follow(policy)
+        _law(
+            anchor.draws is None or anchor.draws >= 1,
+            f"{name} gives every pair {anchor.draws} draws. Say None for fresh ones, or how many.",
+        )
         for seed in (1, 2):  # the adapter as it is after a step, and after another
             _move(policy, seed)
             adapted, trainable = predicted(policy), _trainable(policy)
