@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import SHAPE
+
+from dpo_video.testing import small_videos
+from dpo_video.video import write_video
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 NAMES = sorted(path.parent.name for path in PLUGINS.glob("*/pyproject.toml"))
@@ -44,8 +48,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "site"
 
 
-def test_there_is_one() -> None:
-    assert "dpo-video-focal" in NAMES
+def test_there_is_one_of_several_kinds() -> None:
+    assert {"dpo-video-focal", "dpo-video-wavelet", "dpo-video-shuffle"} <= set(NAMES)
 
 
 def test_it_is_listed_and_shown_like_our_own(installed: Path, tmp_path: Path) -> None:
@@ -71,6 +75,34 @@ def test_it_trains(installed: Path, small_folder: Path, tmp_path: Path) -> None:
     # At its first step a policy equals its reference: the loss is 0.5^0.3 ln 2.
     assert '"loss":0.563' in (tmp_path / "run" / "log.jsonl").read_text()
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))  # TensorBoard, by default
+
+
+def test_plugins_of_three_kinds_mix(installed: Path, small_folder: Path, tmp_path: Path) -> None:
+    for i, video in enumerate(small_videos(2, SHAPE.frames, SHAPE.height, SHAPE.width)):
+        write_video(tmp_path / "clips" / f"{i}.mp4", video, SHAPE.fps)
+    run = tmp_path / "run"
+    done = program(
+        "train", "--pairs=shuffle", "--set=pairs.frames=3", "--loss=focal",
+        "--metric=wavelet_flicker", "--metric=frame_difference", "--backbone=animatediff",
+        f"--set=backbone.model={small_folder}", f"--set=backbone.frames={SHAPE.frames}",
+        f"--set=backbone.height={SHAPE.height}", f"--set=backbone.width={SHAPE.width}",
+        "--clips", tmp_path / "clips", "--prompt=a texture", "--count=2", "--steps=1",
+        "--device=cpu", "--set=train.accumulation=1", "--set=train.rank=2",
+        "--set=train.samples=0", "--set=train.tracker=none", "--out", run,
+        path=installed, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (store,) = (tmp_path / "pairs").glob("shuffle-animatediff-*")
+    rows = (store / "pairs.jsonl").read_text().splitlines()
+    assert [json.loads(row)["region_share"] for row in rows] == [0.75, 0.75]
+    done = program(
+        "evaluate", run, "--seeds=2", "--set=evaluate.steps=2", "--json",
+        path=installed, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = {metric["name"]: metric for metric in json.loads(done.stdout)["metrics"]}
+    assert metrics.keys() == {"wavelet_flicker", "frame_difference"}
+    assert all(value > 0 for value in metrics["wavelet_flicker"]["tuned"])
 
 
 @pytest.mark.parametrize("name", NAMES)
