@@ -824,6 +824,20 @@ def test_when_the_server_is_gone_the_page_says_so_and_stays(
         assert ann.current() == (place[0], 1)
 
 
+def test_a_pair_that_failed_to_load_is_asked_for_again(browser: Browser, link: str) -> None:
+    with sat_down(browser, link) as ann:
+        pair, _ = ann.current()
+        ann.page.route("**/sheet/**", lambda route: route.abort())
+        ann.page.reload()
+        ann.until("document.querySelector('#notice.wrong')")
+        assert "This pair cannot be shown" in ann.text("#notice")
+        ann.page.keyboard.press("ArrowLeft")  # nobody can judge what is not there
+        ann.page.wait_for_timeout(300)
+        ann.page.unroute("**/sheet/**")
+        ann.press("s")  # but skip it; the next segment is fetched anew
+        assert ann.current() == (pair, 1)
+
+
 @pytest.mark.parametrize("size", [(375, 700), (1280, 720)], ids=str)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_and_its_text_is_legible(

@@ -63,7 +63,7 @@
   let loads = 0;
 
   function want(pair, now) {
-    if (sheets.has(pair)) return;
+    if (sheets.has(pair) && !sheets.get(pair).failed) return;
     const sheet = { left: [], right: [], failed: null };
     sheets.set(pair, sheet);
     const jobs = segments.flatMap((_, index) => SIDES.map((side) => ({ pair, index, side, sheet })));
