@@ -141,9 +141,12 @@ def _read(file: Path) -> Tables:
 
 def _choose(tables: Tables, kind: str, name: str) -> None:
     """Options that a file gives belong to the strategy that it names; another one drops them."""
-    if kind == "pairs" and ("/" in name or Path(name, "store.json").exists()):
-        tables["pairs"] = {"store": name}
-        return
+    if kind == "pairs":
+        # A folder that happens to be called like a strategy must not take its place.
+        strategies = {listing.name for listing in registry.listings("pairs")}
+        if "/" in name or (name not in strategies and Path(name, "store.json").exists()):
+            tables["pairs"] = {"store": name}
+            return
     if tables.get(kind, {}).get("name") != name:
         tables[kind] = {"name": name}
 

@@ -96,6 +96,16 @@ def test_a_folder_of_pairs_stands_for_a_strategy(tmp_path: Path) -> None:
     assert resolve(file=file, choices={"pairs": "local"}).tables["pairs"]["name"] == "local"
 
 
+def test_a_strategy_goes_before_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "store.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolved(choices={"pairs": "local"}).tables["pairs"]["name"] == "local"
+    assert resolved(choices={"pairs": "local/"}).pairs == Path("local")
+
+
 # --- repeating -------------------------------------------------------------------------------
 
 

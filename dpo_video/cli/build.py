@@ -78,7 +78,7 @@ def build(
     model = load_model(config, pick_device(config.run.device))
     store = obtain_pairs(config, model, out or Path("runs/pairs"), exact=out is not None)
     console.print(f"{len(store)} pairs in [bold]{store.folder}[/]. "
-                  f"Train on them: dpo-video train --pairs {store.folder}")  # fmt: skip
+                  f"Train on them: dpo-video train --pairs {store.folder}/")  # fmt: skip
 
 
 def obtain_pairs(config: Config, model: VideoModel, where: Path, exact: bool = False) -> PairStore:
