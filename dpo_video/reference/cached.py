@@ -17,10 +17,10 @@ class Cached(Reference):
 
     Every pair has a bank of `draws` noises and levels, and its visits take them in turn; what the
     reference predicts for each is made once, with the adapter off, and kept beside the pairs. Up to
-    `draws` epochs this is `toggle` to the bit, later the draws repeat. The price of that, on `tiny`:
-    the mean gradient over 1, 4 or 16 draws of 2 pairs has a cosine of 0.67, 0.90 or 0.99 with that
-    over fresh ones (benchmarks/bank.py). Time is saved only where pairs are visited more often than
-    they have draws, or by several runs.
+    `draws` epochs this is `toggle` to the bit, later the draws repeat. The price, on `tiny`: the
+    mean gradient over 1, 4 or 16 draws of 2 pairs has a cosine of 0.67, 0.90 or 0.99 with that over
+    fresh ones (benchmarks/bank.py). Time is saved only where pairs are visited more often than they
+    have draws, or by several runs.
     """
 
     draws: int = Field(default=4, ge=1)
