@@ -93,12 +93,13 @@ def test_the_file_is_a_plain_safetensors_file(tmp_path: Path) -> None:
 
 
 def test_no_pickle_is_read_or_written_anywhere() -> None:
-    """Loading a pickle runs what is in it."""
+    """Loading a pickle runs what is in it. The published pairs alone are files of `torch.save`."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
                 assert not {"pickle", "dill", "joblib", "shelve"} & set(names), path
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                call = f"{node.value.id}.{node.attr}"
-                assert call not in ("torch.load", "torch.save", "np.load", "np.save"), path
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if call in ("torch.load", "torch.save", "np.load", "np.save"):
+                assert path.name == "triples.py", path
+                assert call != "torch.load" or "weights_only=True" in ast.unparse(node), path
