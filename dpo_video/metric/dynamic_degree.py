@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from kornia.filters import gaussian_blur2d
 from pydantic import Field
 from torch import Tensor
@@ -18,7 +18,8 @@ from dpo_video.flow import dense_flow, warp
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 
-BELIEF = 0.7  # share of the mismatch that a path may leave and still be followed
+BELIEF = 0.7  # share of the mismatch that a path may leave and still be believed
+LIGHT = 0.8  # share of the local brightness that is taken off; the rest guides large motions
 
 
 @final
@@ -35,11 +36,16 @@ class DynamicDegree(Metric):
 
     `100 / diagonal * sqrt(mean over anchors and the fastest pixels of |speed|^2 - variance)`
 
+    Patches of light that come and go are taken off the frames first, and what is finer is tracked.
+    A line must also predict the frames on either side of the anchor much better than standing
+    still does, which it does not for a thing that leaps from one place to another.
+
     Limits: an object smaller than `share` of the picture counts by the root of its area; one that
     crosses a tenth of the picture per frame is lost, and motion that changes its mind within the
-    tracked window counts in part or not at all; a flat disc that spins in place does not move;
-    a flicker slower than the window looks like motion; grain as strong as the picture's contrast
-    hides slow motion; videos of fewer than 5 frames are too short for the test, and flicker counts.
+    tracked window, or is interrupted by a leap, counts in part or not at all; a flat disc that
+    spins in place does not move; a flicker slower than the window looks like motion; grain as
+    strong as the picture's contrast hides slow motion; videos of fewer than 5 frames are too short
+    for the tests, and flicker counts.
     """
 
     higher_is_better: ClassVar[bool] = True
@@ -68,13 +74,16 @@ class DynamicDegree(Metric):
         if radius < 2:
             anchor, offsets, windows = 0, [frames - 1], [videos]
         else:
+            videos = _fine(videos)
             anchor, offsets = radius, [k for k in range(-radius, radius + 1) if k]
             length = 2 * radius + 1
             count = math.ceil((frames - length) / radius) + 1
             starts = torch.linspace(0, frames - length, count).round().int().tolist()
             windows = [videos[:, :, start : start + length] for start in starts]
-        path = _track(torch.cat(windows), anchor, offsets)
-        squared = self._squared_speed(path, offsets).flatten(1)
+        stacked = torch.cat(windows)
+        speed, squared = self._speed(_track(stacked, anchor, offsets), offsets)
+        explains = _explains(speed, stacked, anchor, offsets)
+        squared = torch.where(explains, squared, 0).flatten(1)
         fastest = squared.topk(max(1, round(self.share * squared.shape[1])), dim=1).values
         diagonal = math.hypot(*videos.shape[-2:])
         pooled = fastest.mean(1).unflatten(0, (len(windows), -1)).mean(0)
@@ -94,26 +103,56 @@ class DynamicDegree(Metric):
         )
         return small.unflatten(0, (len(videos), -1)).transpose(1, 2)
 
-    def _squared_speed(
+    def _speed(
         self, path: Float[Tensor, "n k 2 h w"], offsets: list[int]
-    ) -> Float[Tensor, "n h w"]:
-        """Squared speed of each pixel along a straight line; 0 where the line is not significant.
+    ) -> tuple[Float[Tensor, "n 2 h w"], Float[Tensor, "n h w"]]:
+        """Speed of each pixel along a straight line, and its square less the share of noise.
 
-        In squared pixels per frame.
+        In pixels per frame; the square is 0 where the line is not significant.
         """
         time = torch.tensor(offsets, dtype=path.dtype, device=path.device)
         spread = time.square().sum()
         speed = torch.einsum("nkchw,k->nchw", path, time) / spread
         squared = speed.square().sum(1)
         if len(offsets) == 1:
-            return squared
+            return speed, squared
         line = path.mean(1, keepdim=True) + speed[:, None] * time[:, None, None, None]
         residual = (path - line).square().sum(dim=(1, 2)) / (len(offsets) - 2)
         variance = residual / spread  # of the speed of a pixel that does not move
         # The F distribution with 2 and `freedom` degrees, inverted: it has a closed form.
         freedom = 2 * (len(offsets) - 2)
         critical = freedom / 2 * (self.significance ** (-2 / freedom) - 1)
-        return torch.where(squared > critical * variance, squared - variance, 0)
+        return speed, torch.where(squared > critical * variance, squared - variance, 0)
+
+
+def _fine(videos: Videos) -> Float[Tensor, "b 3 F h w"]:
+    """The frames less their local brightness: light comes and goes in patches, outlines stay."""
+    frames = videos.transpose(1, 2).flatten(0, 1)
+    fine = frames - LIGHT * _around(frames, sigma=4.0)
+    return fine.unflatten(0, (len(videos), -1)).transpose(1, 2)
+
+
+def _explains(
+    speed: Float[Tensor, "n 2 h w"],
+    windows: Float[Tensor, "n 3 f H W"],
+    anchor: int,
+    offsets: list[int],
+) -> Bool[Tensor, "n h w"]:
+    """Whether `speed` predicts the frames before the anchor, and those after it, each believably.
+
+    A shape that leaps is on one side where it was, and on the other where no speed takes it.
+    """
+    frame, full = windows[:, :, anchor], F.interpolate(speed, size=windows.shape[-2:])
+    believed = torch.ones_like(frame[:, 0], dtype=torch.bool)
+    for side in ([k for k in offsets if k < 0], [k for k in offsets if k > 0]):
+        moving = still = torch.zeros_like(frame[:, :1])
+        for offset in side:
+            other = windows[:, :, anchor + offset]
+            moving = moving + _mismatch(frame, warp(other, full * offset))
+            still = still + _mismatch(frame, other)
+        if side:
+            believed &= (moving < BELIEF * still)[:, 0]
+    return believed[:, ::2, ::2]
 
 
 def _track(windows: Videos, anchor: int, offsets: list[int]) -> Float[Tensor, "n k 2 h w"]:
@@ -142,5 +181,10 @@ def _mismatch(
     first: Float[Tensor, "n 3 H W"], second: Float[Tensor, "n 3 H W"]
 ) -> Float[Tensor, "n 1 H W"]:
     """Squared difference around each pixel."""
-    squared = (first - second).square().mean(1, keepdim=True)
-    return gaussian_blur2d(squared, (13, 13), (3.0, 3.0), border_type="replicate")
+    return _around((first - second).square().mean(1, keepdim=True), sigma=3.0)
+
+
+def _around(image: Float[Tensor, "n c H W"], sigma: float) -> Float[Tensor, "n c H W"]:
+    """Mean around each pixel, by a Gaussian of `sigma` pixels."""
+    side = 4 * round(sigma) + 1
+    return gaussian_blur2d(image, (side, side), (sigma, sigma), border_type="replicate")

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from dpo_video.errors import UserError
 from dpo_video.flow import dense_flow, warp
 from dpo_video.metric.dynamic_degree import DynamicDegree
-from dpo_video.tiny.scenes import MOTIONS, SIZE, SPEEDS, Scenes, draw_scenes, render
+from dpo_video.tiny.scenes import MOTIONS, SIZE, SPEEDS, Scenes, draw_scenes, flicker, render
 from dpo_video.video import read_video
 
 CLIPS = Path(__file__).parents[3] / "shared" / "clips"
@@ -90,7 +90,13 @@ def wobble(videos: Tensor, seed: int = 3, strength: float = 0.7) -> Tensor:
     return per_frame(videos, bend)
 
 
-FLICKERS = [grain, tint, wobble]
+def boil(videos: Tensor, seed: int = 4) -> Tensor:
+    """Soft patches of light that come and go: what the embedded model's videos do."""
+    gains = flicker(len(videos), Generator().manual_seed(seed), videos.shape[2])
+    return (videos * gains.transpose(1, 2)).clamp(0, 1)
+
+
+FLICKERS = [grain, tint, wobble, boil]
 # --- laws ------------------------------------------------------------------------------------
 
 
@@ -112,22 +118,32 @@ def test_spinning_in_place_is_motion(scenes: Scenes, clean: Tensor) -> None:
     assert (ratio < 1.3).all()
 
 
-@pytest.mark.parametrize("flicker", FLICKERS)
+@pytest.mark.parametrize("fault", FLICKERS)
 def test_flicker_neither_adds_nor_hides_motion(
-    flicker: Callable[[Tensor], Tensor], videos: Tensor, clean: Tensor
+    fault: Callable[[Tensor], Tensor], videos: Tensor, clean: Tensor
 ) -> None:
-    flickering = degree(flicker(videos))
+    flickering = degree(fault(videos))
     assert abs(flickering.mean() / clean.mean() - 1) < 0.05
     # Taking the flicker off again is the same law read backwards: nothing is lost by it.
     assert (flickering > 0.5 * clean).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("flicker", FLICKERS)
+@pytest.mark.parametrize("fault", FLICKERS)
 def test_a_frozen_clip_that_flickers_does_not_move(
-    flicker: Callable[[Tensor], Tensor], videos: Tensor, clean: Tensor
+    fault: Callable[[Tensor], Tensor], videos: Tensor, clean: Tensor
 ) -> None:
-    frozen = flicker(videos[:, :, 7:8].repeat(1, 1, 16, 1, 1))
+    frozen = fault(videos[:, :, 7:8].repeat(1, 1, 16, 1, 1))
     assert degree(frozen).mean() < 0.03 * clean.mean()
+
+
+@pytest.mark.parametrize("frame", [3, 5, 8, 12])
+def test_a_leap_is_not_motion(frame: int, scenes: Scenes, clean: Tensor) -> None:
+    """A still shape that is somewhere else from one frame to the next."""
+    center = scenes.center[:, 7:8].repeat(1, 16, 1)
+    center[:, frame:] += torch.where(center[:, :1] > SIZE / 2, -14.0, 14.0)
+    angle = scenes.angle[:, 7:8].repeat(1, 16)
+    leaping = filmed(replace(scenes, center=center, angle=angle))
+    assert degree(leaping).mean() < 0.03 * clean.mean()
 
 
 def test_the_flow_from_frame_to_frame_would_be_fooled(videos: Tensor, clean: Tensor) -> None:
