@@ -132,6 +132,8 @@ def test_the_picture_needs_both_of_its_axes() -> None:
         ("[one", [], "not valid TOML"),
         ("[one]\npairs = 'local'", ["--only", "oen"], "Did you mean 'one'"),
         ("[one]\nset = ['loss.bta=3']", [], "Recipe 'one'.*loss.beta"),
+        ("[one]\npairs = 'local'\nseeds = []", [], "seeds is a list"),
+        ("[one]\npairs = 'local'\nseeds = ['0']", [], "seeds is a list"),
     ],
 )
 def test_a_wrong_recipe_is_told_before_anything_runs(
@@ -162,6 +164,7 @@ def test_it_measures_once_and_goes_on(tmp_path: Path) -> None:
     path.write_text(
         f"[own]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, 'pairs.steps=2']\n"
         f"[clips]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, \"pairs.winner='clip'\"]\n"
+        "seeds = [1]\n"
     )
     command = ["compare", str(path), "--out", str(out), "--steps", "1", "--videos", "2"]
     command += ["--device", "cpu"]
@@ -174,7 +177,7 @@ def test_it_measures_once_and_goes_on(tmp_path: Path) -> None:
     assert both.exit_code == 0
     assert log.stat().st_mtime_ns == stamp
     found = Comparison.model_validate_json((out / "comparison.json").read_text())
-    assert [row.recipe for row in found.rows] == ["own", "clips"]
+    assert [(row.recipe, row.seeds) for row in found.rows] == [("own", (0,)), ("clips", (1,))]
     assert found.rows[0].metrics[0].base == found.rows[1].metrics[0].base
     assert len(list(out.glob("base-*.safetensors"))) == 1
     ET.fromstring((out / "frontier.svg").read_text())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dpo_video.evaluation import Evaluation
     from dpo_video.types import Videos
 
-_KEYS = {"pairs", "loss", "reference", "backbone", "labeler", "set"}
+_KEYS = {"pairs", "loss", "reference", "backbone", "labeler", "set", "seeds"}
 
 
 def compare(
@@ -39,7 +39,7 @@ def compare(
     ] = None,
     training_seed: Annotated[
         list[int] | None,
-        typer.Option("--seed", help="A seed of pairs and training; repeat for more."),
+        typer.Option("--seed", help="A seed of pairs and training, for all; repeat for more."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Optimizer steps of every recipe.")
@@ -55,7 +55,8 @@ def compare(
 ) -> None:
     """Build, train and evaluate several recipes with the same seeds and prompts; one table.
 
-    A recipe is a table of a TOML file: [NAME], pairs = "local", set = ["train.lr=1e-4"].
+    A recipe is a table of a TOML file: [NAME], pairs = "local", set = ["train.lr=1e-4"], and for
+    several trainings seeds = [0, 1, 2].
 
     Every cell is a run of its own, OUT/RECIPE/seed-N. What is measured is kept and not run again.
     """  # fmt: skip
@@ -65,7 +66,7 @@ def compare(
     work = [
         (recipe.name, seed, recipe.resolve({**flags, "run.seed": seed}))
         for recipe in chosen
-        for seed in training_seed or [0]
+        for seed in training_seed or recipe.seeds
     ]
     from dpo_video.comparison import (
         Cell,
@@ -105,6 +106,17 @@ class _Recipe:
     file: Path
     table: Mapping[str, Any] | None
     """None if the file as a whole is a run.toml."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """What it is trained with if the command line names no seed."""
+        seeds = (self.table or {}).get("seeds", [0])
+        if not isinstance(seeds, list) or not seeds or any(type(n) is not int for n in seeds):
+            raise UserError(
+                f"Recipe '{self.name}' of '{self.file}': seeds is a list of numbers, as in "
+                "seeds = [0, 1, 2]."
+            )
+        return seeds
 
     def resolve(self, flags: Mapping[str, Any]) -> Config:
         """The run's configuration."""
