@@ -32,13 +32,15 @@ class TrainSettings(Settings):
     accumulation: int = Field(default=4, ge=1)
     """Forward passes per optimizer step."""
     lr: float = Field(default=1e-4, gt=0)
-    """AdamW's learning rate after warm-up, constant from there."""
+    """AdamW's learning rate, after warm-up and before decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's momenta."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay."""
     warmup: int = Field(default=10, ge=0)
     """Steps of linear warm-up."""
+    decay: float = Field(default=0.0, ge=0, le=1)
+    """The last share of the steps, in which the learning rate falls linearly to 0."""
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     rank: int = Field(default=16, ge=1)

@@ -119,7 +119,7 @@ def train(
     started = time.monotonic()
     for step in range(start, settings.steps):
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * min(1.0, (step + 1) / max(1, settings.warmup))
+            group["lr"] = _learning_rate(settings, step)
         began = time.monotonic()
         outputs = run.accumulate(step)
         if step == 0:
@@ -286,6 +286,13 @@ def _usable(store: PairStore, loss: Loss) -> list[int]:
 def _detached(output: LossOutput) -> LossOutput:
     values = {name: getattr(output, name).detach() for name in LossOutput.__dataclass_fields__}
     return LossOutput(**values)
+
+
+def _learning_rate(settings: TrainSettings, step: int) -> float:
+    """Up over the warm-up, flat, and down over the decay; the last step's is not 0 yet."""
+    rising = (step + 1) / max(1, settings.warmup)
+    falling = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
+    return settings.lr * min(1.0, rising, falling)
 
 
 def _check_first_step(outputs: list[LossOutput]) -> None:

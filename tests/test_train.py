@@ -112,6 +112,16 @@ def test_it_starts_at_zero_margin_and_learns(
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 31))
 
 
+def test_the_learning_rate_rises_stays_and_falls(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 8, "decay": 0.5})
+    progress = run(small_folder, store, tmp_path / "run", settings)
+    shares = [p.report.lr / settings.lr for p in progress]
+    assert shares == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
 def test_a_resumed_run_ends_in_the_same_bytes(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
