@@ -112,7 +112,6 @@ def judge_training(
         steps: how many the run will have. With it, a run is not called "not moving" before a
             quarter of them; without, it is judged as if it ended here.
     """
-    window = reports[-WINDOW:]
     if exploded := _diverged(reports):
         return exploded
     if len(reports) < WINDOW:
@@ -122,7 +121,7 @@ def judge_training(
             seen=f"Only {len(reports)} steps so far, and a judgement looks back on {WINDOW}.",
             change=f"Nothing yet; a run needs train.steps of {WINDOW} or more to be judged.",
         )
-    view = _View.of(window, start=reports[0].loss, slope=slope)
+    view = _View.of(reports, start=reports[0].loss, slope=slope)
     # Warm-up and the first real steps are flat in every run, and slow settings stay so for long.
     planned = steps or len(reports)
     patient = len(reports) < min(planned, max(2 * WINDOW, planned // 4))
@@ -156,6 +155,8 @@ class _View:
     """The trailing window, smoothed."""
 
     last: StepReport
+    lr: float
+    """Where it stands between warm-up and decay, as the option says."""
     start: float
     slope: float
     loss: float
@@ -168,12 +169,15 @@ class _View:
     dominant: float
 
     @classmethod
-    def of(cls, window: Sequence[StepReport], *, start: float, slope: float) -> _View:
+    def of(cls, reports: Sequence[StepReport], *, start: float, slope: float) -> _View:
+        window = reports[-WINDOW:]
+
         def mean(value: Callable[[StepReport], float]) -> float:
             return float(np.mean([value(report) for report in window]))
 
         return cls(
             last=window[-1],
+            lr=_peak(reports),
             start=start,
             slope=slope,
             loss=mean(lambda report: report.loss),
@@ -200,6 +204,11 @@ class _View:
         )
 
 
+def _peak(reports: Sequence[StepReport]) -> float:
+    """`train.lr`, of which warm-up and decay are shares."""
+    return max(report.lr for report in reports)
+
+
 def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
     window, recent = reports[-WINDOW:], reports[-SHORT:]
     if any(not _is_finite(report) for report in window):
@@ -209,7 +218,7 @@ def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
             step=first.step,
             seen=f"At step {first.step} the loss became {first.loss} and the margin "
             f"{first.margin}.",
-            change=f"Lower train.lr ({_less(first.lr)} instead of {option(first.lr)}) and set "
+            change=f"Lower train.lr ({_less(_peak(reports))} instead of {option(_peak(reports))}) and set "
             'train.precision to "bf16" or "no" if it is "fp16"; nothing after that step is usable.',
         )
     # A loss scaler skips a few steps while it finds its scale, never a whole window.
@@ -247,7 +256,7 @@ def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
         f"{brief(start)}), and against the reference the error on the chosen videos has risen by "
         f"{brief(last.chosen_change)}, on the rejected ones by {brief(last.rejected_change)}, "
         "where a network that predicts nothing is off by about 1.",
-        change=f"Lower train.lr ({_less(first.lr)} instead of {option(first.lr)}) and start again, "
+        change=f"Lower train.lr ({_less(_peak(reports))} instead of {option(_peak(reports))}) and start again, "
         f"or go on from a checkpoint well before step {first.step}.",
     )
 
@@ -261,7 +270,7 @@ def _loser_dominant(view: _View) -> TrainingVerdict:
         f"{brief(view.chosen.mean)}, on the rejected ones by {brief(view.rejected)}, so that "
         f"{view.accuracy:.0%} of pairs are ordered right while {view.dominant:.0%} of them owe it "
         "to the loser alone.",
-        change=f"Lower train.lr ({_less(view.last.lr)} instead of {option(view.last.lr)}) or "
+        change=f"Lower train.lr ({_less(view.lr)} instead of {option(view.lr)}) or "
         "train.steps, or hold the winner: loss.anchor_weight of about "
         f"{pull} where the loss has one (it must weigh against beta times the gradient factor).",
     )
@@ -292,7 +301,7 @@ def _not_moving(view: _View) -> TrainingVerdict:
             "right.",
             change="The pairs do not agree on a direction: look at them, build more "
             "(build.count), average over more (train.accumulation), or lower train.lr "
-            f"({_less(view.last.lr)} instead of {option(view.last.lr)}).",
+            f"({_less(view.lr)} instead of {option(view.lr)}).",
         )
     return TrainingVerdict(
         state=TrainingState.NOT_MOVING,
@@ -302,7 +311,7 @@ def _not_moving(view: _View) -> TrainingVerdict:
         "reference.",
         # AdamW divides the gradient by its own size, so while the loss is flat a larger beta
         # alone does not make the steps longer.
-        change=f"Raise train.lr ({_more(view.last.lr)} instead of {option(view.last.lr)}) or "
+        change=f"Raise train.lr ({_more(view.lr)} instead of {option(view.lr)}) or "
         "train.steps first, as AdamW's steps do not grow with beta while the loss is flat; then "
         "loss.beta.",
     )

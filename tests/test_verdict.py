@@ -85,7 +85,7 @@ def run(
                 gradient_factor=float(factors.mean()),
                 loser_dominant=float(((winners > 0) & (losers > abs(winners))).mean()),
                 grad_norm=float(rng.lognormal(-1, 0.4)),
-                lr=1e-4 * min(1.0, step / 10),
+                lr=1e-4 * min(1.0, step / 10, 2 * (steps + 1 - step) / steps),
                 pairs_per_second=3.0,
                 memory_gib=1.5,
                 seconds=1.3 * step,
