@@ -113,7 +113,22 @@ def resolve(
                 f"'{text}' is not KIND.OPTION=VALUE. Write it like --set loss.beta=500."
             )
         _assign(tables, path.strip(), _parse(value.strip()))
+    defaults = cast(type[Backbone], backbone_class).training
+    tables["train"] = _trained(tables.get("train", {}), defaults)
     return _make(tables)
+
+
+def _trained(given: Any, defaults: Mapping[str, Any]) -> Any:
+    """[train] with what the family trains with, where nothing else is said."""
+    if not isinstance(given, Mapping):
+        return given
+    options = {**defaults, **given}
+    rank = options.get("rank")
+    if "rank" in given and "alpha" not in given and isinstance(rank, int | float):
+        # An adapter's update is scaled by alpha / rank: another rank keeps that scale.
+        usual = TrainSettings(**defaults)
+        options["alpha"] = rank * usual.alpha / usual.rank
+    return options
 
 
 def _read(file: Path) -> Tables:

@@ -44,9 +44,10 @@ class TrainSettings(Settings):
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     rank: int = Field(default=16, ge=1)
-    """LoRA's rank."""
+    """LoRA's rank. This and all else here may have other values for some backbones, as their papers
+    have them, where you set none: see `dpo-video config --backbone NAME`."""
     alpha: float = Field(default=32.0, gt=0)
-    """LoRA's alpha: its update is scaled by alpha / rank."""
+    """LoRA's alpha: its update is scaled by alpha / rank. It follows a rank that you set alone."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of the forward passes; errors and losses are always fp32."""
     save_every: int = Field(default=50, ge=1)

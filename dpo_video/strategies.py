@@ -55,7 +55,11 @@ class Sampling:
 
 
 class VideoModel(ABC):
-    """A loaded video diffusion model; the only class that knows its family."""
+    """A loaded video diffusion model; the only class that knows its family.
+
+    The denoiser is there from the start. What encodes and decodes is loaded when it is first used,
+    and can be freed.
+    """
 
     denoiser: nn.Module
     shape: VideoShape
@@ -128,6 +132,14 @@ class VideoModel(ABC):
     @abstractmethod
     def lora_targets(self) -> list[str]:
         """Names of the modules of `denoiser` that an adapter goes on."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Free what only encodes and decodes: the denoiser's weights are all that stays.
+
+        It is loaded again when it is next used. The encoded empty prompt, which sampling is guided
+        away from, is kept if it was there.
+        """
 
 
 class Anchor(ABC):
@@ -340,6 +352,8 @@ class Backbone(Strategy, ABC):
     kind: ClassVar[str] = "backbone"
     guards: ClassVar[tuple[str, ...]]
     """Names of the metrics that must not get worse when another one improves."""
+    training: ClassVar[Mapping[str, Any]] = {}
+    """Options of [train] as the family's papers have them, where nobody sets others."""
 
     @abstractmethod
     def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:

@@ -494,6 +494,9 @@ def check_backbone(backbone: Backbone) -> None:
         isinstance(guards, tuple) and all(isinstance(guard, str) for guard in guards),
         f"{name} does not name its guards, a tuple of names of metrics.",
     )
+    strays = backbone.training.keys() - TrainSettings.model_fields.keys()
+    _law(not strays, f"{name}.training sets {sorted(strays)}, which are no options of [train].")
+    TrainSettings(**backbone.training)
     for count in (1, 47):
         prompts = backbone.prompts(count)
         _law(len(prompts) == count and all(prompts), f"{name} does not give {count} prompts.")
@@ -551,6 +554,12 @@ def check_backbone_model(model: VideoModel) -> None:
         trained = {parameter.split(".lora_")[0] for parameter in _trainable(policy)}
         strays = {path for path in trained if not path.endswith(tuple(f".{t}" for t in targets))}
         _law(not strays, f"{name} trains {sorted(strays)[:3]}, which is not among its targets.")
+    model.release()
+    _law(
+        torch.equal(model.encode_videos(videos), latents),
+        f"{name} encodes the same videos to other latents after it was released.",
+    )
+    model.release()
 
 
 def _check_diffusion(model: VideoModel, clean: Tensor) -> None:

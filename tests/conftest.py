@@ -31,7 +31,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dpo_video.backbone.animatediff import AnimateDiffModel, load_folder
+from dpo_video.backbone.animatediff import AnimateDiffModel, load_checkpoint
+from dpo_video.pretrained import Checkpoint
 from dpo_video.strategies import Sampling
 from dpo_video.testing import small_videos
 from dpo_video.tiny.recipe import SCHEDULE, TEXT_LENGTH, new_tokenizer
@@ -98,8 +99,8 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_small(folder: Path) -> AnimateDiffModel:
     """Load a fresh copy of the small model."""
-    model = load_folder(
-        folder,
+    model = load_checkpoint(
+        Checkpoint(source=str(folder)),
         device=CPU,
         dtype=torch.float32,
         shape=SHAPE,

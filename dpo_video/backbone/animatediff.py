@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from diffusers import (
@@ -22,6 +19,8 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpo_video.errors import UserError
+from dpo_video.pretrained import Checkpoint, Lazy, free, identity, settled
+from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import Clip, Context, Latents, PerPair, Region, Videos, VideoShape
 
@@ -37,6 +36,13 @@ _PROMPTS = (
     "a fox runs through tall grass",
 )
 _FRAMES_AT_ONCE = 64  # through the VAE
+# The motion modules were trained on this schedule (guoyww/AnimateDiff, configs/inference), which is
+# not the one that Stable Diffusion's checkpoints come with.
+_MOTION_SCHEDULE: Mapping[str, Any] = {
+    "beta_schedule": "linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+}
 
 
 @final
@@ -45,11 +51,17 @@ class AnimateDiff(Backbone):
 
     guards: ClassVar[tuple[str, ...]] = ("sharpness",)
 
+    training: ClassVar[Mapping[str, Any]] = {"rank": 16, "alpha": 32.0, "lr": 1e-5}  # Video-DPO
+
     model: str = "emilianJR/epiCRealism"
     """Hub id or folder of the base model. A folder whose UNet already has motion modules needs no
     adapter."""
+    revision: str | None = None
+    """Branch, tag or commit of the base model on the hub; its main branch when not set."""
     motion_adapter: str = "guoyww/animatediff-motion-adapter-v1-5-2"
     """Hub id or folder of the motion adapter."""
+    motion_adapter_revision: str | None = None
+    """Branch, tag or commit of the motion adapter on the hub; its main branch when not set."""
     frames: int = Field(default=16, ge=2, le=32)
     """Frames of a video."""
     height: int = Field(default=512, multiple_of=8)
@@ -58,17 +70,26 @@ class AnimateDiff(Backbone):
     """Pixels."""
     fps: float = Field(default=8.0, gt=0)
     """Frames per second that clips are resampled to."""
+    timestep_spacing: Literal["trailing", "linspace", "leading"] = "trailing"
+    """How sampling steps are spread over the schedule, as diffusers' DDIMScheduler means it. With
+    "linspace", as in its AnimateDiff examples, its steps do not end where the next ones begin, and
+    leave noise in the video; with few steps, much."""
 
     def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
         """Load the parts; a UserError if one is missing."""
         shape = VideoShape(frames=self.frames, height=self.height, width=self.width, fps=self.fps)
-        return load_folder(
-            self.model,
+        return load_checkpoint(
+            Checkpoint(source=self.model, revision=self.revision),
             device=device,
             dtype=dtype,
             shape=shape,
             sampling=Sampling(steps=25, guidance=7.5),
-            motion_adapter=self.motion_adapter,
+            motion_adapter=Checkpoint(
+                source=self.motion_adapter,
+                revision=self.motion_adapter_revision,
+                option="backbone.motion_adapter",
+            ),
+            timestep_spacing=self.timestep_spacing,
         )
 
     def clips(self, seed: int) -> Iterator[Clip] | None:
@@ -80,59 +101,48 @@ class AnimateDiff(Backbone):
         return [_PROMPTS[i % len(_PROMPTS)] for i in range(n)]
 
 
-def load_folder(
-    model: str | Path,
+def load_checkpoint(
+    checkpoint: Checkpoint,
     *,
     device: torch.device,
     dtype: torch.dtype,
     shape: VideoShape,
     sampling: Sampling,
-    motion_adapter: str | Path | None = None,
+    motion_adapter: Checkpoint | None = None,
+    timestep_spacing: str | None = None,
 ) -> VideoModel:
-    """Load a checkpoint in diffusers' layout, by hub id or by path.
+    """Load a checkpoint in diffusers' layout.
 
-    If its UNet is a plain Stable Diffusion one, `motion_adapter` is put on it.
+    If its UNet is a plain Stable Diffusion one, `motion_adapter` is put on it, and the schedule is
+    the one that motion modules were trained on. Otherwise all is as the checkpoint says.
     """
-
-    def part(load: Callable[..., Any], subfolder: str, **options: Any) -> Any:
-        return _load(load, model, subfolder=subfolder, **options)
-
-    if part(UNetMotionModel.load_config, "unet")["_class_name"] == "UNetMotionModel":
-        unet = part(UNetMotionModel.from_pretrained, "unet", torch_dtype=dtype)
+    schedule: dict[str, Any] = {}
+    if timestep_spacing is not None:
+        schedule["timestep_spacing"] = timestep_spacing
+    digests = [checkpoint.digest("unet", "vae", "text_encoder")]
+    if checkpoint.config("unet").get("_class_name") == "UNetMotionModel":
+        unet = checkpoint.load(UNetMotionModel.from_pretrained, "unet", torch_dtype=dtype)
     elif motion_adapter is None:
         raise UserError(
-            f"The UNet of '{model}' has no motion modules. Name a motion adapter "
+            f"The UNet of '{checkpoint.source}' has no motion modules. Name a motion adapter "
             "(--set backbone.motion_adapter=...)."
         )
     else:
-        adapter = _load(MotionAdapter.from_pretrained, motion_adapter, torch_dtype=dtype)
-        spatial = part(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=dtype)
+        adapter = motion_adapter.load(MotionAdapter.from_pretrained, torch_dtype=dtype)
+        spatial = checkpoint.load(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=dtype)
         unet = UNetMotionModel.from_unet2d(spatial, adapter).to(dtype)
+        schedule = {**_MOTION_SCHEDULE, **schedule}
+        digests.append(motion_adapter.digest(""))
     return AnimateDiffModel(
         unet=unet,
-        vae=part(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype),
-        text_encoder=part(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype),
-        tokenizer=part(CLIPTokenizer.from_pretrained, "tokenizer"),
-        scheduler=part(DDIMScheduler.from_pretrained, "scheduler"),
+        checkpoint=checkpoint,
+        scheduler=checkpoint.load(DDIMScheduler.from_pretrained, "scheduler", **schedule),
         device=device,
+        dtype=dtype,
         shape=shape,
         sampling=sampling,
+        identity=identity(*digests, dtype=dtype),
     )
-
-
-def _load(load: Callable[..., Any], source: str | Path, **options: Any) -> Any:
-    try:
-        with warnings.catch_warnings():
-            # diffusers gives the hub's client an argument that it has no use for any more.
-            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-            return load(str(source), **options)
-    except (OSError, ValueError) as error:
-        where = f"{options['subfolder']} of " if "subfolder" in options else ""
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"Cannot load the {where}'{source}': {reason} Name a folder or hub id in diffusers' "
-            "layout (--set backbone.model=..., backbone.motion_adapter=...)."
-        ) from error
 
 
 @final
@@ -143,44 +153,86 @@ class AnimateDiffModel(VideoModel):
         self,
         *,
         unet: UNetMotionModel,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
+        checkpoint: Checkpoint,
         scheduler: DDIMScheduler,
         device: torch.device,
+        dtype: torch.dtype,
         shape: VideoShape,
         sampling: Sampling,
+        identity: str,
     ) -> None:
-        self.denoiser: nn.Module = _resettled(unet.to(device)).eval().requires_grad_(False)
-        self.vae = vae.to(device).eval().requires_grad_(False)
-        self.text_encoder = text_encoder.to(device).eval().requires_grad_(False)
-        self.tokenizer, self.scheduler = tokenizer, scheduler
-        self.device, self.shape, self.sampling = device, shape, sampling
-        self.identity = hash_weights(self.denoiser, self.vae, self.text_encoder)
+        self.denoiser: nn.Module = settled(unet, device)
+        self.scheduler, self.identity = scheduler, identity
+        self.device, self.dtype, self.shape, self.sampling = device, dtype, shape, sampling
+        self.tokenizer = checkpoint.load(CLIPTokenizer.from_pretrained, "tokenizer")
+        self._vae_config = checkpoint.full_config(AutoencoderKL, "vae")
+        self._vae = Lazy(
+            lambda: settled(
+                checkpoint.load(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype), device
+            )
+        )
+        self._text_encoder = Lazy(
+            lambda: settled(
+                checkpoint.load(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype), device
+            )
+        )
+        self._empty: Context | None = None
         self._alphas = scheduler.alphas_cumprod.to(device)
+        self._check_shape(unet.config.motion_max_seq_length)
+
+    def _check_shape(self, most: int) -> None:
+        if self.shape.frames > most:
+            raise UserError(
+                f"These motion modules see at most {most} frames at once, not {self.shape.frames}. "
+                f"Lower it (--set backbone.frames={most})."
+            )
+        for name in ("height", "width"):
+            if getattr(self.shape, name) % self._factor:
+                raise UserError(
+                    f"The {name} must be a multiple of {self._factor} pixels, which this VAE makes "
+                    f"one of, and is {getattr(self.shape, name)} (--set backbone.{name}=...)."
+                )
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """Loaded when it is first used."""
+        return self._vae.get()
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        """Loaded when it is first used."""
+        return self._text_encoder.get()
+
+    def release(self) -> None:
+        """Free the VAE and the text encoder."""
+        free(self._vae, self._text_encoder)
+
+    @property
+    def _factor(self) -> int:
+        """Pixels to a side of a latent."""
+        return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """`(c, f, h, w)`: every frame is encoded alone."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        height, width = self.shape.height // factor, self.shape.width // factor
-        return self.vae.config.latent_channels, self.shape.frames, height, width
+        height, width = self.shape.height // self._factor, self.shape.width // self._factor
+        return self._vae_config["latent_channels"], self.shape.frames, height, width
 
     @torch.no_grad()
     def encode_videos(self, videos: Videos) -> Latents:
         """Frame by frame, by the posterior's mean, times the VAE's scaling factor."""
-        frames = (2 * videos.to(self.device, self.vae.dtype) - 1).transpose(1, 2).flatten(0, 1)
+        frames = (2 * videos.to(self.device, self.dtype) - 1).transpose(1, 2).flatten(0, 1)
         latents = torch.cat(
             [self.vae.encode(part).latent_dist.mean for part in frames.split(_FRAMES_AT_ONCE)]
         )
-        scaled = latents * self.vae.config.scaling_factor
+        scaled = latents.float() * self._vae_config["scaling_factor"]
         return scaled.unflatten(0, (len(videos), -1)).transpose(1, 2).contiguous()
 
     @torch.no_grad()
     def decode_videos(self, latents: Latents) -> Videos:
         """Frame by frame, back to [0, 1]."""
-        frames = (latents / self.vae.config.scaling_factor).transpose(1, 2).flatten(0, 1)
-        parts = frames.to(self.vae.dtype).split(_FRAMES_AT_ONCE)
+        frames = (latents / self._vae_config["scaling_factor"]).transpose(1, 2).flatten(0, 1)
+        parts = frames.to(self.device, self.dtype).split(_FRAMES_AT_ONCE)
         decoded = torch.cat([self.vae.decode(part).sample for part in parts])
         pixels = (decoded.float() / 2 + 0.5).clamp(0, 1)
         return pixels.unflatten(0, (len(latents), -1)).transpose(1, 2)
@@ -226,11 +278,12 @@ class AnimateDiffModel(VideoModel):
         self, denoiser: nn.Module, noisy: Latents, level: PerPair, context: Context
     ) -> Latents:
         """One forward pass; every frame sees the same text."""
-        text = context["prompt_embeds"].repeat_interleave(noisy.shape[2], dim=0)
-        prediction: Latents = denoiser(noisy, level.to(noisy.device), text, return_dict=False)[0]
+        text = context["prompt_embeds"].to(self.dtype).repeat_interleave(noisy.shape[2], dim=0)
+        prediction: Latents = denoiser(
+            noisy.to(self.dtype), level.to(noisy.device), text, return_dict=False
+        )[0]
         return prediction
 
-    @torch.no_grad()
     def sample(
         self,
         context: Context,
@@ -246,62 +299,48 @@ class AnimateDiffModel(VideoModel):
     ) -> Latents:
         """DDIM (Song et al. 2021, eta 0) with classifier-free guidance."""
         if per_frame:
-            return self._sample_per_frame(
-                context, noise, denoiser, clean, level, region, steps, guidance
+            return frame_by_frame(
+                self.sample,
+                context,
+                noise,
+                clean=clean,
+                region=region,
+                denoiser=denoiser,
+                level=level,
+                steps=steps,
+                guidance=guidance,
             )
-        denoiser = self.denoiser if denoiser is None else denoiser
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
-        noise = noise.to(self.device)
-        self.scheduler.set_timesteps(steps)
-        # The share of the schedule that is run: round(alpha N) of N steps (LocalDPO, DenseDPO).
-        times = self.scheduler.timesteps[steps - max(1, round(level * steps)) :]
-        start = times[:1].float().expand(len(noise))
-        latents = noise if clean is None else self.add_noise(clean, noise, start)
-        empty = self.encode_prompts([""] * len(noise))["prompt_embeds"]
-        text = torch.cat([empty, context["prompt_embeds"].to(self.device)])
-        for time in times:
-            levels = time.float().expand(len(noise))
-            if region is not None and clean is not None:
-                latents = torch.where(region > 0, latents, self.add_noise(clean, noise, levels))
-            both = self.predict(
-                denoiser, latents.repeat(2, 1, 1, 1, 1), levels.repeat(2), {"prompt_embeds": text}
-            )
-            without, given = both.chunk(2)
-            prediction = without + guidance * (given - without)
-            latents = self.scheduler.step(prediction, time, latents).prev_sample
-        if region is not None and clean is not None:
-            # LocalDPO's Eq. 3 at t = 0: outside the region, the winner's latents to the bit.
-            latents = torch.where(region > 0, latents, clean)
-        return latents
-
-    def _sample_per_frame(
-        self,
-        context: Context,
-        noise: Latents,
-        denoiser: nn.Module | None,
-        clean: Latents | None,
-        level: float,
-        region: Region | None,
-        steps: int | None,
-        guidance: float | None,
-    ) -> Latents:
-        def alone(video: Tensor | None) -> Tensor | None:
-            return None if video is None else video.transpose(1, 2).flatten(0, 1).unsqueeze(2)
-
-        frames = noise.shape[2]
-        repeated = {name: value.repeat_interleave(frames, dim=0) for name, value in context.items()}
-        drawn = self.sample(
-            repeated,
-            noise.transpose(1, 2).flatten(0, 1).unsqueeze(2),
-            denoiser=denoiser,
-            clean=alone(clean),
-            level=level,
-            region=alone(region),
-            steps=steps,
-            guidance=guidance,
+        return denoise(
+            self,
+            self.denoiser if denoiser is None else denoiser,
+            self._schedule(steps),
+            context,
+            noise,
+            empty=self._empty_context(len(noise)),
+            guidance=[guidance] * steps,
+            first=first_step(level, steps),
+            clean=clean,
+            region=region,
         )
-        return drawn.squeeze(2).unflatten(0, (-1, frames)).transpose(1, 2).contiguous()
+
+    def _schedule(self, steps: int) -> Schedule:
+        self.scheduler.set_timesteps(steps)
+        times = self.scheduler.timesteps
+        ahead = self.scheduler.config.num_train_timesteps // steps  # as its step() has it
+
+        def step(prediction: Latents, index: int, latents: Latents) -> Latents:
+            return self.scheduler.step(prediction, times[index], latents).prev_sample
+
+        return Schedule(
+            levels=times.float(), reached=(times - ahead).clamp(min=0).float(), step=step
+        )
+
+    def _empty_context(self, count: int) -> Context:
+        if self._empty is None:
+            self._empty = self.encode_prompts([""])
+        return {name: value.expand(count, -1, -1) for name, value in self._empty.items()}
 
     def latent_frames(self, segment: slice) -> slice:
         """The same frames: this VAE has no temporal stride."""
@@ -310,24 +349,3 @@ class AnimateDiffModel(VideoModel):
     def lora_targets(self) -> list[str]:
         """The attention projections of the motion modules, and nothing else."""
         return [name for name, _ in self.denoiser.named_modules() if _ATTENTION.match(name)]
-
-
-def _resettled(network: nn.Module) -> nn.Module:
-    """The same weights in memory of their own.
-
-    Loaded ones lie wherever their file has them. Kernels round differently by that, and a copy of
-    the network would not equal it to the bit.
-    """
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.clone()
-    return network
-
-
-def hash_weights(*networks: nn.Module) -> str:
-    """SHA-256 over names, dtypes and bytes of all weights, in 16 hex digits."""
-    digest = hashlib.sha256()
-    for network in networks:
-        for name, tensor in sorted(network.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

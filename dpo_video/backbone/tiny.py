@@ -9,7 +9,8 @@ from typing import ClassVar, final
 
 import torch
 
-from dpo_video.backbone.animatediff import load_folder
+from dpo_video.backbone.animatediff import load_checkpoint
+from dpo_video.pretrained import Checkpoint
 from dpo_video.seeds import generator
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.tiny import WEIGHTS, scenes
@@ -33,8 +34,8 @@ class Tiny(Backbone):
 
     def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
         """Load the parts."""
-        return load_folder(
-            self.model or WEIGHTS,
+        return load_checkpoint(
+            Checkpoint(source=str(self.model or WEIGHTS)),
             device=device,
             dtype=dtype,
             shape=VideoShape(

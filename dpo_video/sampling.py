@@ -1,0 +1,124 @@
+"""One sampling loop for all families: guidance, re-noising, repainting of a region, single frames.
+
+A family brings what its own schedule computes (`Schedule`); everything else is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dpo_video.strategies import VideoModel
+from dpo_video.types import Context, Latents, Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The steps of a whole schedule, from noise to a video."""
+
+    levels: Float[Tensor, " n"]
+    """What the denoiser is told at each step, as the family's `predict` and `add_noise` want it."""
+    reached: Float[Tensor, " n"]
+    """The level of the latents after each step, as `add_noise` wants it. The last one is not used:
+    after the last step there is no noise."""
+    step: Callable[[Latents, int, Latents], Latents]
+    """The prediction, the index of the step and the latents, to the latents one step on."""
+    before: Float[Tensor, " n"] | None = None
+    """The level of the latents before each step, as `add_noise` wants it, where the denoiser is
+    told another one: a rounded one."""
+
+
+def first_step(level: float, steps: int) -> int:
+    """Where a share of the schedule starts: round(level N) of N steps are run, at least one.
+
+    LocalDPO's and DenseDPO's rule (arXiv 2601.04068, 2506.03517).
+    """
+    return steps - max(1, round(level * steps))
+
+
+@torch.no_grad()
+def denoise(
+    model: VideoModel,
+    denoiser: nn.Module,
+    schedule: Schedule,
+    context: Context,
+    noise: Latents,
+    *,
+    empty: Context | None,
+    guidance: Sequence[float],
+    first: int = 0,
+    clean: Latents | None = None,
+    region: Region | None = None,
+) -> Latents:
+    """Run a schedule from its step `first` on.
+
+    Args:
+        model: The family: what predicts and adds noise.
+        denoiser: The network to run.
+        schedule: The steps.
+        context: The encoded prompts, one a video.
+        noise: The only randomness. Latents stay in its dtype, whatever the network computes in.
+        empty: The encoded prompts to guide away from, one a video; None runs without guidance.
+        guidance: The scale of classifier-free guidance, one a step (Ho and Salimans 2022).
+        first: The step to begin at.
+        clean: What is re-noised to the level of that step; None begins with the noise itself.
+        region: With `clean`: 1 where it is repainted. Everything else equals `clean` to the bit.
+    """
+    device, count = model.device, len(noise)
+    noise = noise.to(device)
+    clean = None if clean is None else clean.to(noise)
+    context = {name: value.to(device) for name, value in context.items()}
+    if empty is not None:
+        context = {name: torch.cat([empty[name].to(value), value])
+                   for name, value in context.items()}  # fmt: skip
+    levels, reached = schedule.levels.to(device), schedule.reached.to(device)
+    latents = noise
+    if clean is not None:
+        before = levels if schedule.before is None else schedule.before.to(device)
+        latents = model.add_noise(clean, noise, before[first].expand(count))
+    for index in range(first, len(levels)):
+        level = levels[index].expand(count)
+        if empty is None:
+            prediction = model.predict(denoiser, latents, level, context).to(noise.dtype)
+        else:
+            both = model.predict(denoiser, latents.repeat(2, 1, 1, 1, 1), level.repeat(2), context)
+            without, given = both.to(noise.dtype).chunk(2)
+            prediction = without + guidance[index] * (given - without)
+        latents = schedule.step(prediction, index, latents)
+        if clean is not None and region is not None:
+            # LocalDPO's Eq. 3. At the end, outside the region, the winner's latents to the bit.
+            last = index + 1 == len(levels)
+            outside = clean
+            if not last:
+                outside = model.add_noise(clean, noise, reached[index].expand(count))
+            latents = torch.where(region.to(device) > 0, latents, outside)
+    return latents
+
+
+def frame_by_frame(
+    sample: Callable[..., Latents],
+    context: Context,
+    noise: Latents,
+    *,
+    clean: Latents | None = None,
+    region: Region | None = None,
+    size: int = 1,
+    **options: Any,
+) -> Latents:
+    """Call a family's `sample` with every `size` latent frames as a video of their own."""
+
+    def apart(videos: Tensor | None) -> Tensor | None:
+        if videos is None:
+            return None
+        parts = videos.unflatten(2, (-1, size)).transpose(1, 2)  # b n c s h w
+        return parts.flatten(0, 1)
+
+    count = noise.shape[2] // size
+    repeated = {name: value.repeat_interleave(count, dim=0) for name, value in context.items()}
+    drawn = sample(repeated, apart(noise), clean=apart(clean), region=apart(region), **options)
+    return drawn.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3).contiguous()
