@@ -1,0 +1,198 @@
+"""How many bytes are alive at once while something runs, and how many operations it takes.
+
+Both are counted on shapes, so that under `FakeTensorMode` a step of any size is measured on any
+machine, in seconds and without its memory:
+
+    with FakeTensorMode(), as_on_cuda(torch.float16):
+        network = ...
+        peak = peak_bytes(step, networks=[network], optimizer=optimizer)
+
+What no tensor holds is not counted: a GPU's own context, libraries' workspaces, and what the
+allocator loses to fragments.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage, nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+Kind = Literal["weights", "gradients", "optimizer", "activations"]
+
+BLOCK = 512  # bytes: torch's CUDA allocator hands out multiples of it
+# What CUDA's autocast runs in fp32 and the CPU's does not, of what networks are made of
+# (ATen/autocast_mode.h, AT_FORALL_FP32). Their results, in twice the bytes, are activations.
+_IN_FP32: frozenset[Callable[..., Any]] = frozenset({
+    F.group_norm, F.layer_norm, F.interpolate, F.softmax, F.log_softmax, F.softplus,
+    *([F.rms_norm] if hasattr(F, "rms_norm") else []),
+    torch.group_norm, torch.layer_norm, torch.softmax, torch.pow, torch.exp, torch.rsqrt,
+    torch.reciprocal, torch.sum,
+    Tensor.pow, Tensor.__pow__, Tensor.exp, Tensor.rsqrt, Tensor.softmax, Tensor.sum,
+})  # fmt: skip
+_aten = torch.ops.aten
+# torch counts the attention of GPUs only; that of the CPU is the same one.
+_SAME_FLOPS: Mapping[Any, Any] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        _aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """The moment at which most was alive, in bytes; and the operations of everything."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """All else: inputs, what waits for its backward, and what is being computed."""
+    flops: int
+    """A multiplication and an addition are two; only those of matrix products, convolutions and
+    attention count."""
+
+    @property
+    def total(self) -> int:
+        """The sum of the four."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def peak_bytes(
+    run: Callable[[], None],
+    *,
+    networks: Iterable[nn.Module] = (),
+    optimizer: Optimizer | None = None,
+) -> Peak:
+    """Run something, and say how much was alive at its worst moment.
+
+    Args:
+        run: A step or several. Tensors that it makes count from when they are made, those that it
+            is given from when they are first used.
+        networks: Their parameters and buffers are there throughout, as weights.
+        optimizer: Its state is made first, as it is there in all steps but the first. Of its
+            parameters, gradients are told apart.
+    """
+    counter = _Counter()
+    for network in networks:
+        counter.see([*network.parameters(), *network.buffers()], "weights")
+    hooks = []
+    if optimizer is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        _fill_state(optimizer, parameters)
+        counter.see(tree_leaves(list(optimizer.state.values())), "optimizer")
+        counter.see([parameter.grad for parameter in parameters], "gradients")
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: counter.see([parameter.grad], "gradients")
+            )
+            for parameter in parameters
+        ]
+    try:
+        with counter:
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Peak(**counter.peak, flops=counter.flops)
+
+
+def _fill_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Leave the state that a first step leaves, and nothing else of it."""
+    if optimizer.state:
+        return
+    kept = [(parameter.grad, parameter.detach().clone()) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, (grad, value) in zip(parameters, kept, strict=True):
+            parameter.grad = grad
+            parameter.copy_(value)
+
+
+class _Counter(TorchDispatchMode):
+    """Sees every operation below autograd, forward and backward, and what each storage becomes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.alive: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
+        self.peak = dict(self.alive)
+        self._held: dict[int, tuple[weakref.ref[UntypedStorage], int, Kind]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        formula = flop_registry.get(_SAME_FLOPS.get(packet, packet))
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        self.see(tree_leaves((args, kwargs, result)))
+        return result
+
+    def see(self, values: Iterable[Any], kind: Kind | None = None) -> None:
+        """Count what is new among the tensors; with a kind, move what is known to it."""
+        for value in values:
+            if not isinstance(value, Tensor):
+                continue
+            storage = value.untyped_storage()
+            key = id(storage)
+            known = self._held.get(key)
+            if known is None:
+                size = BLOCK * math.ceil(storage.nbytes() / BLOCK)
+                counted = kind or "activations"
+                reference = weakref.ref(storage, partial(self._forget, key))
+                self._held[key] = reference, size, counted
+                self.alive[counted] += size
+            elif kind is not None and known[2] != kind:
+                reference, size, before = known
+                self._held[key] = reference, size, kind
+                self.alive[before] -= size
+                self.alive[kind] += size
+        if sum(self.alive.values()) > sum(self.peak.values()):
+            self.peak = dict(self.alive)
+
+    def _forget(self, key: int, _: weakref.ref[UntypedStorage]) -> None:
+        _, size, kind = self._held.pop(key)
+        self.alive[kind] -= size
+
+
+@contextmanager
+def as_on_cuda(dtype: torch.dtype) -> Iterator[None]:
+    """The CPU's autocast with the choices of CUDA's, to count on a CPU what a GPU would hold.
+
+    They differ in what runs in fp32: on a GPU the norms do, and the nearest-neighbour upsampling.
+    """
+    with torch.autocast("cpu", dtype), _InFp32():
+        yield
+
+
+class _InFp32(TorchFunctionMode):
+    """Hands fp32 to the functions that CUDA's autocast hands it to."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _IN_FP32:
+            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    narrow = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.float() if narrow and torch.is_autocast_enabled("cpu") else tensor
