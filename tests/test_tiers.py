@@ -1,0 +1,53 @@
+"""Tiers: what they hold, and which one a card gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo_video.errors import UserError
+from dpo_video.tiers import find_tier, tier_of_card, tiers
+
+
+def test_the_presets_of_video_dpo_are_there() -> None:
+    ranks = {name: tier.preset("animatediff")["train.rank"] for name, tier in tiers().items()}
+    assert ranks == {"t4": 4, "l4": 16, "4090": 16, "a100": 32, "h100": 32}
+    assert tiers()["t4"].preset("animatediff")["train.accumulation"] == 2
+
+
+def test_an_option_for_one_backbone_wins_over_that_for_all() -> None:
+    a100 = find_tier("a100")
+    assert a100.preset("animatediff")["memory.checkpointing"] == "none"
+    assert a100.preset("a stranger's")["memory.checkpointing"] == "blocks"
+
+
+@pytest.mark.parametrize(
+    ("card", "memory", "tier"),
+    [
+        ("Tesla T4", 14.75, "t4"),
+        ("NVIDIA L4", 22.03, "l4"),
+        ("NVIDIA L40S", 44.4, "4090"),
+        ("NVIDIA GeForce RTX 4090", 23.64, "4090"),
+        ("NVIDIA GeForce RTX 3090", 23.6, "4090"),
+        ("NVIDIA A100-SXM4-80GB", 79.25, "a100"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "4090"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA H200", 139.7, "h100"),
+        ("NVIDIA GeForce RTX 3060", 11.6, None),
+    ],
+)
+def test_a_card_gets_its_own_tier_or_the_best_that_needs_no_more_memory(
+    card: str, memory: float, tier: str | None
+) -> None:
+    found = tier_of_card(card, memory)
+    assert (found.name if found else None) == tier
+
+
+def test_an_unknown_tier_names_those_that_there_are() -> None:
+    with pytest.raises(UserError, match=r"Unknown tier 'l44'\. Did you mean 'l4'\?.*auto"):
+        find_tier("l44")
+
+
+def test_auto_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=r"there is none here\. Name one of t4, l4, 4090, a100"):
+        find_tier("auto")
