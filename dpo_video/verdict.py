@@ -206,11 +206,12 @@ class _View:
 
 def _peak(reports: Sequence[StepReport]) -> float:
     """`train.lr`, of which warm-up and decay are shares."""
-    return max(report.lr for report in reports)
+    return max((report.lr for report in reports), default=0.0)
 
 
 def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
     window, recent = reports[-WINDOW:], reports[-SHORT:]
+    lr = _peak(reports)
     if any(not _is_finite(report) for report in window):
         first = next(report for report in reports if not _is_finite(report))
         return TrainingVerdict(
@@ -218,8 +219,8 @@ def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
             step=first.step,
             seen=f"At step {first.step} the loss became {first.loss} and the margin "
             f"{first.margin}.",
-            change=f"Lower train.lr ({_less(_peak(reports))} instead of {option(_peak(reports))}) and set "
-            'train.precision to "bf16" or "no" if it is "fp16"; nothing after that step is usable.',
+            change=f"Lower train.lr ({_less(lr)} instead of {option(lr)}) and set train.precision "
+            'to "bf16" or "no" if it is "fp16"; nothing after that step is usable.',
         )
     # A loss scaler skips a few steps while it finds its scale, never a whole window.
     if len(window) == WINDOW and all(not math.isfinite(report.grad_norm) for report in window):
@@ -256,7 +257,7 @@ def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
         f"{brief(start)}), and against the reference the error on the chosen videos has risen by "
         f"{brief(last.chosen_change)}, on the rejected ones by {brief(last.rejected_change)}, "
         "where a network that predicts nothing is off by about 1.",
-        change=f"Lower train.lr ({_less(_peak(reports))} instead of {option(_peak(reports))}) and start again, "
+        change=f"Lower train.lr ({_less(lr)} instead of {option(lr)}) and start again, "
         f"or go on from a checkpoint well before step {first.step}.",
     )
 
