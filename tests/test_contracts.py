@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import small_wan
 import torch
 from chat_server import serving
 from conftest import CPU, SHAPE
@@ -98,9 +99,11 @@ def test_labelers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", installed("backbone"))
-def test_backbones(name: str, small_folder: Path) -> None:
+def test_backbones(name: str, small_folder: Path, tmp_path: Path) -> None:
     shape = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
-    small = {"animatediff": {"model": str(small_folder), **shape}}
+    small: dict[str, dict[str, Any]] = {"animatediff": {"model": str(small_folder), **shape}}
+    if name == "wan":
+        small["wan"] = {"model": str(small_wan.save_small_wan(tmp_path)), **small_wan.OPTIONS}
     backbone: Backbone = made("backbone", name, **small.get(name, {}))
     check_backbone(backbone)
     if name == "tiny" and not WEIGHTS.is_dir():
