@@ -97,6 +97,14 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CogVideoX checkpoint folder: see small_cogvideox.py for its options and other layouts."""
+    from small_cogvideox import save_small_cogvideox
+
+    return save_small_cogvideox(tmp_path_factory.mktemp("small_cogvideox"))
+
+
 def load_small(folder: Path) -> AnimateDiffModel:
     """Load a fresh copy of the small model."""
     model = load_checkpoint(

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXVideoToVideoPipeline
+from PIL import Image
+from small_cogvideox import (
+    CPU,
+    OPTIONS,
+    TEXT_LENGTH,
+    Layout,
+    load_small_cogvideox,
+    save_small_cogvideox,
+    stock_pipeline,
+)
+from torch import Tensor, nn
+
+from dpo_video.backbone.animatediff import AnimateDiff
+from dpo_video.backbone.cogvideox import CogVideoX, CogVideoXModel
+from dpo_video.errors import UserError
+from dpo_video.testing import check_backbone_model, small_videos
+
+PROMPT = "a red square moving left slowly"
+
+
+class Bench:
+    """One layout: its folder, our model, and diffusers' pipeline of the same files."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.layout = layout
+        self.folder = save_small_cogvideox(folder, layout)
+        self.model = load_small_cogvideox(self.folder)
+        self.pipeline: CogVideoXPipeline = stock_pipeline(self.folder)
+
+
+@pytest.fixture(scope="module", params=get_args(Layout))
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("cogvideox"), request.param)
+
+
+@pytest.fixture
+def model(bench: Bench) -> CogVideoXModel:
+    return bench.model
+
+
+def drawn(model: CogVideoXModel, count: int = 1, seed: int = 0) -> Tensor:
+    return torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(seed))
+
+
+def theirs(bench: Bench, noise: Tensor, **options: Any) -> Any:
+    return bench.pipeline(
+        PROMPT,
+        num_frames=OPTIONS["frames"],
+        height=OPTIONS["height"],
+        width=OPTIONS["width"],
+        max_sequence_length=TEXT_LENGTH,
+        **{"guidance_scale": 3.0, "latents": noise.transpose(1, 2), "output_type": "pt", **options},
+    ).frames
+
+
+# --- numbers against diffusers -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
+@pytest.mark.parametrize("steps", [4, 7])  # 7 do not divide 1000
+def test_a_sample_equals_the_pipelines(bench: Bench, steps: int, spacing: str) -> None:
+    model, noise = bench.model, drawn(bench.model)
+    for scheduler in (model.scheduler, bench.pipeline.scheduler):
+        scheduler.register_to_config(timestep_spacing=spacing)
+    try:
+        expected = theirs(bench, noise, num_inference_steps=steps, output_type="latent")
+        ours = model.sample(model.encode_prompts([PROMPT]), noise, steps=steps, guidance=3.0)
+    finally:
+        for scheduler in (model.scheduler, bench.pipeline.scheduler):
+            scheduler.register_to_config(timestep_spacing="trailing")
+    torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_guidance_and_pixels_equal_the_pipelines(bench: Bench) -> None:
+    model = load_small_cogvideox(bench.folder, dynamic_guidance=True)
+    noise = drawn(model)
+    expected = theirs(bench, noise, num_inference_steps=3, use_dynamic_cfg=True)
+    ours = model.sample(model.encode_prompts([PROMPT]), noise, steps=3, guidance=3.0)
+    torch.testing.assert_close(
+        model.decode_videos(ours).transpose(1, 2), expected, rtol=1e-4, atol=1e-4
+    )
+    plain = model.__class__.sample(bench.model, model.encode_prompts([PROMPT]), noise, steps=3)
+    assert not torch.allclose(plain, ours, atol=1e-2)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does(bench: Bench) -> None:
+    expected, _ = bench.pipeline.encode_prompt(
+        [PROMPT, ""], do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
+    )
+    ours = bench.model.encode_prompts([PROMPT, ""])["prompt_embeds"]
+    torch.testing.assert_close(ours, expected)
+
+
+def test_noise_and_target_equal_the_schedulers(bench: Bench) -> None:
+    model, scheduler = bench.model, bench.pipeline.scheduler
+    clean, noise = drawn(model, 3, seed=1), drawn(model, 3, seed=2)
+    level = torch.tensor([0.0, 500.0, 999.0])
+    torch.testing.assert_close(
+        model.add_noise(clean, noise, level), scheduler.add_noise(clean, noise, level.long())
+    )
+    torch.testing.assert_close(
+        model.target(clean, noise, level), scheduler.get_velocity(clean, noise, level.long())
+    )
+    # Zero terminal SNR: nothing of the clip is left at the last timestep.
+    assert torch.equal(model.add_noise(clean, noise, level)[2], noise[2])
+
+
+def test_videos_are_encoded_as_the_video_to_video_pipeline_does(bench: Bench) -> None:
+    model, videos = bench.model, small_videos(1, 9, 16, 32)
+    stock = CogVideoXVideoToVideoPipeline(**bench.pipeline.components)
+    frames = [
+        Image.fromarray((255 * frame).round().byte().permute(1, 2, 0).numpy())
+        for frame in videos[0].transpose(0, 1)
+    ]
+    pixels = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames])) / 255
+    stock.vae.register_to_config(invert_scale_latents=bench.layout == "1.5")
+    prepared = stock.video_processor.preprocess_video(frames, height=16, width=32)
+    expected = stock.vae.encode(prepared).latent_dist.mode() * stock.vae_scaling_factor_image
+    ours = model.encode_videos(pixels.permute(3, 0, 1, 2)[None])
+    padding = ours.shape[2] - expected.shape[2]
+    assert padding == (1 if bench.layout == "1.5" else 0)
+    torch.testing.assert_close(ours[:, :, padding:], expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(ours[:, :, i], ours[:, :, padding]) for i in range(padding))
+
+
+def test_latents_are_scaled_by_the_factor_and_back(model: CogVideoXModel) -> None:
+    """Multiplied on the way in, divided on the way out; the other way round would show twice."""
+    videos = small_videos(1, 9, 16, 32)
+    factor = model.vae.config.scaling_factor
+    assert factor != 1
+    bare = model.vae.encode(2 * videos - 1).latent_dist.mean
+    latents = model.encode_videos(videos)
+    torch.testing.assert_close(latents[:, :, -bare.shape[2] :], bare * factor)
+    decoded = (model.vae.decode(bare).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(model.decode_videos(latents), decoded, rtol=1e-4, atol=1e-5)
+
+
+# --- the family's own rules --------------------------------------------------------------------
+
+
+def test_it_keeps_the_contract(model: CogVideoXModel) -> None:
+    check_backbone_model(model)
+
+
+def test_after_a_release_only_the_denoiser_is_alive(small_cogvideox: Path) -> None:
+    before = count_weights()
+    model = load_small_cogvideox(small_cogvideox)
+    context = model.encode_prompts([PROMPT])
+    model.decode_videos(model.sample(context, drawn(model), steps=1))
+    parts = weakref.ref(model.vae), weakref.ref(model.text_encoder)
+    model.release()
+    assert [part() for part in parts] == [None, None]
+    # The encoded empty prompt is kept: sampling loads nothing.
+    model.sample(context, drawn(model), steps=1)
+    assert count_weights() - before == sum(1 for _ in model.denoiser.parameters())
+
+
+def count_weights() -> int:
+    gc.collect()
+    return sum(type(thing) is nn.Parameter for thing in gc.get_objects())
+
+
+def test_latent_0_is_frame_0_and_latent_k_the_frames_up_to_4k(model: CogVideoXModel) -> None:
+    padding = model.latent_shape[1] - 3
+    assert model.latent_frames(slice(0, 1)) == slice(0, 1 + padding)
+    assert model.latent_frames(slice(0, 9)) == slice(0, 3 + padding)
+    for frame in range(1, 9):
+        latent = (frame + 3) // 4 + padding
+        assert model.latent_frames(slice(frame, frame + 1)) == slice(latent, latent + 1)
+    assert model.latent_frames(slice(4, 6)) == slice(1 + padding, 3 + padding)
+
+
+def test_a_frame_alone_does_not_see_the_others(model: CogVideoXModel) -> None:
+    context, noise = model.encode_prompts([PROMPT]), drawn(model)
+    changed = noise.clone()
+    changed[:, :, -1] += 1
+    frames = [model.sample(context, each, per_frame=True, steps=2) for each in (noise, changed)]
+    patch = 2 if model.latent_shape[1] == 4 else 1
+    assert torch.equal(frames[0][:, :, :-patch], frames[1][:, :, :-patch])
+    together = [model.sample(context, each, steps=2) for each in (noise, changed)]
+    assert not torch.equal(together[0][:, :, :-patch], together[1][:, :, :-patch])
+
+
+def test_the_adapter_goes_on_the_attention_and_papers_set_its_size(model: CogVideoXModel) -> None:
+    blocks = len(model.denoiser.transformer_blocks)
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    assert sorted(model.lora_targets()) == sorted(
+        f"transformer_blocks.{i}.attn1.{name}" for i in range(blocks) for name in names
+    )
+    assert CogVideoX.training["rank"] == 64 and CogVideoX.training["alpha"] == 128
+
+
+def test_levels_are_uniform_timesteps(model: CogVideoXModel) -> None:
+    levels = model.sample_levels(20_000, torch.Generator().manual_seed(0))
+    assert levels.min() == 0 and levels.max() == 999
+    assert abs(levels.mean().item() - 499.5) < 10 and (levels == levels.round()).all()
+
+
+def test_a_tile_is_encoded_at_a_time_where_that_is_asked_for(bench: Bench) -> None:
+    model = load_small_cogvideox(bench.folder, tiling=True)
+    assert model.vae.use_tiling and not bench.model.vae.use_tiling
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"frames": 13}, r"8k \+ 1 frames, not of 13\. Take \d+ \(--set backbone\.frames="),
+        ({"height": 24}, r"height is a multiple of 16 pixels, not 24\. Take"),
+        ({"width": 36}, r"width is a multiple of 16 pixels, not 36\. Take 32"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_refused_with_one_that_does(
+    bench: Bench, options: dict[str, int], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        load_small_cogvideox(bench.folder, **options)
+
+
+def test_positions_beyond_those_of_training_are_refused_where_there_are_none(bench: Bench) -> None:
+    if bench.layout != "1.5":
+        assert load_small_cogvideox(bench.folder, width=256).latent_shape[-1] == 32
+        return
+    with pytest.raises(UserError, match="positions up to a width of 240 pixels, not 256"):
+        load_small_cogvideox(bench.folder, width=256)
+
+
+def test_other_models_are_refused(small_folder: Path, tmp_path: Path, bench: Bench) -> None:
+    with pytest.raises(UserError, match="Cannot load the transformer"):
+        CogVideoX(model=str(small_folder)).load(CPU, torch.float32)
+    with pytest.raises(UserError, match="Cannot load the unet"):
+        AnimateDiff(model=str(bench.folder)).load(CPU, torch.float32)
+    pictures = save_small_cogvideox(tmp_path, "5b", in_channels=8)
+    with pytest.raises(UserError, match="image-to-video"):
+        load_small_cogvideox(pictures)
+
+
+def test_precision_reaches_the_denoiser_and_latents_stay_single(bench: Bench) -> None:
+    model = CogVideoX(model=str(bench.folder), **OPTIONS).load(CPU, torch.bfloat16)
+    assert isinstance(model, CogVideoXModel)
+    assert next(model.denoiser.parameters()).dtype == torch.bfloat16
+    latents = model.encode_videos(small_videos(1, 9, 16, 32))
+    sample = model.sample(model.encode_prompts([PROMPT]), drawn(model), steps=2)
+    assert latents.dtype == sample.dtype == torch.float32
+    assert model.identity != bench.model.identity
+    assert math.isfinite(model.decode_videos(sample).sum().item())
