@@ -24,8 +24,12 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -178,8 +182,34 @@ def as_on_cuda(dtype: torch.dtype) -> Iterator[None]:
 
     They differ in what runs in fp32: on a GPU the norms do, and the nearest-neighbour upsampling.
     """
-    with torch.autocast("cpu", dtype), _InFp32():
+    with torch.autocast("cpu", dtype), _in_every_module(_InFp32()):
         yield
+
+
+@contextmanager
+def _in_every_module(mode: TorchFunctionMode) -> Iterator[None]:
+    """Hold a mode here, and in what checkpointing runs again, where torch has taken it off."""
+    entered: list[bool] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        entered.append(not _get_current_function_mode_stack())
+        if entered[-1]:
+            mode.__enter__()
+
+    def leave(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if entered.pop():
+            mode.__exit__(None, None, None)
+
+    hooks = [
+        register_module_forward_pre_hook(enter),
+        register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        with mode:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _InFp32(TorchFunctionMode):

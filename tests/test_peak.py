@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from dpo_video.peak import BLOCK, Peak, as_on_cuda, peak_bytes
 
@@ -117,3 +118,16 @@ def test_a_norm_runs_in_fp32_as_on_a_gpu() -> None:
         assert nn.Linear(4, 4)(inputs).dtype == torch.bfloat16
     norm.bfloat16()
     assert norm(inputs.bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_is_computed_again_has_the_precision_that_it_had() -> None:
+    network, inputs = (
+        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)),
+        torch.ones(2, 4),
+    )
+    network.requires_grad_(False)
+    inputs.requires_grad_()
+    with as_on_cuda(torch.bfloat16):  # a tensor in another precision than before is an error
+        output = checkpoint(network.forward, inputs, use_reentrant=False)
+        torch.autograd.backward(output.sum())
+    assert inputs.grad is not None
