@@ -7,12 +7,15 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
 import torch
+from diffusers import SchedulerMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -25,6 +28,7 @@ from huggingface_hub.errors import (
 from torch import nn
 
 from dpo_video.errors import UserError
+from dpo_video.models import find_model
 
 Loaded = TypeVar("Loaded")
 Network = TypeVar("Network", bound=nn.Module)
@@ -34,6 +38,32 @@ _DESCRIBING = ("*.json", "*.txt", "*.model")  # configurations, vocabularies, in
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
 _VARIANTS = ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*.bf16-*", "*non_ema*")  # other copies
 _BLOB = re.compile(r"[0-9a-f]{64}")
+_OUTLINED = ContextVar("outlined", default=False)
+
+
+@contextmanager
+def outlined() -> Iterator[None]:
+    """Inside, models are loaded without their weights: their shape is all that there is.
+
+    Networks are made of their configurations, on the meta device, in the precision that they would
+    be loaded in. What only encodes and decodes is None. Nothing but JSON is read, for known models
+    that of the package.
+    """
+    token = _OUTLINED.set(True)
+    try:
+        yield
+    finally:
+        _OUTLINED.reset(token)
+
+
+@contextmanager
+def assembling() -> Iterator[None]:
+    """To be held where a network is put together of loaded ones: none has weights in an outline."""
+    if _OUTLINED.get():
+        with torch.device("meta"):
+            yield
+    else:
+        yield
 
 
 @final
@@ -47,16 +77,28 @@ class Checkpoint:
     """
 
     source: str
-    """Folder or hub id."""
+    """Folder or hub id. A known model's name is taken for its id."""
     revision: str | None = None
     """Branch, tag or commit on the hub; its main branch if None."""
     option: str = "backbone.model"
     """What names the source, for the next step that an error gives."""
 
+    def __post_init__(self) -> None:
+        known = find_model(self.source)
+        if known and not self._local.is_dir() and self.source.lower() == known.name:
+            object.__setattr__(self, "source", known.hub[0])
+
+    @property
+    def _local(self) -> Path:
+        return Path(self.source).expanduser()
+
     def folder(self, part: str = "") -> Path:
         """The part's folder, on the disk when this returns; a UserError if there is none."""
-        local = Path(self.source).expanduser()
-        root = local if local.is_dir() else self._download(part)
+        known = find_model(self.source) if _OUTLINED.get() else None
+        if self._local.is_dir():
+            root = self._local
+        else:
+            root = known.folder if known else self._download(part)
         folder = root / part
         if not folder.is_dir():
             raise self._missing(part, f"it has no folder '{part}'")
@@ -81,6 +123,9 @@ class Checkpoint:
 
     def load(self, load: Callable[..., Loaded], part: str = "", **options: Any) -> Loaded:
         """Call a `from_pretrained` on the part's folder; a UserError if that fails."""
+        if _OUTLINED.get() and not _is_scheduler(load):
+            outline: Loaded = self._outline(load, part, **options)
+            return outline
         folder = self.folder(part)
         try:
             with warnings.catch_warnings():
@@ -90,8 +135,23 @@ class Checkpoint:
         except (OSError, ValueError, ImportError) as error:
             raise self._missing(part, str(error).strip().splitlines()[0].rstrip(".")) from error
 
+    def _outline(self, load: Any, part: str, **options: Any) -> Any:
+        network = load.__self__
+        if not hasattr(network, "from_config"):
+            return None  # a tokenizer, a text encoder
+        with torch.device("meta"):
+            made = network.from_config(dict(self.config(part)))
+        # As from_pretrained: what a class keeps in fp32 stays, and with it all that is no weight.
+        kept = network._keep_in_fp32_modules
+        for name, tensor in (*made.named_parameters(), *(made.named_buffers() if not kept else ())):
+            if tensor.is_floating_point() and not {*(kept or ())} & {*name.split(".")}:
+                tensor.data = tensor.data.to(options.get("torch_dtype", torch.float32))
+        return made
+
     def digest(self, *parts: str) -> str:
-        """SHA-256 over the names and bytes of the parts' files of weights."""
+        """SHA-256 over the names and bytes of the parts' files of weights; none in an outline."""
+        if _OUTLINED.get():
+            return "outline"
         digest = hashlib.sha256()
         for part in parts:
             files = weight_files(self.folder(part))
@@ -105,6 +165,8 @@ class Checkpoint:
         if not _HUB_ID.fullmatch(self.source):
             raise self._missing(part, "there is no such folder")
         try:
+            if _OUTLINED.get():
+                return self._snapshot(part, _DESCRIBING)
             root = self._snapshot(part, (*_DESCRIBING, _SAFE))
             if not weight_files(root / part):
                 root = self._snapshot(part, (*_DESCRIBING, _PICKLED))
@@ -141,7 +203,8 @@ class Checkpoint:
                 self.source,
                 revision=self.revision,
                 allow_patterns=[within + name for name in names],
-                ignore_patterns=list(_VARIANTS),
+                # The checkpoint itself is what lies in no subfolder.
+                ignore_patterns=[*_VARIANTS, *([] if part else ["*/*"])],
             )
         )
 
@@ -202,12 +265,18 @@ def settled(network: Network, device: torch.device) -> Network:
     """The network on its device, frozen, in evaluation mode, in memory of its own.
 
     Loaded weights lie wherever their file has them. Kernels round differently by that, and a copy
-    of the network would not equal it to the bit.
+    of the network would not equal it to the bit. An outline has neither weights nor a device.
     """
+    if _OUTLINED.get():
+        return network.eval().requires_grad_(False)
     network = network.to(device).eval().requires_grad_(False)
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.clone()
     return network
+
+
+def _is_scheduler(load: Any) -> bool:
+    return issubclass(load.__self__, SchedulerMixin)
 
 
 def _named(part: str) -> str:

@@ -133,6 +133,10 @@ class VideoModel(ABC):
     def lora_targets(self) -> list[str]:
         """Names of the modules of `denoiser` that an adapter goes on."""
 
+    def prompt_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
+        """Shapes of one encoded prompt by name, told without encoding any; None if it cannot."""
+        return None
+
     @abstractmethod
     def release(self) -> None:
         """Free what only encodes and decodes: the denoiser's weights are all that stays.

@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpo_video.errors import UserError
-from dpo_video.pretrained import Checkpoint, Lazy, free, identity, settled
+from dpo_video.pretrained import Checkpoint, Lazy, assembling, free, identity, settled
 from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import Clip, Context, Latents, PerPair, Region, Videos, VideoShape
@@ -130,7 +130,8 @@ def load_checkpoint(
     else:
         adapter = motion_adapter.load(MotionAdapter.from_pretrained, torch_dtype=dtype)
         spatial = checkpoint.load(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=dtype)
-        unet = UNetMotionModel.from_unet2d(spatial, adapter).to(dtype)
+        with assembling():
+            unet = UNetMotionModel.from_unet2d(spatial, adapter).to(dtype)
         schedule = {**_MOTION_SCHEDULE, **schedule}
         digests.append(motion_adapter.digest(""))
     return AnimateDiffModel(
@@ -202,6 +203,11 @@ class AnimateDiffModel(VideoModel):
     def text_encoder(self) -> CLIPTextModel:
         """Loaded when it is first used."""
         return self._text_encoder.get()
+
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """One vector a token, as many as the text encoder has places."""
+        text = self._checkpoint.config("text_encoder")
+        return {"prompt_embeds": (text["max_position_embeddings"], text["hidden_size"])}
 
     def release(self) -> None:
         """Free the VAE and the text encoder."""

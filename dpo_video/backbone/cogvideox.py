@@ -260,6 +260,11 @@ class CogVideoXModel(VideoModel):
         hidden = self.text_encoder(tokens["input_ids"].to(self.device)).last_hidden_state
         return {"prompt_embeds": hidden}
 
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """One vector a token, as many as a prompt is filled up to."""
+        tokens, width = self._config["max_text_seq_length"], self._config["text_embed_dim"]
+        return {"prompt_embeds": (tokens, width)}
+
     def sample_levels(self, n: int, generator: Generator) -> PerPair:
         """Uniform timesteps `t ~ U{0..T-1}`."""
         steps = self.scheduler.config.num_train_timesteps

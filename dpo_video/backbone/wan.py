@@ -305,6 +305,14 @@ class WanModel(VideoModel):
         hidden = text.encoder(tokens["input_ids"], mask).last_hidden_state
         return {"prompt_embeds": hidden.masked_fill(mask[..., None] == 0, 0.0)}
 
+    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
+        """One vector a token, as many as a prompt is filled up to."""
+        network = self.denoiser
+        if isinstance(network, Experts):
+            network = network.transformer
+        config: Any = network.config
+        return {"prompt_embeds": (self._options.text_length, config["text_dim"])}
+
     def sample_levels(self, n: int, generator: Generator) -> PerPair:
         """Levels by the inverse of their distribution, kept to the experts that train."""
         options, boundary = self._options, self._boundary
