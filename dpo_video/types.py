@@ -6,9 +6,10 @@ Axes: `b` pair, `c` latent channel, `f` latent frame, `h w` latent height and wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -165,3 +166,44 @@ class LossOutput:
     chosen_change: PerPair
     """`d(chosen)`: positive when the policy predicts the chosen video worse than the reference."""
     rejected_change: PerPair
+
+
+# --- what others call a model's parts ----------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraNames:
+    """What a file calls the factors of a module's update, `up @ down`."""
+
+    down: str
+    up: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """How diffusers and ComfyUI call a model's parts, for an adapter that loads there."""
+
+    pipeline: str
+    """The class of diffusers that runs the model."""
+    source: str
+    """Hub id or folder of the checkpoint."""
+    revision: str | None
+    networks: Mapping[str, Any]
+    """diffusers' networks that the denoiser is made of, by the pipeline's names. Where there are
+    several, the names of the denoiser's modules begin with these."""
+    scheduler: Any
+    """What samples, as of diffusers."""
+    index: Mapping[str, Any]
+    """What model_index.json says: a part's name to its library and class, and the pipeline's
+    options."""
+    folder: Callable[[str], Path]
+    """Where the files of a part of `index` are."""
+    comfy: Callable[[str], LoraNames | None]
+    """A network's module to the names of its update in ComfyUI; None where it has none."""
+    comfy_place: str
+    """Where such files go in ComfyUI, and the node that loads them."""
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    """Further arguments of the pipeline's `from_pretrained`, as Python, with {source} for the
+    checkpoint. What has no {source} comes from elsewhere; a merged checkpoint holds it itself."""
+    call: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of a call of the pipeline beyond size, steps and guidance."""
