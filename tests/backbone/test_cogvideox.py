@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import weakref
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import CogVideoXPipeline, CogVideoXVideoToVideoPipeline
 from PIL import Image
 from small_cogvideox import (
@@ -20,12 +22,27 @@ from small_cogvideox import (
     save_small_cogvideox,
     stock_pipeline,
 )
-from torch import Tensor, nn
+from test_contracts import Brighter
+from torch import Generator, Tensor, nn
 
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX, CogVideoXModel
 from dpo_video.errors import UserError
-from dpo_video.testing import check_backbone_model, small_videos
+from dpo_video.loss.global_ import Global
+from dpo_video.pairs.dense import Dense
+from dpo_video.pairs.folder import Folder
+from dpo_video.pairs.img2img import Img2Img
+from dpo_video.pairs.jitter import Jitter
+from dpo_video.pairs.local import Local
+from dpo_video.pairs.ranked import Ranked
+from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import TrainSettings
+from dpo_video.store import Manifest, PairStore
+from dpo_video.strategies import PairBuilder
+from dpo_video.testing import check_backbone_model, check_pairs, small_videos
+from dpo_video.train import train
+from dpo_video.types import Pair
+from dpo_video.video import write_video
 
 PROMPT = "a red square moving left slowly"
 
@@ -211,6 +228,97 @@ def test_levels_are_uniform_timesteps(model: CogVideoXModel) -> None:
 def test_a_tile_is_encoded_at_a_time_where_that_is_asked_for(bench: Bench) -> None:
     model = load_small_cogvideox(bench.folder, tiling=True)
     assert model.vae.use_tiling and not bench.model.vae.use_tiling
+
+
+def own_files(folder: Path) -> Path:
+    """Two pairs for `folder`, one of them with a mask and labels."""
+    for side, seed in (("win", 1), ("lose", 2)):
+        for name, video in zip("ab", small_videos(2, 9, 16, 32, seed=seed), strict=True):
+            write_video(folder / side / f"{name}.mp4", video, OPTIONS["fps"])
+    mask = np.zeros((16, 32), np.uint8)
+    mask[:, :16] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    rows = [
+        {"win": f"win/{n}.mp4", "lose": f"lose/{n}.mp4", "prompt": PROMPT, **more}
+        for n, more in (("a", {"mask": "mask.png", "labels": [1]}), ("b", {}))
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "pairs.jsonl"
+
+
+BUILDERS = [
+    Local(steps=4), Jitter(steps=2), Dense(steps=4), Ranked(samples=2, steps=2),
+    Img2Img(winner="clip", steps=7),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: type(builder).__name__)
+def test_every_kind_of_pairs(model: CogVideoXModel, builder: PairBuilder) -> None:
+    check_pairs(builder, model, labeler=Brighter())
+
+
+def test_pairs_of_ones_own_files(model: CogVideoXModel, tmp_path: Path) -> None:
+    builder = Folder(path=own_files(tmp_path))
+    check_pairs(builder, model)
+    masked = builder(
+        next(builder.material(model, None).clips), model, None, Generator().manual_seed(0)
+    )
+    half = torch.zeros_like(masked.region)
+    half[..., :2] = 1
+    assert torch.equal(masked.region, half)
+
+
+def test_in_the_loop_winner_and_loser_get_the_same_gaussian_noise_and_level(
+    small_cogvideox: Path, tmp_path: Path
+) -> None:
+    """Pairs of two empty latents: all that a network sees of them is the noise."""
+    model = load_small_cogvideox(small_cogvideox)
+    store = PairStore.create(
+        tmp_path / "store",
+        Manifest(recipe={}, identity=model.identity, latent_shape=model.latent_shape, fps=8.0),
+    )
+    empty = torch.zeros(model.latent_shape)
+    pair = Pair(
+        first=empty,
+        second=empty.clone(),
+        preference=torch.ones(3),
+        region=torch.ones(1, 3, 2, 4),
+        prompt=PROMPT,
+        source="nothing",
+    )
+    for _ in range(2):
+        store.append(pair, model.encode_prompts([PROMPT]))
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.denoiser.register_forward_pre_hook(
+        lambda module, inputs, options: seen.append(
+            (options["hidden_states"], options["timestep"])
+        ),
+        with_kwargs=True,
+    )
+    settings = TrainSettings(
+        steps=12, batch=2, accumulation=1, rank=2, alpha=4, samples=0, tracker="none"
+    )
+    steps = train(
+        model, store, Global(), Toggle(), settings, seed=0, out=tmp_path / "run",
+        accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+    assert len(list(steps)) == 12
+    noises, levels = [], []
+    for noisy, level in seen:
+        (winner, loser), (higher, lower) = noisy.chunk(2), level.chunk(2)
+        assert torch.equal(winner, loser) and torch.equal(higher, lower)
+        spread = (1 - model.scheduler.alphas_cumprod[higher.long()]).sqrt().float()
+        noises.append(winner / spread.view(-1, 1, 1, 1, 1))
+        levels.append(higher)
+    # The reference first, then the policy, on the same inputs.
+    assert all(torch.equal(noises[i], noises[i + 1]) for i in range(0, len(noises), 2))
+    assert all(torch.equal(levels[i], levels[i + 1]) for i in range(0, len(levels), 2))
+    assert len({float(level) for pair in levels for level in pair}) > 12
+    noise = torch.cat(noises[::2]).flatten()
+    assert len(noise) == 24 * empty.numel()
+    assert noise.mean().abs() < 0.1 and abs(noise.std().item() - 1) < 0.1
+    kurtosis = noise.pow(4).mean() / noise.square().mean().square()
+    assert abs(kurtosis.item() - 3) < 0.6  # 1.8 for uniform noise
 
 
 @pytest.mark.parametrize(
