@@ -101,6 +101,7 @@ def train(
     """
     store.check_fits(model)
     pairs = _usable(store, loss)
+    model.release()  # what encoded the pairs
     bare = adapt(model, settings, seed)
     anchor = reference.follow(bare)
     parameters = [p for p in bare.parameters() if p.requires_grad]
@@ -462,3 +463,4 @@ def _draw_samples(
         video = model.decode_videos(latents)[0].cpu()
         scale = max(1, 256 // model.shape.height)
         write_video(out / "samples" / name / f"{i:02d}.mp4", video, model.shape.fps, scale)
+    model.release()
