@@ -7,6 +7,7 @@ from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dpo_video.errors import UserError
 
@@ -40,6 +41,8 @@ class Experts(nn.Module):
     ) -> tuple[Tensor]:
         """As of either expert; timesteps are one a video, or one a token, equal in each video."""
         inputs = (hidden_states, timestep, encoder_hidden_states)
+        if isinstance(timestep, FakeTensor):  # a level without a value; both experts cost the same
+            return (_prediction(self.transformer, *inputs, **options),)
         high = timestep.reshape(len(timestep), -1)[:, 0] >= self.boundary
         if high.all():
             return (self._run(self.transformer, *inputs, **options),)
@@ -65,8 +68,7 @@ class Experts(nn.Module):
                 if other is not expert:
                     _send_to_host(other)
             expert.to(hidden_states.device)
-        output: Tensor = expert(hidden_states, *inputs, **{**options, "return_dict": False})[0]
-        return output
+        return _prediction(expert, hidden_states, *inputs, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `.to(device)` calls: one after the other, so that both are never there at once."""
@@ -75,6 +77,11 @@ class Experts(nn.Module):
             if self.park:
                 _send_to_host(expert)
         return self
+
+
+def _prediction(expert: nn.Module, *inputs: Tensor, **options: Any) -> Tensor:
+    prediction: Tensor = expert(*inputs, **{**options, "return_dict": False})[0]
+    return prediction
 
 
 def _send_to_host(expert: nn.Module) -> None:

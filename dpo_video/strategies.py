@@ -29,6 +29,7 @@ from dpo_video.types import (
     Pair,
     PairErrors,
     PerPair,
+    Publication,
     Region,
     Video,
     Videos,
@@ -125,6 +126,14 @@ class VideoModel(ABC):
         every frame as a video of its own.
         """
 
+    def share_of_steps(self, noise_level: float, steps: int | None = None) -> float:
+        """The share of the schedule, as `sample` takes it, whose noise is at most `noise_level`.
+
+        That is itself where steps are spread evenly over the noise levels, t / T in (0, 1]; not on
+        a shifted schedule.
+        """
+        return noise_level
+
     @abstractmethod
     def latent_frames(self, segment: slice) -> slice:
         """The latent frames that a slice of pixel frames covers."""
@@ -144,6 +153,10 @@ class VideoModel(ABC):
         It is loaded again when it is next used. The encoded empty prompt, which sampling is guided
         away from, is kept if it was there.
         """
+
+    def publication(self) -> Publication | None:
+        """How other programs call its parts; None where none runs such models."""
+        return None
 
 
 class Anchor(ABC):
@@ -320,6 +333,9 @@ class Loss(Strategy, ABC):
     kind: ClassVar[str] = "loss"
     needs_region: ClassVar[bool] = False
     """Whether it makes sense only for pairs whose videos are equal outside a region."""
+    uniform: ClassVar[bool] = False
+    """Whether its gradient on a video's errors is one number for all of them, as it is where they
+    enter by their mean alone. Such a loss can be trained with `memory.backward = linear`."""
 
     @abstractmethod
     def __call__(self, errors: PairErrors) -> LossOutput:

@@ -28,7 +28,17 @@ from dpo_video.experts import Experts
 from dpo_video.pretrained import Checkpoint, Lazy, free, identity, settled
 from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
-from dpo_video.types import Clip, Context, Latents, PerPair, Region, Videos, VideoShape
+from dpo_video.types import (
+    Clip,
+    Context,
+    Latents,
+    LoraNames,
+    PerPair,
+    Publication,
+    Region,
+    Videos,
+    VideoShape,
+)
 
 _STRIDE = 4  # of the VAE in time: the first frame alone, then four at a time
 _ATTENTION = re.compile(r"(.*\.)?blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
@@ -143,7 +153,6 @@ class Wan(Backbone):
             text=Lazy(lambda: _load_text(checkpoint, device, dtype)),
             scheduler=scheduler,
             vae_config=vae_config,
-            text_channels=checkpoint.config("text_encoder")["d_model"],
             patch=networks[0].config.patch_size,
             expand_timesteps=index.get("expand_timesteps", False),
             device=device,
@@ -236,7 +245,6 @@ class WanModel(VideoModel):
         text: Lazy[_Text],
         scheduler: Any,
         vae_config: Mapping[str, Any],
-        text_channels: int,
         patch: Sequence[int],
         expand_timesteps: bool,
         device: torch.device,
@@ -250,7 +258,7 @@ class WanModel(VideoModel):
         )
         self.sampling = Sampling(steps=50, guidance=5.0)  # diffusers' WanPipeline
         self._options, self._vae, self._text = options, vae, text
-        self._vae_config, self._text_channels = vae_config, text_channels
+        self._vae_config = vae_config
         self._patch, self._expand_timesteps = patch, expand_timesteps
         self._timesteps: int = scheduler.config.num_train_timesteps
         self._boundary = denoiser.boundary if isinstance(denoiser, Experts) else None
@@ -423,6 +431,13 @@ class WanModel(VideoModel):
             region=region,
         )
 
+    def share_of_steps(self, noise_level: float, steps: int | None = None) -> float:
+        """The steps from the first sigma <= `noise_level` on, at least one, of all of them."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.sampling.steps if steps is None else steps)
+        sigmas = scheduler.sigmas[:-1]  # the last one is 0
+        return max(1, int((sigmas <= noise_level).sum())) / len(sigmas)
+
     def _empty(self, count: int) -> Context:
         if self._negative is None:
             self._negative = self.encode_prompts([self._options.negative_prompt])["prompt_embeds"]
@@ -443,10 +458,58 @@ class WanModel(VideoModel):
             if _ATTENTION.fullmatch(name) and name.startswith(within)
         ]
 
-    def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
-        """One vector a token, padding included."""
-        return {"prompt_embeds": (self._options.text_length, self._text_channels)}
-
     def release(self) -> None:
         """Free VAE and text encoder; the encoded negative prompt stays."""
         free(self._vae, self._text)
+
+    def publication(self) -> Publication:
+        """As diffusers' WanPipeline and ComfyUI call it."""
+        options, networks = self._options, {"transformer": self.denoiser}
+        if isinstance(self.denoiser, Experts):
+            networks = dict(self.denoiser.named_children())
+        checkpoint = Checkpoint(source=options.model, revision=options.revision)
+        vae = 'AutoencoderKLWan.from_pretrained({source}, subfolder="vae")'  # fp32, as here
+        call = {
+            "negative_prompt": options.negative_prompt or None,
+            "guidance_scale_2": options.guidance_2,
+            "max_sequence_length": None if options.text_length == 512 else options.text_length,
+        }
+        return Publication(
+            pipeline="WanPipeline",
+            source=options.model,
+            revision=options.revision,
+            networks=networks,
+            scheduler=self.scheduler,
+            index=checkpoint.config(file="model_index.json"),
+            folder=checkpoint.folder,
+            comfy=comfy_names,
+            comfy_place="For Wan in ComfyUI: put the .safetensors file into `models/loras` and "
+            "choose it in the node LoraLoaderModelOnly.",
+            arguments={} if self.dtype is torch.float32 else {"vae": vae},
+            call={key: value for key, value in call.items() if value is not None},
+        )
+
+
+_IN_BLOCK = re.compile(r"(?P<block>blocks\.\d+)\.(?P<layer>.+)")
+_COMFY_LAYERS: Mapping[str, str] = {
+    **{
+        f"attn{number}.{ours}": f"{theirs}_attn.{projection}"
+        for number, theirs in ((1, "self"), (2, "cross"))
+        for ours, projection in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    },
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+
+
+def comfy_names(module: str) -> LoraNames | None:
+    """Wan's own names of its modules, behind `diffusion_model.` as in all of ComfyUI's LoRAs.
+
+    huggingface/diffusers, scripts/convert_wan_to_diffusers.py: TRANSFORMER_KEYS_RENAME_DICT, the
+    other way round; Comfy-Org/ComfyUI, comfy/lora.py: model_lora_keys_unet ("generic lora format").
+    """
+    found = _IN_BLOCK.fullmatch(module)
+    if found is None or found["layer"] not in _COMFY_LAYERS:
+        return None
+    stem = f"diffusion_model.{found['block']}.{_COMFY_LAYERS[found['layer']]}"
+    return LoraNames(down=f"{stem}.lora_A.weight", up=f"{stem}.lora_B.weight")

@@ -24,16 +24,16 @@ class Dense(PairBuilder):
     afterwards by `dpo-video label`. The clip itself is no part of the pair: against it everything
     loses, and nothing is learnt (their finding).
 
-    The last round(eta N) of N sampling steps are run. The noise put on the clip is exactly what the
-    first of them expects, which is for the model's family to see to (`VideoModel.sample`): for
-    epsilon and v models the forward process at that step's timestep, for flow models that step's
-    own sigma on their shifted table.
+    Of N sampling steps those are run whose noise level is at most eta: the last round(eta N) of an
+    epsilon or v model, and from the first sigma <= eta on of a flow model, whose shifted table has
+    its steps elsewhere. The noise put on the clip is exactly what the first of them expects, which
+    is for the model's family to see to (`VideoModel.share_of_steps` and `sample`).
     """
 
     eta: tuple[float, float] = (0.65, 0.8)
-    """The range that a pair's share of the noise schedule is drawn from."""
+    """The range that a pair's noise level is drawn from, as a share of pure noise's."""
     steps: int | None = Field(default=None, ge=1)
-    """Steps of the whole schedule, of which the share eta is run; the backbone's own number when
+    """Steps of the whole schedule, of which those up to eta are run; the backbone's own number when
     not set (40 in the paper)."""
     guidance: float | None = Field(default=None, ge=0)
     """Classifier-free guidance; the backbone's own when not set (8 in the paper)."""
@@ -66,7 +66,7 @@ class Dense(PairBuilder):
             model.encode_prompts([clip.caption] * 2),
             noises.to(video),
             clean=video.expand_as(noises),
-            level=eta,
+            level=model.share_of_steps(eta, self.steps),
             steps=self.steps,
             guidance=self.guidance,
         ).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from diffusers import WanPipeline, WanVideoToVideoPipeline
 from pydantic import ValidationError
 from small_wan import OPTIONS_TI2V, TEXT_LENGTH, euler, load_small_wan, save_small_wan, unipc
 from test_contracts import Brighter
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from dpo_video.backbone.wan import Wan, WanModel
 from dpo_video.diffusion import initial_noise, noised
@@ -78,6 +79,19 @@ def model(checkpoints: Checkpoints) -> WanModel:
 
 def drawn(model: WanModel, count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, *model.latent_shape, generator=Generator().manual_seed(seed))
+
+
+class Perfect(nn.Module):
+    """Predicts the flow from a clip to the noise that was really drawn."""
+
+    def __init__(self, flow: Tensor) -> None:
+        super().__init__()
+        self.flow = flow
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, noisy: Tensor, level: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        self.seen.append((noisy, level))
+        return (self.flow,)
 
 
 # --- against diffusers -----------------------------------------------------------------------
@@ -281,6 +295,32 @@ def test_winner_and_loser_get_the_same_gaussian_noise_at_the_same_level(
     assert one.pow(4).mean() > 2.2
 
 
+@pytest.mark.parametrize("eta", [0.02, 0.65, 0.8, 1.0])
+@pytest.mark.parametrize("layout", ["2.1", "2.1 with euler"])
+def test_dense_pairs_start_at_the_first_sigma_up_to_eta(
+    checkpoints: Checkpoints, layout: str, eta: float
+) -> None:
+    """Noised by exactly that sigma: a denoiser that knows the noise finds the clip again."""
+    model = checkpoints.load(layout)
+    clean, noise = drawn(model, 1, seed=1), drawn(model, 1)
+    denoiser = Perfect(noise - clean)
+    found = model.sample(
+        model.encode_prompts(PROMPTS[:1]), noise, denoiser=denoiser, clean=clean,
+        level=model.share_of_steps(eta, 20), steps=20, guidance=1.0,
+    )  # fmt: skip
+    scheduler = copy.deepcopy(model.scheduler)
+    scheduler.set_timesteps(20)
+    sigmas = scheduler.sigmas[:-1].tolist()
+    expected = [sigma for sigma in sigmas if sigma <= eta] or sigmas[-1:]
+    assert len(denoiser.seen) == len(expected)
+    noisy, level = denoiser.seen[0]
+    torch.testing.assert_close(
+        noisy, model.add_noise(clean, noise, torch.tensor([1000 * expected[0]]))
+    )
+    assert level.item() == pytest.approx(1000 * expected[0], abs=1)
+    torch.testing.assert_close(found, clean, rtol=0, atol=1e-3)
+
+
 # --- videos ----------------------------------------------------------------------------------
 
 
@@ -349,6 +389,28 @@ def test_only_the_experts_asked_for_train(checkpoints: Checkpoints, experts: str
     assert owners == {"both": both, "high": {"transformer"}, "low": {"transformer_2"}}[experts]
     # Two blocks of self- and cross-attention with four projections each.
     assert len(model.lora_targets()) == 2 * 2 * 4 * len(owners)
+
+
+class Scaled(nn.Module):
+    """A network of one weight, with an adapter's beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.layer = nn.ModuleDict({"lora_A": nn.Linear(1, 1)})
+
+    def forward(self, noisy: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        return (noisy * self.scale,)
+
+
+def test_only_the_expert_in_use_is_on_the_device() -> None:
+    experts = Experts(Scaled(), Scaled(), boundary=875.0, park=True)
+    elsewhere = torch.zeros(2, 1, device="meta")  # a device that is not the host, on any machine
+    experts(elsewhere, torch.tensor([100.0, 200.0]), elsewhere)
+    devices = {name: parameter.device.type for name, parameter in experts.named_parameters()}
+    assert devices["transformer.scale"] == "cpu" and devices["transformer_2.scale"] == "meta"
+    with pytest.raises(UserError, match=r"both experts at once.*train\.batch=1"):
+        experts(elsewhere, torch.tensor([100.0, 900.0]), elsewhere)
 
 
 @pytest.mark.parametrize("reference", [Toggle(), Copy()])
