@@ -26,6 +26,10 @@ class TrainingError(UserError):
     """Training stopped itself, and says why."""
 
 
+class ExportError(UserError):
+    """An export that does not load back as what was exported; nothing of it is left."""
+
+
 def unknown(what: str, name: str, available: Iterable[str]) -> UserError:
     """An error for a name that does not exist, with the nearest one that does."""
     options = sorted(available)

@@ -22,7 +22,17 @@ from dpo_video.errors import UserError
 from dpo_video.pretrained import Checkpoint, Lazy, assembling, free, identity, settled
 from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
-from dpo_video.types import Clip, Context, Latents, PerPair, Region, Videos, VideoShape
+from dpo_video.types import (
+    Clip,
+    Context,
+    Latents,
+    LoraNames,
+    PerPair,
+    Publication,
+    Region,
+    Videos,
+    VideoShape,
+)
 
 _ATTENTION = re.compile(r".*motion_modules.*\.(to_q|to_k|to_v|to_out\.0)$")
 _PROMPTS = (
@@ -122,6 +132,7 @@ def load_checkpoint(
     digests = [checkpoint.digest("unet", "vae", "text_encoder")]
     if checkpoint.config("unet").get("_class_name") == "UNetMotionModel":
         unet = checkpoint.load(UNetMotionModel.from_pretrained, "unet", torch_dtype=dtype)
+        motion_adapter = None
     elif motion_adapter is None:
         raise UserError(
             f"The UNet of '{checkpoint.source}' has no motion modules. Name a motion adapter "
@@ -137,6 +148,7 @@ def load_checkpoint(
     return AnimateDiffModel(
         unet=unet,
         checkpoint=checkpoint,
+        motion_adapter=motion_adapter,
         scheduler=checkpoint.load(DDIMScheduler.from_pretrained, "scheduler", **schedule),
         device=device,
         dtype=dtype,
@@ -155,6 +167,7 @@ class AnimateDiffModel(VideoModel):
         *,
         unet: UNetMotionModel,
         checkpoint: Checkpoint,
+        motion_adapter: Checkpoint | None,
         scheduler: DDIMScheduler,
         device: torch.device,
         dtype: torch.dtype,
@@ -164,6 +177,7 @@ class AnimateDiffModel(VideoModel):
     ) -> None:
         self.denoiser: nn.Module = settled(unet, device)
         self.scheduler, self.identity = scheduler, identity
+        self._checkpoint, self._motion_adapter = checkpoint, motion_adapter
         self.device, self.dtype, self.shape, self.sampling = device, dtype, shape, sampling
         self.tokenizer = checkpoint.load(CLIPTokenizer.from_pretrained, "tokenizer")
         self._vae_config = checkpoint.full_config(AutoencoderKL, "vae")
@@ -355,3 +369,58 @@ class AnimateDiffModel(VideoModel):
     def lora_targets(self) -> list[str]:
         """The attention projections of the motion modules, and nothing else."""
         return [name for name, _ in self.denoiser.named_modules() if _ATTENTION.match(name)]
+
+    def publication(self) -> Publication:
+        """As diffusers' AnimateDiffPipeline and ComfyUI's AnimateDiff-Evolved call it."""
+        arguments = {}
+        if (adapter := self._motion_adapter) is not None:
+            revision = f", revision={adapter.revision!r}" if adapter.revision else ""
+            arguments["motion_adapter"] = (
+                f"MotionAdapter.from_pretrained({adapter.source!r}{revision})"
+            )
+        return Publication(
+            pipeline="AnimateDiffPipeline",
+            source=self._checkpoint.source,
+            revision=self._checkpoint.revision,
+            networks={"unet": self.denoiser},
+            scheduler=self.scheduler,
+            index=_INDEX,
+            folder=self._checkpoint.folder,
+            comfy=comfy_names,
+            comfy_place="For AnimateDiff-Evolved in ComfyUI: put the .safetensors file into "
+            "`models/animatediff_motion_lora` and choose it in the node Load AnimateDiff LoRA.",
+            arguments=arguments,
+        )
+
+
+# Checkpoints of Stable Diffusion have an index of another pipeline.
+_INDEX: Mapping[str, Any] = {
+    "unet": ("diffusers", "UNetMotionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "scheduler": ("diffusers", "DDIMScheduler"),
+    "motion_adapter": (None, None),
+    "feature_extractor": (None, None),
+    "image_encoder": (None, None),
+}
+_IN_MOTION_MODULE = re.compile(
+    r"(?P<module>.*motion_modules\.\d+)\.(?P<block>transformer_blocks\.\d+)"
+    r"\.attn(?P<attention>[12])\.(?P<projection>to_q|to_k|to_v|to_out)(\.0)?"
+)
+
+
+def comfy_names(module: str) -> LoraNames | None:
+    """The layout of AnimateDiff's own motion LoRAs, which AnimateDiff-Evolved reads.
+
+    Modules are named as in diffusers' scripts/convert_animatediff_motion_lora_to_diffusers.py, the
+    other way round; for the factors' names see Kosinkadink/ComfyUI-AnimateDiff-Evolved,
+    animatediff/model_injection.py: load_motion_lora_as_patches.
+    """
+    if (found := _IN_MOTION_MODULE.fullmatch(module)) is None:
+        return None
+    stem = (
+        f"{found['module']}.temporal_transformer.{found['block']}.attention_blocks."
+        f"{int(found['attention']) - 1}.processor.{found['projection']}_lora"
+    )
+    return LoraNames(down=f"{stem}.down.weight", up=f"{stem}.up.weight")

@@ -404,6 +404,9 @@ class CogVideoXModel(VideoModel):
 
     def publication(self) -> Publication:
         """As diffusers' CogVideoXPipeline and ComfyUI call it."""
+        call: dict[str, Any] = {"use_dynamic_cfg": True} if self._dynamic else {}
+        if (length := self._config["max_text_seq_length"]) != _PIPELINE_TEXT_LENGTH:
+            call["max_sequence_length"] = length
         return Publication(
             pipeline="CogVideoXPipeline",
             source=self._checkpoint.source,
@@ -416,10 +419,11 @@ class CogVideoXModel(VideoModel):
             comfy_place="For ComfyUI's own CogVideoX: put the .safetensors file into "
             "`models/loras` and choose it in the node LoraLoaderModelOnly. "
             "ComfyUI-CogVideoXWrapper reads what `--format diffusers` writes instead.",
-            call={"use_dynamic_cfg": True} if self._dynamic else {},
+            call=call,
         )
 
 
+_PIPELINE_TEXT_LENGTH = 226  # where a call of CogVideoXPipeline says nothing else
 _IN_BLOCK = re.compile(r"transformer_blocks\.(?P<block>\d+)\.(?P<layer>.+)")
 _COMFY_LAYERS: Mapping[str, str] = {
     "attn1.to_q": "q",

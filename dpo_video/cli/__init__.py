@@ -13,6 +13,7 @@ from dpo_video.cli import (
     compare,
     config,
     evaluate,
+    export,
     export_pairs,
     generate,
     label,
@@ -34,6 +35,7 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)
+app.command("export")(export.export)
 app.command("build")(build.build)
 app.command("label")(label.label)
 app.command("check")(check.check)

@@ -1,0 +1,174 @@
+"""`dpo-video export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpo_video.cli.options import Device, console, resolve
+from dpo_video.cli.train import slope_of
+from dpo_video.errors import RunError, StoreError, UserError
+
+if TYPE_CHECKING:
+    from dpo_video.card import Story
+    from dpo_video.config import Config
+    from dpo_video.export import Check
+    from dpo_video.strategies import VideoModel
+    from dpo_video.types import Publication
+
+
+class Target(StrEnum):
+    """`dpo_video.export.Format`, which would import torch."""
+
+    diffusers = "diffusers"
+    peft = "peft"
+    comfyui = "comfyui"
+    merged = "merged"
+
+
+class Precision(StrEnum):
+    """Of the weights in the files."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    target: Annotated[
+        Target,
+        typer.Option(
+            "--format",
+            help="diffusers: load_lora_weights reads it. peft: PeftModel.from_pretrained does. "
+            "comfyui: ComfyUI does. merged: a whole checkpoint with the adapter in it.",
+        ),
+    ] = Target.diffusers,
+    checkpoint: Annotated[
+        int | None, typer.Option("--checkpoint", help="Its step; the last one if left out.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="A new folder; RUN/export/FORMAT-STEP if left out."),
+    ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option("--dtype", help="Of the weights in the files; their own if left out."),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Write a run's adapter so that other programs load it, with a model card.
+
+    It is loaded back and compared with the run before anything is said to be done.
+    """
+    if not (run / "run.toml").is_file():
+        raise RunError(f"'{run}' is not a run: it has no run.toml. Name a folder under runs/.")
+    config = resolve(run / "run.toml", None, run_device=device)
+    if target is Target.merged and "model" not in type(config.backbone).model_fields:
+        raise UserError(
+            f"The backbone '{config.tables['backbone']['name']}' has no option 'model' to load a "
+            "merged checkpoint by. Export with --format diffusers or peft."
+        )
+    import torch
+
+    from dpo_video.card import loading_script, model_card
+    from dpo_video.export import Format, checkpoint_at
+    from dpo_video.export import export as export_adapter
+    from dpo_video.session import load_model, pick_device
+
+    folder = checkpoint_at(run, checkpoint)
+    story = _story(run, config, folder.name)
+    place = out or run / "export" / f"{target.value}-{story.step}"
+    if place.exists():
+        raise RunError(f"'{place}' exists already. Delete it, or name another folder with --out.")
+    where = pick_device(config.run.device)
+    model = load_model(config, where)
+
+    def card(publication: Publication, check: Check) -> str:
+        script = ""
+        if target is not Target.comfyui:
+            script = loading_script(
+                model,
+                publication,
+                format=target.value,
+                folder=place,
+                adapted=check.adapted,
+                prompt=config.backbone.prompts(1)[0],
+            )
+        return model_card(
+            story,
+            publication,
+            format=target.value,
+            script=script,
+            change=check.change,
+            difference=check.difference,
+        )
+
+    def reload(folder: Path) -> VideoModel:
+        options = {**config.backbone.model_dump(exclude_unset=True), "model": str(folder)}
+        backbone = type(config.backbone)(**options)
+        return load_model(dataclasses.replace(config, backbone=backbone), where)
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    check = export_adapter(
+        model,
+        folder / "adapter",
+        Format(target.value),
+        place,
+        name=story.name,
+        card=card,
+        reload=reload,
+        dtype=dtypes[dtype.value] if dtype else None,
+    )
+    console.print(
+        f"Loaded back and compared: the predictions differ by {check.difference:.2g} of their "
+        f"size; the adapter changes them by {check.change:.2g}."
+    )
+    if target is Target.merged and check.difference > check.change / 2:
+        console.print(
+            "[yellow]Most of what was learned is lost in rounding.[/] Export with --dtype fp32, or "
+            "keep the adapter apart (--format diffusers)."
+        )
+    console.print(f"How to load it: [bold]{place / 'README.md'}[/]")
+
+
+def _story(run: Path, config: Config, checkpoint: str) -> Story:
+    from dpo_video.card import Story
+    from dpo_video.evaluation import Evaluation
+    from dpo_video.train import read_log
+    from dpo_video.verdict import judge_training
+
+    step = int(checkpoint.removeprefix("step_"))
+    reports = read_log(run)[:step]
+    found = run / "evaluation" / "evaluation.json"
+    return Story(
+        name=run.resolve().name,
+        tables=config.tables,
+        versions=tomllib.loads((run / "run.toml").read_text(encoding="utf-8")).get("versions", {}),
+        pairs=_pairs(config),
+        checkpoint=checkpoint,
+        step=step,
+        verdict=judge_training(reports, slope=slope_of(reports)) if reports else None,
+        evaluation=Evaluation.from_json(found.read_text(encoding="utf-8"))
+        if found.is_file()
+        else None,
+    )
+
+
+def _pairs(config: Config) -> str:
+    """What the run was trained on, in words."""
+    from dpo_video.store import PairStore
+
+    if not isinstance(config.pairs, Path):
+        count = f"{config.build.count} " if config.build.count else ""
+        return f"{count}{config.tables['pairs']['name']}"
+    try:
+        store = PairStore(config.pairs)
+    except StoreError:  # it may have been deleted since
+        return f"the pairs in '{config.pairs.name}'"
+    return f"{len(store)} {store.manifest.recipe.get('pairs', {}).get('name', 'pairs')}"
