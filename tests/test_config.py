@@ -204,3 +204,26 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     latin.write_bytes(b'[run]\nprompt = "\xe9"\n')
     with pytest.raises(UserError, match="is not valid TOML"):
         resolve(file=latin)
+
+
+def test_a_family_trains_as_its_papers_do_where_nobody_says_otherwise(tmp_path: Path) -> None:
+    tables = resolve(choices={"backbone": "cogvideox"}).tables["train"]
+    assert (tables["rank"], tables["alpha"], tables["lr"]) == (64, 128, 1e-5)
+    assert (tables["betas"], tables["weight_decay"]) == ([0.9, 0.95], 1e-3)
+    assert resolve(choices={"backbone": "animatediff"}).train.lr == 1e-5
+    assert resolve().train.rank == 16 and resolve().train.lr == 1e-4
+    # What the command line or a file says goes before it.
+    said = resolve(choices={"backbone": "cogvideox"}, assignments=["train.lr=1e-4"]).train
+    assert (said.rank, said.lr) == (64, 1e-4)
+    file = tmp_path / "run.toml"
+    file.write_text('[backbone]\nname = "cogvideox"\n[train]\nrank = 4\nalpha = 4\n')
+    read = resolve(file=file).train
+    assert (read.rank, read.alpha, read.weight_decay) == (4, 4, 1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "cogvideox"])
+def test_alpha_follows_a_rank_that_is_set_alone(backbone: str) -> None:
+    chosen = {"backbone": backbone}
+    assert resolve(choices=chosen, flags={"train.rank": 8}).train.alpha == 16
+    both = resolve(choices=chosen, assignments=["train.rank=8", "train.alpha=8"]).train
+    assert (both.rank, both.alpha) == (8, 8)

@@ -1,43 +1,215 @@
 from __future__ import annotations
 
+import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import CPU, SHAPE, load_small
-from diffusers import AnimateDiffPipeline, DDPMScheduler
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    MotionAdapter,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpo_video.backbone.animatediff import AnimateDiff, AnimateDiffModel
 from dpo_video.errors import UserError
 from dpo_video.strategies import Sampling
 
+PROMPT = "a red square moving left slowly"
 
-def test_sampling_from_noise_equals_diffusers_pipeline(small_folder: Path) -> None:
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A motion adapter for `base_folder`, a repository of its own as on the hub."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(1)
+    adapter = MotionAdapter(
+        block_out_channels=(16, 16),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=4,
+        motion_max_seq_length=SHAPE.frames,
+        use_motion_mid_block=False,
+    )
+    for parameter in adapter.parameters():  # its own init starts with modules that do nothing
+        torch.nn.init.normal_(parameter, std=0.2)
+    adapter.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion checkpoint: a UNet without motion modules, and its own schedule."""
+    folder = tmp_path_factory.mktemp("base")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(small_folder / part, folder / part)
+    torch.manual_seed(2)
+    UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")
+    DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False
+    ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def load_base(base: Path, adapter: Path, **options: Any) -> AnimateDiffModel:
+    shape = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
+    backbone = AnimateDiff(model=str(base), motion_adapter=str(adapter), **{**shape, **options})
+    model = backbone.load(CPU, torch.float32)
+    assert isinstance(model, AnimateDiffModel)
+    return model
+
+
+def stock_sample(pipeline: AnimateDiffPipeline, noise: Tensor, steps: int) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    frames: Tensor = pipeline(
+        PROMPT,
+        num_frames=SHAPE.frames,
+        height=SHAPE.height,
+        width=SHAPE.width,
+        num_inference_steps=steps,
+        guidance_scale=2.0,
+        latents=noise,
+        output_type="latent",
+    ).frames
+    return frames
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
+@pytest.mark.parametrize("steps", [4, 7])  # 7 do not divide 1000
+def test_sampling_from_noise_equals_diffusers_pipeline(
+    small_folder: Path, steps: int, spacing: str
+) -> None:
     model = load_small(small_folder)
+    model.scheduler.register_to_config(timestep_spacing=spacing)
     pipeline = AnimateDiffPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
         tokenizer=model.tokenizer,
         unet=model.denoiser,
         motion_adapter=None,
-        scheduler=model.scheduler,
+        scheduler=DDIMScheduler.from_config(model.scheduler.config),
     )
-    pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    theirs = pipeline(
-        "a red square moving left slowly",
-        num_frames=SHAPE.frames,
-        height=SHAPE.height,
-        width=SHAPE.width,
-        num_inference_steps=4,
-        guidance_scale=2.0,
-        latents=noise,
-        output_type="latent",
-    ).frames
-    ours = model.sample(model.encode_prompts(["a red square moving left slowly"]), noise)
+    theirs = stock_sample(pipeline, noise, steps)
+    ours = model.sample(model.encode_prompts([PROMPT]), noise, steps=steps)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     decoded = pipeline.decode_latents(ours) / 2 + 0.5
     torch.testing.assert_close(model.decode_videos(ours), decoded.clamp(0, 1).float())
+
+
+def test_a_base_with_a_motion_adapter_equals_diffusers_pipeline(
+    base_folder: Path, adapter_folder: Path
+) -> None:
+    model = load_base(base_folder, adapter_folder)
+    pipeline = AnimateDiffPipeline(
+        unet=UNet2DConditionModel.from_pretrained(base_folder, subfolder="unet"),
+        vae=AutoencoderKL.from_pretrained(base_folder, subfolder="vae"),
+        text_encoder=CLIPTextModel.from_pretrained(base_folder, subfolder="text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(base_folder, subfolder="tokenizer"),
+        motion_adapter=MotionAdapter.from_pretrained(adapter_folder),
+        # As in diffusers' examples of AnimateDiff, but for the spacing.
+        scheduler=DDIMScheduler.from_pretrained(
+            base_folder,
+            subfolder="scheduler",
+            clip_sample=False,
+            timestep_spacing="trailing",
+            beta_schedule="linear",
+            steps_offset=1,
+        ),
+    )
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    ours = model.sample(model.encode_prompts([PROMPT]), noise, steps=4, guidance=2.0)
+    torch.testing.assert_close(ours, stock_sample(pipeline, noise, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapters_weights_are_part_of_the_identity(
+    base_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    other = MotionAdapter.from_pretrained(adapter_folder)
+    next(other.parameters()).data += 1
+    other.save_pretrained(tmp_path)
+    models = [load_base(base_folder, folder) for folder in (adapter_folder, tmp_path)]
+    assert models[0].identity != models[1].identity
+    assert models[0].identity == load_base(base_folder, adapter_folder).identity
+
+
+class TrueNoise(nn.Module):
+    """A network that knows the noise."""
+
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, noisy: Tensor, *inputs: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (self.noise.repeat(len(noisy), 1, 1, 1, 1),)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "least", "most"),
+    [
+        ("trailing", 25, 0.0, 1e-3),  # the default: nothing stays
+        ("leading", 30, 0.0, 1e-3),
+        ("trailing", 30, 0.0, 0.05),  # steps of 33 where 33.3 were right
+        ("linspace", 25, 0.005, 0.1),
+        ("linspace", 4, 0.1, 10.0),
+    ],
+)
+def test_noise_that_the_schedulers_steps_leave_in_a_video(
+    small_model: AnimateDiffModel, spacing: str, steps: int, least: float, most: float
+) -> None:
+    """diffusers' DDIM goes down by T // steps, whatever the next timestep is."""
+    small_model.scheduler.register_to_config(timestep_spacing=spacing)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(1, *small_model.latent_shape, generator=generator) for _ in "ab")
+    drawn = small_model.sample(
+        small_model.encode_prompts([PROMPT]), noise, denoiser=TrueNoise(noise), clean=clean,
+        steps=steps,
+    )  # fmt: skip
+    left = ((drawn - clean) / noise).mean().abs().item()
+    assert least <= left <= most
+
+
+def test_outside_of_a_region_the_noise_is_that_of_the_inside(
+    small_model: AnimateDiffModel,
+) -> None:
+    """Also where the scheduler's steps do not end where the next begin."""
+    small_model.scheduler.register_to_config(timestep_spacing="linspace")
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(1, *small_model.latent_shape, generator=generator) for _ in "ab")
+    region = torch.zeros(1, 1, *clean.shape[2:])
+    region[..., :2] = 1
+    seen: list[Tensor] = []
+
+    class Watching(TrueNoise):
+        def forward(self, noisy: Tensor, *inputs: Tensor, return_dict: bool) -> tuple[Tensor]:
+            seen.append(noisy[:1])
+            return super().forward(noisy, *inputs, return_dict=return_dict)
+
+    small_model.sample(
+        small_model.encode_prompts([PROMPT]), noise, denoiser=Watching(noise), clean=clean,
+        region=region, steps=4,
+    )  # fmt: skip
+    second = seen[1]
+    a = small_model.scheduler.alphas_cumprod[999 - 250]
+    expected = a.sqrt() * clean + (1 - a).sqrt() * noise
+    torch.testing.assert_close(second, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_noise_and_target_equal_the_schedulers(small_model: AnimateDiffModel) -> None:
@@ -108,3 +280,33 @@ def test_a_low_level_stays_nearer_to_the_clip(
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot load the unet of .*backbone\.model"):
         AnimateDiff(model=str(tmp_path)).load(CPU, torch.float32)
+
+
+def test_a_missing_adapter_is_named_by_its_own_option(base_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"backbone\.motion_adapter"):
+        load_base(base_folder, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"frames": 8}, r"at most 4 frames at once, not 8\..*backbone\.frames=4"),
+        ({}, "Cannot load the unet"),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    base_folder: Path, adapter_folder: Path, tmp_path: Path, options: dict[str, int], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        load_base(base_folder if options else tmp_path, adapter_folder, **options)
+
+
+def test_released_parts_come_back_as_they_were(small_model: AnimateDiffModel) -> None:
+    videos = torch.rand(1, 3, SHAPE.frames, SHAPE.height, SHAPE.width)
+    before = small_model.encode_videos(videos), small_model.encode_prompts([PROMPT])
+    parts = weakref.ref(small_model.vae), weakref.ref(small_model.text_encoder)
+    small_model.release()
+    assert [part() for part in parts] == [None, None]
+    assert torch.equal(small_model.encode_videos(videos), before[0])
+    again = small_model.encode_prompts([PROMPT])
+    assert torch.equal(again["prompt_embeds"], before[1]["prompt_embeds"])
