@@ -1,4 +1,8 @@
-"""Options from four places: defaults < run.toml < `--loss NAME` < `--set loss.beta=500`."""
+"""Options from four places, and presets by card.
+
+Defaults < run.toml < `--loss NAME` < `--tier NAME` < `--set loss.beta=500` and flags like --seed:
+what stands on the command line is over what a file says.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from dpo_video.strategies import (
     PairBuilder,
     Reference,
 )
+from dpo_video.tiers import Tier, find_tier
 
 Model = TypeVar("Model", bound=BaseModel)
 Tables = dict[str, dict[str, Any]]
@@ -76,6 +81,7 @@ def resolve(
     file: Path | None = None,
     choices: Mapping[str, str | None] | None = None,
     metrics: Sequence[str] = (),
+    tier: str | None = None,
     flags: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
 ) -> Config:
@@ -85,6 +91,7 @@ def resolve(
         file: a TOML file; [versions] in it is ignored.
         choices: kind to name, as given by `--loss NAME`; None leaves the kind as it is.
         metrics: names given by `--metric`; empty leaves them as they are.
+        tier: name of a tier, whose options are put over the file's.
         flags: dotted option path to value, for options with flags of their own.
         assignments: texts such as "loss.beta=500".
 
@@ -103,6 +110,8 @@ def resolve(
         guards = cast(type[Backbone], backbone_class).guards
         wanted = metrics or (*METRICS, *guards)
         tables["metric"] = {name: tables.get("metric", {}).get(name, {}) for name in wanted}
+    if tier is not None:
+        _apply(find_tier(tier), tables)
     for path, value in (flags or {}).items():
         if value is not None:
             _assign(tables, path, value)
@@ -116,6 +125,13 @@ def resolve(
     defaults = cast(type[Backbone], backbone_class).training
     tables["train"] = _trained(tables.get("train", {}), defaults)
     return _make(tables)
+
+
+def _apply(tier: Tier, tables: Tables) -> None:
+    """Put a tier's options over those there are; alpha then goes along with its rank."""
+    for path, value in tier.preset(_name(tables, "backbone")).items():
+        _assign(tables, path, value)
+    tables["train"].pop("alpha", None)
 
 
 def _trained(given: Any, defaults: Mapping[str, Any]) -> Any:

@@ -30,6 +30,7 @@ from dpo_video.cli.options import (
     Pairs,
     Prompt,
     Seed,
+    Tier,
     console,
     resolve,
 )
@@ -53,6 +54,7 @@ def build(
     prompt: Prompt = None,
     seed: Seed = None,
     device: Device = None,
+    tier: Tier = None,
     count: Count = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder to write, or to go on with.")
@@ -62,6 +64,7 @@ def build(
     config = resolve(
         file,
         assignments,
+        tier=tier,
         pairs=pairs,
         backbone=backbone,
         labeler=labeler,

@@ -21,6 +21,7 @@ from dpo_video.cli.options import (
     Prompt,
     Reference,
     Seed,
+    Tier,
     resolve,
 )
 
@@ -38,6 +39,7 @@ def config(
     prompt: Prompt = None,
     seed: Seed = None,
     device: Device = None,
+    tier: Tier = None,
     count: Count = None,
     as_json: Json = False,
 ) -> None:
@@ -45,6 +47,7 @@ def config(
     resolved = resolve(
         file,
         assignments,
+        tier=tier,
         pairs=pairs,
         loss=loss,
         reference=reference,

@@ -15,12 +15,17 @@ from dpo_video.cli.options import Json
 
 def list_strategies(
     kind: Annotated[
-        str | None, typer.Argument(help="pairs, labeler, loss, reference, metric or backbone.")
+        str | None,
+        typer.Argument(help="pairs, labeler, loss, reference, metric or backbone; or tier."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List what is installed, built in or by plugins."""
+    """List what is installed, built in or by plugins; or the tiers of `--tier`."""
     from dpo_video import registry
+
+    if kind == "tier":
+        _list_tiers(as_json)
+        return
 
     kinds = [registry.check_kind(kind)] if kind else registry.KINDS
     found = [listing for each in kinds for listing in registry.listings(each)]
@@ -36,4 +41,20 @@ def list_strategies(
             table.add_row(row.kind, f"[cyan]{row.name}[/]", row.summary, row.distribution)
         if not rows:
             table.add_row(each, "[dim]none[/]", "", "")
+    Console().print(table)
+
+
+def _list_tiers(as_json: bool) -> None:
+    from dpo_video.tiers import tiers
+
+    if as_json:
+        typer.echo(json.dumps([tier.model_dump() for tier in tiers().values()], indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("tier", "card", "GiB", "TFLOP/s"):
+        table.add_column(column)
+    for tier in tiers().values():
+        table.add_row(
+            f"[cyan]{tier.name}[/]", tier.card, f"{tier.memory_gib:g}", f"{tier.tflops:g}"
+        )
     Console().print(table)

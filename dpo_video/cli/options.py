@@ -59,6 +59,11 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="cuda, mps, cpu; the best there is.", rich_help_panel=_RUN),
 ]
+Tier = Annotated[
+    str | None,
+    typer.Option("--tier", help="Presets for a card: t4, l4, 4090, a100, h100, or auto for yours.",
+                 rich_help_panel=_RUN),
+]  # fmt: skip
 Count = Annotated[int | None, typer.Option("--count", help="Pairs to build.", rich_help_panel=_RUN)]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
@@ -73,6 +78,7 @@ def resolve(
     backbone: str | None = None,
     labeler: str | None = None,
     metrics: list[str] | None = None,
+    tier: str | None = None,
     **flags: Any,
 ) -> Config:
     """The configuration that a command's flags amount to.
@@ -92,6 +98,7 @@ def resolve(
             "labeler": labeler,
         },
         metrics=metrics or (),
+        tier=tier,
         flags={name.replace("_", ".", 1): value for name, value in flags.items()},
         assignments=assignments or (),
     )

@@ -19,14 +19,18 @@ from dpo_video.errors import UserError
 
 def show(
     kind: Annotated[
-        str, typer.Argument(help="A kind (see `dpo-video list`), or run, build, train, evaluate.")
+        str,
+        typer.Argument(help="A kind (see `dpo-video list`), run, build, train, ... or tier."),
     ],
-    name: Annotated[str | None, typer.Argument(help="A strategy's name.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A strategy's or a tier's name.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a strategy: what it does, its source, and every option with type and default."""
     from dpo_video import config, registry
 
+    if kind == "tier":
+        _show_tier(name, as_json)
+        return
     if kind in config.ENGINES:
         model, path = config.ENGINES[kind], kind
     elif name is None:
@@ -52,6 +56,33 @@ def show(
         table.add_row(f"[cyan]{option.path}[/]", escape(option.type), escape(option.default),
                       escape(option.meaning))  # fmt: skip
     console.print(table if options else "It has no options.")
+
+
+def _show_tier(name: str | None, as_json: bool) -> None:
+    from dpo_video.tiers import find_tier
+
+    if name is None:
+        raise UserError("Which tier? See `dpo-video list tier`.")
+    tier = find_tier(name)
+    if as_json:
+        typer.echo(tier.model_dump_json(indent=2))
+        return
+    console = Console()
+    console.print(
+        f"[bold]tier[/] [cyan]{tier.name}[/]\n\n{tier.card}: {tier.memory_gib:g} GiB, "
+        f"{tier.tflops:g} TFLOP/s ({tier.source}).\nIts options stand over those of --config, and "
+        "below --set and other flags. LoRA's alpha goes along with the rank.\n",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("option", "every backbone", *tier.backbone):
+        table.add_column(column)
+    paths = [*tier.options, *(path for own in tier.backbone.values() for path in own)]
+    for path in dict.fromkeys(paths):
+        cells = [tier.options.get(path), *(own.get(path) for own in tier.backbone.values())]
+        shown = ("" if cell is None else str(cell) for cell in cells)
+        table.add_row(f"[cyan]{path}[/]", *shown)
+    console.print(table)
 
 
 def _reflowed(text: str) -> str:

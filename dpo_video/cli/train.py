@@ -27,6 +27,7 @@ from dpo_video.cli.options import (
     Prompt,
     Reference,
     Seed,
+    Tier,
     console,
     resolve,
 )
@@ -58,6 +59,7 @@ def train(
     prompt: Prompt = None,
     seed: Seed = None,
     device: Device = None,
+    tier: Tier = None,
     count: Count = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Optimizer steps.", rich_help_panel="Run")
@@ -91,6 +93,7 @@ def train(
     config = resolve(
         file,
         assignments,
+        tier=tier,
         pairs=pairs,
         loss=loss,
         reference=reference,
