@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import small_cogvideox
 import small_wan
 import torch
 from chat_server import serving
@@ -104,6 +105,9 @@ def test_backbones(name: str, small_folder: Path, tmp_path: Path) -> None:
     small: dict[str, dict[str, Any]] = {"animatediff": {"model": str(small_folder), **shape}}
     if name == "wan":
         small["wan"] = {"model": str(small_wan.save_small_wan(tmp_path)), **small_wan.OPTIONS}
+    if name == "cogvideox":
+        folder = small_cogvideox.save_small_cogvideox(tmp_path)
+        small["cogvideox"] = {"model": str(folder), **small_cogvideox.OPTIONS}
     backbone: Backbone = made("backbone", name, **small.get(name, {}))
     check_backbone(backbone)
     if name == "tiny" and not WEIGHTS.is_dir():
