@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dpo_video.errors import ExportError, RunError
+from dpo_video.errors import ExportError, RunError, UserError
 from dpo_video.files import write_text, writing
 from dpo_video.layouts import (
     Comfy,
@@ -44,6 +44,7 @@ SHARE_TOLERANCE = 0.02
 NOISE_TOLERANCE = 32.0
 """Rounding errors of the denoiser's precision by which a prediction may be off besides: the same
 numbers, added in another order."""
+_SUMS = 1e-5  # what the order of a sum in fp32 makes
 _LEVELS = 16  # drawn; the highest and the lowest are tried, so that every expert is
 _INPUTS = 8  # vectors that a layer's update is tried on
 _DESCRIBING = {".json", ".txt", ".model"}
@@ -144,7 +145,7 @@ def export(
                 updates = _take_off(publication)
                 layout = _layout(format, policy, name)
                 layout.write(partial, publication, updates, dtype)
-                found = _predict_loaded(model, probe, layout, partial, publication, updates)
+                found = _predict_loaded(model, probe, layout, partial, publication, updates, dtype)
             check = _compare(bare, wanted, found, adapted, epsilon)
             write_text(partial / "README.md", card(publication, check))
             partial.rename(out)
@@ -221,18 +222,19 @@ def _predict_loaded(
     folder: Path,
     publication: Publication,
     updates: Mapping[str, Updates],
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """Load what was written back, compare it layer by layer, and predict with it."""
     try:
         with layout.loaded(folder, publication, list(updates)):
             for name, layers in updates.items():
-                _compare_layers(layers, read_updates(publication.networks[name]))
+                _compare_layers(layers, read_updates(publication.networks[name]), dtype)
             return probe.predict(model)
     except (RuntimeError, ValueError, LookupError, OSError, SafetensorError) as error:
         raise _does_not_load(error) from error
 
 
-def _compare_layers(wanted: Updates, found: Updates) -> None:
+def _compare_layers(wanted: Updates, found: Updates, dtype: torch.dtype | None) -> None:
     """By what each layer's output gains: exact where the prediction of a whole network is not."""
     if strays := sorted(wanted.keys() ^ found.keys()):
         raise ExportError(
@@ -244,8 +246,10 @@ def _compare_layers(wanted: Updates, found: Updates) -> None:
         inputs = torch.randn(_INPUTS, update.down.shape[1], generator=draw)
         right, got = update.applied(inputs), found[name].applied(inputs)
         off = _relative(got - right, right)
-        precision = torch.finfo(found[name].down.dtype).eps
-        if not off <= LAYER_TOLERANCE * precision + 1e-5:
+        # Readers may widen what they read, and may narrow it to the network's own precision.
+        kinds = {found[name].down.dtype, dtype or torch.float32}
+        epsilon = max(torch.finfo(kind).eps for kind in kinds)
+        if not off <= LAYER_TOLERANCE * epsilon + _SUMS:
             raise ExportError(
                 f"Loaded back, the update of '{name}' is off by {off:.1%}. Its numbers may be too "
                 "small for the precision that they are stored in: export with --dtype fp32, or "
@@ -296,7 +300,7 @@ def _copy_part(source: Path, place: Path) -> None:
 def _reloaded(reload: Callable[[Path], VideoModel], folder: Path) -> VideoModel:
     try:
         return reload(folder)
-    except (RuntimeError, ValueError, LookupError, OSError, SafetensorError) as error:
+    except (UserError, RuntimeError, ValueError, LookupError, OSError, SafetensorError) as error:
         raise _does_not_load(error) from error
 
 

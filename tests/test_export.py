@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from diffusers import (
     UNetMotionModel,
 )
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from small_cogvideox import load_small_cogvideox, save_small_cogvideox
 from small_wan import load_small_wan, save_small_wan
 from torch import Tensor, nn
@@ -29,6 +32,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.card import loading_script
 from dpo_video.diffusion import initial_noise
+from dpo_video.errors import ExportError, RunError
 from dpo_video.evaluate import merged
 from dpo_video.export import Check, Format, export
 from dpo_video.strategies import Sampling, VideoModel
@@ -137,9 +141,6 @@ def random_adapter(model: VideoModel, folder: Path, scale: float = 1.0) -> Path:
     return folder
 
 
-FAMILIES = ("animatediff", "cogvideox", "cogvideox 1.5", "wan", "wan a14b")
-
-
 @pytest.fixture(scope="module")
 def cases(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     made: dict[str, Case] = {}
@@ -196,8 +197,15 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the five lines of a newcomer --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["diffusers", "peft", "merged"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [
+        *itertools.product(
+            ("animatediff", "cogvideox", "wan a14b"), ("diffusers", "peft", "merged")
+        ),
+        *itertools.product(("cogvideox 1.5", "wan"), ("diffusers",)),
+    ],
+)
 def test_the_cards_script_draws_what_generate_draws(
     cases: Callable[[str], Case], family: str, format: str, tmp_path: Path
 ) -> None:
@@ -213,3 +221,232 @@ def test_the_cards_script_draws_what_generate_draws(
     if format == "merged":
         again = replace(case, folder=tmp_path / "out").load()
         torch.testing.assert_close(frames(again), ours, atol=1e-3, rtol=0)
+
+
+# --- ComfyUI -----------------------------------------------------------------------------------
+
+# ComfyUI's CogVideoXBlock (comfy/ldm/cogvideo/model.py), in diffusers' names.
+COMFY_COGVIDEOX = {
+    "q": "attn1.to_q",
+    "k": "attn1.to_k",
+    "v": "attn1.to_v",
+    "attn_out": "attn1.to_out.0",
+}
+
+
+def add_by_evolved(network: nn.Module, file: dict[str, Tensor]) -> None:
+    """As AnimateDiff-Evolved patches motion modules; their names as diffusers converts them."""
+    weights = dict(network.named_parameters())
+    for key in [key for key in file if "up." not in key]:
+        name = key.replace("processor.", "").replace("_lora", "").replace("down.", "")
+        name = name.replace("to_out.", "to_out.0.")
+        for theirs, ours in (
+            (".attention_blocks.0", ".attn1"),
+            (".attention_blocks.1", ".attn2"),
+            (".temporal_transformer", ""),
+        ):
+            name = name.replace(theirs, ours)
+        weights[name].data += file[key.replace(".down.", ".up.")] @ file[key]
+
+
+def add_by_comfy(network: nn.Module, file: dict[str, Tensor]) -> None:
+    """As ComfyUI patches its own CogVideoX: `lora_B @ lora_A`, and no alpha means no scale."""
+    weights = dict(network.named_parameters())
+    for key in [key for key in file if key.endswith(".lora_A.weight")]:
+        stem = key.removesuffix(".lora_A.weight")
+        _, _, block, layer = stem.split(".")
+        weight = weights[f"transformer_blocks.{block}.{COMFY_COGVIDEOX[layer]}.weight"]
+        weight.data += file[f"{stem}.lora_B.weight"] @ file[key]
+
+
+def add_by_diffusers(network: nn.Module, file: dict[str, Tensor]) -> None:
+    """diffusers reads ComfyUI's files for Wan, by a table of its own."""
+    state = diffusers.WanPipeline.lora_state_dict(dict(file))
+    network.load_lora_adapter(state, prefix="transformer")
+
+
+READERS = {
+    "animatediff": add_by_evolved,
+    "cogvideox": add_by_comfy,
+    "wan": add_by_diffusers,
+    "wan a14b": add_by_diffusers,
+}
+
+
+@torch.no_grad()
+def predicted(model: VideoModel) -> Tensor:
+    levels = model.sample_levels(16, torch.Generator().manual_seed(0))
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    level = torch.stack([levels.min(), levels.max()])
+    return model.predict(model.denoiser, noise, level, model.encode_prompts([PROMPT, ""]))
+
+
+@pytest.mark.parametrize("family", READERS)
+def test_a_file_for_comfyui_means_the_same_to_somebody_elses_reader(
+    cases: Callable[[str], Case], family: str, tmp_path: Path
+) -> None:
+    case = cases(family)
+    case.export("comfyui", tmp_path / "out")
+    model = case.load()
+    publication = model.publication()
+    assert publication is not None
+    bare = predicted(model)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert [file.name for file in files] == (
+        ["mine-transformer.safetensors", "mine-transformer_2.safetensors"]
+        if "a14b" in family
+        else ["mine.safetensors"]
+    )
+    for file, network in zip(files, publication.networks.values(), strict=True):
+        READERS[family](network, load_file(file))
+    wanted, found = predicted(case.adapted()), predicted(model)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert (wanted - bare).abs().max() > 0.01
+
+
+# --- what is stored ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [
+        ("diffusers", torch.float16),
+        ("peft", torch.bfloat16),
+        ("comfyui", torch.bfloat16),
+        ("merged", torch.float16),
+    ],
+)
+def test_weights_are_stored_in_the_precision_asked_for(
+    cases: Callable[[str], Case], format: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    check, _ = cases("wan").export(format, tmp_path / "out", dtype=dtype)
+    folder = tmp_path / "out" / ("transformer" if format == "merged" else "")
+    (file,) = folder.glob("*.safetensors")
+    stored = {name: tensor.dtype for name, tensor in load_file(file).items()}
+    kept = {name for name, kind in stored.items() if kind != dtype}
+    # What diffusers keeps in fp32 whatever it is asked for stays so.
+    assert all("norm" in name or "time_embedder" in name or "table" in name for name in kept)
+    assert len(kept) < len(stored) and (format == "merged" or not kept)
+    assert 0 < check.difference < 32 * torch.finfo(dtype).eps
+
+
+def test_rank_and_alpha_survive(cases: Callable[[str], Case], tmp_path: Path) -> None:
+    case = cases("animatediff")
+    case.export("peft", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA)
+    case.export("diffusers", tmp_path / "diffusers")
+    own = load_file(case.adapter / "adapter_model.safetensors")
+    written = load_file(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors")
+    assert len(own) == len(written)
+    for key, tensor in own.items():
+        scale = ALPHA / RANK if "lora_B" in key else 1.0
+        found = written[key.replace("base_model.model.", "unet.")]
+        torch.testing.assert_close(found, scale * tensor)
+
+
+def test_only_the_expert_that_was_trained_is_exported(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    both = cases("wan a14b")
+
+    def load(folder: Path) -> VideoModel:
+        return load_small_wan(folder, experts="low")
+
+    adapter = random_adapter(load(both.folder), tmp_path / "adapter")
+    case = replace(both, load_from=load, adapter=adapter)
+    check, script = case.export("diffusers", tmp_path / "out")
+    assert check.adapted == ("transformer_2",)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == [
+        "transformer_2"
+    ]
+    assert script.count("load_lora_weights") == script.count("load_into_transformer_2=True") == 1
+
+
+# --- what must not pass ------------------------------------------------------------------------
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_merged_checkpoint_that_is_another_model_is_refused(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    case = cases("wan")
+    with pytest.raises(ExportError, match=r"predicts something else .* Nothing was exported"):
+        case.export("merged", tmp_path / "out", reload=lambda folder: case.load())
+    assert left(tmp_path) == []
+
+
+def test_a_checkpoint_that_does_not_load_is_refused(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    case = cases("wan")
+
+    def reload(folder: Path) -> VideoModel:
+        (folder / "transformer" / "config.json").write_text('{"num_layers": 1}')
+        return case.load_from(folder)
+
+    with pytest.raises(ExportError, match=r"does not load back .* Nothing was exported"):
+        case.export("merged", tmp_path / "out", reload=reload)
+    assert left(tmp_path) == []
+
+
+def test_numbers_too_small_for_their_precision_are_refused(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    both = cases("wan")
+    tiny = random_adapter(both.load(), tmp_path / "adapter", scale=1e-8)
+    case = replace(both, adapter=tiny)
+    with pytest.raises(ExportError, match=r"update of 'blocks.0.* --dtype fp32"):
+        case.export("comfyui", tmp_path / "out", dtype=torch.float16)
+    assert left(tmp_path) == ["adapter"]
+    case.export("comfyui", tmp_path / "out", dtype=torch.bfloat16)
+
+
+def test_an_adapter_that_changes_nothing_can_be_exported(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    both = cases("wan")
+    case = replace(both, adapter=random_adapter(both.load(), tmp_path / "adapter", scale=0.0))
+    check, _ = case.export("diffusers", tmp_path / "out")
+    assert check.change == check.difference == 0
+
+
+def test_a_card_that_cannot_be_written_leaves_nothing(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    def card(publication: Publication, check: Check) -> str:
+        raise KeyError("steps")
+
+    with pytest.raises(KeyError):
+        cases("wan").export("diffusers", tmp_path / "out", card=card)
+    assert left(tmp_path) == []
+
+
+def test_what_is_there_is_not_overwritten(cases: Callable[[str], Case], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunError, match="exists already"):
+        cases("wan").export("diffusers", tmp_path / "out")
+
+
+def test_an_adapter_of_another_backbone_is_refused(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    case = replace(cases("wan"), adapter=cases("cogvideox").adapter)
+    with pytest.raises(RunError, match="does not fit this backbone"):
+        case.export("diffusers", tmp_path / "out")
+    assert left(tmp_path) == []
+
+
+def test_a_module_without_a_name_in_comfyui_is_said(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    both = cases("wan")
+    model = both.load()
+    policy = get_peft_model(model.denoiser, LoraConfig(r=2, target_modules=["proj_out"]))
+    policy.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ExportError, match=r"no name for 'proj_out'.* --format diffusers or merged"):
+        replace(both, adapter=tmp_path / "adapter").export("comfyui", tmp_path / "out")
+    assert left(tmp_path) == ["adapter"]
