@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 
 from dpo_video.build import Source, cycle_prompts, in_order
 from dpo_video.clips import open_clips
-from dpo_video.config import Config
+from dpo_video.config import Config, Tables
 from dpo_video.errors import StoreError, UserError
 from dpo_video.labels import open_books, pinned, preferences
 from dpo_video.store import Manifest, PairStore
@@ -121,7 +122,12 @@ def open_store(
     Its folder is `where` itself if `exact`, else one under `where` that is named after a hash of
     all that the pairs depend on, so that equal recipes find each other's pairs.
     """
-    tables = {name: config.tables.get(name, {}) for name in ("backbone", "pairs", "labeler")}
+    tables: Tables = {
+        name: config.tables.get(name, {}) for name in ("backbone", "pairs", "labeler")
+    }
+    precision = config.train.precision
+    if precision != "no":  # it shapes the latents, and the model's identity with them
+        tables["train"] = {"precision": precision}
     manifest = Manifest(
         recipe={**tables, "seed": config.run.seed, "clips": clips},
         identity=model.identity,
@@ -130,6 +136,17 @@ def open_store(
     )
     names = f"{config.tables['pairs']['name']}-{config.tables['backbone']['name']}"
     return PairStore.create(where if exact else where / f"{names}-{manifest.key}", manifest)
+
+
+def made_with(store: PairStore) -> dict[str, Any]:
+    """What to resolve a configuration with to load the model that the pairs were made with."""
+    recipe = store.manifest.recipe
+    backbone = dict(recipe.get("backbone", {}))
+    return {
+        "backbone": backbone.pop("name", None),
+        **{f"backbone_{option}": value for option, value in backbone.items()},
+        "train_precision": recipe.get("train", {}).get("precision"),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -41,19 +40,15 @@ def check(
     one, 2 if the command itself was wrong.
     """  # fmt: skip
     from dpo_video.check import audit
-    from dpo_video.session import apply_labels, load_model, pick_device
+    from dpo_video.session import apply_labels, load_model, made_with, pick_device
     from dpo_video.store import PairStore
 
     store = PairStore(pairs)
-    made_with: Mapping[str, Any] = {}
-    if backbone is None and file is None:  # then it is the one that the pairs were made with
-        made_with = store.manifest.recipe.get("backbone", {})
-        backbone = made_with.get("name")
-    options = {f"backbone_{key}": value for key, value in made_with.items() if key != "name"}
+    # Without a word on it, it is the one that the pairs were made with.
+    own = made_with(store) if backbone is None and file is None else {"backbone": backbone}
     config = resolve(
-        file, assignments, backbone=backbone, metrics=metric, run_device=device,
-        train_labels=labels or None, **options,
-    )  # fmt: skip
+        file, assignments, metrics=metric, run_device=device, train_labels=labels or None, **own
+    )
     model = load_model(config, pick_device(config.run.device))
     store = apply_labels(config, store).store
     prompts = config.backbone.prompts(config.evaluate.seeds)

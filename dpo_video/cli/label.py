@@ -48,19 +48,14 @@ def label(
     from dpo_video.label import label as label_pairs
     from dpo_video.label import recipe
     from dpo_video.labels import LabelBook
-    from dpo_video.session import load_model, pick_device
+    from dpo_video.session import load_model, made_with, pick_device
     from dpo_video.store import PairStore
     from dpo_video.strategies import SetLabeler
 
     store = PairStore(pairs)
-    made_with: Mapping[str, Any] = {}
-    if backbone is None and file is None:  # then what the pairs were made with decodes them
-        made_with = store.manifest.recipe.get("backbone", {})
-        backbone = made_with.get("name")
-    options = {f"backbone_{key}": value for key, value in made_with.items() if key != "name"}
-    config = resolve(
-        file, assignments, backbone=backbone, labeler=labeler, run_device=device, **options
-    )
+    # Without a word on it, it is the one that the pairs were made with.
+    own = made_with(store) if backbone is None and file is None else {"backbone": backbone}
+    config = resolve(file, assignments, labeler=labeler, run_device=device, **own)
     if config.labeler is None:
         raise UserError(
             "Who labels? Name a labeler: --labeler NAME (see `dpo-video list labeler`)."

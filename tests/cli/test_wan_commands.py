@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from small_wan import OPTIONS, save_small_wan
 
@@ -28,11 +30,20 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def a_process_of_its_own() -> Iterator[None]:
+    """Accelerate settles the precision once a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("a_process_of_its_own")
 @pytest.mark.parametrize(
-    ("layout", "pairs", "loss", "reference"),
+    ("layout", "pairs", "loss", "reference", "precision"),
     [
-        ({}, "local", "region", "toggle"),
-        ({"boundary_ratio": 0.8}, "jitter", "global", "copy"),
+        ({}, "local", "region", "toggle", "bf16"),
+        ({"boundary_ratio": 0.8}, "jitter", "global", "copy", "no"),
     ],
     ids=["2.1", "a14b"],
 )
@@ -41,6 +52,7 @@ def test_from_clips_to_videos(
     pairs: str,
     loss: str,
     reference: str,
+    precision: str,
     clips: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -50,6 +62,7 @@ def test_from_clips_to_videos(
     save_small_wan(tmp_path / "wan", **layout)
     model = ["--backbone=wan", "--set=backbone.model=wan", "--device=cpu"]
     model += [f"--set=backbone.{name}={value}" for name, value in OPTIONS.items()]
+    model += [f"--set=train.precision={precision}"]
 
     def dpo_video(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["dpo-video", *arguments])
