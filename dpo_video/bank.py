@@ -56,12 +56,16 @@ class BankManifest(Record):
     """Of the draws."""
     precision: str
     """Of the forward passes."""
+    videos_at_once: Literal[1, 2]
+    """Of a pair, in a forward pass: last bits depend on that too."""
     kernels: str
     """What computed them: last bits differ from one library, device or number of threads to
     another, and a step whose policy equals its reference must have a margin of exactly 0."""
 
     @classmethod
-    def of(cls, model: VideoModel, seed: int, precision: str) -> Self:
+    def of(
+        cls, model: VideoModel, seed: int, precision: str, videos_at_once: Literal[1, 2] = 2
+    ) -> Self:
         """What a run would make its predictions with, here and now."""
         device = model.device
         if device.type == "cuda":
@@ -72,6 +76,7 @@ class BankManifest(Record):
             identity=model.identity,
             seed=seed,
             precision=precision,
+            videos_at_once=videos_at_once,
             kernels=f"torch {torch.__version__}, {kernels}",
         )
 

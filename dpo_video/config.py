@@ -19,7 +19,13 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
 from dpo_video.errors import UserError, unknown
-from dpo_video.settings import BuildSettings, EvaluateSettings, RunSettings, TrainSettings
+from dpo_video.settings import (
+    BuildSettings,
+    EvaluateSettings,
+    MemorySettings,
+    RunSettings,
+    TrainSettings,
+)
 from dpo_video.strategies import (
     Backbone,
     Labeler,
@@ -45,6 +51,7 @@ ENGINES: Mapping[str, type[BaseModel]] = {
     "run": RunSettings,
     "build": BuildSettings,
     "train": TrainSettings,
+    "memory": MemorySettings,
     "evaluate": EvaluateSettings,
 }
 _PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
@@ -57,6 +64,7 @@ class Config:
     run: RunSettings
     build: BuildSettings
     train: TrainSettings
+    memory: MemorySettings
     evaluate: EvaluateSettings
     backbone: Backbone
     pairs: PairBuilder | Path

@@ -40,6 +40,15 @@ class Inputs:
     target: Latents
     """What a perfect prediction would be."""
 
+    def only(self, rows: Sequence[int]) -> Inputs:
+        """Some of the videos."""
+        return Inputs(
+            noisy=self.noisy[rows],
+            level=self.level[rows],
+            context={name: value[rows] for name, value in self.context.items()},
+            target=self.target[rows],
+        )
+
 
 def noised(model: VideoModel, batch: PairBatch, noise: Latents, level: PerPair) -> Inputs:
     """Both videos of a pair at the same noise and the same level (Diffusion-DPO, Sec. 4)."""
@@ -92,16 +101,13 @@ def pair_errors(
         prediction = model.predict(policy, inputs.noisy, inputs.level, inputs.context)
     else:
         prediction = _pair_by_pair(model, policy, inputs)
-    # An fp16 error near 0.5 is 4.9e-4 from its neighbour: 1.2 logits at a slope of 2500. All lie in
-    # memory alike, since the last bits of a sum depend on its order.
-    target = inputs.target.float().contiguous()
-    reference_first, reference_second = (known.float().contiguous() - target).square().chunk(2)
-    first, second = (prediction.float().contiguous() - target).chunk(2)
+    first, second = signed_errors(prediction, inputs).chunk(2)
+    reference_first, reference_second = signed_errors(known, inputs).chunk(2)
     return PairErrors(
         policy_first=first.square(),
         policy_second=second.square(),
-        reference_first=reference_first,
-        reference_second=reference_second,
+        reference_first=reference_first.square(),
+        reference_second=reference_second.square(),
         policy_product=(first * second).detach(),
         preference=batch.preference,
         region=batch.region,
@@ -109,13 +115,22 @@ def pair_errors(
     )
 
 
+def signed_errors(prediction: Latents, inputs: Inputs) -> Latents:
+    """Prediction less target, in fp32.
+
+    An fp16 error near 0.5 is 4.9e-4 from its neighbour: 1.2 logits at a slope of 2500. All lie in
+    memory alike, since the last bits of a sum depend on its order.
+    """
+    return prediction.float().contiguous() - inputs.target.float().contiguous()
+
+
 def _pair_by_pair(model: VideoModel, network: nn.Module, inputs: Inputs) -> Latents:
     """Predictions of one forward pass a pair."""
     count = len(inputs.level) // 2
     parts = []
-    for rows in ([pair, count + pair] for pair in range(count)):
-        context = {name: value[rows] for name, value in inputs.context.items()}
-        parts.append(model.predict(network, inputs.noisy[rows], inputs.level[rows], context))
+    for pair in range(count):
+        both = inputs.only([pair, count + pair])
+        parts.append(model.predict(network, both.noisy, both.level, both.context))
     return torch.cat([*(part[:1] for part in parts), *(part[1:] for part in parts)])
 
 

@@ -61,6 +61,23 @@ class TrainSettings(Settings):
     """Any tracker of Accelerate's; "none" for the JSON lines alone."""
 
 
+class MemorySettings(Settings):
+    """[memory]: what a training step holds at once.
+
+    Every mode gives the same gradients, to rounding; a run may be resumed in another one.
+    """
+
+    checkpointing: Literal["none", "blocks"] = "none"
+    """Keep what each residual and transformer block of the network was given and compute the rest
+    again for its backward pass: most of the activations less, a quarter more time or so."""
+    backward: Literal["joint", "split", "linear"] = "joint"
+    """How many graphs are alive at once. joint: those of both videos of all pairs of a batch.
+    split: that of one video, for any loss and batch; one more forward pass a pair. linear: that of
+    one video without any more passes, for losses that look at means over whole videos (not region,
+    not segment); the two gradients' difference costs it two digits, and the adapter's gradients are
+    there three times."""
+
+
 class EvaluateSettings(Settings):
     """[evaluate]: base against tuned on identical seeds."""
 

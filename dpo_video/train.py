@@ -25,14 +25,15 @@ from torch import nn
 
 from dpo_video.bank import Bank, BankManifest, BankReport, Visit
 from dpo_video.checkpoint import load_state, save_state
-from dpo_video.diffusion import initial_noise, noised, pair_errors, reference_predictions
+from dpo_video.diffusion import initial_noise
 from dpo_video.errors import RunError, TrainingError
 from dpo_video.files import write_text, writing
+from dpo_video.memory import Step, check_backward, checkpoint_blocks
 from dpo_video.seeds import derive, generator
-from dpo_video.settings import TrainSettings
+from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.store import PairStore
 from dpo_video.strategies import Anchor, Loss, Reference, VideoModel
-from dpo_video.types import Latents, LossOutput, PairBatch, PairErrors, PerPair
+from dpo_video.types import Latents, LossOutput, PairBatch, PerPair
 from dpo_video.verdict import StepReport
 from dpo_video.video import write_video
 
@@ -84,6 +85,7 @@ def train(
     seed: int,
     out: Path,
     accelerator: Accelerator,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 - it is frozen
     resume: bool = False,
     on_bank: Callable[[BankReport], None] = lambda report: None,
 ) -> Iterator[Progress]:
@@ -95,21 +97,25 @@ def train(
     is told of it.
 
     Raises:
-        TrainingError: if the pairs are all ties or lack what the loss needs, at a first step whose
-            margin is not exactly 0, and when the loss, the gradient or an error is not finite.
+        TrainingError: if the pairs are all ties or lack what the loss needs, if the loss does not
+            suit `memory.backward`, at a first step whose margin is not exactly 0, and when the
+            loss, the gradient or an error is not finite.
         RunError: if there is nothing to resume.
     """
     store.check_fits(model)
+    check_backward(loss, memory)
     pairs = _usable(store, loss)
     model.release()  # what encoded the pairs
     bare = adapt(model, settings, seed)
     anchor = reference.follow(bare)
+    if memory.checkpointing == "blocks":
+        checkpoint_blocks(bare)
     parameters = [p for p in bare.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
     )
     policy, optimizer = accelerator.prepare(bare, optimizer)
-    run = _Run(model, store, pairs, loss, anchor, policy, settings, seed, accelerator)
+    run = _Run(model, store, pairs, loss, anchor, policy, settings, seed, accelerator, memory)
     start = _restore(out, bare, optimizer) if resume else 0
     if start < settings.steps:
         run.fill_bank(on_bank)
@@ -169,16 +175,28 @@ class _Run:
         settings: TrainSettings,
         seed: int,
         accelerator: Accelerator,
+        memory: MemorySettings,
     ) -> None:
-        self.model, self.loss, self.anchor = model, loss, anchor
+        self.model, self.anchor = model, anchor
         self.store, self.pairs = store, pairs
         self.policy, self.settings, self.seed = policy, settings, seed
         self.accelerator = accelerator
+        self.step = Step(
+            model=model,
+            policy=policy,
+            anchor=anchor,
+            loss=loss,
+            mode=memory.backward,
+            backward=accelerator.backward,
+            autocast=accelerator.autocast,
+        )
         self.keys: list[str] = []
         self.bank: Bank | None = None
         if anchor.draws is not None:
             with accelerator.main_process_first():
-                manifest = BankManifest.of(model, seed, accelerator.mixed_precision)
+                manifest = BankManifest.of(
+                    model, seed, accelerator.mixed_precision, self.step.videos_at_once
+                )
                 self.bank = Bank(store, manifest)
 
     def fill_bank(self, on_progress: Callable[[BankReport], None]) -> None:
@@ -200,26 +218,34 @@ class _Run:
             visits = [self._visit_at(place) for place in self._places(step, part)]
             drawn = self._draw(visits)
             self.keys += drawn.batch.keys
+            known = self.bank.read(visits).to(drawn.noise.device) if self.bank else None
             last = part == self.settings.accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                output = self.loss(self._errors(drawn, visits))
-                self.accelerator.backward(output.loss.mean() / self.settings.accumulation)
-            outputs.append(_detached(output))
+            # A graph of its own a video is more than one backward pass a batch.
+            shared = last and self.step.mode == "joint"
+            with nullcontext() if shared else self.accelerator.no_sync(self.policy):
+                outputs.append(
+                    self.step(
+                        drawn.batch, drawn.noise, drawn.level,
+                        known=known, share=1 / self.settings.accumulation,
+                    )
+                )  # fmt: skip
+        if self.step.mode != "joint":
+            self._share_gradients()
         return outputs
 
-    def _errors(self, drawn: _Drawn, visits: Sequence[Visit]) -> PairErrors:
-        known = self.bank.read(visits).to(drawn.noise.device) if self.bank else None
-        with self.accelerator.autocast():
-            return pair_errors(
-                self.model, self.policy, self.anchor, drawn.batch, drawn.noise, drawn.level,
-                known=known,
-            )  # fmt: skip
+    def _share_gradients(self) -> None:
+        """The mean over all processes, where they were kept apart until now."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.policy.parameters():
+            if parameter.requires_grad:
+                # A process may have used a part of the network that this one has not.
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, reduction="mean")
 
     def _predict_reference(self, visit: Visit) -> Latents:
         drawn = self._draw([visit])
-        with self.accelerator.autocast():
-            inputs = noised(self.model, drawn.batch, drawn.noise, drawn.level)
-            return reference_predictions(self.model, self.anchor, inputs)
+        return self.step.reference(drawn.batch, drawn.noise, drawn.level)
 
     def _draw(self, visits: Sequence[Visit]) -> _Drawn:
         batch = self.store.batch([visit.pair for visit in visits])
@@ -282,11 +308,6 @@ def _usable(store: PairStore, loss: Loss) -> list[int]:
         f"learn. Label them (dpo-video label {store.folder} --labeler NAME, then train with "
         "--labels NAME), or build them with a --labeler."
     )
-
-
-def _detached(output: LossOutput) -> LossOutput:
-    values = {name: getattr(output, name).detach() for name in LossOutput.__dataclass_fields__}
-    return LossOutput(**values)
 
 
 def _learning_rate(settings: TrainSettings, step: int) -> float:

@@ -21,7 +21,7 @@ from dpo_video.errors import RunError, StoreError, TrainingError
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
-from dpo_video.settings import TrainSettings
+from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import Loss
 from dpo_video.train import Progress, adapt, latest_checkpoint, read_log, train
@@ -214,7 +214,16 @@ def test_every_pair_is_seen_once_per_epoch(
     policy = adapt(small_model, SETTINGS, seed=0)
     anchor = Toggle().follow(policy)
     parts = _Run(
-        small_model, store, [0, 2, 3], Global(), anchor, policy, SETTINGS, 0, Accelerator(cpu=True)
+        small_model,
+        store,
+        [0, 2, 3],
+        Global(),
+        anchor,
+        policy,
+        SETTINGS,
+        0,
+        Accelerator(cpu=True),
+        MemorySettings(),
     )
     epochs = [[parts._visit_at(3 * epoch + i) for i in range(3)] for epoch in range(4)]
     pairs = [[visit.pair for visit in epoch] for epoch in epochs]

@@ -114,8 +114,10 @@ def train(
             f"'{folder}' holds a run already. Go on with it by --resume, or name another --out."
         )
 
+    from dpo_video.memory import check_backward
     from dpo_video.session import accelerator_for, apply_labels, load_model
 
+    check_backward(config.loss, config.memory)
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process
     model = load_model(config, accelerator.device)
@@ -190,6 +192,7 @@ def run_training(
             seed=config.run.seed,
             out=folder,
             accelerator=accelerator,
+            memory=config.memory,
             resume=resume,
             on_bank=_bank_shown(live, bar, settings.steps * settings.accumulation * settings.batch),
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ class Dpop(Loss):
     max(0, d(chosen))))`. As long as the policy predicts the chosen video at least as well as the
     reference does, it is the loss `global`.
     """
+
+    uniform: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors."""

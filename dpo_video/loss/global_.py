@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ class Global(Loss):
     of squared error less that of the chosen one. A pair whose frames disagree counts for the
     majority; an even one trains nothing.
     """
+
+    uniform: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors. Published code multiplies by a hidden 0.5: their

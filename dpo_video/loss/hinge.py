@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import final
+from typing import ClassVar, final
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -20,6 +20,8 @@ class Hinge(Loss):
     `relu(1 - beta * m)`: SLiC-HF's hinge (Zhao et al. 2023, arXiv 2305.10425) on the implicit
     reward of DPO. It begins at 1, and is 0 from `beta * m = 1` on.
     """
+
+    uniform: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors; a pair is done at a margin of `1 / beta`."""

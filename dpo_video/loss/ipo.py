@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import final
+from typing import ClassVar, final
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ class Ipo(Loss):
     constant `(2 beta)^2`, as margins are around 1e-4 and an optimizer's epsilon would drown their
     squares. So the loss is `(2 beta m - 1)^2`: it begins at 1, and is 0 at `beta * m = 0.5`.
     """
+
+    uniform: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """The paper's tau: the margin is drawn to `1 / (2 beta)`, a larger beta keeps the policy nearer

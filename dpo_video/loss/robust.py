@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ class Robust(Loss):
     the policy is as sure as the labels, `z = ln((1 - e) / e)`. The first never stops pushing, so
     watch the winner's error.
     """
+
+    uniform: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from pydantic import Field
@@ -32,6 +32,8 @@ class Sdpo(Loss):
     batch), and nothing is promised of one pair's step for another's winner. The loss's value is
     that of `global`.
     """
+
+    uniform: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors."""
