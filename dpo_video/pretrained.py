@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import json
 import re
 import warnings
@@ -127,6 +128,11 @@ class Checkpoint:
             outline: Loaded = self._outline(load, part, **options)
             return outline
         folder = self.folder(part)
+        if _needs_sentencepiece(folder):
+            raise UserError(
+                f"The {part} of '{self.source}' is a SentencePiece model, which needs a package "
+                "more to be read. Install it: pip install sentencepiece"
+            )
         try:
             with warnings.catch_warnings():
                 # diffusers gives the hub's client an argument that it has no use for any more.
@@ -277,6 +283,12 @@ def settled(network: Network, device: torch.device) -> Network:
 
 def _is_scheduler(load: Any) -> bool:
     return issubclass(load.__self__, SchedulerMixin)
+
+
+def _needs_sentencepiece(folder: Path) -> bool:
+    """Whether a tokenizer comes in no other form. transformers would ask for another package."""
+    there = (folder / "spiece.model").exists() and not (folder / "tokenizer.json").exists()
+    return there and importlib.util.find_spec("sentencepiece") is None
 
 
 def _named(part: str) -> str:

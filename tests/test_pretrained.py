@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib.util
 import weakref
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from dpo_video import pretrained
 from dpo_video.errors import UserError
@@ -192,6 +194,22 @@ def test_a_part_without_weights_and_a_folder_that_is_none_are_named(tmp_path: Pa
         at(tmp_path).load(AutoencoderKL.from_pretrained, "vae")
     with pytest.raises(UserError, match="there is no such folder"):
         at(tmp_path / "missing").folder("vae")
+
+
+def test_a_tokenizer_that_needs_another_package_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "spiece.model").touch()
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    original = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "sentencepiece" else original(name, *more),
+    )
+    with pytest.raises(UserError, match=r"tokenizer of .* pip install sentencepiece"):
+        at(tmp_path).load(AutoTokenizer.from_pretrained, "tokenizer")
 
 
 # --- parts on demand ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpo_video.errors import UserError
 from dpo_video.pretrained import Checkpoint, Lazy, assembling, free, identity, settled
+from dpo_video.prompts import diverse
 from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
@@ -35,16 +36,6 @@ from dpo_video.types import (
 )
 
 _ATTENTION = re.compile(r".*motion_modules.*\.(to_q|to_k|to_v|to_out\.0)$")
-_PROMPTS = (
-    "a cinematic shot of an old lighthouse at dusk",
-    "a drone flies over snowy mountains",
-    "water splashes in slow motion",
-    "timelapse of clouds over a valley",
-    "a walk through a forest in autumn",
-    "ocean waves roll onto a beach",
-    "a city at night with moving traffic",
-    "a fox runs through tall grass",
-)
 _FRAMES_AT_ONCE = 64  # through the VAE
 # The motion modules were trained on this schedule (guoyww/AnimateDiff, configs/inference), which is
 # not the one that Stable Diffusion's checkpoints come with.
@@ -108,7 +99,7 @@ class AnimateDiff(Backbone):
 
     def prompts(self, n: int) -> list[str]:
         """Eight diverse prompts, cycled."""
-        return [_PROMPTS[i % len(_PROMPTS)] for i in range(n)]
+        return diverse(n)
 
 
 def load_checkpoint(

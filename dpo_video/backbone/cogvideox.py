@@ -46,7 +46,8 @@ _FRAMES = 2 * _STRIDE
 class CogVideoX(Backbone):
     """CogVideoX 2B, 5B and 1.5-5B, text to video (Yang et al. 2024, arXiv 2408.06072).
 
-    For 1.5-5B set frames 81, height 768, width 1360 and fps 16. `img2img` pairs treat every latent
+    Its published checkpoints need sentencepiece (pip install 'dpo-video[cogvideox]'). For 1.5-5B
+    set frames 81, height 768, width 1360 and fps 16. `img2img` pairs treat every latent
     frame as a video of one frame (in 1.5-5B, every two: its smallest patch in time).
     """
 
