@@ -15,7 +15,7 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_video.evaluation import Evaluation
-from dpo_video.layouts import DIFFUSERS_FILE, load_options, subfolder
+from dpo_video.layouts import DIFFUSERS_FILE, load_options, precision, subfolder
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Publication
 from dpo_video.verdict import TrainingVerdict, brief, percent
@@ -119,7 +119,7 @@ def loading_script(
         if not merged or "{source}" in value:
             arguments.append(f"{key}={value.replace('{source}', source)}")
             classes |= set(re.findall(r"(\w+)\.from_pretrained", value))
-    dtype = next(p.dtype for p in model.denoiser.parameters() if p.is_floating_point())
+    dtype = precision(model.denoiser)
     if dtype is not torch.float32:
         arguments.append(f"torch_dtype={dtype}")
     lines = [f"pipe = {publication.pipeline}.from_pretrained({', '.join(arguments)})"]

@@ -28,6 +28,7 @@ from dpo_video.layouts import (
     Layout,
     Peft,
     Updates,
+    precision,
     read_updates,
     remove_adapter,
 )
@@ -261,9 +262,10 @@ def _write_merged(
     policy: PeftModel, publication: Publication, folder: Path, dtype: torch.dtype | None
 ) -> None:
     """A checkpoint in diffusers' layout: the networks merged, the other parts as they were."""
-    if dtype is torch.float32:
-        for network in publication.networks.values():
-            _cast(network, dtype)  # first, so that the sum is not rounded
+    for network in publication.networks.values():
+        network.to("cpu")  # whole: of two experts one may wait there, without its adapter
+        if dtype is torch.float32:
+            _cast(network, dtype)  # before merging, so that the sum is not rounded
     policy.merge_and_unload(safe_merge=True)
     for name, network in publication.networks.items():
         if hasattr(network, "peft_config"):
@@ -306,7 +308,7 @@ def _reloaded(reload: Callable[[Path], VideoModel], folder: Path) -> VideoModel:
 
 def _epsilon(denoiser: nn.Module, dtype: torch.dtype | None, format: Format) -> float:
     """The rounding error of what predicts: of the denoiser, and of merged weights once stored."""
-    own = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
+    own = precision(denoiser)
     kinds = {own, dtype or own} if format is Format.MERGED else {own}
     return max(torch.finfo(kind).eps for kind in kinds)
 

@@ -276,6 +276,12 @@ def _comfy_names(network: Any, publication: Publication) -> Iterator[tuple[str, 
             yield module, keys
 
 
+def precision(network: nn.Module) -> torch.dtype:
+    """What a network was loaded in: the coarsest of its parameters, as some are kept in fp32."""
+    kinds = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps)
+
+
 def remove_adapter(network: Any) -> None:
     """Take an adapter off a network that peft put it into."""
     diffusers.utils.recurse_remove_peft_layers(network)
