@@ -329,7 +329,7 @@ class AnimateDiffModel(VideoModel):
             self._schedule(steps),
             context,
             noise,
-            empty=self._empty_context(len(noise)),
+            empty=None if guidance == 1 else self._empty_context(len(noise)),
             guidance=[guidance] * steps,
             first=first_step(level, steps),
             clean=clean,

@@ -354,14 +354,16 @@ class CogVideoXModel(VideoModel):
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
         schedule = self._schedule(steps)
+        scales = self._guidance(guidance, schedule.levels.tolist())
+        guided = any(scale != 1 for scale in scales)
         return denoise(
             self,
             self.denoiser if denoiser is None else denoiser,
             schedule,
             context,
             noise,
-            empty=self._empty_context(len(noise)),
-            guidance=self._guidance(guidance, schedule.levels.tolist()),
+            empty=self._empty_context(len(noise)) if guided else None,
+            guidance=scales,
             first=first_step(level, steps),
             clean=clean,
             region=region,

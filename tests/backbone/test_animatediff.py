@@ -310,3 +310,26 @@ def test_released_parts_come_back_as_they_were(small_model: AnimateDiffModel) ->
     assert torch.equal(small_model.encode_videos(videos), before[0])
     again = small_model.encode_prompts([PROMPT])
     assert torch.equal(again["prompt_embeds"], before[1]["prompt_embeds"])
+
+
+def test_without_guidance_no_empty_prompt_is_encoded(small_model: AnimateDiffModel) -> None:
+    noise = torch.randn(1, *small_model.latent_shape, generator=torch.Generator().manual_seed(0))
+    context = small_model.encode_prompts([PROMPT])
+    small_model.release()
+    plain = small_model.sample(context, noise, guidance=1.0)
+    assert small_model._text_encoder._loaded is None
+    near = small_model.sample(context, noise, guidance=1.0 + 1e-6)
+    torch.testing.assert_close(plain, near, rtol=1e-3, atol=1e-4)
+
+
+def test_half_precision_reaches_the_denoiser_and_latents_stay_single(
+    base_folder: Path, adapter_folder: Path
+) -> None:
+    shape = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
+    backbone = AnimateDiff(model=str(base_folder), motion_adapter=str(adapter_folder), **shape)
+    model = backbone.load(CPU, torch.bfloat16)
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
+    video = model.encode_videos(torch.rand(1, 3, SHAPE.frames, SHAPE.height, SHAPE.width))
+    noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    drawn = model.sample(model.encode_prompts([PROMPT]), noise, clean=video, level=0.5, steps=4)
+    assert video.dtype == drawn.dtype == torch.float32 and drawn.isfinite().all()
