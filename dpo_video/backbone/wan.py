@@ -132,13 +132,14 @@ class Wan(Backbone):
                 f"'{self.model}' has one denoiser for all noise levels, so there is no "
                 f"'{self.experts}' expert. Leave backbone.experts out."
             )
+        config = checkpoint.full_config(WanTransformer3DModel, "transformer")
         vae_config = checkpoint.full_config(AutoencoderKLWan, "vae")
+        _check_shape(self, config, vae_config)
         scheduler = _scheduler(checkpoint, self.shift)
         networks = [
             checkpoint.load(WanTransformer3DModel.from_pretrained, name, torch_dtype=dtype)
             for name in names
         ]
-        _check_shape(self, networks[0].config, vae_config)
         denoiser: nn.Module = networks[0]
         if boundary is not None:
             denoiser = Experts(
@@ -153,7 +154,7 @@ class Wan(Backbone):
             text=Lazy(lambda: _load_text(checkpoint, device, dtype)),
             scheduler=scheduler,
             vae_config=vae_config,
-            patch=networks[0].config.patch_size,
+            patch=config["patch_size"],
             expand_timesteps=index.get("expand_timesteps", False),
             device=device,
             dtype=dtype,
@@ -176,7 +177,7 @@ class _Text:
     encoder: UMT5EncoderModel
 
 
-def clean(prompt: str) -> str:
+def cleaned(prompt: str) -> str:
     """A prompt as diffusers' WanPipeline cleans it: mended by ftfy if that is installed.
 
     Written anew, since importing the pipeline takes seconds.
@@ -214,15 +215,15 @@ def _scheduler(checkpoint: Checkpoint, shift: float | None) -> Any:
     return scheduler.from_config(config, **({} if shift is None else {shift_name: shift}))
 
 
-def _check_shape(options: Wan, denoiser: Any, vae: Mapping[str, Any]) -> None:
+def _check_shape(options: Wan, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """A UserError if the denoiser does not take the VAE's latents, or not of such videos."""
-    if denoiser.in_channels != vae["z_dim"]:
+    if denoiser["in_channels"] != vae["z_dim"]:
         raise UserError(
-            f"The denoiser of '{options.model}' takes {denoiser.in_channels} channels, and its VAE "
-            f"makes {vae['z_dim']}: it wants an image beside the noise. Name a checkpoint that "
+            f"The denoiser of '{options.model}' takes {denoiser['in_channels']} channels, and its "
+            f"VAE makes {vae['z_dim']}: it wants an image beside the noise. Name a checkpoint that "
             "makes videos of text alone (--set backbone.model=...)."
         )
-    for axis, patch in (("height", denoiser.patch_size[1]), ("width", denoiser.patch_size[2])):
+    for axis, patch in zip(("height", "width"), denoiser["patch_size"][1:], strict=True):
         unit, pixels = vae["scale_factor_spatial"] * patch, getattr(options, axis)
         if pixels % unit:
             below = max(1, pixels // unit) * unit
@@ -303,7 +304,7 @@ class WanModel(VideoModel):
         """UMT5's last hidden states `[b, tokens, channels]`, zero behind the prompt's last."""
         text = self._text.get()
         tokens = text.tokenizer(
-            [clean(prompt) for prompt in prompts],
+            [cleaned(prompt) for prompt in prompts],
             padding="max_length",
             truncation=True,
             max_length=self._options.text_length,
