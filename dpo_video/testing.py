@@ -229,6 +229,13 @@ def _check_gradients(loss: Loss, errors: PairErrors) -> None:
             value.grad is not None and value.grad.isfinite().all(),
             f"{name}'s gradient on the policy's errors of the {which} video is not finite.",
         )
+        if loss.uniform and value.grad is not None:
+            one = value.grad[:, :1, :1, :1, :1]
+            _law(
+                torch.equal(value.grad, one.expand_as(value.grad)),
+                f"{name} says that it is uniform, but its gradient differs from one error of the "
+                f"{which} video to the next. Leave uniform as it is: False.",
+            )
     for value in (decided.reference_first, decided.reference_second):
         _law(
             not value.requires_grad and value.grad is None,

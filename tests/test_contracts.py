@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.loss.global_ import Global
+from dpo_video.loss.segment import Segment
 from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.pairs.jitter import Jitter
 from dpo_video.strategies import (
@@ -174,6 +175,16 @@ class Misjudged(Loss):
         return replace(output, gradient_factor=2 * output.gradient_factor)
 
 
+class Boastful(Loss):
+    """Says more of itself than is true."""
+
+    uniform: ClassVar[bool] = True
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        """Frame by frame."""
+        return Segment()(errors)
+
+
 class OneSided(Loss):
     """Trains on one video only."""
 
@@ -213,6 +224,7 @@ class Nameless(Loss):
         (Offset, "logits is not exactly 0"),
         (Misjudged, "gradient_factor is not 0.5"),
         (OneSided, "reaches the policy's errors of the second"),
+        (Boastful, "says that it is uniform"),
         (Infinite, "loss that is not finite"),
         (Undocumented, "Undocumented.beta has no docstring"),
         (Nameless, "Nameless has no docstring"),
