@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from dpo_video.config import resolve
 from dpo_video.errors import UserError
 from dpo_video.tiers import find_tier, tier_of_card, tiers
 
@@ -51,3 +54,41 @@ def test_auto_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match=r"there is none here\. Name one of t4, l4, 4090, a100"):
         find_tier("auto")
+
+
+# --- in a configuration ------------------------------------------------------------------------
+
+
+def test_a_tier_stands_over_a_file_and_below_the_other_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[train]\nrank = 64\nalpha = 1.0\nsteps = 7\n[backbone]\nname = "animatediff"\n'
+    )
+    by_tier = resolve(file=file, tier="l4")
+    assert (by_tier.train.rank, by_tier.train.alpha, by_tier.train.steps) == (16, 32, 7)
+    assert by_tier.memory.checkpointing == "blocks"
+    flags = {"train.accumulation": 1}
+    over = resolve(file=file, tier="l4", flags=flags, assignments=["memory.backward=joint"])
+    assert over.train.accumulation == 1
+    assert (over.memory.checkpointing, over.memory.backward) == ("blocks", "joint")
+
+
+def test_alpha_goes_along_with_a_rank_that_is_set_over_the_tiers() -> None:
+    chosen = resolve(tier="a100", choices={"backbone": "animatediff"}, assignments=["train.rank=8"])
+    assert (chosen.train.rank, chosen.train.alpha) == (8, 16)
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "animatediff", "cogvideox", "wan"])
+def test_every_option_of_every_tier_is_one_of_the_backbones(backbone: str) -> None:
+    for name, tier in tiers().items():
+        tables = resolve(tier=name, choices={"backbone": backbone}).tables
+        for path, value in tier.preset(backbone).items():
+            head, option = path.split(".")
+            assert tables[head][option] == value, path
+
+
+def test_a_resolved_run_holds_the_options_and_not_the_tiers_name(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    first = resolve(tier="t4", choices={"backbone": "wan"})
+    file.write_text(first.toml())
+    assert resolve(file=file).tables == first.tables
