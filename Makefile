@@ -22,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## Local pairs, region loss, toggled reference on the embedded model; then the comparison
 	rm -rf $(DEMO)
 	$(BIN)/dpo-video train --pairs local --loss region --reference toggle --out $(DEMO) \
-	    --count 16 --steps 30 --set train.batch=2 --set train.accumulation=1 \
-	    --set train.lr=3e-4 --set train.save_every=30
+	    --count 24 --steps 40 --set train.batch=3 --set train.accumulation=1 \
+	    --set train.lr=3e-4 --set train.save_every=40 --set loss.anchor_weight=1000
 	$(BIN)/dpo-video evaluate $(DEMO) --seeds 12
 
 check: setup ## Lint, formatting and types
