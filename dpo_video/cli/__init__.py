@@ -15,6 +15,7 @@ from dpo_video.cli import (
     evaluate,
     export,
     export_pairs,
+    fit,
     generate,
     label,
     show,
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
+app.command("fit")(fit.fit)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_video.cli.build import obtain_pairs, progress_bar
+from dpo_video.cli.fit import warn_if_too_large
 from dpo_video.cli.options import (
     Assignments,
     Backbone,
@@ -120,6 +121,8 @@ def train(
     check_backward(config.loss, config.memory)
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process
+    if accelerator.is_main_process:
+        warn_if_too_large(config, accelerator.device)
     model = load_model(config, accelerator.device)
     with accelerator.main_process_first():
         store = obtain_pairs(config, model, folder.parent / "pairs")

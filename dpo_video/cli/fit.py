@@ -1,0 +1,256 @@
+"""`dpo-video fit`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dpo_video.cli.options import (
+    Assignments,
+    Backbone,
+    File,
+    Json,
+    Loss,
+    Reference,
+    Tier,
+    console,
+    resolve,
+)
+from dpo_video.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dpo_video.config import Config
+    from dpo_video.fit import Forecast, Mode, Need
+    from dpo_video.tiers import Tier as Card
+
+DOES_NOT_FIT = 3  # exit code
+# Listed in this order, the first of equally fast ones is recommended.
+REFERENCES = ("toggle", "copy", "cached")
+
+
+def fit(
+    backbone: Backbone = None,
+    loss: Loss = None,
+    reference: Reference = None,
+    assignments: Assignments = None,
+    file: File = None,
+    tier: Tier = None,
+    efficiency: Annotated[
+        float,
+        typer.Option(
+            "--efficiency", min=0.01, max=1, help="Share of a card's operations that is reached."
+        ),
+    ] = 0.35,
+    as_json: Json = False,
+) -> None:
+    """Predict memory and time of a run in every memory mode, before a weight is loaded.
+
+    It needs no GPU and no weights: the training's own step runs on shapes. --tier names the card
+    and takes its presets. Exit code 0 if the configured mode fits that card, or none is named; 3 if
+    it does not; 2 if the command itself was wrong.
+    """  # fmt: skip
+    from dpo_video.tiers import find_tier, tiers
+
+    config = resolve(
+        file, assignments, backbone=backbone, loss=loss, reference=reference, tier=tier
+    )
+    card = find_tier(tier) if tier else None
+    found = predict(config)
+    asked = found.of(mode_of(config))
+    assert asked is not None
+    best = found.best(card.memory_gib * 2**30) if card else None
+    cards = list(tiers().values())
+    if as_json:
+        typer.echo(json.dumps(_report(found, asked, best, card, cards, efficiency), indent=2))
+    else:
+        _show(config, found, asked, best, card, cards, efficiency)
+    if card and not _holds(card, asked):
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def predict(config: Config, *, alone: bool = False) -> Forecast:
+    """The forecast of a configuration: of all modes, or of its own alone."""
+    import diffusers
+
+    from dpo_video import registry
+    from dpo_video.fit import BACKWARDS, CHECKPOINTINGS, forecast
+
+    diffusers.utils.logging.set_verbosity_error()  # remarks on configurations of older versions
+    mine = config.tables["reference"]["name"]
+    references: dict[str, Any] = {mine: config.reference}
+    checkpointings, backwards = [config.memory.checkpointing], [config.memory.backward]
+    if not alone:
+        others = {name: registry.load("reference", name)() for name in REFERENCES}
+        references = {**others, **references}
+        checkpointings, backwards = list(CHECKPOINTINGS), list(BACKWARDS)
+    return forecast(
+        config.backbone,
+        references,
+        config.loss,
+        config.train,
+        checkpointings=checkpointings,
+        backwards=backwards,
+    )
+
+
+def mode_of(config: Config) -> Mode:
+    """The mode that a configuration asks for."""
+    from dpo_video.fit import Mode
+    from dpo_video.memory import check_backward
+
+    check_backward(config.loss, config.memory)
+    return Mode(
+        reference=config.tables["reference"]["name"],
+        checkpointing=config.memory.checkpointing,
+        backward=config.memory.backward,
+    )
+
+
+def warn_if_too_large(config: Config, device: torch.device) -> None:
+    """Say before anything is loaded that a run will not fit the GPU it is for."""
+    import torch
+
+    if device.type != "cuda":
+        return
+    try:
+        (need,) = predict(config, alone=True).needs
+    except UserError as error:
+        console.print(f"[dim]What this run needs cannot be told beforehand: {error}[/]")
+        return
+    memory = torch.cuda.get_device_properties(device).total_memory
+    said = f"needs {need.card / 2**30:.1f} of this GPU's {memory / 2**30:.1f} GiB (predicted)"
+    if need.card <= memory:
+        console.print(f"Training {said}.", highlight=False)
+    else:
+        console.print(
+            f"[bold yellow]Training {said} and may run out of memory.[/] See what would fit: "
+            "dpo-video fit, with the same options.",
+            highlight=False,
+        )
+
+
+def _holds(card: Card, need: Need) -> bool:
+    return need.card <= card.memory_gib * 2**30
+
+
+def _changes(need: Need) -> str:
+    """The flags that ask for its mode."""
+    mode = need.mode
+    return (
+        f"--reference {mode.reference} --set memory.checkpointing={mode.checkpointing} "
+        f"--set memory.backward={mode.backward}"
+    )
+
+
+def _report(
+    found: Forecast,
+    asked: Need,
+    best: Need | None,
+    card: Card | None,
+    cards: list[Card],
+    efficiency: float,
+) -> dict[str, Any]:
+    from dpo_video.fit import CONTEXT, FRAGMENTS
+
+    def row(need: Need) -> dict[str, Any]:
+        return {
+            **need.model_dump(),
+            "tensors": need.tensors,
+            "card": need.card,
+            "fits": {each.name: _holds(each, need) for each in cards},
+            "hours": {each.name: found.hours(need, each.tflops, efficiency) for each in cards},
+        }
+
+    return {
+        **found.model_dump(exclude={"needs"}),
+        "assumed": {"efficiency": efficiency, "context": CONTEXT, "fragments": FRAGMENTS},
+        "tier": card.name if card else None,
+        "asked": asked.mode.model_dump(),
+        "fits": _holds(card, asked) if card else None,
+        "recommended": best.mode.model_dump() if best else None,
+        "needs": [row(need) for need in found.needs],
+    }
+
+
+def _show(
+    config: Config,
+    found: Forecast,
+    asked: Need,
+    best: Need | None,
+    card: Card | None,
+    cards: list[Card],
+    efficiency: float,
+) -> None:
+    from dpo_video.fit import CONTEXT, FRAGMENTS, GIB
+
+    out = Console()
+    tables = config.tables
+    out.print(
+        f"[bold]{tables['backbone'].get('model', tables['backbone']['name'])}[/]: "
+        f"{found.parameters / 1e9:.2f} B parameters, {found.trainable / 1e6:.1f} M of them to "
+        f"train (LoRA rank {config.train.rank}), latents "
+        f"{' x '.join(map(str, found.latent_shape))}, precision {found.precision}, "
+        f"{found.pairs} pairs in the run.\n[dim]Predicted on shapes: nothing was measured.[/]\n",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("reference", "checkpointing", "backward"):
+        table.add_column(column)
+    shown = card or cards[-1]
+    for column in ("weights", "adapter", "activations", "needs GiB", "TFLOP/pair"):
+        table.add_column(column, justify="right")
+    table.add_column(f"h on {shown.name}", justify="right")
+    for each in cards:
+        table.add_column(each.name, justify="center")
+    for need in found.needs:
+        mode = need.mode
+        style = "bold" if need is asked else ""
+        figures = (
+            need.weights / GIB,
+            (need.gradients + need.optimizer) / GIB,
+            need.activations / GIB,
+            need.card / GIB,
+        )
+        table.add_row(
+            mode.reference,
+            mode.checkpointing,
+            mode.backward,
+            *(f"{figure:.1f}" for figure in figures),
+            f"{need.flops / 1e12:,.0f}",
+            f"{found.hours(need, shown.tflops, efficiency):,.1f}",
+            *("[green]yes[/]" if _holds(each, need) else "[red]no[/]" for each in cards),
+            style=style,
+        )
+    out.print(table)
+    out.print(
+        f"\n[dim]needs = weights + adapter (gradients and AdamW's state) + activations, "
+        f"{FRAGMENTS:.0%} of these for holes and {CONTEXT / GIB:.1f} GiB for CUDA itself. Hours: "
+        f"{efficiency:.0%} of the published operations per second (assumed), the training steps "
+        "alone. cached: its predictions are made ahead, and its draws repeat.[/]",
+        highlight=False,
+    )
+    if card is None:
+        out.print(
+            "Name a card to be told what to choose: --tier " + "|".join(c.name for c in cards)
+        )
+        return
+    fits = _holds(card, asked)
+    out.print(
+        f"\nThe mode asked for (bold) needs {asked.card / GIB:.1f} GiB and "
+        + ("[green]fits[/]" if fits else "[bold red]does not fit[/]")
+        + f" {card.card} ({card.memory_gib:g} GiB).",
+        highlight=False,
+    )
+    if best is None:
+        out.print(
+            "No mode does. Lower backbone.frames, height or width, or train.rank; or take a "
+            "smaller model."
+        )
+    elif best.mode != asked.mode and (not fits or best.flops < asked.flops):
+        out.print(f"Recommended: {_changes(best)}", highlight=False)

@@ -1,0 +1,440 @@
+"""What a training step will need, told from the model's configuration alone.
+
+The model is outlined (pretrained.outlined): its networks have shapes and no weights. On them the
+training's own step runs, forward and backward, with tensors that have no memory either, while
+dpo_video.peak counts what would be alive. So no formula of ours stands between the prediction and
+the step. What no tensor holds is added as stated here (`FRAGMENTS`, `CONTEXT`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from dpo_video.errors import UserError
+from dpo_video.experts import Experts
+from dpo_video.memory import Step, checkpoint_blocks
+from dpo_video.peak import Peak, as_on_cuda, peak_bytes
+from dpo_video.pretrained import outlined
+from dpo_video.settings import TrainSettings
+from dpo_video.statistics import Record
+from dpo_video.strategies import Anchor, Backbone, Loss, Reference, VideoModel
+from dpo_video.train import adapt
+from dpo_video.types import PairBatch
+
+GIB = 2**30
+CPU = torch.device("cpu")
+# Assumptions, which benchmarks/fit_check.py measures where there is a GPU.
+FRAGMENTS = 0.05  # of the activations: what the caching allocator loses to holes
+CONTEXT = 0.6 * GIB  # CUDA's own context, kernels and libraries' workspaces
+EFFICIENCY = 0.35  # of a card's published operations per second that a step of ours reaches
+
+# A transformer's layers are all alike, so what it needs grows by the same with each: it is run with
+# so many, and with all of them only if that should not hold.
+LAYERS = (3, 4, 5)
+
+Checkpointing = Literal["none", "blocks"]
+Backward = Literal["joint", "split", "linear"]
+CHECKPOINTINGS: tuple[Checkpointing, ...] = ("none", "blocks")
+BACKWARDS: tuple[Backward, ...] = ("joint", "linear", "split")
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@final
+class Mode(Record):
+    """A way to run the step."""
+
+    reference: str
+    """Its name."""
+    checkpointing: Checkpointing
+    backward: Backward
+
+
+@final
+class Need(Record):
+    """What the step needs in a mode, at its worst moment. Bytes are predicted, not measured."""
+
+    mode: Mode
+    fresh: bool
+    """Whether every visit to a pair has a noise of its own; False for a reference made ahead."""
+    weights: int
+    """Bytes of the denoiser, its adapter, and the reference where it has weights of its own."""
+    gradients: int
+    """Bytes of the adapter's gradients."""
+    optimizer: int
+    """Bytes of AdamW's state."""
+    activations: int
+    """Bytes of all other tensors."""
+    flops: int
+    """Operations of a pair, forward and backward, reference included."""
+
+    @property
+    def tensors(self) -> int:
+        """Bytes that tensors hold: what torch.cuda.max_memory_allocated would report."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def card(self) -> int:
+        """Bytes that a card must have."""
+        return round(self.tensors + FRAGMENTS * self.activations + CONTEXT)
+
+    def seconds(self, tflops: float, efficiency: float = EFFICIENCY) -> float:
+        """Of a pair, on a card of so many 10^12 operations per second."""
+        return self.flops / (tflops * 1e12 * efficiency)
+
+
+@final
+class Forecast(Record):
+    """What a model's training needs, mode by mode."""
+
+    predicted: Literal[True] = True
+    """Nothing here was measured."""
+    parameters: int
+    """Of the denoiser."""
+    trainable: int
+    """Of the adapter."""
+    latent_shape: tuple[int, int, int, int]
+    """`(c, f, h, w)` of one video."""
+    precision: str
+    pairs: int
+    """That the whole run visits: steps, accumulation and batch."""
+    needs: tuple[Need, ...]
+
+    def of(self, mode: Mode) -> Need | None:
+        """What a mode needs; None if it was not asked about."""
+        return next((need for need in self.needs if need.mode == mode), None)
+
+    def hours(self, need: Need, tflops: float, efficiency: float = EFFICIENCY) -> float:
+        """Of the run in that mode, with nothing but its steps counted."""
+        return self.pairs * need.seconds(tflops, efficiency) / 3600
+
+    def best(self, memory: float) -> Need | None:
+        """The fastest mode with fresh noises that a card of so many bytes holds.
+
+        Among equally fast ones the first of `needs`; None if there is none.
+        """
+        fitting = [need for need in self.needs if need.fresh and need.card <= memory]
+        return min(fitting, key=lambda need: need.flops, default=None)
+
+
+def forecast(
+    backbone: Backbone,
+    references: Mapping[str, Reference],
+    loss: Loss,
+    settings: TrainSettings,
+    *,
+    checkpointings: Sequence[Checkpointing] = CHECKPOINTINGS,
+    backwards: Sequence[Backward] = BACKWARDS,
+) -> Forecast:
+    """Run the training's step on shapes, in every mode asked for.
+
+    Args:
+        backbone: The family, with the model and the size of its videos.
+        references: By the name that `Mode.reference` gives them.
+        loss: Of the run. Modes that it cannot be trained in are left out.
+        settings: Rank, precision and batch shape the step.
+        checkpointings: To predict.
+        backwards: To predict.
+
+    Raises:
+        UserError: if the model's configuration cannot be read or the backbone cannot be outlined.
+    """
+    model, _ = _outline(backbone, settings)
+    parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
+    backwards = [each for each in backwards if each != "linear" or loss.uniform]
+    stack = _stack(model.denoiser)
+
+    def rehearsed(layers: int | None) -> tuple[int, list[Need]]:
+        return _rehearse(backbone, references, loss, settings, checkpointings, backwards, layers)
+
+    done = None
+    if stack is not None:
+        done = _extrapolated([rehearsed(layers) for layers in LAYERS], len(stack))
+    trainable, needs = done or rehearsed(None)
+    return Forecast(
+        parameters=parameters,
+        trainable=trainable,
+        latent_shape=model.latent_shape,
+        precision=settings.precision,
+        pairs=settings.steps * settings.accumulation * settings.batch,
+        needs=tuple(needs),
+    )
+
+
+def _outline(
+    backbone: Backbone, settings: TrainSettings, layers: int | None = None
+) -> tuple[VideoModel, Mapping[str, tuple[int, ...]]]:
+    """The model without weights, and what a prompt looks like; with so many layers in its stack."""
+    with outlined():
+        model = backbone.load(CPU, DTYPES[settings.precision])
+        prompt = model.prompt_shapes()
+    if prompt is None:
+        raise UserError(
+            f"{type(backbone).__name__} cannot say what its prompts look like without encoding "
+            "one, so its memory cannot be predicted. Train a few steps and read GiB off the table."
+        )
+    stack = _stack(model.denoiser)
+    if layers is not None and stack is not None:
+        del stack[layers:]
+    return model, prompt
+
+
+def _stack(network: nn.Module) -> nn.ModuleList | None:
+    """The list of many equal layers that a transformer is; None where there is none."""
+    for module in network.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > sum(LAYERS):
+            first, *others = ([p.shape for p in layer.parameters()] for layer in module)
+            if all(other == first for other in others):
+                return module
+    return None
+
+
+def _rehearse(
+    backbone: Backbone,
+    references: Mapping[str, Reference],
+    loss: Loss,
+    settings: TrainSettings,
+    checkpointings: Sequence[Checkpointing],
+    backwards: Sequence[Backward],
+    layers: int | None,
+) -> tuple[int, list[Need]]:
+    """The adapter's parameters and what each mode needs, with so many layers or all."""
+    model, prompt = _outline(backbone, settings, layers)
+    with torch.device("meta"):
+        policy = adapt(model, settings, seed=0)
+        anchors = {name: reference.follow(policy) for name, reference in references.items()}
+    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    needs: list[Need] = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        give_tensors(policy, CPU)
+        for checkpointing in sorted(checkpointings, key=CHECKPOINTINGS.index):
+            if checkpointing == "blocks":
+                checkpoint_blocks(policy)
+            for backward in sorted(backwards, key=BACKWARDS.index):
+                done: list[_Rehearsal] = []
+                for name, anchor in anchors.items():
+                    mode = Mode(reference=name, checkpointing=checkpointing, backward=backward)
+                    rehearsal = _Rehearsal(model, policy, anchor, loss, mode, settings, prompt)
+                    needs.append(rehearsal.like(done) or rehearsal.run())
+                    done.append(rehearsal)
+    return trainable, needs
+
+
+def _extrapolated(
+    points: Sequence[tuple[int, list[Need]]], layers: int
+) -> tuple[int, list[Need]] | None:
+    """What so many layers need, if every figure grows by the same with every layer; else None."""
+    before, last = points[-2:]
+    further = layers - LAYERS[-1]
+    needs = []
+    for steps in zip(*(needs for _, needs in points), strict=True):
+        update = {}
+        for figure in ("weights", "gradients", "optimizer", "activations", "flops"):
+            values = [getattr(need, figure) for need in steps]
+            growth = {after - earlier for earlier, after in pairwise(values)}
+            if len(growth) > 1:
+                return None
+            update[figure] = values[-1] + further * growth.pop()
+        needs.append(steps[-1].model_copy(update=update))
+    return last[0] + further * (last[0] - before[0]), needs
+
+
+class _Rehearsal:
+    """One step on tensors without memory."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        policy: nn.Module,
+        anchor: Anchor,
+        loss: Loss,
+        mode: Mode,
+        settings: TrainSettings,
+        prompt: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.model, self.policy, self.anchor, self.mode = model, policy, anchor, mode
+        self.settings, self.prompt = settings, prompt
+        self.step = Step(
+            model=model,
+            policy=policy,
+            anchor=anchor,
+            loss=loss,
+            mode=mode.backward,
+            # Tensor.backward takes function modes off, and what is computed again needs them.
+            backward=torch.autograd.backward,
+        )
+        with anchor.network() as reference:
+            give_tensors(reference, CPU)
+        self.own = nn.Module() if reference is policy else reference
+        self.trained = [p for p in policy.parameters() if p.requires_grad]
+        self.done: Need | None = None
+
+    @property
+    def weights(self) -> int:
+        """Of the policy, and of the reference where they are others; not what waits on the host."""
+        return _bytes(self.policy) + _bytes(self.own) - self.parked
+
+    @property
+    def parked(self) -> int:
+        """Of an expert that is not in use; its adapter stays."""
+        return sum(
+            tensor.nbytes
+            for experts in self.policy.modules()
+            if isinstance(experts, Experts) and experts.park
+            for name, tensor in experts.transformer_2.named_parameters()
+            if ".lora_" not in name
+        )
+
+    @property
+    def is_a_copy(self) -> bool:
+        """Whether the reference is the policy, or one like it without its adapter."""
+        adapter = sum(p.nbytes for p in self.trained)
+        return _bytes(self.own) in (0, _bytes(self.policy) - adapter)
+
+    def like(self, done: Sequence[_Rehearsal]) -> Need | None:
+        """What follows from one that was run, which spares time; None if nothing does.
+
+        A copy computes what the policy with its adapter off does, on weights of its own. A
+        reference made ahead leaves out a forward pass, whose own peak lies below that of the step.
+        """
+        for other in done:
+            if other.done is None or not (self.is_a_copy and other.is_a_copy):
+                continue
+            known = other.done
+            if self.anchor.draws is None:
+                if known.fresh:
+                    self.done = known.model_copy(
+                        update={"mode": self.mode, "weights": self.weights}
+                    )
+            elif known.fresh:
+                left_out = other.reference_alone()
+                if left_out.total - self.parked < known.tensors:
+                    self.done = known.model_copy(
+                        update={
+                            "mode": self.mode,
+                            "weights": self.weights,
+                            "fresh": False,
+                            "flops": known.flops - left_out.flops,
+                        }
+                    )
+            if self.done is not None:
+                return self.done
+        return None
+
+    def reference_alone(self) -> Peak:
+        """Of the reference's forward passes of a pair, and of nothing else."""
+        batch, noise, level = empty_pairs(self.model, self.prompt, 1, self.dtype)
+        with self._precision():
+            return peak_bytes(
+                lambda: _discard(self.step.reference(batch, noise, level)),
+                networks=[self.policy, self.own],
+            )
+
+    def run(self) -> Need:
+        """Run it."""
+        optimizer = torch.optim.AdamW(self.trained)
+        gradients = self._gradients_before()
+        count = self.settings.batch
+        batch, noise, level = empty_pairs(self.model, self.prompt, count, self.dtype)
+        known = None if self.anchor.draws is None else torch.cat([noise, noise])
+
+        with self._precision(), _Believing() if self.mode.backward == "linear" else nullcontext():
+            peak = peak_bytes(
+                lambda: _discard(self.step(batch, noise, level, known=known)),
+                networks=[self.policy, self.own, gradients],
+                optimizer=optimizer,
+            )
+        adapter = sum(p.nbytes for p in self.trained)
+        for parameter in self.trained:
+            parameter.grad = None
+        state = sum(value.nbytes for of in optimizer.state.values() for value in of.values())
+        self.done = Need(
+            mode=self.mode,
+            fresh=known is None,
+            weights=self.weights,
+            gradients=adapter,
+            optimizer=state,
+            activations=max(0, peak.total - self.parked - self.weights - adapter - state),
+            flops=peak.flops // self.settings.batch,
+        )
+        return self.done
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward passes."""
+        return DTYPES[self.settings.precision]
+
+    def _precision(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.dtype == torch.float32 else as_on_cuda(self.dtype)
+
+    def _gradients_before(self) -> nn.Module:
+        """Gradients of the batches before this one in an optimizer step, if there are any."""
+        holder = nn.Module()
+        if self.settings.accumulation > 1:
+            for index, parameter in enumerate(self.trained):
+                parameter.grad = torch.zeros_like(parameter)
+                holder.register_buffer(str(index), parameter.grad)
+        return holder
+
+
+def empty_pairs(
+    model: VideoModel, prompt: Mapping[str, tuple[int, ...]], count: int, dtype: torch.dtype
+) -> tuple[PairBatch, Tensor, Tensor]:
+    """Pairs, their noise and their levels, as the store and the loop would give them.
+
+    Args:
+        model: Whose latents they are; they lie on its device.
+        prompt: Shapes of an encoded one.
+        count: How many.
+        dtype: Of the encoded prompts.
+    """
+    size, device = (count, *model.latent_shape), model.device
+    batch = PairBatch(
+        first=torch.zeros(size),
+        second=torch.zeros(size),
+        preference=torch.ones(count, size[2]),
+        region=torch.ones(count, 1, *size[2:]),
+        strength=torch.ones(count),
+        context={name: torch.zeros(count, *each, dtype=dtype) for name, each in prompt.items()},
+        keys=[""] * count,
+    )
+    return batch.to(device), torch.zeros(size, device=device), torch.ones(count, device=device)
+
+
+class _Believing(TorchFunctionMode):
+    """Lets checks of values pass, where there are none."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return True if func is torch.equal else func(*args, **(kwargs or {}))
+
+
+def give_tensors(network: nn.Module, device: torch.device) -> None:
+    """Put empty tensors on a device in the place of an outline's.
+
+    Under `FakeTensorMode` they have a device and no memory.
+    """
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+
+def _discard(result: object) -> None:
+    """What a run must not give back."""
