@@ -10,6 +10,7 @@ from conftest import SHAPE
 from typer.testing import CliRunner
 
 from dpo_video.cli import app
+from dpo_video.cli.fit import DOES_NOT_FIT
 
 
 @pytest.fixture
@@ -34,3 +35,13 @@ def test_it_says_in_json_what_every_mode_needs_and_which_card_holds_it(
     assert {need["mode"]["reference"] for need in found["needs"]} == {"toggle", "copy", "cached"}
     for need in found["needs"]:
         assert need["fits"]["h100"] and need["hours"]["h100"] < need["hours"]["t4"]
+
+
+def test_what_does_not_fit_the_card_is_exit_code_3(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_video.fit.CONTEXT", 1e12)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == DOES_NOT_FIT == 3
+    assert "does not fit NVIDIA T4" in done.stdout and "nothing was measured" in done.stdout
+    assert "No mode does. Lower backbone.frames" in done.stdout
