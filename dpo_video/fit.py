@@ -8,7 +8,8 @@ the step. What no tensor holds is added as stated here (`FRAGMENTS`, `CONTEXT`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal, final
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from dpo_video.errors import UserError
 from dpo_video.experts import Experts
 from dpo_video.memory import Step, checkpoint_blocks
-from dpo_video.peak import Peak, as_on_cuda, peak_bytes
+from dpo_video.peak import BLOCK, Peak, as_on_cuda, peak_bytes
 from dpo_video.pretrained import outlined
 from dpo_video.settings import TrainSettings
 from dpo_video.statistics import Record
@@ -284,8 +285,8 @@ class _Rehearsal:
     @property
     def parked(self) -> int:
         """Of an expert that is not in use; its adapter stays."""
-        return sum(
-            tensor.nbytes
+        return _allocated(
+            tensor
             for experts in self.policy.modules()
             if isinstance(experts, Experts) and experts.park
             for name, tensor in experts.transformer_2.named_parameters()
@@ -295,7 +296,7 @@ class _Rehearsal:
     @property
     def is_a_copy(self) -> bool:
         """Whether the reference is the policy, or one like it without its adapter."""
-        adapter = sum(p.nbytes for p in self.trained)
+        adapter = _allocated(self.trained)
         return _bytes(self.own) in (0, _bytes(self.policy) - adapter)
 
     def like(self, done: Sequence[_Rehearsal]) -> Need | None:
@@ -433,7 +434,12 @@ def give_tensors(network: nn.Module, device: torch.device) -> None:
 
 
 def _bytes(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    return _allocated((*network.parameters(), *network.buffers()))
+
+
+def _allocated(tensors: Iterable[Tensor]) -> int:
+    """Bytes, in the allocator's blocks."""
+    return sum(BLOCK * math.ceil(tensor.nbytes / BLOCK) for tensor in tensors)
 
 
 def _discard(result: object) -> None:

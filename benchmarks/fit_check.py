@@ -1,0 +1,230 @@
+"""What `dpo-video fit` predicts against what a step takes: memory, mode by mode.
+
+    python benchmarks/fit_check.py --tier t4             # on a GPU, capped to that card's memory
+    python benchmarks/fit_check.py --case tiny           # in miniature, on any machine
+
+Networks have their full size and random weights, so nothing is downloaded. On a GPU the peak is
+torch's own, over two steps of which the second finds gradients and AdamW's state, with the process
+held to the memory of --tier by `set_per_process_memory_fraction`; a mode that runs out says so.
+What CUDA takes beside torch is measured too. On a CPU the bytes of real tensors are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dpo_video import registry
+from dpo_video.fit import (
+    BACKWARDS,
+    CHECKPOINTINGS,
+    DTYPES,
+    GIB,
+    Forecast,
+    Mode,
+    empty_pairs,
+    forecast,
+    give_tensors,
+)
+from dpo_video.memory import Step, checkpoint_blocks
+from dpo_video.peak import peak_bytes
+from dpo_video.pretrained import outlined
+from dpo_video.settings import TrainSettings
+from dpo_video.strategies import Backbone, Loss, Reference
+from dpo_video.tiers import find_tier, tiers
+from dpo_video.train import adapt
+
+RESULTS = Path(__file__).parent / "results" / "0.1.0"
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # name: backbone, its options, options of the training
+    "tiny": ("tiny", {}, {"rank": 16, "precision": "no"}),
+    "animatediff": ("animatediff", {}, {"rank": 32, "precision": "fp16"}),
+    "wan-1.3b": ("wan", {"model": "wan2.1-t2v-1.3b"}, {"rank": 64, "precision": "bf16"}),
+}
+REFERENCES = ("toggle", "copy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--case", choices=CASES, action="append", help="all that fit the machine")
+    parser.add_argument("--tier", choices=tiers(), help="the card to be held to; this one whole")
+    parser.add_argument("--machine", default="", help="what to call it in the results")
+    arguments = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    if gpu and arguments.tier:
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = find_tier(arguments.tier).memory_gib * GIB / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    cases = arguments.case or (["animatediff", "wan-1.3b"] if gpu else ["tiny"])
+    rows = [row for case in cases for row in check(case, device)]
+    name = torch.cuda.get_device_name(device) if gpu else platform.machine()
+    result = {
+        "machine": arguments.machine or name,
+        "device": device.type,
+        "tier": arguments.tier,
+        "torch": torch.__version__,
+        "measured": "torch.cuda.max_memory_allocated" if gpu else "bytes of real tensors",
+        "context": context(device),
+        "rows": rows,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"fit_check--{arguments.tier or device.type}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    show(rows)
+    print(path)
+
+
+def check(case: str, device: torch.device) -> list[dict[str, Any]]:
+    kind, options, training = CASES[case]
+    backbone: Backbone = registry.load("backbone", kind)(**options)  # type: ignore[assignment]
+    loss: Loss = registry.load("loss", "global")()  # type: ignore[assignment]
+    settings = TrainSettings(batch=1, accumulation=2, **training)
+    references: dict[str, Reference] = {
+        name: registry.load("reference", name)()  # type: ignore[misc]
+        for name in REFERENCES
+    }
+    predicted = forecast(backbone, references, loss, settings)
+    return [
+        {
+            "case": case,
+            **compare(predicted, need.mode, backbone, references, loss, settings, device),
+        }
+        for need in predicted.needs
+        if need.mode.checkpointing in CHECKPOINTINGS and need.mode.backward in BACKWARDS
+    ]
+
+
+def compare(
+    predicted: Forecast,
+    mode: Mode,
+    backbone: Backbone,
+    references: dict[str, Reference],
+    loss: Loss,
+    settings: TrainSettings,
+    device: torch.device,
+) -> dict[str, Any]:
+    need = predicted.of(mode)
+    assert need is not None
+    try:
+        measured = measure(backbone, references[mode.reference], loss, settings, mode, device)
+    except torch.OutOfMemoryError:
+        measured = {"out_of_memory": True}
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    peak = measured.get("bytes")
+    return {
+        **mode.model_dump(),
+        "predicted": need.tensors,
+        "predicted_card": need.card,
+        **measured,
+        "off": None if peak is None else need.tensors / peak - 1,
+    }
+
+
+def measure(
+    backbone: Backbone,
+    reference: Reference,
+    loss: Loss,
+    settings: TrainSettings,
+    mode: Mode,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Two steps on random weights."""
+    dtype = DTYPES[settings.precision]
+    with outlined():
+        model = backbone.load(device, dtype)
+        prompt = model.prompt_shapes()
+    assert prompt is not None
+    with torch.device("meta"):
+        policy = adapt(model, settings, seed=0)
+        anchor = reference.follow(policy)
+    with anchor.network() as network:
+        for each in (policy, network):
+            give_tensors(each, device)
+            for tensor in (*each.parameters(), *each.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data.normal_(std=0.02)
+    if mode.checkpointing == "blocks":
+        checkpoint_blocks(policy)
+    step = Step(
+        model=model,
+        policy=policy,
+        anchor=anchor,
+        loss=loss,
+        mode=mode.backward,
+        autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+    )
+    optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
+    batch, noise, level = empty_pairs(model, prompt, settings.batch, dtype)
+    noise.normal_()
+
+    def accumulate() -> None:
+        for _ in range(settings.accumulation):
+            step(batch, noise, level, share=1 / settings.accumulation)
+
+    if device.type == "cpu":
+        own = [network] if network is not policy else []
+        return {"bytes": peak_bytes(accumulate, networks=[policy, *own], optimizer=optimizer).total}
+    accumulate()
+    optimizer.step()
+    optimizer.zero_grad()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    accumulate()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / (settings.accumulation * settings.batch)
+    optimizer.step()
+    return {
+        "bytes": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+        "seconds_per_pair": seconds,
+    }
+
+
+def context(device: torch.device) -> int | None:
+    """Bytes of the card that are neither free nor torch's: CUDA's own, if nothing else runs."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in (
+        "case",
+        "reference",
+        "checkpointing",
+        "backward",
+        "predicted",
+        "measured",
+        "off",
+    ):
+        table.add_column(column)
+    for row in rows:
+        peak = row.get("bytes")
+        table.add_row(
+            *(row[key] for key in ("case", "reference", "checkpointing", "backward")),
+            f"{row['predicted'] / GIB:.3f} GiB",
+            "out of memory" if peak is None else f"{peak / GIB:.3f} GiB",
+            "" if peak is None else f"{row['off']:+.1%}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
