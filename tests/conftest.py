@@ -22,79 +22,23 @@ import diffusers
 import pytest
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    MotionAdapter,
-    UNet2DConditionModel,
-    UNetMotionModel,
-)
-from transformers import CLIPTextConfig, CLIPTextModel
+from small_animatediff import CPU, SHAPE, load_small, save_small_animatediff
 
-from dpo_video.backbone.animatediff import AnimateDiffModel, load_checkpoint
-from dpo_video.pretrained import Checkpoint
-from dpo_video.strategies import Sampling
+from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.testing import small_videos
-from dpo_video.tiny.recipe import SCHEDULE, TEXT_LENGTH, new_tokenizer
-from dpo_video.types import Clip, VideoShape
+from dpo_video.types import Clip
 
 torch.set_num_threads(1)
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-SHAPE = VideoShape(frames=4, height=16, width=16, fps=8.0)
-CPU = torch.device("cpu")
+__all__ = ["CPU", "SHAPE", "load_small"]  # imported from here by the tests
 
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder: 4 frames at 16x16, 4x4 latents."""
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    tokenizer = new_tokenizer()
-    unet = UNet2DConditionModel(
-        sample_size=4,
-        block_out_channels=(16, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    adapter = MotionAdapter(
-        block_out_channels=(16, 16),
-        motion_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=4,
-        motion_max_seq_length=SHAPE.frames,
-        use_motion_mid_block=False,
-    )
-    UNetMotionModel.from_unet2d(unet, adapter).save_pretrained(folder / "unet")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(4, 4, 4),
-        norm_num_groups=2,
-        mid_block_add_attention=False,
-        sample_size=SHAPE.height,
-    ).save_pretrained(folder / "vae")
-    CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=TEXT_LENGTH,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    ).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    DDIMScheduler(**SCHEDULE, clip_sample=False).save_pretrained(folder / "scheduler")
-    return folder
+    return save_small_animatediff(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
@@ -103,19 +47,6 @@ def small_cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from small_cogvideox import save_small_cogvideox
 
     return save_small_cogvideox(tmp_path_factory.mktemp("small_cogvideox"))
-
-
-def load_small(folder: Path) -> AnimateDiffModel:
-    """Load a fresh copy of the small model."""
-    model = load_checkpoint(
-        Checkpoint(source=str(folder)),
-        device=CPU,
-        dtype=torch.float32,
-        shape=SHAPE,
-        sampling=Sampling(steps=4, guidance=2.0),
-    )
-    assert isinstance(model, AnimateDiffModel)
-    return model
 
 
 @pytest.fixture
