@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from dpo_video.cli import (
+    bench,
     build,
     check,
     compare,
@@ -44,6 +45,7 @@ app.command("check")(check.check)
 app.command("export-pairs")(export_pairs.export_pairs)
 app.command("list")(listing.list_strategies)
 app.command("show")(show.show)
+app.command("bench")(bench.bench)
 app.command("config")(config.config)
 
 

@@ -1,0 +1,229 @@
+"""Optimizer steps of one pair each, in every mode, beside what others do and the least possible.
+
+Ours are steps of `dpo_video.train.train` itself, with all that surrounds the model: reading the
+pair, drawing noise, the loss, clipping, AdamW, the report and the log. The yardstick is the time
+that the operations of a step of reference and policy on both videos would take at the rate of a
+large matrix product, which is measured in its turn; `networks alone` makes the same passes on
+tensors that lie ready. `cached` is timed once its predictions are there.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import Turn
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from practice import research_script, video_dpo
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from dpo_video import registry
+from dpo_video.backbone.tiny import Tiny
+from dpo_video.backbone.wan import Wan
+from dpo_video.diffusion import noised
+from dpo_video.peak import Peak, peak_bytes
+from dpo_video.settings import MemorySettings, TrainSettings
+from dpo_video.store import Manifest, PairStore
+from dpo_video.strategies import Loss, Reference, VideoModel
+from dpo_video.train import adapt, train
+from dpo_video.types import Pair, PairBatch
+
+PAIRS = 4
+SETTINGS = TrainSettings(
+    steps=10**6, batch=1, accumulation=1, rank=16, alpha=16, lr=1e-5, save_every=10**6, samples=0,
+    tracker="none",
+)  # fmt: skip
+FLOOR = "operations at the matmul rate"
+ALONE = "networks alone: toggle, joint"
+MODES = {
+    f"{reference}, {backward}": (reference, MemorySettings(backward=backward, checkpointing=again))
+    for reference, backward, again in (
+        ("toggle", "joint", "none"),
+        ("copy", "joint", "none"),
+        ("cached", "joint", "none"),
+        ("toggle", "split", "none"),
+        ("toggle", "linear", "none"),
+        ("cached", "linear", "none"),
+    )
+} | {"toggle, joint, blocks checkpointed": ("toggle", MemorySettings(checkpointing="blocks"))}
+SCRIPT, VIDEO_DPO = "diffusers' research script", "Video-DPO, standard mode"
+"""See practice.py."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a step is given, lying ready."""
+
+    batch: PairBatch
+    noise: Tensor
+    level: Tensor
+
+
+def tiny(folder: Path, device: torch.device, quick: bool) -> VideoModel:
+    return Tiny().load(device, torch.float32)
+
+
+def small_wan(folder: Path, device: torch.device, quick: bool) -> VideoModel:
+    """Wan's real classes, random weights: 320 tokens of 192 channels in 6 layers."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        heads, layers, width = (2, 1, 24) if quick else (6, 6, 32)
+        parts = {
+            "transformer": WanTransformer3DModel(
+                num_attention_heads=heads, attention_head_dim=width, in_channels=4, out_channels=4,
+                text_dim=64, freq_dim=64, ffn_dim=8 * heads * width // 3, num_layers=layers,
+                rope_max_seq_len=64,
+            ),
+            "vae": AutoencoderKLWan(
+                base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+            ),
+            "text_encoder": UMT5EncoderModel(
+                UMT5Config(vocab_size=8, d_model=64, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+            ),
+            "scheduler": UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+        }  # fmt: skip
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    size = 32 if quick else 128
+    options = Wan(model=str(folder), frames=17, height=size, width=size, text_length=64)
+    return options.load(device, torch.float32)
+
+
+MODELS = {"tiny": tiny, "a small Wan": small_wan}
+
+
+@cache
+def folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="dpo-video-bench-"))
+
+
+def load(name: str, device: torch.device, quick: bool) -> VideoModel:
+    return MODELS[name](folder() / "wan", device, quick)
+
+
+def pairs(name: str, model: VideoModel) -> PairStore:
+    """Random latents: a step takes as long whatever they are."""
+    manifest = Manifest(
+        recipe={}, identity=model.identity, latent_shape=model.latent_shape, fps=model.shape.fps
+    )
+    store = PairStore.create(folder() / f"pairs of {name}", manifest)
+    generator = torch.Generator().manual_seed(0)
+    shapes = model.prompt_shapes()
+    assert shapes is not None
+    for index in range(len(store), PAIRS):
+        first, second = torch.randn(2, *model.latent_shape, generator=generator)
+        pair = Pair(
+            first=first, second=second, preference=torch.ones(model.latent_shape[1]),
+            region=torch.ones(1, *model.latent_shape[1:]), prompt=str(index), source="random",
+        )  # fmt: skip
+        store.append(
+            pair,
+            {key: torch.randn(1, *shape, generator=generator) for key, shape in shapes.items()},
+        )
+    return store
+
+
+def draws(name: str, model: VideoModel) -> Drawn:
+    generator = torch.Generator().manual_seed(0)
+    return Drawn(
+        pairs(name, model).batch([0]).to(model.device),
+        torch.randn(1, *model.latent_shape, generator=generator).to(model.device),
+        model.sample_levels(1, generator).to(model.device),
+    )
+
+
+def strategy(kind: str, name: str) -> Any:
+    return registry.load(kind, name)()
+
+
+def ours(name: str, mode: str, device: torch.device, quick: bool) -> Callable[[], object]:
+    reference, memory = MODES[mode]
+    model = load(name, device, quick)
+    following: Reference = strategy("reference", reference)
+    if reference == "cached":
+        following = following.model_copy(update={"draws": 1})
+    loss: Loss = strategy("loss", "global")
+    steps = train(
+        model, pairs(name, model), loss, following, SETTINGS, seed=0,
+        out=folder() / "runs" / name / mode, accelerator=Accelerator(cpu=device.type == "cpu"),
+        memory=memory,
+    )  # fmt: skip
+    return lambda: next(steps)
+
+
+def theirs(name: str, which: str, device: torch.device, quick: bool) -> Callable[[], object]:
+    model = load(name, device, quick)
+    drawn = draws(name, model)
+    policy = adapt(model, SETTINGS, 0)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
+    make = research_script if which == SCRIPT else video_dpo
+    step = make(model, policy, optimizer)
+    return lambda: step(drawn.batch, drawn.noise, drawn.level)
+
+
+def networks_alone(name: str, device: torch.device, quick: bool) -> Callable[[], object]:
+    """The passes of a step, and no loss: what no step with these passes can be faster than."""
+    model = load(name, device, quick)
+    drawn = draws(name, model)
+    policy = adapt(model, SETTINGS, 0)
+    inputs = noised(model, drawn.batch, drawn.noise, drawn.level)
+    shown = inputs.noisy, inputs.level, inputs.context
+    gradient = torch.ones_like(inputs.target)
+
+    def call() -> None:
+        with torch.no_grad(), policy.disable_adapter():
+            model.predict(policy, *shown)
+        model.predict(policy, *shown).backward(gradient)
+        policy.zero_grad()
+
+    return call
+
+
+@cache
+def contestant_of(name: str, which: str, device: torch.device, quick: bool) -> Callable[[], object]:
+    if which == ALONE:
+        return networks_alone(name, device, quick)
+    if which in (SCRIPT, VIDEO_DPO):
+        return theirs(name, which, device, quick)
+    return ours(name, which, device, quick)
+
+
+@cache
+def counted(name: str, which: str, device: torch.device, quick: bool) -> Peak:
+    """Operations of a step, and the bytes of all tensors at its worst moment."""
+    call = contestant_of(name, which, device, quick)
+    call()  # the first one makes what is kept: AdamW's state, cached predictions
+    return peak_bytes(lambda: (call(), None)[1], networks=[])
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.contestants(FLOOR, ALONE, *MODES, SCRIPT, VIDEO_DPO)
+def test_step(turn: Turn, contestant: str, model: str, quick: bool, device: torch.device) -> None:
+    call: Callable[[], object]
+    if contestant == FLOOR:
+        size = 64 if quick else 1536
+        matrix = torch.randn(size, size, device=device)
+        call = lambda: matrix @ matrix  # noqa: E731
+        flops: float = counted(model, ALONE, device, quick).flops
+        work, figures = 2 * size**3 / flops, {}
+    else:
+        call = contestant_of(model, contestant, device, quick)
+        counts = counted(model, contestant, device, quick)
+        flops, work, figures = counts.flops, 1, {"peak of tensors, MiB": counts.total / 2**20}
+    turn(
+        f"a training step of one pair, {model}", call, unit="pair", work=work, yardstick=FLOOR,
+        flops=flops, figures=figures,
+    )  # fmt: skip
