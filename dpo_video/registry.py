@@ -11,7 +11,8 @@ import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from dpo_video.errors import PluginError, unknown
 
@@ -146,9 +147,16 @@ def _base(kind: str) -> type[Strategy]:
 
 
 def _type(annotation: Any) -> str:
-    if isinstance(annotation, type):
-        return annotation.__name__
-    text = str(annotation)
-    for noise in ("typing.", "pathlib.", "pathlib._local.", "NoneType"):
-        text = text.replace(noise, "none" if noise == "NoneType" else "")
-    return text
+    """As in a signature, a Literal as its values, without what pydantic checks besides."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is NoneType:
+        return "None"
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type, arguments))
+    name = getattr(origin or annotation, "__name__", str(annotation))
+    inner = ("..." if each is Ellipsis else _type(each) for each in arguments)
+    return f"{name}[{', '.join(inner)}]" if arguments else name

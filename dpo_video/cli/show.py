@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from dpo_video.cli.options import Json
@@ -49,13 +50,14 @@ def show(
     console = Console()
     shown = escape(_reflowed(text))
     console.print(f"[bold]{kind}[/] [cyan]{name or ''}[/]\n\n{shown}\n", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("option", "type", "default", "meaning"):
-        table.add_column(column)
     for option in options:
-        table.add_row(f"[cyan]{option.path}[/]", escape(option.type), escape(option.default),
-                      escape(option.meaning))  # fmt: skip
-    console.print(table if options else "It has no options.")
+        given = option.default if option.default == "required" else f"= {escape(option.default)}"
+        console.print(
+            f"[cyan]{option.path}[/]  [dim]{escape(option.type)}[/]  {given}", highlight=False
+        )
+        console.print(Padding(escape(option.meaning), (0, 0, 0, 4)), highlight=False)
+    if not options:
+        console.print("It has no options.")
 
 
 def _show_tier(name: str | None, as_json: bool) -> None:
