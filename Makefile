@@ -32,7 +32,7 @@ check: setup ## Lint, formatting and types
 	$(BIN)/mypy
 
 test: check ## All checks and all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable --durations 15
 
 format: setup ## Put the code into shape
 	$(BIN)/ruff check --fix .
