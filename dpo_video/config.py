@@ -162,7 +162,7 @@ def _read(file: Path) -> Tables:
         raise UserError(
             f"Cannot read '{file}': {error.strerror}. Name an existing TOML file."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers too long and tables too deep, too
         raise UserError(
             f"'{file}' is not valid TOML: {error}. Correct it and run again."
         ) from error
@@ -199,6 +199,9 @@ def _name(tables: Tables, kind: str) -> str:
 
 
 def _assign(tables: Tables, path: str, value: Any) -> None:
+    for text in (path, value):
+        if isinstance(text, str) and not _encodes(text):
+            raise UserError(f"'{path}' = {text!r} is not UTF-8. Type it again.")
     head, *middle, last = path.split(".")
     known = {*ENGINES, *registry.KINDS}
     if head not in known:
@@ -224,8 +227,17 @@ def _assign(tables: Tables, path: str, value: Any) -> None:
 def _parse(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text  # a bare word
+
+
+def _encodes(text: str) -> bool:
+    """Whether a run.toml can hold it: bytes of a command line that are not UTF-8 it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _make(tables: Tables) -> Config:

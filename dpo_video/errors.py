@@ -5,9 +5,25 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # characters; a file's whole content in its place tells nobody more
+
 
 class UserError(Exception):
-    """Something the user can put right: shown as one line, exit code 2, no traceback."""
+    """Something the user can put right: shown as one line, exit code 2, no traceback.
+
+    Whatever a message quotes of a file, it stays one line that any terminal can show.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, terminal codes and what UTF-8 cannot say; cut in the middle."""
+    words = " ".join(text.split()) if any(c in text for c in "\n\r\t\v\f") else text
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    half = _LONGEST // 2
+    return shown if len(shown) <= _LONGEST else f"{shown[:half]} ... {shown[-half:]}"
 
 
 class PluginError(UserError):

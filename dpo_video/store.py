@@ -22,7 +22,7 @@ from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -32,11 +32,9 @@ from dpo_video.files import write_tensors, write_text, writing
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Context, Pair, PairBatch
 
-_TENSORS = {"first", "second", "preference", "region"}
-
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Manifest(_Record):
@@ -64,8 +62,8 @@ class PairRow(_Record):
 
     index: int
     prompt: str
-    context: str
-    """The name of the encoded prompt's file."""
+    context: str = Field(pattern=r"^[0-9a-f]{16}$")
+    """The name of the encoded prompt's file: a hash, so that no other folder can be named."""
     source: str
     strength: float
     region_share: float
@@ -153,7 +151,13 @@ class PairStore:
         if self._preferences is not None:
             for row, part in zip(rows, parts, strict=True):
                 part["preference"] = self.preference(row.index)
-        contexts = [self._load(self._context_path(row.context)) for row in rows]
+        contexts = [self._load_context(row) for row in rows]
+        shapes = {tuple((name, part[name].shape) for name in sorted(part)) for part in contexts}
+        if len(shapes) > 1:
+            raise StoreError(
+                f"The prompts of the pairs {', '.join(str(row.index) for row in rows)} in "
+                f"'{self.folder}' are encoded in several ways. Delete it and build the pairs again."
+            )
         stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         return PairBatch(
             **stacked,
@@ -168,7 +172,10 @@ class PairStore:
             return self._preferences.get(index, torch.zeros(self.manifest.latent_shape[1]))
         path = self._latents_path(self.rows[index].index)
         with self._reading(path), safe_open(path, framework="pt") as file:
-            return file.get_tensor("preference")
+            preference = file.get_tensor("preference")
+        if preference.shape != self.manifest.latent_shape[1:2]:
+            raise self._foreign(path)
+        return preference
 
     def relabelled(self, preferences: Mapping[int, Float[Tensor, " f"]]) -> PairStore:
         """The same pairs with other preferences; those that are given none become ties."""
@@ -202,10 +209,27 @@ class PairStore:
 
     def _load_pair(self, path: Path) -> dict[str, Tensor]:
         tensors = self._load(path)
-        if tensors.keys() != _TENSORS or tensors["first"].shape != self.manifest.latent_shape:
+        shape = self.manifest.latent_shape
+        wanted = {"first": shape, "second": shape, "preference": shape[1:2],
+                  "region": (1, *shape[1:])}  # fmt: skip
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != wanted or not all(part.is_floating_point() for part in tensors.values()):
+            raise self._foreign(path)
+        return tensors
+
+    def _foreign(self, path: Path) -> StoreError:
+        return StoreError(
+            f"'{path}' holds something else than a pair of this store. Delete '{self.folder}' and "
+            "build the pairs again."
+        )
+
+    def _load_context(self, row: PairRow) -> dict[str, Tensor]:
+        path = self._context_path(row.context)
+        tensors = self._load(path)
+        if not tensors or not all(part.ndim and len(part) == 1 for part in tensors.values()):
             raise StoreError(
-                f"'{path}' holds something else than a pair of this store. Delete "
-                f"'{self.folder}' and build the pairs again."
+                f"'{path}' holds something else than an encoded prompt. Delete '{self.folder}' "
+                "and build the pairs again."
             )
         return tensors
 
