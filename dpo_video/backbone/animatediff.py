@@ -15,13 +15,14 @@ from diffusers import (
     UNetMotionModel,
 )
 from pydantic import Field
-from torch import Generator, Tensor, nn
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dpo_video.ddim import DDIMModel
 from dpo_video.errors import UserError
-from dpo_video.pretrained import Checkpoint, Lazy, assembling, free, identity, settled
+from dpo_video.pretrained import Checkpoint, Lazy, assembling, identity, settled
 from dpo_video.prompts import diverse
-from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
+from dpo_video.sampling import frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
     Clip,
@@ -150,7 +151,7 @@ def load_checkpoint(
 
 
 @final
-class AnimateDiffModel(VideoModel):
+class AnimateDiffModel(DDIMModel):
     """A loaded AnimateDiff model. Levels are timesteps of the training schedule."""
 
     def __init__(
@@ -167,23 +168,25 @@ class AnimateDiffModel(VideoModel):
         identity: str,
     ) -> None:
         self.denoiser: nn.Module = settled(unet, device)
-        self.scheduler, self.identity = scheduler, identity
+        self.identity = identity
         self._checkpoint, self._motion_adapter = checkpoint, motion_adapter
         self.device, self.dtype, self.shape, self.sampling = device, dtype, shape, sampling
         self.tokenizer = checkpoint.load(CLIPTokenizer.from_pretrained, "tokenizer")
-        self._vae_config = checkpoint.full_config(AutoencoderKL, "vae")
-        self._vae = Lazy(
-            lambda: settled(
-                checkpoint.load(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype), device
-            )
+
+        def load_vae() -> AutoencoderKL:
+            vae = checkpoint.load(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype)
+            return settled(vae, device)
+
+        def load_text_encoder() -> CLIPTextModel:
+            encoder = checkpoint.load(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype)
+            return settled(encoder, device)
+
+        super().__init__(
+            scheduler=scheduler,
+            vae=Lazy(load_vae),
+            vae_config=checkpoint.full_config(AutoencoderKL, "vae"),
+            text_encoder=Lazy(load_text_encoder),
         )
-        self._text_encoder = Lazy(
-            lambda: settled(
-                checkpoint.load(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype), device
-            )
-        )
-        self._empty: Context | None = None
-        self._alphas = scheduler.alphas_cumprod.to(device)
         self._check_shape(unet.config.motion_max_seq_length)
 
     def _check_shape(self, most: int) -> None:
@@ -199,29 +202,10 @@ class AnimateDiffModel(VideoModel):
                     f"one of, and is {getattr(self.shape, name)} (--set backbone.{name}=...)."
                 )
 
-    @property
-    def vae(self) -> AutoencoderKL:
-        """Loaded when it is first used."""
-        return self._vae.get()
-
-    @property
-    def text_encoder(self) -> CLIPTextModel:
-        """Loaded when it is first used."""
-        return self._text_encoder.get()
-
     def prompt_shapes(self) -> dict[str, tuple[int, ...]]:
         """One vector a token, as many as the text encoder has places."""
         text = self._checkpoint.config("text_encoder")
         return {"prompt_embeds": (text["max_position_embeddings"], text["hidden_size"])}
-
-    def release(self) -> None:
-        """Free the VAE and the text encoder."""
-        free(self._vae, self._text_encoder)
-
-    @property
-    def _factor(self) -> int:
-        """Pixels to a side of a latent."""
-        return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -261,30 +245,6 @@ class AnimateDiffModel(VideoModel):
         hidden = self.text_encoder(tokens["input_ids"].to(self.device)).last_hidden_state
         return {"prompt_embeds": hidden}
 
-    def sample_levels(self, n: int, generator: Generator) -> PerPair:
-        """Uniform timesteps `t ~ U{0..T-1}`."""
-        steps = self.scheduler.config.num_train_timesteps
-        return torch.randint(steps, (n,), generator=generator).float()
-
-    def add_noise(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
-        """`sqrt(abar) clean + sqrt(1 - abar) noise`."""
-        alpha = self._alpha(level, clean)
-        return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-
-    def target(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
-        """Epsilon or v, as the scheduler's configuration says."""
-        kind = self.scheduler.config.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "v_prediction":
-            alpha = self._alpha(level, clean)
-            return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-        raise UserError(f"A scheduler that predicts '{kind}' cannot be trained; use epsilon or v.")
-
-    def _alpha(self, level: PerPair, like: Tensor) -> Tensor:
-        alpha = self._alphas[level.to(self.device).long()]
-        return alpha.view(-1, *(1,) * (like.ndim - 1)).to(like.dtype)
-
     def predict(
         self, denoiser: nn.Module, noisy: Latents, level: PerPair, context: Context
     ) -> Latents:
@@ -323,35 +283,15 @@ class AnimateDiffModel(VideoModel):
             )
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
-        return denoise(
-            self,
-            self.denoiser if denoiser is None else denoiser,
-            self._schedule(steps),
+        return self._denoise(
             context,
             noise,
-            empty=None if guidance == 1 else self._empty_context(len(noise)),
-            guidance=[guidance] * steps,
-            first=first_step(level, steps),
+            denoiser=denoiser,
             clean=clean,
+            level=level,
             region=region,
+            scales=[guidance] * steps,
         )
-
-    def _schedule(self, steps: int) -> Schedule:
-        self.scheduler.set_timesteps(steps)
-        times = self.scheduler.timesteps
-        ahead = self.scheduler.config.num_train_timesteps // steps  # as its step() has it
-
-        def step(prediction: Latents, index: int, latents: Latents) -> Latents:
-            return self.scheduler.step(prediction, times[index], latents).prev_sample
-
-        return Schedule(
-            levels=times.float(), reached=(times - ahead).clamp(min=0).float(), step=step
-        )
-
-    def _empty_context(self, count: int) -> Context:
-        if self._empty is None:
-            self._empty = self.encode_prompts([""])
-        return {name: value.expand(count, -1, -1) for name, value in self._empty.items()}
 
     def latent_frames(self, segment: slice) -> slice:
         """The same frames: this VAE has no temporal stride."""

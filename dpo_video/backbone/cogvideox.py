@@ -15,13 +15,14 @@ from diffusers import (
 )
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from pydantic import Field
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, T5EncoderModel
 
+from dpo_video.ddim import DDIMModel
 from dpo_video.errors import UserError
-from dpo_video.pretrained import Checkpoint, Lazy, free, identity, settled
+from dpo_video.pretrained import Checkpoint, Lazy, identity, settled
 from dpo_video.prompts import diverse
-from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
+from dpo_video.sampling import frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
     Clip,
@@ -109,7 +110,7 @@ class CogVideoX(Backbone):
 
 
 @final
-class CogVideoXModel(VideoModel):
+class CogVideoXModel(DDIMModel):
     """A loaded CogVideoX. Levels are timesteps of the training schedule."""
 
     def __init__(
@@ -132,14 +133,13 @@ class CogVideoXModel(VideoModel):
         self.identity = identity(
             checkpoint.digest("transformer", "vae", "text_encoder"), dtype=dtype
         )
-        self.scheduler = checkpoint.load(CogVideoXDDIMScheduler.from_pretrained, "scheduler")
-        if self.scheduler.config.prediction_type != "v_prediction":
+        scheduler = checkpoint.load(CogVideoXDDIMScheduler.from_pretrained, "scheduler")
+        if scheduler.config.prediction_type != "v_prediction":
             raise UserError(
                 f"The scheduler of '{checkpoint.source}' predicts "
-                f"'{self.scheduler.config.prediction_type}', but CogVideoX is trained on "
+                f"'{scheduler.config.prediction_type}', but CogVideoX is trained on "
                 "v_prediction. Take the scheduler_config.json of the original checkpoint."
             )
-        self._alphas = self.scheduler.alphas_cumprod.to(device, torch.float32)
         self.tokenizer = checkpoint.load(AutoTokenizer.from_pretrained, "tokenizer")
         self.denoiser: nn.Module = settled(
             checkpoint.load(
@@ -160,8 +160,12 @@ class CogVideoXModel(VideoModel):
             )
             return settled(text_encoder, device)
 
-        self._vae, self._text_encoder = Lazy(load_vae), Lazy(load_text_encoder)
-        self._empty: Context | None = None
+        super().__init__(
+            scheduler=scheduler,
+            vae=Lazy(load_vae),
+            vae_config=self._vae_config,
+            text_encoder=Lazy(load_text_encoder),
+        )
 
     def _check(self, checkpoint: Checkpoint) -> None:
         if self._config["in_channels"] != self._vae_config["latent_channels"]:
@@ -190,25 +194,6 @@ class CogVideoXModel(VideoModel):
                     f"This model knows positions up to a {name} of {most} pixels, not {pixels}. "
                     f"Lower it (--set backbone.{name}=...)."
                 )
-
-    @property
-    def vae(self) -> AutoencoderKLCogVideoX:
-        """Loaded when it is first used."""
-        return self._vae.get()
-
-    @property
-    def text_encoder(self) -> T5EncoderModel:
-        """Loaded when it is first used."""
-        return self._text_encoder.get()
-
-    def release(self) -> None:
-        """Free the VAE and the text encoder."""
-        free(self._vae, self._text_encoder)
-
-    @property
-    def _factor(self) -> int:
-        """Pixels to a side of a latent."""
-        return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
 
     @property
     def _padding(self) -> int:
@@ -265,25 +250,6 @@ class CogVideoXModel(VideoModel):
         """One vector a token, as many as a prompt is filled up to."""
         tokens, width = self._config["max_text_seq_length"], self._config["text_embed_dim"]
         return {"prompt_embeds": (tokens, width)}
-
-    def sample_levels(self, n: int, generator: Generator) -> PerPair:
-        """Uniform timesteps `t ~ U{0..T-1}`."""
-        steps = self.scheduler.config.num_train_timesteps
-        return torch.randint(steps, (n,), generator=generator).float()
-
-    def add_noise(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
-        """`sqrt(abar) clean + sqrt(1 - abar) noise`; at the last timestep, noise alone."""
-        alpha = self._alpha(level, clean)
-        return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
-
-    def target(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
-        """The velocity `sqrt(abar) noise - sqrt(1 - abar) clean` (Salimans and Ho 2022)."""
-        alpha = self._alpha(level, clean)
-        return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-
-    def _alpha(self, level: PerPair, like: Tensor) -> Tensor:
-        alpha = self._alphas[level.to(self.device).long()]
-        return alpha.view(-1, *(1,) * (like.ndim - 1)).to(like.dtype)
 
     def predict(
         self, denoiser: nn.Module, noisy: Latents, level: PerPair, context: Context
@@ -353,47 +319,25 @@ class CogVideoXModel(VideoModel):
             )
         steps = self.sampling.steps if steps is None else steps
         guidance = self.sampling.guidance if guidance is None else guidance
-        schedule = self._schedule(steps)
-        scales = self._guidance(guidance, schedule.levels.tolist())
-        guided = any(scale != 1 for scale in scales)
-        return denoise(
-            self,
-            self.denoiser if denoiser is None else denoiser,
-            schedule,
+        return self._denoise(
             context,
             noise,
-            empty=self._empty_context(len(noise)) if guided else None,
-            guidance=scales,
-            first=first_step(level, steps),
+            denoiser=denoiser,
             clean=clean,
+            level=level,
             region=region,
+            scales=self._guidance(guidance, steps),
         )
 
-    def _schedule(self, steps: int) -> Schedule:
-        self.scheduler.set_timesteps(steps)
-        times = self.scheduler.timesteps
-        ahead = self.scheduler.config.num_train_timesteps // steps  # as its step() has it
-
-        def step(prediction: Latents, index: int, latents: Latents) -> Latents:
-            return self.scheduler.step(prediction, times[index], latents).prev_sample
-
-        return Schedule(
-            levels=times.float(), reached=(times - ahead).clamp(min=0).float(), step=step
-        )
-
-    def _guidance(self, scale: float, times: Sequence[float]) -> list[float]:
+    def _guidance(self, scale: float, steps: int) -> list[float]:
+        """One scale a step."""
         if not self._dynamic:
-            return [scale] * len(times)
-        steps = len(times)
+            return [scale] * steps
+        times = self._schedule(steps).levels.tolist()
         return [
             1 + scale * (1 - math.cos(math.pi * ((steps - time) / steps) ** 5.0)) / 2
             for time in times
         ]
-
-    def _empty_context(self, count: int) -> Context:
-        if self._empty is None:
-            self._empty = self.encode_prompts([""])
-        return {name: value.expand(count, -1, -1) for name, value in self._empty.items()}
 
     def latent_frames(self, segment: slice) -> slice:
         """Latent 0 is frame 0, latent k the frames 4k - 3 to 4k; padding belongs to frame 0."""

@@ -22,10 +22,10 @@ from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from dpo_video.backbone import animatediff
 from dpo_video.errors import UserError
 from dpo_video.experts import Experts
 from dpo_video.pretrained import Checkpoint, Lazy, free, identity, settled
+from dpo_video.prompts import diverse
 from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
@@ -167,7 +167,7 @@ class Wan(Backbone):
 
     def prompts(self, n: int) -> list[str]:
         """Eight diverse prompts, cycled."""
-        return animatediff.AnimateDiff().prompts(n)
+        return diverse(n)
 
 
 @final
