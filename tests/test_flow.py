@@ -10,11 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from kornia.filters import gaussian_blur2d
+from kornia.geometry import remap
 from torch import Tensor
 
-from dpo_video.flow import dense_flow, visible, warp
+from dpo_video.flow import _blur, _double, _halve, dense_flow, visible, warp
 from dpo_video.video import read_video
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
@@ -116,6 +118,23 @@ def test_no_texture_no_flow() -> None:
     first, second = plain.clone(), plain.clone()
     first[..., 4:14, 4:14], second[..., 4:14, 6:16] = 0.9, 0.9
     assert dense_flow(first, second)[..., 40:, 40:].abs().max() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 6, 10), (3, 2, 34, 16)])
+def test_filters_are_torchs_and_kornias(shape: tuple[int, ...]) -> None:
+    values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(_halve(values), F.avg_pool2d(values, 2), atol=1e-6)
+    double = F.interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
+    assert torch.allclose(_double(values), double, atol=1e-6)
+    for sigma, taps in ((1.0, 5), (1.25, 5), (2.5, 11)):
+        blurred = gaussian_blur2d(values, (taps, taps), (sigma, sigma), border_type="replicate")
+        assert torch.allclose(_blur(values, sigma), blurred, atol=1e-6)
+    flow = 3 * torch.rand(shape[0], 2, *shape[2:], generator=torch.Generator().manual_seed(1))
+    y, x = torch.meshgrid(*(torch.arange(float(n)) for n in shape[2:]), indexing="ij")
+    sampled = remap(
+        values, x + flow[:, 0], y + flow[:, 1], padding_mode="border", align_corners=True
+    )
+    assert torch.allclose(warp(values, flow), sampled, atol=1e-5)
 
 
 def test_a_batch_is_its_pairs_one_by_one() -> None:
