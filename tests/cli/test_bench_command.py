@@ -42,7 +42,7 @@ def test_suites_run_in_miniature(tmp_path: Path) -> None:
     assert split.flops > joint.flops  # one more forward pass
     lk = found["metric"].races[0].of("ours, colour")
     assert lk is not None
-    assert float(lk.figures["mean endpoint error, px"]) < 0.1
+    assert float(lk.figures["error on smooth motion, px"]) < 0.1
 
 
 @pytest.mark.parametrize(
