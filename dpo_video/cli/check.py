@@ -86,6 +86,10 @@ def _show(found: Audit) -> None:
     notices = sum(finding.level.value == "notice" for finding in found.findings)
     console.print(
         f"\n{found.pairs} pairs: "
-        + (f"[bold red]{found.problems} problems[/]" if found.problems else "[green]no problem[/]")
+        + (
+            f"[bold red]{found.problems} problem{'s' * (found.problems > 1)}[/]"
+            if found.problems
+            else "[green]no problem[/]"
+        )
         + f", {notices} worth a look."
     )
