@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_video import registry
+from dpo_video.blocks import checkpoint_blocks
 from dpo_video.fit import (
     BACKWARDS,
     CHECKPOINTINGS,
@@ -36,7 +37,7 @@ from dpo_video.fit import (
     forecast,
     give_tensors,
 )
-from dpo_video.memory import Step, checkpoint_blocks
+from dpo_video.memory import Step
 from dpo_video.peak import peak_bytes
 from dpo_video.pretrained import outlined
 from dpo_video.settings import TrainSettings

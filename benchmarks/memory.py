@@ -28,9 +28,10 @@ from torch.overrides import TorchFunctionMode
 
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.wan import Wan
+from dpo_video.blocks import checkpoint_blocks
 from dpo_video.fit import empty_pairs, give_tensors
 from dpo_video.loss.global_ import Global
-from dpo_video.memory import Step, checkpoint_blocks
+from dpo_video.memory import Step
 from dpo_video.peak import as_on_cuda, peak_bytes
 from dpo_video.pretrained import outlined
 from dpo_video.reference.copy import Copy

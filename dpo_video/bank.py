@@ -58,13 +58,20 @@ class BankManifest(Record):
     """Of the forward passes."""
     videos_at_once: Literal[1, 2]
     """Of a pair, in a forward pass: last bits depend on that too."""
+    chunks: int = 1
+    """Parts that layers ran in (`memory.chunks`): and on that."""
     kernels: str
     """What computed them: last bits differ from one library, device or number of threads to
     another, and a step whose policy equals its reference must have a margin of exactly 0."""
 
     @classmethod
     def of(
-        cls, model: VideoModel, seed: int, precision: str, videos_at_once: Literal[1, 2] = 2
+        cls,
+        model: VideoModel,
+        seed: int,
+        precision: str,
+        videos_at_once: Literal[1, 2] = 2,
+        chunks: int = 1,
     ) -> Self:
         """What a run would make its predictions with, here and now."""
         device = model.device
@@ -77,6 +84,7 @@ class BankManifest(Record):
             seed=seed,
             precision=precision,
             videos_at_once=videos_at_once,
+            chunks=chunks,
             kernels=f"torch {torch.__version__}, {kernels}",
         )
 

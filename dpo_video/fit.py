@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from dpo_video.blocks import checkpoint_blocks
 from dpo_video.errors import UserError
 from dpo_video.experts import Experts
-from dpo_video.memory import Step, checkpoint_blocks
+from dpo_video.memory import Step
 from dpo_video.peak import BLOCK, Peak, as_on_cuda, peak_bytes
 from dpo_video.pretrained import outlined
 from dpo_video.settings import TrainSettings

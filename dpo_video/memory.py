@@ -2,79 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
-from types import MethodType
 from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from dpo_video.blocks import checkpoint_blocks, run_in_chunks
 from dpo_video.diffusion import Inputs, noised, pair_errors, reference_predictions, signed_errors
 from dpo_video.errors import TrainingError
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import Anchor, Loss, VideoModel
 from dpo_video.types import Latents, LossOutput, PairBatch, PairErrors, PerPair
 
-# --- checkpointing -----------------------------------------------------------------------------
+# --- networks ----------------------------------------------------------------------------------
 
 
-def checkpoint_blocks(network: nn.Module) -> int:
-    """Let every block compute its activations again for its backward; how many blocks there are.
-
-    Without a graph, nothing changes. A deep copy of the network is checkpointed as well.
+def arrange(network: nn.Module, memory: MemorySettings) -> None:
+    """Let a network run as the modes ask for. Called again, it replaces what it did before.
 
     Raises:
-        TrainingError: if the network has no blocks.
+        TrainingError: if the network has no parts of the kind that a mode is about.
     """
-    found = list(blocks(network))
-    for block in found:
-        block.forward = MethodType(_recomputed, block)
-    if not found:
-        raise TrainingError(
-            f"A {type(network).__name__} has no blocks that could be checkpointed: no list of "
-            "layers. Set memory.checkpointing=none."
-        )
-    return len(found)
-
-
-def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The residual and transformer blocks, told by how a network is built.
-
-    They are the members of its lists of layers. A member with several lists of its own is a stage
-    of a UNet, and one with a longer list a stack: their blocks are inside. A member that is a
-    single layer, as a UNet's downsampling is, has nothing worth computing again.
-    """
-    for child in network.children():
-        if not isinstance(child, nn.ModuleList):
-            yield from blocks(child)
-            continue
-        for member in child:
-            lists = [inner for inner in member.children() if isinstance(inner, nn.ModuleList)]
-            if len(lists) > 1 or any(len(inner) > 1 for inner in lists):
-                yield from blocks(member)
-            elif _has_layers(member):
-                yield member
-
-
-def _has_layers(member: nn.Module) -> bool:
-    """Whether it is made of more than one layer with weights."""
-    layers = (m for m in member.modules() if next(m.parameters(recurse=False), None) is not None)
-    return len(list(islice(layers, 2))) > 1
-
-
-def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward = type(block).forward
-    if not torch.is_grad_enabled():
-        return forward(block, *args, **kwargs)
-    # Backbones load in evaluation mode and the adapter has no dropout: nothing is drawn inside.
-    return checkpoint(
-        forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-    )
+    if memory.chunks > 1:
+        run_in_chunks(network, memory.chunks)
+    if memory.checkpointing == "blocks":
+        checkpoint_blocks(network)
 
 
 # --- backward passes ---------------------------------------------------------------------------

@@ -8,17 +8,22 @@ machine, in seconds and without its memory:
         peak = peak_bytes(step, networks=[network], optimizer=optimizer)
 
 What no tensor holds is not counted: a GPU's own context, libraries' workspaces, and what the
-allocator loses to fragments.
+allocator loses to fragments. What is made inside `on_host` is counted apart, as the host's.
+`peak_bytes(step, trace=True).holders` says what fills the worst moment.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,9 +39,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-Kind = Literal["weights", "gradients", "optimizer", "activations"]
+Kind = Literal["weights", "gradients", "optimizer", "activations", "host"]
 
 BLOCK = 512  # bytes: torch's CUDA allocator hands out multiples of it
+_OUTSIDE = (str(Path(torch.__file__).parent), __file__)  # whose lines say nothing in a trace
+_LINES = 4  # of a trace
 # What CUDA's autocast runs in fp32 and the CPU's does not, of what networks are made of
 # (ATen/autocast_mode.h, AT_FORALL_FP32). Their results, in twice the bytes, are activations.
 _IN_FP32: frozenset[Callable[..., Any]] = frozenset({
@@ -57,6 +64,26 @@ _SAME_FLOPS: Mapping[Any, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Tensors that were alive at the worst moment, made alike."""
+
+    bytes: int
+    """Of all of them."""
+    count: int
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    operation: str
+    """That made them; of what was given, the one that first used them."""
+    lines: str
+    """That called it, the innermost first, torch's own left out."""
+
+    def __str__(self) -> str:
+        size = f"{self.bytes / 2**20:9.1f} MiB = {self.count:3} x {list(self.shape)} {self.dtype}"
+        return f"{size} {self.kind} {self.operation} {self.lines}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Peak:
     """The moment at which most was alive, in bytes; and the operations of everything."""
 
@@ -68,6 +95,10 @@ class Peak:
     flops: int
     """A multiplication and an addition are two; only those of matrix products, convolutions and
     attention count."""
+    host: int = 0
+    """Bytes in the host's memory, at the moment when most were there; not in the total."""
+    holders: tuple[Holder, ...] = ()
+    """With `trace`: what was alive, the largest first."""
 
     @property
     def total(self) -> int:
@@ -80,6 +111,7 @@ def peak_bytes(
     *,
     networks: Iterable[nn.Module] = (),
     optimizer: Optimizer | None = None,
+    trace: bool = False,
 ) -> Peak:
     """Run something, and say how much was alive at its worst moment.
 
@@ -89,8 +121,9 @@ def peak_bytes(
         networks: Their parameters and buffers are there throughout, as weights.
         optimizer: Its state is made first, as it is there in all steps but the first. Of its
             parameters, gradients are told apart.
+        trace: Also say what was alive then, and which lines made it.
     """
-    counter = _Counter()
+    counter = _Tracer() if trace else _Counter()
     for network in networks:
         counter.see([*network.parameters(), *network.buffers()], "weights")
     hooks = []
@@ -111,7 +144,23 @@ def peak_bytes(
     finally:
         for hook in hooks:
             hook.remove()
-    return Peak(**counter.peak, flops=counter.flops)
+    return Peak(**counter.peak, flops=counter.flops, host=counter.host, holders=counter.holders())
+
+
+_elsewhere: list[None] = []
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Tensors made inside lie in the host's memory.
+
+    Where a step runs on the CPU, or on shapes as if on a GPU, only this tells the two apart.
+    """
+    _elsewhere.append(None)
+    try:
+        yield
+    finally:
+        _elsewhere.pop()
 
 
 def _fill_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -133,9 +182,10 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
+        self.flops = self.host = self.total = 0
         self.alive: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
-        self.peak = dict(self.alive)
+        self.peak = self._on_device()
+        self._worst = 0
         self._held: dict[int, tuple[weakref.ref[UntypedStorage], int, Kind]] = {}
 
     def __torch_dispatch__(
@@ -159,21 +209,114 @@ class _Counter(TorchDispatchMode):
             known = self._held.get(key)
             if known is None:
                 size = BLOCK * math.ceil(storage.nbytes() / BLOCK)
-                counted = kind or "activations"
-                reference = weakref.ref(storage, partial(self._forget, key))
+                counted = kind or ("host" if _elsewhere else "activations")
+                reference = weakref.ref(storage, partial(self.forget, key))
                 self._held[key] = reference, size, counted
-                self.alive[counted] += size
+                self._count(counted, size)
+                self.appeared(key, value, size, counted)
             elif kind is not None and known[2] != kind:
                 reference, size, before = known
                 self._held[key] = reference, size, kind
-                self.alive[before] -= size
-                self.alive[kind] += size
-        if sum(self.alive.values()) > sum(self.peak.values()):
-            self.peak = dict(self.alive)
+                self._count(before, -size)
+                self._count(kind, size)
+        if self.total > self._worst:
+            self._worst = self.total
+            self.peak = self._on_device()
+            self.at_worst()
 
-    def _forget(self, key: int, _: weakref.ref[UntypedStorage]) -> None:
+    def forget(self, key: int, _: object) -> None:
+        """A storage is gone."""
         _, size, kind = self._held.pop(key)
-        self.alive[kind] -= size
+        self._count(kind, -size)
+
+    def appeared(self, key: int, value: Tensor, size: int, kind: Kind) -> None:
+        """A storage is new."""
+
+    def at_worst(self) -> None:
+        """More is alive than ever before."""
+
+    def holders(self) -> tuple[Holder, ...]:
+        """What was alive at the worst moment."""
+        return ()
+
+    def _count(self, kind: Kind, size: int) -> None:
+        self.alive[kind] += size
+        if kind == "host":
+            self.host = max(self.host, self.alive[kind])
+        else:
+            self.total += size
+
+    def _on_device(self) -> dict[str, int]:
+        return {kind: size for kind, size in self.alive.items() if kind != "host"}
+
+
+@dataclass
+class _Life:
+    """Of a storage, in calls of the tracer."""
+
+    born: int
+    died: int | None
+    size: int
+    made: tuple[Kind, tuple[int, ...], torch.dtype, str, str]
+
+
+class _Tracer(_Counter):
+    """Remembers from when to when each storage lived, and who made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = self._worst_at = 0
+        self._operation = "given"
+        self._lives: list[_Life] = []
+        self._living: dict[int, _Life] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._operation = str(func)
+        self._now += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def appeared(self, key: int, value: Tensor, size: int, kind: Kind) -> None:
+        """Note it."""
+        made = kind, tuple(value.shape), value.dtype, self._operation, _lines(sys._getframe())
+        self._living[key] = _Life(self._now, None, size, made)
+        self._lives.append(self._living[key])
+
+    def forget(self, key: int, _: object) -> None:
+        """Note that, too."""
+        super().forget(key, _)
+        self._living.pop(key).died = self._now
+
+    def at_worst(self) -> None:
+        """Note when."""
+        self._worst_at = self._now
+
+    def holders(self) -> tuple[Holder, ...]:
+        """Those that had been born and had not died."""
+        sizes: Counter[Any] = Counter()
+        counts: Counter[Any] = Counter()
+        for life in self._lives:
+            if life.born <= self._worst_at and (life.died is None or life.died >= self._worst_at):
+                sizes[life.made] += life.size
+                counts[life.made] += 1
+        return tuple(
+            Holder(
+                bytes=size, count=counts[made], kind=made[0], shape=made[1], dtype=made[2],
+                operation=made[3], lines=made[4],
+            )
+            for made, size in sizes.most_common()
+        )  # fmt: skip
+
+
+def _lines(frame: FrameType | None) -> str:
+    lines: list[str] = []
+    while frame is not None and len(lines) < _LINES:
+        file = frame.f_code.co_filename
+        if not file.startswith(_OUTSIDE):
+            lines.append(f"{Path(file).name}:{frame.f_lineno}")
+        frame = frame.f_back
+    return " < ".join(lines)
 
 
 @contextmanager

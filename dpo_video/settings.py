@@ -50,6 +50,9 @@ class TrainSettings(Settings):
     """LoRA's alpha: its update is scaled by alpha / rank. It follows a rank that you set alone."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of the forward passes; errors and losses are always fp32."""
+    skips: int = Field(default=3, ge=0)
+    """Steps of the whole run that may be skipped because their loss or gradient is not finite; one
+    more stops it and names the pairs. Steps that fp16's loss scaler skips do not count."""
     save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
     samples: int = Field(default=2, ge=0)
@@ -76,6 +79,10 @@ class MemorySettings(Settings):
     one video without any more passes, for losses that look at means over whole videos (not region,
     not segment); the two gradients' difference costs it two digits, and the adapter's gradients are
     there three times."""
+    chunks: int = Field(default=1, ge=1)
+    """Parts that feed-forward layers and cross-attentions run in, one after another, each computed
+    again for its backward pass: their insides, the widest tensors of a transformer, are there for
+    one part only. 8 is plenty; a few per cent more time."""
 
 
 class EvaluateSettings(Settings):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from dpo_video.bank import Bank, BankManifest, BankReport, Visit
-from dpo_video.checkpoint import load_state, save_state
+from dpo_video.checkpoint import (
+    Identity,
+    check_seal,
+    damaged,
+    load_state,
+    save_state,
+    seal,
+    sealed_count,
+    tensors_digest,
+)
 from dpo_video.diffusion import initial_noise
 from dpo_video.errors import RunError, TrainingError
-from dpo_video.files import write_text, writing
-from dpo_video.memory import Step, check_backward, checkpoint_blocks
+from dpo_video.files import sync, write_bytes, write_text, writing
+from dpo_video.memory import Step, arrange, check_backward
 from dpo_video.seeds import derive, generator
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.store import PairStore
@@ -38,6 +47,7 @@ from dpo_video.verdict import StepReport
 from dpo_video.video import write_video
 
 LATEST = "latest"
+OVERFLOWS = 24  # steps in a row: a scale of 65536 is then far below any that a gradient needs
 FIGURES = ("loss", "margin", "logits", "gradient_factor", "chosen_change", "rejected_change")
 
 
@@ -73,6 +83,13 @@ class Progress:
 
     report: StepReport
     checkpoint: Path | None
+    unsound: Sequence[str] = ()
+    """The pairs whose loss was not finite, or all of the step's if only its gradient was not; the
+    step was skipped then."""
+
+
+class _StoppedError(Exception):
+    """Somebody asked the run to stop, in the middle of a step."""
 
 
 def train(
@@ -88,6 +105,7 @@ def train(
     memory: MemorySettings = MemorySettings(),  # noqa: B008 - it is frozen
     resume: bool = False,
     on_bank: Callable[[BankReport], None] = lambda report: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
     """Train an adapter, one report per optimizer step.
 
@@ -96,29 +114,53 @@ def train(
     them. With a reference that limits a pair's draws, its predictions are made first, and `on_bank`
     is told of it.
 
+    A step whose loss or gradient is not finite changes nothing and is counted. When `stop` says so,
+    in any process, the steps made so far are saved and the loop ends: after the pass that it is
+    in, or with several processes after the step.
+
     Raises:
         TrainingError: if the pairs are all ties or lack what the loss needs, if the loss does not
-            suit `memory.backward`, at a first step whose margin is not exactly 0, and when the
-            loss, the gradient or an error is not finite.
-        RunError: if there is nothing to resume.
+            suit `memory.backward`, at a first step whose margin is not exactly 0, and when more
+            than `settings.skips` steps were not finite.
+        RunError: if there is nothing to resume, or the reference or the pairs have changed.
     """
     store.check_fits(model)
+    if resume and (count := sealed_count(latest_checkpoint(out))) is not None:
+        store = store.beginning(count)  # another run may have built more since
     check_backward(loss, memory)
     pairs = _usable(store, loss)
     model.release()  # what encoded the pairs
     bare = adapt(model, settings, seed)
+    identity = _identity(model, store, bare, accelerator.mixed_precision)
+    arrange(bare, memory)
     anchor = reference.follow(bare)
-    if memory.checkpointing == "blocks":
-        checkpoint_blocks(bare)
     parameters = [p for p in bare.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
     )
     policy, optimizer = accelerator.prepare(bare, optimizer)
     run = _Run(model, store, pairs, loss, anchor, policy, settings, seed, accelerator, memory)
-    start = _restore(out, bare, optimizer) if resume else 0
+    if resume:
+        run.at = _restore(out, bare, optimizer, identity, accelerator.scaler)
+        run.skipped = run.at.skipped
+    start = run.at.step
+
+    def save(step: int) -> Path:
+        folder = out / "checkpoints" / f"step_{step:06d}"
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            with writing(out):
+                if (out / "log.jsonl").exists():
+                    sync(out / "log.jsonl")
+                place = _Place(step=step, place=run.place(step), skipped=run.skipped)
+                _save(folder, bare, optimizer, place, identity, accelerator.scaler)
+        return folder
+
     if start < settings.steps:
-        run.fill_bank(on_bank)
+        try:
+            run.fill_bank(_unless(stop, on_bank))
+        except _StoppedError:
+            return
     if accelerator.is_main_process:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -128,37 +170,52 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(settings, step)
         began = time.monotonic()
-        outputs = run.accumulate(step)
-        if step == 0:
-            _check_first_step(outputs)
+        generators = _rng_state()
+        try:
+            outputs = run.accumulate(step, stop)
+        except _StoppedError:
+            optimizer.zero_grad()
+            _set_rng_state(generators)
+            if step > start:
+                save(step)
+            return
         norm = float(accelerator.clip_grad_norm_(parameters, settings.clip))
         lr = optimizer.param_groups[0]["lr"]
         now = time.monotonic()
         left = (settings.steps - step - 1) * (now - started) / (step + 1 - start)
         report = _report(step + 1, outputs, norm, lr, now - began, now - started, left, accelerator)
-        # fp16: the loss scaler meets infinite gradients while it finds its scale, and skips them.
-        scaled = accelerator.scaler is not None
-        if not (math.isfinite(report.loss) and (scaled or math.isfinite(norm))):
-            raise TrainingError(
-                f"Step {step + 1} is not finite (loss {report.loss}, gradient norm {norm}); its "
-                f"pairs were {', '.join(run.keys)}. The last checkpoint is safe. Lower train.lr, "
-                "or check those pairs."
-            )
-        optimizer.step()
+        sound = math.isfinite(report.loss)
+        if step == 0 and sound:
+            _check_first_step(outputs)
+        unsound: list[str] = []
+        if sound and (run.overflows(norm) or math.isfinite(norm)):
+            optimizer.step()  # under a loss scaler only where the gradient is finite
+        else:
+            unsound = run.skip(report, outputs)
+            report = report.model_copy(update={"skipped": True})
         optimizer.zero_grad()
         if accelerator.is_main_process:
             with writing(out), (out / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(report.model_dump_json() + "\n")
         saved = None
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            saved = out / "checkpoints" / f"step_{step + 1:06d}"
-            accelerator.wait_for_everyone()
+            saved = save(step + 1)
             if accelerator.is_main_process:
                 with writing(out):
-                    _save(saved, bare, optimizer, step + 1)
                     _draw_samples(model, bare, store, settings.samples, out, saved.name)
             accelerator.wait_for_everyone()
-        yield Progress(report=report, checkpoint=saved)
+        yield Progress(report=report, checkpoint=saved, unsound=unsound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """How far a run has come."""
+
+    step: int = 0
+    place: int = 0
+    """In the endless sequence of pairs, which any number of processes goes on with."""
+    skipped: int = 0
+    """Steps that were not finite."""
 
 
 class _Run:
@@ -191,11 +248,18 @@ class _Run:
             autocast=accelerator.autocast,
         )
         self.keys: list[str] = []
+        self.skipped = self._overflown = 0
+        self.at = _Place()
+        """Where this process began."""
         self.bank: Bank | None = None
         if anchor.draws is not None:
             with accelerator.main_process_first():
                 manifest = BankManifest.of(
-                    model, seed, accelerator.mixed_precision, self.step.videos_at_once
+                    model,
+                    seed,
+                    accelerator.mixed_precision,
+                    self.step.videos_at_once,
+                    memory.chunks,
                 )
                 self.bank = Bank(store, manifest)
 
@@ -204,17 +268,29 @@ class _Run:
         if self.bank is None or self.anchor.draws is None:
             return
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        settings = self.settings
-        places = settings.steps * settings.accumulation * settings.batch * world
-        distinct = min(places, self.anchor.draws * len(self.pairs))
+        distinct = min(self.place(self.settings.steps), self.anchor.draws * len(self.pairs))
         needed = [self._visit_at(place) for place in range(rank, distinct, world)]
         self.bank.fill(needed, self._predict_reference, on_progress)
         self.accelerator.wait_for_everyone()
 
-    def accumulate(self, step: int) -> list[LossOutput]:
-        """The gradient of one optimizer step; the detached outputs of its forward passes."""
+    def place(self, step: int) -> int:
+        """The first place of a step, in the endless sequence of pairs."""
+        world = self.accelerator.num_processes
+        each = self.settings.accumulation * self.settings.batch * world
+        return self.at.place + (step - self.at.step) * each
+
+    def accumulate(self, step: int, stop: Callable[[], bool]) -> list[LossOutput]:
+        """The gradient of one optimizer step; the detached outputs of its forward passes.
+
+        Raises:
+            _StoppedError: when `stop` says so; among several processes before the first pass only,
+                for none of them may wait for another that has gone.
+        """
         outputs, self.keys = [], []
+        alone = self.accelerator.num_processes == 1
         for part in range(self.settings.accumulation):
+            if (alone or part == 0) and self._agreed(stop()):
+                raise _StoppedError
             visits = [self._visit_at(place) for place in self._places(step, part)]
             drawn = self._draw(visits)
             self.keys += drawn.batch.keys
@@ -232,6 +308,46 @@ class _Run:
         if self.step.mode != "joint":
             self._share_gradients()
         return outputs
+
+    def _agreed(self, stopped: bool) -> bool:
+        """Whether any process was asked to stop."""
+        if self.accelerator.num_processes == 1:
+            return stopped
+        told = torch.tensor(float(stopped), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told, reduction="sum"))
+
+    def overflows(self, norm: float) -> bool:
+        """Whether it is for the loss scaler to skip a gradient that is not finite.
+
+        It meets some while it finds its scale. Call it once a step.
+        """
+        self._overflown = 0 if math.isfinite(norm) else self._overflown + 1
+        return self.accelerator.scaler is not None and self._overflown <= OVERFLOWS
+
+    def skip(self, report: StepReport, outputs: list[LossOutput]) -> list[str]:
+        """Count a step that is not finite; the pairs that made it so, of all processes.
+
+        Raises:
+            TrainingError: if that is one too many.
+        """
+        losses = torch.cat([output.loss for output in outputs])
+        unsound = [key for key, loss in zip(self.keys, losses, strict=True) if not loss.isfinite()]
+        if math.isfinite(report.loss):
+            unsound = self.keys
+        if self.accelerator.num_processes > 1:
+            unsound = gather_object(unsound)
+        unsound = sorted(set(unsound))
+        self.skipped += 1
+        if self.skipped > self.settings.skips:
+            raise TrainingError(
+                f"Step {report.step} is not finite (loss {report.loss}, gradient norm "
+                f"{report.grad_norm}); its pairs were {', '.join(unsound)}. It is the "
+                f"{self.skipped}. such step, and train.skips = {self.settings.skips} may be. The "
+                "last checkpoint is safe. Lower train.lr, or check those pairs."
+            )
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # it has seen the gradient already
+        return unsound
 
     def _share_gradients(self) -> None:
         """The mean over all processes, where they were kept apart until now."""
@@ -265,7 +381,7 @@ class _Run:
         """Positions in the endless sequence of pairs that this process takes."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.settings.batch
-        first = ((step * self.settings.accumulation + part) * world + rank) * size
+        first = self.place(step) + (part * world + rank) * size
         return list(range(first, first + size))
 
     def _visit_at(self, place: int) -> Visit:
@@ -289,6 +405,32 @@ class _Drawn:
 def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     order: list[int] = torch.randperm(count, generator=generator(seed, "epoch", epoch)).tolist()
     return order
+
+
+def _unless(
+    stop: Callable[[], bool], then: Callable[[BankReport], None]
+) -> Callable[[BankReport], None]:
+    def told(report: BankReport) -> None:
+        then(report)
+        if stop():  # what the bank has, it keeps
+            raise _StoppedError
+
+    return told
+
+
+def _identity(model: VideoModel, store: PairStore, policy: PeftModel, precision: str) -> Identity:
+    """What the run would be gone on with, here and now."""
+    named = dict(policy.named_parameters())
+    base = {str(p.dtype).removeprefix("torch.") for n, p in named.items() if ".lora_" not in n}
+    return Identity(
+        base=model.identity,
+        adapter=tensors_digest({n: p for n, p in named.items() if ".lora_" in n}),
+        weights=" ".join(sorted(base)),
+        precision=precision,
+        pairs=store.digest,
+        count=len(store),
+        labels=store.labels_digest,
+    )
 
 
 def _usable(store: PairStore, loss: Loss) -> list[int]:
@@ -410,33 +552,52 @@ def read_log(out: Path) -> list[StepReport]:
         ) from error
 
 
-def _save(folder: Path, policy: PeftModel, optimizer: Any, step: int) -> None:
+def _save(
+    folder: Path,
+    policy: PeftModel,
+    optimizer: Any,
+    place: _Place,
+    identity: Identity,
+    scaler: Any,
+) -> None:
     """Write a checkpoint under another name, rename it, then move the pointer to it."""
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     policy.save_pretrained(partial / "adapter")
-    state = {"step": step, "optimizer": optimizer.state_dict(), "rng": _rng_state()}
+    state = {
+        **asdict(place),
+        "optimizer": optimizer.state_dict(),
+        "rng": _rng_state(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
     save_state(partial / "state.safetensors", state)
+    seal(partial, place.step, identity)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    sync(folder.parent)
     write_text(folder.parent / LATEST, folder.name + "\n")
 
 
-def _restore(out: Path, policy: PeftModel, optimizer: Any) -> int:
+def _restore(
+    out: Path, policy: PeftModel, optimizer: Any, identity: Identity, scaler: Any
+) -> _Place:
     folder = latest_checkpoint(out)
+    check_seal(folder, identity)
     try:
         state = load_state(folder / "state.safetensors")
         weights = load_file(folder / "adapter" / "adapter_model.safetensors")
         set_peft_model_state_dict(policy, weights)
         optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
         _set_rng_state(state["rng"])
-        return int(state["step"])
-    except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise RunError(
-            f"The checkpoint '{folder}' is damaged, or of an adapter of another shape ({reason}). "
-            f"Write the name of an earlier one into '{folder.parent / LATEST}', or train again."
-        ) from error
+        place = _Place(**{name: int(state[name]) for name in ("step", "place", "skipped")})
+        if min(place.step, place.place, place.skipped) < 0:
+            raise ValueError("it is of a step before the first")
+        return place
+    except Exception as error:  # a damaged file may make torch and PEFT raise anything
+        reason = (str(error).strip().split("\n") or [type(error).__name__])[0]
+        raise damaged(folder, reason) from error
 
 
 def _rng_state() -> dict[str, Any]:
@@ -465,8 +626,8 @@ def _set_rng_state(state: dict[str, Any]) -> None:
 def _truncate_log(path: Path, steps: int) -> None:
     """Keep the lines of the steps that the checkpoint holds; the others will be written again."""
     if path.exists():
-        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps]
-        write_text(path, "".join(kept))
+        whole = path.read_bytes().split(b"\n")[:-1]  # what follows was cut off
+        write_bytes(path, b"".join(line + b"\n" for line in whole[:steps]))
 
 
 def _draw_samples(

@@ -13,6 +13,7 @@ from conftest import CPU, SHAPE
 from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.wan import Wan
+from dpo_video.blocks import checkpoint_blocks
 from dpo_video.errors import UserError
 from dpo_video.fit import (
     BACKWARDS,
@@ -27,7 +28,7 @@ from dpo_video.fit import (
     forecast,
 )
 from dpo_video.loss.global_ import Global
-from dpo_video.memory import Step, checkpoint_blocks
+from dpo_video.memory import Step
 from dpo_video.models import FOLDER, known_models
 from dpo_video.peak import peak_bytes
 from dpo_video.pretrained import outlined

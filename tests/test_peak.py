@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from dpo_video.peak import BLOCK, Peak, as_on_cuda, peak_bytes
+from dpo_video.peak import BLOCK, Peak, as_on_cuda, on_host, peak_bytes
 
 ROWS, WIDTH = 64, 32
 ACTIVATION = 4 * ROWS * WIDTH
@@ -69,6 +69,35 @@ def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
     peak = peak_bytes(accumulate, networks=[network], optimizer=optimizer)
     assert (peak.weights, peak.gradients, peak.optimizer) == (2 * WEIGHT, 2 * WEIGHT, state)
     assert peak.total == peak.activations + 4 * WEIGHT + state
+
+
+def test_what_is_on_the_host_counts_apart() -> None:
+    def run() -> None:
+        here = torch.zeros(ROWS, WIDTH)
+        with on_host():
+            there = torch.empty_like(here)
+        there.copy_(here)
+        del here
+        torch.zeros(ROWS, WIDTH)
+
+    peak = peak_bytes(run)
+    assert (peak.total, peak.host) == (ACTIVATION, ACTIVATION)
+
+
+def test_a_trace_names_what_filled_the_worst_moment() -> None:
+    network, inputs = chain(2), torch.zeros(ROWS, WIDTH)
+
+    def run() -> None:
+        torch.zeros(1)  # gone before
+        network(inputs).sum().backward()
+
+    peak = peak_bytes(run, networks=[network], trace=True)
+    assert sum(holder.bytes for holder in peak.holders) == peak.total
+    assert {holder.kind for holder in peak.holders} == {"weights", "activations"}
+    assert peak.holders[0].bytes == max(holder.bytes for holder in peak.holders)
+    assert all("torch" not in holder.lines for holder in peak.holders)
+    assert any("test_peak.py" in holder.lines for holder in peak.holders)
+    assert "MiB" in str(peak.holders[0])
 
 
 class Mixed(nn.Module):
