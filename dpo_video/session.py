@@ -67,21 +67,35 @@ class OpenedSource:
     """The user's files that give none; grows while clips are read."""
 
 
-def open_source(config: Config, model: VideoModel) -> OpenedSource:
-    """What the pairs bring themselves, or the user's clips, or the backbone's, or prompts alone."""
-    assert not isinstance(config.pairs, Path)
-    run = config.run
+def check_labeler(config: Config) -> None:
+    """A UserError if the pairs to be built and the labeler named do not go together.
+
+    Asked before anything is loaded.
+    """
+    if isinstance(config.pairs, Path):
+        return
+    kind = config.tables["pairs"]["name"]
+    if config.labeler is None and config.pairs.needs_labeler:
+        raise UserError(
+            f"Pairs of kind '{kind}' need somebody who ranks them. Choose with --labeler NAME (see "
+            "`dpo-video list labeler`)."
+        )
     if config.labeler is not None and not config.pairs.asks_labeler:
         raise UserError(
-            f"Pairs of kind '{config.tables['pairs']['name']}' know who is better and ask no "
-            "labeler. Leave --labeler out, or label them once they are built: "
-            "dpo-video label PAIRS --labeler NAME"
+            f"Pairs of kind '{kind}' know who is better and ask no labeler. Leave --labeler out, "
+            "or label them once they are built: dpo-video label PAIRS --labeler NAME"
         )
     if isinstance(config.labeler, SetLabeler):
         raise UserError(
             f"The labeler '{config.tables['labeler']['name']}' labels finished sets only. Build "
             "the pairs without it, then: dpo-video label PAIRS --labeler NAME"
         )
+
+
+def open_source(config: Config, model: VideoModel) -> OpenedSource:
+    """What the pairs bring themselves, or the user's clips, or the backbone's, or prompts alone."""
+    assert not isinstance(config.pairs, Path)
+    run = config.run
     if isinstance(config.pairs, SuppliedPairs):
         if run.clips is not None:
             raise UserError(

@@ -302,6 +302,8 @@ class PairBuilder(Strategy, ABC):
     kind: ClassVar[str] = "pairs"
     asks_labeler: ClassVar[bool] = True
     """False where the way a pair is made says who is better."""
+    needs_labeler: ClassVar[bool] = False
+    """True where a pair cannot be made without one."""
 
     @property
     @abstractmethod

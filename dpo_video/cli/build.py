@@ -76,8 +76,9 @@ def build(
     )
     if isinstance(config.pairs, Path):
         raise UserError(f"'{config.pairs}' holds pairs already. Name a strategy to build others.")
-    from dpo_video.session import load_model, pick_device
+    from dpo_video.session import check_labeler, load_model, pick_device
 
+    check_labeler(config)
     model = load_model(config, pick_device(config.run.device))
     store = obtain_pairs(config, model, out or Path("runs/pairs"), exact=out is not None)
     console.print(f"{len(store)} pairs in [bold]{store.folder}[/]. "

@@ -116,9 +116,10 @@ def train(
         )
 
     from dpo_video.memory import check_backward
-    from dpo_video.session import accelerator_for, apply_labels, load_model
+    from dpo_video.session import accelerator_for, apply_labels, check_labeler, load_model
 
     check_backward(config.loss, config.memory)
+    check_labeler(config)
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process
     if accelerator.is_main_process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from pydantic import Field
@@ -30,6 +30,8 @@ class Ranked(PairBuilder):
     drawn stands before. Where best and worst are equal in both numbers, the pair is a tie
     (preference 0).
     """
+
+    needs_labeler: ClassVar[bool] = True
 
     samples: int = Field(default=4, ge=2)
     """How many are drawn for a prompt; n of them take n (n - 1) / 2 comparisons."""

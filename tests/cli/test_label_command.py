@@ -138,9 +138,10 @@ def test_what_is_no_store_is_said(tmp_path: Path) -> None:
     [
         (["--pairs=jitter", *METRIC], "'jitter' know who is better and ask no labeler"),
         (["--pairs=dense", "--labeler=recorded", "--set=labeler.file=x"], "finished sets only"),
+        (["--pairs=ranked"], "'ranked' need somebody who ranks them"),
     ],
 )
-def test_a_labeler_that_would_not_be_asked_is_refused_at_once(
+def test_pairs_and_labelers_that_do_not_go_together_are_refused_at_once(
     flags: list[str], sentence: str, backbone: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=sentence):
