@@ -165,9 +165,8 @@ def accuracy(contestant: str, frames: int, size: int) -> dict[str, float]:
     inner = (..., slice(MARGIN, -MARGIN), slice(MARGIN, -MARGIN))
 
     def error(kind: str) -> Tensor:
-        return (FLOWS[contestant](frames, size, kind) - clip(frames, size, kind)[1]).norm(dim=1)[
-            inner
-        ]
+        difference = FLOWS[contestant](frames, size, kind) - clip(frames, size, kind)[1]
+        return difference.norm(dim=1)[inner]
 
     # Near the patch's edge: where its truth changes within 8 pixels.
     truth = clip(frames, size, "patch")[1][:, :1]

@@ -9,7 +9,9 @@ tensors that lie ready. `cached` is timed once its predictions are there.
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,7 +111,9 @@ MODELS = {"tiny": tiny, "a small Wan": small_wan}
 
 @cache
 def folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="dpo-video-bench-"))
+    made = Path(tempfile.mkdtemp(prefix="dpo-video-bench-"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
 
 
 def load(name: str, device: torch.device, quick: bool) -> VideoModel:
@@ -188,10 +192,12 @@ def networks_alone(name: str, device: torch.device, quick: bool) -> Callable[[],
     inputs = noised(model, drawn.batch, drawn.noise, drawn.level)
     shown = inputs.noisy, inputs.level, inputs.context
     gradient = torch.ones_like(inputs.target)
+    following: Reference = strategy("reference", "toggle")
+    anchor = following.follow(policy)
 
     def call() -> None:
-        with torch.no_grad(), policy.disable_adapter():
-            model.predict(policy, *shown)
+        with torch.no_grad(), anchor.network() as reference:
+            model.predict(reference, *shown)
         model.predict(policy, *shown).backward(gradient)
         policy.zero_grad()
 

@@ -1,13 +1,18 @@
 """Reading pairs in random order, beside the same tensors in other files.
 
 Each contestant reads latents, preference, region and the encoded prompt of one pair after another.
-`raw safetensors` opens the store's own files and checks nothing. The `.pt` files are one a pair, as
+`raw safetensors` copies the store's own files into memory and checks nothing. The `.pt` files are one a pair, as
 Video-DPO publishes them: the encoded prompt is in each. All files are in the system's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +24,73 @@ from safetensors.torch import load_file
 from dpo_video.store import Manifest, PairStore
 from dpo_video.types import Pair
 
-SHAPE = (4, 8, 8, 8)
+
+@dataclass(frozen=True)
+class Size:
+    """Of a set of pairs."""
+
+    count: int
+    latents: tuple[int, int, int, int]
+    prompt: tuple[int, int]
+    """Tokens and channels of an encoded one."""
+    dtype: torch.dtype = torch.float32
+    """Of the encoded prompts."""
+
+
+SIZES = {
+    "small pairs": Size(10_000, (4, 8, 8, 8), (16, 64)),
+    "pairs of Wan2.1, 81 frames of 480x832": Size(
+        12, (16, 21, 60, 104), (512, 4096), torch.bfloat16
+    ),
+}
 PROMPTS = 8  # cycled, as Video-DPO's are
-TOKENS = (16, 64)
 
 
-@pytest.fixture(scope="module")
-def pairs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[PairStore, Path]]:
+@cache
+def pairs(name: str, quick: bool) -> tuple[PairStore, Path]:
     """A store, and a folder of .pt files with the same pairs."""
-    count = 20 if request.config.getoption("--quick") else 10_000
-    folder = tmp_path_factory.mktemp("store")
-    patch = pytest.MonkeyPatch()
-    patch.setattr("os.fsync", lambda _: None)  # writing is not what is timed
-    manifest = Manifest(recipe={}, identity="none", latent_shape=SHAPE, fps=8.0)
+    size = SIZES[name]
+    shape = size.latents
+    folder = Path(tempfile.mkdtemp(prefix="dpo-video-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    manifest = Manifest(recipe={}, identity="none", latent_shape=shape, fps=8.0)
     store = PairStore.create(folder / "pairs", manifest)
     (folder / "pt").mkdir()
     generator = torch.Generator().manual_seed(0)
-    contexts = torch.randn(PROMPTS, 1, *TOKENS, generator=generator)
-    for index in range(count):
-        first, second = torch.randn(2, *SHAPE, generator=generator)
-        pair = Pair(
-            first=first, second=second, preference=torch.ones(SHAPE[1]),
-            region=torch.ones(1, *SHAPE[1:]), prompt=f"prompt {index % PROMPTS}", source="random",
-        )  # fmt: skip
-        context = contexts[index % PROMPTS].clone()
-        store.append(pair, {"prompt_embeds": context})
-        torch.save(
-            {"first": first.clone(), "second": second.clone(), "preference": pair.preference,
-             "region": pair.region, "prompt_embeds": context},
-            folder / "pt" / f"pair_{index:05d}.pt",
-        )  # fmt: skip
-    patch.undo()
-    yield store, folder / "pt"
+    contexts = torch.randn(PROMPTS, 1, *size.prompt, generator=generator).to(size.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)  # writing is not what is timed
+        for index in range(2 if quick else size.count):
+            first, second = torch.randn(2, *shape, generator=generator)
+            pair = Pair(
+                first=first, second=second, preference=torch.ones(shape[1]),
+                region=torch.ones(1, *shape[1:]), prompt=f"prompt {index % PROMPTS}",
+                source="random",
+            )  # fmt: skip
+            context = contexts[index % PROMPTS].clone()
+            store.append(pair, {"prompt_embeds": context})
+            torch.save(
+                {"first": first.clone(), "second": second.clone(), "preference": pair.preference,
+                 "region": pair.region, "prompt_embeds": context},
+                folder / "pt" / f"pair_{index:05d}.pt",
+            )  # fmt: skip
+    return store, folder / "pt"
 
 
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.contestants("PairStore.batch", "raw safetensors", "torch.load of .pt")
-def test_read(turn: Turn, contestant: str, pairs: tuple[PairStore, Path]) -> None:
-    store, folder = pairs
+def test_read(turn: Turn, contestant: str, size: str, quick: bool) -> None:
+    store, folder = pairs(size, quick)
     order = torch.randperm(len(store), generator=torch.Generator().manual_seed(1)).tolist()
     latents, contexts = store.folder / "latents", store.folder / "contexts"
 
     def raw(index: int) -> Any:
-        row = store.rows[index]
-        return (
-            load_file(latents / f"{index:05d}.safetensors"),
-            load_file(contexts / f"{row.context}.safetensors"),
-        )
+        files = latents / f"{index:05d}", contexts / store.rows[index].context
+        return [
+            # A mapped file is read when it is used.
+            {name: value.clone() for name, value in load_file(f"{file}.safetensors").items()}
+            for file in files
+        ]
 
     reads: dict[str, Callable[[int], Any]] = {
         "PairStore.batch": lambda index: store.batch([index]),
@@ -82,6 +106,6 @@ def test_read(turn: Turn, contestant: str, pairs: tuple[PairStore, Path]) -> Non
             read(index)
 
     turn(
-        f"reading {len(store):,} pairs of 2 x {'x'.join(map(str, SHAPE))}", all_of_them,
-        unit="pair", work=len(store), yardstick="raw safetensors",
+        f"reading {len(store):,} {size}", all_of_them, unit="pair", work=len(store),
+        yardstick="raw safetensors",
     )  # fmt: skip
