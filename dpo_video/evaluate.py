@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
+from dpo_video.checkpoint import load_adapter
 from dpo_video.diffusion import initial_noise
-from dpo_video.errors import RunError
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.types import Videos
@@ -33,14 +32,8 @@ def merged(model: VideoModel, adapter: Path) -> nn.Module:
     Raises:
         RunError: if the adapter does not fit the denoiser.
     """
-    try:
-        policy = PeftModel.from_pretrained(model.denoiser, str(adapter))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise RunError(
-            f"The adapter in '{adapter}' does not fit this backbone "
-            f"({str(error).splitlines()[0]}). "
-            "Evaluate the run with the backbone that it was trained on."
-        ) from error
+    instead = "Evaluate the run with the backbone that it was trained on."
+    policy = load_adapter(model.denoiser, adapter, instead)
     network: nn.Module = policy.merge_and_unload(safe_merge=True)
     return network.eval().requires_grad_(False)
 

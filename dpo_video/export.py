@@ -20,6 +20,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dpo_video.checkpoint import load_adapter
 from dpo_video.errors import ExportError, RunError, UserError
 from dpo_video.files import write_text, writing
 from dpo_video.layouts import (
@@ -188,14 +189,8 @@ class _Probe:
 
 
 def _adapted(model: VideoModel, adapter: Path) -> PeftModel:
-    try:
-        return PeftModel.from_pretrained(model.denoiser, str(adapter)).eval()
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        raise RunError(
-            f"The adapter in '{adapter}' does not fit this backbone "
-            f"({str(error).splitlines()[0]}). Export the run with the backbone that it was trained "
-            "on."
-        ) from error
+    instead = "Export the run with the backbone that it was trained on."
+    return load_adapter(model.denoiser, adapter, instead).eval()
 
 
 def _take_off(publication: Publication) -> dict[str, Updates]:

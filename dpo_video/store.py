@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dpo_video.errors import StoreError
 from dpo_video.files import write_tensors, write_text, writing
-from dpo_video.strategies import VideoModel
+from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.types import Context, Pair, PairBatch
 
 
@@ -177,6 +177,28 @@ class PairStore:
             raise self._foreign(path)
         return preference
 
+    def beginning(self, count: int) -> PairStore:
+        """The first pairs alone; all where there are no more."""
+        view = copy.copy(self)
+        view.rows = self.rows[:count]
+        return view
+
+    @property
+    def digest(self) -> str:
+        """A hash of the manifest and of every pair's line: 16 hex digits."""
+        found = hashlib.sha256(self.manifest.key.encode())
+        for row in self.rows:
+            found.update(row.model_dump_json().encode())
+        return found.hexdigest()[:16]
+
+    @property
+    def labels_digest(self) -> str:
+        """A hash of the preferences that take the place of the pairs' own; "" if none do."""
+        if self._preferences is None:
+            return ""
+        said = [[index, self._preferences[index].tolist()] for index in sorted(self._preferences)]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
     def relabelled(self, preferences: Mapping[int, Float[Tensor, " f"]]) -> PairStore:
         """The same pairs with other preferences; those that are given none become ties."""
         view = copy.copy(self)
@@ -194,7 +216,7 @@ class PairStore:
                 f"The pairs in '{self.folder}' have latents of shape {self.manifest.latent_shape}, "
                 f"the backbone's are {model.latent_shape}. Build pairs for this backbone."
             )
-        if self.manifest.identity != model.identity:
+        if weights_of(self.manifest.identity) != weights_of(model.identity):
             raise StoreError(
                 f"The pairs in '{self.folder}' were made with other weights "
                 f"({self.manifest.identity}; the backbone's are {model.identity}). Build pairs "

@@ -73,6 +73,8 @@ class StepReport(Record):
     """Since training began."""
     eta_seconds: float
     """Expected to the end."""
+    skipped: bool = False
+    """Whether nothing was learned from it, because a number in it was not finite."""
 
 
 class TrainingState(StrEnum):
@@ -112,6 +114,7 @@ def judge_training(
         steps: how many the run will have. With it, a run is not called "not moving" before a
             quarter of them; without, it is judged as if it ended here.
     """
+    reports = [report for report in reports if not report.skipped]
     if exploded := _diverged(reports):
         return exploded
     if len(reports) < WINDOW:

@@ -50,9 +50,15 @@ app.command("config")(config.config)
 
 
 def main() -> None:
-    """Run the command line. A UserError is one sentence and exit code 2, a bug keeps its trace."""
+    """Run the command line. A UserError is one sentence and exit code 2, a bug keeps its trace.
+
+    SIGTERM ends it with exit code 143 and the command that goes on.
+    """
+    from dpo_video.cli.stopping import at_once
+
     try:
-        app()
+        with at_once():
+            app()
     except UserError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_escaped(error)}")
         sys.exit(2)

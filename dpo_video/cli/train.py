@@ -91,6 +91,10 @@ def train(
         if not (out / "run.toml").is_file():
             raise RunError(f"'{out}' is not a run: it has no run.toml. Start it without --resume.")
         file = file or out / "run.toml"
+        # Stopped before its first checkpoint, it has nothing to lose by beginning again.
+        resume = (out / "checkpoints" / "latest").exists()
+    else:
+        _refuse_to_overwrite(out)
     config = resolve(
         file,
         assignments,
@@ -110,10 +114,6 @@ def train(
         train_labels=labels or None,
     )
     folder = out or _free_folder(config)
-    if not resume and (folder / "run.toml").exists():
-        raise RunError(
-            f"'{folder}' holds a run already. Go on with it by --resume, or name another --out."
-        )
 
     from dpo_video.memory import check_backward
     from dpo_video.session import accelerator_for, apply_labels, check_labeler, load_model
@@ -136,6 +136,13 @@ def train(
         )
     write_run(config, folder, accelerator)
     run_training(config, model, store, folder, accelerator, resume=resume)
+
+
+def _refuse_to_overwrite(out: Path | None) -> None:
+    if out is not None and (out / "run.toml").exists():
+        raise RunError(
+            f"'{out}' holds a run already. Go on with it by --resume, or name another --out."
+        )
 
 
 def _free_folder(config: Config) -> Path:
@@ -168,6 +175,7 @@ def run_training(
     resume: bool,
 ) -> None:
     """Train, show what happens, and end with the verdict."""
+    from dpo_video.cli.stopping import go_on_with, later
     from dpo_video.train import train as train_loop
     from dpo_video.verdict import TrainingState, judge_training
 
@@ -186,7 +194,10 @@ def run_training(
     verdict: TrainingVerdict | None = None
     bar = progress_bar()
     task = bar.add_task("steps", total=settings.steps)
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
+    with (
+        later() as stopping,
+        Live(console=console, refresh_per_second=4, transient=True) as live,
+    ):
         for progress in train_loop(
             model,
             store,
@@ -199,12 +210,20 @@ def run_training(
             memory=config.memory,
             resume=resume,
             on_bank=_bank_shown(live, bar, settings.steps * settings.accumulation * settings.batch),
+            stop=stopping.is_set,
         ):
             report = progress.report
             reports.append(report)
             accelerator.log(report.model_dump(exclude={"step"}), step=report.step)
             bar.update(task, completed=report.step)
             live.update(Group(_figures(report), bar))
+            if report.skipped:
+                live.console.print(
+                    f"[yellow]Skipped[/] step {report.step}: its loss is {report.loss:.4g}, its "
+                    f"gradient {report.grad_norm:.4g}; pairs {', '.join(progress.unsound)}. "
+                    f"Up to {settings.skips} of a run may be skipped (train.skips).",
+                    highlight=False,
+                )
             if progress.checkpoint is not None:
                 live.console.print(
                     f"step {report.step:>5}  loss {report.loss:.4f}  margin {report.margin:+.2e}  "
@@ -217,6 +236,9 @@ def run_training(
                 live.console.print(_sentence(judged))
             verdict = judged
     accelerator.end_training()
+    if stopping.is_set() and (not reports or reports[-1].step < settings.steps):
+        made = f"Stopped and saved at step {reports[-1].step}." if reports else "Stopped."
+        go_on_with(f"dpo-video train --out {folder} --resume", made)
     if verdict is None:
         console.print(f"'{folder}' has all its {settings.steps} steps already. "
                       "Give more with --steps.")  # fmt: skip
