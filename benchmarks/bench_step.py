@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 from conftest import Turn
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from practice import research_script, video_dpo
+from practice import frozen_copy, research_script, step, video_dpo
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -179,9 +179,12 @@ def theirs(name: str, which: str, device: torch.device, quick: bool) -> Callable
     drawn = draws(name, model)
     policy = adapt(model, settings(name), 0)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
-    make = research_script if which == SCRIPT else video_dpo
-    step = make(model, policy, optimizer)
-    return lambda: step(drawn.batch, drawn.noise, drawn.level)
+    if which == SCRIPT:
+        passes = research_script(model, policy)
+    else:
+        passes = video_dpo(model, policy, frozen_copy(policy))
+    whole = step(passes, policy, optimizer)
+    return lambda: whole(drawn.batch, drawn.noise, drawn.level)
 
 
 def networks_alone(name: str, device: torch.device, quick: bool) -> Callable[[], object]:

@@ -1,8 +1,9 @@
 """Reading pairs in random order, beside the same tensors in other files.
 
 Each contestant reads latents, preference, region and the encoded prompt of one pair after another.
-`raw safetensors` copies the store's own files into memory and checks nothing. The `.pt` files are one a pair, as
-Video-DPO publishes them: the encoded prompt is in each. All files are in the system's cache.
+`raw safetensors` copies the store's own files into memory and checks nothing. The `.pt` files are
+one a pair, as Video-DPO publishes them: the encoded prompt is in each. All files are in the
+system's cache.
 """
 
 from __future__ import annotations

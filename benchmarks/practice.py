@@ -9,30 +9,41 @@ video goes through each network in a pass of its own, and both videos' graphs li
 backward pass.
 
 Both get latents and prompts that are encoded already, as ours does: the research script encodes
-images and prompts in every step, which is not counted against it.
+images and prompts in every step, which is not counted against it. `bench_step.py` times them; this
+file by itself predicts, on shapes, what they hold at full size beside ours:
+
+    OMP_NUM_THREADS=1 python benchmarks/practice.py
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_video.strategies import VideoModel
 from dpo_video.types import PairBatch
 
 SLOPE = 2500.0
-Step = Callable[[PairBatch, Tensor, Tensor], None]
+GIB = 2**30
+RESULTS = Path(__file__).parent / "results" / "0.1.0"
+
+Passes = Callable[[PairBatch, Tensor, Tensor], list[Tensor]]
+"""Forward and backward of a pair: batch, noise and level to the figures that are read back."""
 
 
-def research_script(model: VideoModel, policy: PeftModel, optimizer: torch.optim.Optimizer) -> Step:
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-
-    def step(batch: PairBatch, noise: Tensor, level: Tensor) -> None:
+def research_script(model: VideoModel, policy: PeftModel) -> Passes:
+    def passes(batch: PairBatch, noise: Tensor, level: Tensor) -> list[Tensor]:
         clean = torch.cat([batch.first, batch.second])
         noise, level = noise.repeat(2, 1, 1, 1, 1), level.repeat(2)
         context = {name: torch.cat([value, value]) for name, value in batch.context.items()}
@@ -47,36 +58,138 @@ def research_script(model: VideoModel, policy: PeftModel, optimizer: torch.optim
         inside = (of_reference[0] - of_reference[1]) - (of_policy[0] - of_policy[1])
         loss = -F.logsigmoid(SLOPE * inside).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        means = (torch.cat(of_policy).mean(), torch.cat(of_reference).mean())
-        _ = [x.item() for x in (loss.detach(), *means, (inside > 0).float().mean())]
+        means = torch.cat(of_policy).mean(), torch.cat(of_reference).mean()
+        return [loss, *means, (inside > 0).float().mean()]
 
-    return step
+    return passes
 
 
-def video_dpo(model: VideoModel, policy: PeftModel, optimizer: torch.optim.Optimizer) -> Step:
-    reference = copy.deepcopy(policy).unload().requires_grad_(False)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
+def frozen_copy(policy: PeftModel) -> nn.Module:
+    """The network without its adapter."""
+    return copy.deepcopy(policy).unload().requires_grad_(False)
 
-    def step(batch: PairBatch, noise: Tensor, level: Tensor) -> None:
+
+def video_dpo(model: VideoModel, policy: PeftModel, reference: nn.Module) -> Passes:
+    def passes(batch: PairBatch, noise: Tensor, level: Tensor) -> list[Tensor]:
         rewards = []
         for clean in (batch.first, batch.second):
             noisy, target = model.add_noise(clean, noise, level), model.target(clean, noise, level)
             with torch.no_grad():
                 anchored = model.predict(reference, noisy, level, batch.context)
             predicted = model.predict(policy, noisy, level, batch.context)
-            rewards.append(
-                F.mse_loss(anchored.float(), target.float()) - F.mse_loss(
-                    predicted.float(), target.float()
-                )
-            )  # fmt: skip
+            of_reference = F.mse_loss(anchored.float(), target.float())
+            rewards.append(of_reference - F.mse_loss(predicted.float(), target.float()))
         loss = -F.logsigmoid(SLOPE * (rewards[0] - rewards[1]))
         loss.backward()
+        return [loss, (rewards[0] > rewards[1]).float()]
+
+    return passes
+
+
+def step(
+    passes: Passes, policy: PeftModel, optimizer: torch.optim.Optimizer
+) -> Callable[[PairBatch, Tensor, Tensor], None]:
+    """An optimizer step of one pair."""
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+
+    def whole(batch: PairBatch, noise: Tensor, level: Tensor) -> None:
+        figures = passes(batch, noise, level)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        _ = loss.item(), (rewards[0] > rewards[1]).float().item()
+        _ = [figure.item() for figure in figures]
 
-    return step
+    return whole
+
+
+# --- at full size, on shapes -------------------------------------------------------------------
+
+CASES = {
+    "diffusers' research script": ("script", False),
+    "the same, with diffusers' gradient checkpointing": ("script", True),
+    "Video-DPO, standard mode": ("seed", False),
+    "ours: toggle, joint": ("joint", False),
+    "ours: toggle, linear, blocks checkpointed": ("linear", True),
+    "ours: toggle, split, blocks checkpointed": ("split", True),
+}
+
+
+def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
+    """SD1.5 with AnimateDiff v1.5.2, 16 frames of 512x512, fp16 autocast, LoRA of rank 32."""
+    from dpo_video.backbone.animatediff import AnimateDiff
+    from dpo_video.fit import empty_pairs, give_tensors
+    from dpo_video.loss.global_ import Global
+    from dpo_video.memory import Step, checkpoint_blocks
+    from dpo_video.peak import as_on_cuda, peak_bytes
+    from dpo_video.pretrained import outlined
+    from dpo_video.reference.toggle import Toggle
+    from dpo_video.settings import TrainSettings
+    from dpo_video.train import adapt
+
+    cpu, half = torch.device("cpu"), torch.float16
+    with outlined():
+        backbone = AnimateDiff(model="sd1.5", motion_adapter="animatediff-v1-5-2")
+        model = backbone.load(cpu, half)
+        prompt = model.prompt_shapes()
+    assert prompt is not None
+    with torch.device("meta"):
+        policy = adapt(model, TrainSettings(rank=32, alpha=32), seed=0)
+        networks = [policy, frozen_copy(policy)] if which == "seed" else [policy]
+    if checkpointing and which == "script":
+        policy.get_base_model().enable_gradient_checkpointing()
+    elif checkpointing:
+        checkpoint_blocks(policy)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for network in networks:
+            give_tensors(network, cpu)
+        given = empty_pairs(model, prompt, 1, half)
+        passes: Callable[..., Any]
+        if which == "script":
+            passes = research_script(model, policy)
+        elif which == "seed":
+            passes = video_dpo(model, policy, networks[1])
+        else:
+            mode: Any = which
+            passes = Step(
+                model=model, policy=policy, anchor=Toggle().follow(policy), loss=Global(),
+                mode=mode, backward=torch.autograd.backward,
+            )  # fmt: skip
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        with as_on_cuda(half), _Believing():
+            peak = peak_bytes(
+                lambda: (passes(*given), None)[1], networks=networks,
+                optimizer=torch.optim.AdamW(trained),
+            )  # fmt: skip
+    parts = ("weights", "gradients", "optimizer", "activations")
+    return {"gib": peak.total / GIB, **{part: getattr(peak, part) for part in parts},
+            "tflop": peak.flops / 1e12}  # fmt: skip
+
+
+class _Believing(torch.overrides.TorchFunctionMode):
+    """Lets comparisons of values pass, where there are none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if func is torch.equal else func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Predicted peaks of one step at full size")
+    parser.add_argument("--out", type=Path, default=RESULTS / "practice.json")
+    out: Path = parser.parse_args().out
+    torch.set_num_threads(1)
+    diffusers.utils.logging.set_verbosity_error()
+    rows = {}
+    for name, (which, checkpointing) in CASES.items():
+        rows[name] = predicted(which, checkpointing)
+        print(f"{name}: {rows[name]['gib']:.1f} GiB, {rows[name]['tflop']:.0f} TFLOP", flush=True)
+    said = " ".join((predicted.__doc__ or "").split())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"predicted": True, "of": said, "rows": rows}, indent=1) + "\n")
+    table = ["| step | peak, GiB | TFLOP |", "| --- | ---: | ---: |"]
+    table += [f"| {name} | {row['gib']:.1f} | {row['tflop']:.0f} |" for name, row in rows.items()]
+    text = f"# What a step holds at full size, predicted\n\n{said}\n\n" + "\n".join(table) + "\n"
+    out.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -119,7 +119,7 @@ def bench(
         raise UserError("--tier is for the memory suite. Leave it out, or add that suite.")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), _THREADS: str(threads)}
     if MEMORY in chosen:
-        _run_memory(folder, tier, environment)
+        _run_memory(folder, tier, environment, out)
     timed = [suite for suite in chosen if suite != MEMORY]
     if timed:
         arguments = ["--turns", str(1 if quick else turns), "--clock", clock.value]
@@ -149,9 +149,10 @@ def _pytest_suites(folder: Path) -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
 
 
-def _run_memory(folder: Path, tier: str | None, environment: dict[str, str]) -> None:
+def _run_memory(folder: Path, tier: str | None, environment: dict[str, str], out: Path) -> None:
     """The memory suite is a script: it counts bytes, and takes no turns."""
-    arguments = [] if tier is None else ["--tier", tier]
+    arguments = ["--out", str(out / "memory.json")]
+    arguments += [] if tier is None else ["--tier", tier]
     done = subprocess.run(
         [sys.executable, str(folder / "memory.py"), *arguments], env=environment, check=False
     )
