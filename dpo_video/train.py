@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import shutil
 import sys
 import time
@@ -47,6 +48,7 @@ from dpo_video.verdict import StepReport
 from dpo_video.video import write_video
 
 LATEST = "latest"
+_STEP = re.compile(r"step_[0-9]{6,12}")  # no folder elsewhere
 OVERFLOWS = 24  # steps in a row: a scale of 65536 is then far below any that a gradient needs
 FIGURES = ("loss", "margin", "logits", "gradient_factor", "chosen_change", "rejected_change")
 
@@ -527,8 +529,9 @@ def latest_checkpoint(out: Path) -> Path:
             f"'{out}' has no checkpoint yet. Train it first: dpo-video train --config "
             f"{out / 'run.toml'} --out {out}"
         )
-    folder = pointer.parent / pointer.read_text(encoding="utf-8").strip()
-    if not (folder / "state.safetensors").is_file():
+    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    folder = pointer.parent / name
+    if not (_STEP.fullmatch(name) and (folder / "state.safetensors").is_file()):
         raise RunError(
             f"'{pointer}' names '{folder.name}', which holds no checkpoint. Write the name of "
             "another folder beside it into that file, or train again."
