@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dpo_video.statistics import Record, paired_difference
 from dpo_video.store import PairStore
-from dpo_video.strategies import Metric, VideoModel
+from dpo_video.strategies import Metric, VideoModel, weights_of
 from dpo_video.types import PairBatch
 
 NEAR = 0.01
@@ -229,7 +229,7 @@ def _fit(store: PairStore, model: VideoModel) -> Finding:
         drift.append(f"latents of shape {found.latent_shape} instead of {model.latent_shape}")
     if not math.isclose(found.fps, wanted.fps, rel_tol=1e-3):
         drift.append(f"{found.fps:g} frames a second instead of {wanted.fps:g}")
-    if found.identity != model.identity:
+    if weights_of(found.identity) != weights_of(model.identity):
         drift.append("other weights")
     if not drift:
         return Finding(check="fit", level=Level.FINE,

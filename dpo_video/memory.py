@@ -30,7 +30,7 @@ def arrange(network: nn.Module, memory: MemorySettings) -> None:
     if memory.chunks > 1:
         run_in_chunks(network, memory.chunks)
     if memory.checkpointing == "blocks":
-        checkpoint_blocks(network)
+        checkpoint_blocks(network, inputs_on_host="checkpoints" in memory.offload)
 
 
 # --- backward passes ---------------------------------------------------------------------------

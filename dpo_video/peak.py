@@ -111,6 +111,8 @@ def peak_bytes(
     *,
     networks: Iterable[nn.Module] = (),
     optimizer: Optimizer | None = None,
+    weights: Iterable[Tensor] = (),
+    host: Iterable[Tensor] = (),
     trace: bool = False,
 ) -> Peak:
     """Run something, and say how much was alive at its worst moment.
@@ -121,16 +123,21 @@ def peak_bytes(
         networks: Their parameters and buffers are there throughout, as weights.
         optimizer: Its state is made first, as it is there in all steps but the first. Of its
             parameters, gradients are told apart.
+        weights: More that are there throughout, in no network.
+        host: What is in the host's memory throughout.
         trace: Also say what was alive then, and which lines made it.
     """
     counter = _Tracer() if trace else _Counter()
     for network in networks:
         counter.see([*network.parameters(), *network.buffers()], "weights")
+    counter.see(weights, "weights")
+    counter.see(host, "host")
     hooks = []
     if optimizer is not None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         _fill_state(optimizer, parameters)
-        counter.see(tree_leaves(list(optimizer.state.values())), "optimizer")
+        where: Kind = "host" if getattr(optimizer, "on_host", False) else "optimizer"
+        counter.see(tree_leaves(list(optimizer.state.values())), where)
         counter.see([parameter.grad for parameter in parameters], "gradients")
         hooks = [
             parameter.register_post_accumulate_grad_hook(

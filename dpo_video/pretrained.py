@@ -40,6 +40,9 @@ _SAFE, _PICKLED = "*.safetensors", "*.bin"
 _VARIANTS = ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*.bf16-*", "*non_ema*")  # other copies
 _BLOB = re.compile(r"[0-9a-f]{64}")
 _OUTLINED = ContextVar("outlined", default=False)
+_ARRANGED: ContextVar[Callable[[nn.Module, torch.device], object] | None] = ContextVar(
+    "arranged", default=None
+)
 
 
 @contextmanager
@@ -55,6 +58,19 @@ def outlined() -> Iterator[None]:
         yield
     finally:
         _OUTLINED.reset(token)
+
+
+@contextmanager
+def arranged(arrange: Callable[[nn.Module, torch.device], object]) -> Iterator[None]:
+    """Inside, `arrange` is given every denoiser before it is moved to its device.
+
+    So one that does not fit there whole can be packed, or kept elsewhere, before it has to.
+    """
+    token = _ARRANGED.set(arrange)
+    try:
+        yield
+    finally:
+        _ARRANGED.reset(token)
 
 
 @contextmanager
@@ -275,7 +291,10 @@ def settled(network: Network, device: torch.device) -> Network:
     """
     if _OUTLINED.get():
         return network.eval().requires_grad_(False)
-    network = network.to(device).eval().requires_grad_(False)
+    network = network.eval().requires_grad_(False)
+    if (arrange := _ARRANGED.get()) is not None:
+        arrange(network, device)
+    network = network.to(device)
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.clone()
     return network

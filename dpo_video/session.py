@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from dpo_video.build import Source, cycle_prompts, in_order
 from dpo_video.clips import open_clips
 from dpo_video.config import Config, Tables
 from dpo_video.errors import StoreError, UserError
+from dpo_video.frozen import check_base, freeze, frozen_weights
 from dpo_video.labels import open_books, pinned, preferences
+from dpo_video.pretrained import arranged
 from dpo_video.store import Manifest, PairStore
-from dpo_video.strategies import PairBuilder, SetLabeler, SuppliedPairs, VideoModel
+from dpo_video.strategies import PACKED, PairBuilder, SetLabeler, SuppliedPairs, VideoModel
 from dpo_video.types import Skipped
 
 PROMPTS = 64  # cycled, for pairs that need no clip on a backbone that has none of its own
@@ -51,7 +54,18 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
     # Their progress bars come in dozens and say nothing that ours do not.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    return config.backbone.load(device, dtypes[config.train.precision])
+    memory, dtype = config.memory, dtypes[config.train.precision]
+    on_host = "blocks" in memory.offload
+    if memory.base == "native" and not on_host:
+        return config.backbone.load(device, dtype)
+    check_base(memory.base)
+    with arranged(partial(freeze, base=memory.base, on_host=on_host)):
+        model = config.backbone.load(device, dtype)
+    if next(frozen_weights(model.denoiser), None) is None:  # a backbone that loads in its own way
+        freeze(model.denoiser, memory.base, device, on_host=on_host)
+    if memory.base != "native":
+        model.identity += f"{PACKED}{memory.base}"
+    return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +156,8 @@ def open_store(
     precision = config.train.precision
     if precision != "no":  # it shapes the latents, and the model's identity with them
         tables["train"] = {"precision": precision}
+    if config.memory.base != "native":  # it shapes what the model draws
+        tables["memory"] = {"base": config.memory.base}
     manifest = Manifest(
         recipe={**tables, "seed": config.run.seed, "clips": clips},
         identity=model.identity,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Settings(BaseModel):
@@ -64,10 +64,18 @@ class TrainSettings(Settings):
     """Any tracker of Accelerate's; "none" for the JSON lines alone."""
 
 
+def _listed(value: Any) -> Any:
+    """ "none", "a" or "a, b" as a list."""
+    if not isinstance(value, str):
+        return value
+    return () if value == "none" else tuple(part.strip() for part in value.split(","))
+
+
 class MemorySettings(Settings):
     """[memory]: what a training step holds at once.
 
-    Every mode gives the same gradients, to rounding; a run may be resumed in another one.
+    Every mode gives the same gradients, to rounding, but for another `base`; a run may be resumed
+    in another one.
     """
 
     checkpointing: Literal["none", "blocks"] = "none"
@@ -83,6 +91,25 @@ class MemorySettings(Settings):
     """Parts that feed-forward layers and cross-attentions run in, one after another, each computed
     again for its backward pass: their insides, the widest tensors of a transformer, are there for
     one part only. 8 is plenty; a few per cent more time."""
+    offload: Annotated[
+        tuple[Literal["checkpoints", "blocks", "optimizer"], ...], BeforeValidator(_listed)
+    ] = ()
+    """What waits in the host's memory; none, or several with a comma between. checkpoints: what
+    checkpointed blocks were given. blocks: the frozen weights of all blocks, fetched layer by
+    layer, which takes time. optimizer: AdamW's state; it steps there. Tested without a GPU; on one
+    it has not been run yet."""
+    base: Literal["native", "int8", "nf4", "fp8"] = "native"
+    """The frozen weights of all blocks: as they are, or in 8 or 4 bits. That changes the numbers:
+    policy and reference are then another model, and the run says so wherever its model is named.
+    nf4 needs bitsandbytes: pip install 'dpo-video[nf4]'."""
+
+    @model_validator(mode="after")
+    def _has_checkpoints(self) -> Self:
+        if "checkpoints" in self.offload and self.checkpointing == "none":
+            raise ValueError(
+                "offload=checkpoints has nothing to move without them; set checkpointing=blocks"
+            )
+        return self
 
 
 class EvaluateSettings(Settings):

@@ -55,6 +55,14 @@ class Sampling:
     guidance: float
 
 
+PACKED = "+"  # in an identity, between the hash of the weights and what they were packed into
+
+
+def weights_of(identity: str) -> str:
+    """The part of an identity that stands for the weights alone, packed or not."""
+    return identity.partition(PACKED)[0]
+
+
 class VideoModel(ABC):
     """A loaded video diffusion model; the only class that knows its family.
 
@@ -67,7 +75,8 @@ class VideoModel(ABC):
     sampling: Sampling
     device: torch.device
     identity: str
-    """A hash of the weights: what pairs and checkpoints were made with."""
+    """A hash of the weights: what pairs and checkpoints were made with. Where they were packed into
+    fewer bits since, that follows: `hash+nf4`."""
 
     @property
     @abstractmethod

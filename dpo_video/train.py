@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dpo_video.bank import Bank, BankManifest, BankReport, Visit
+from dpo_video.casts import spare_casts
 from dpo_video.checkpoint import (
     Identity,
     check_seal,
@@ -39,6 +40,7 @@ from dpo_video.diffusion import initial_noise
 from dpo_video.errors import RunError, TrainingError
 from dpo_video.files import sync, write_bytes, write_text, writing
 from dpo_video.memory import Step, arrange, check_backward
+from dpo_video.offload import HostAdamW
 from dpo_video.seeds import derive, generator
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.store import PairStore
@@ -76,6 +78,7 @@ def adapt(model: VideoModel, settings: TrainSettings, seed: int) -> PeftModel:
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+    spare_casts(policy)
     return policy
 
 
@@ -137,7 +140,8 @@ def train(
     arrange(bare, memory)
     anchor = reference.follow(bare)
     parameters = [p for p in bare.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
+    adamw = HostAdamW if "optimizer" in memory.offload else torch.optim.AdamW
+    optimizer = adamw(
         parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
     )
     policy, optimizer = accelerator.prepare(bare, optimizer)

@@ -371,7 +371,9 @@ def test_runs_of_all_modes_report_the_same(
     run = partial(trained, small_folder, store, loss=Global(), reference=reference)
     plain = run(tmp_path / "plain", memory=MemorySettings())
     for backward in ("split", "linear"):
-        memory = MemorySettings(backward=backward, checkpointing="blocks", chunks=2)
+        memory = MemorySettings(
+            backward=backward, checkpointing="blocks", chunks=2, offload="checkpoints, optimizer"
+        )
         reports = run(tmp_path / backward, memory=memory)
         assert reports[0].margin == 0
         for one, other in zip(plain, reports, strict=True):
