@@ -99,7 +99,8 @@ def bench(
     """Measure how fast things are, beside others that do the same; or compare two measurements.
 
     Contestants take turns in one run, and what counts is the ratio to the race's yardstick.
-    --tier is for the memory suite: the card to be held to. Exit code 3 if --compare finds a
+    --tier is for the memory suite: predicted and, on a GPU, measured peaks within that card's
+    memory. Exit code 3 if --compare finds a
     contestant slower by more than --tolerance; 2 if the command itself was wrong.
     """  # fmt: skip
     if compare is not None:
@@ -150,12 +151,16 @@ def _pytest_suites(folder: Path) -> list[str]:
 
 
 def _run_memory(folder: Path, tier: str | None, environment: dict[str, str], out: Path) -> None:
-    """The memory suite is a script: it counts bytes, and takes no turns."""
-    arguments = ["--out", str(out / "memory.json")]
-    arguments += [] if tier is None else ["--tier", tier]
-    done = subprocess.run(
-        [sys.executable, str(folder / "memory.py"), *arguments], env=environment, check=False
-    )
+    """The memory suite is scripts: they count bytes, and nobody takes turns.
+
+    Full-size peaks are predicted on any machine; a tier's are also measured, where there is a GPU,
+    within the memory of that card.
+    """
+    if tier is None:
+        script = [str(folder / "memory.py"), "--out", str(out / "memory.json")]
+    else:
+        script = [str(folder / "fit_check.py"), "--tier", tier]
+    done = subprocess.run([sys.executable, *script], env=environment, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode)
 

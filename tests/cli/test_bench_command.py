@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import dpo_video
 from dpo_video.bench import read_results
 from dpo_video.cli import app
+from dpo_video.cli.bench import benchmarks
 from dpo_video.errors import UserError
 
 pytest.importorskip("pytest_benchmark")
@@ -58,6 +59,15 @@ def test_a_wrong_command_says_what_to_do(arguments: list[str], said: str) -> Non
     done = CliRunner().invoke(app, ["bench", *arguments])
     assert isinstance(done.exception, UserError)
     assert said in str(done.exception)
+
+
+def test_every_suite_that_help_names_is_there() -> None:
+    said = CliRunner().invoke(app, ["bench", "--help"]).output
+    timed = {path.stem.removeprefix("bench_") for path in benchmarks().glob("bench_*.py")}
+    assert timed == {"step", "metric", "store", "masks", "loss", "startup"}
+    assert all(name in said for name in timed | {"memory"})
+    for script in ("memory.py", "fit_check.py"):  # the memory suite, without and with --tier
+        assert (benchmarks() / script).is_file()
 
 
 def test_without_the_repository_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
