@@ -21,6 +21,7 @@ _REASONS = {
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
+    errno.EIO: "the disk reports an error",
     errno.EFBIG: "the file would be larger than is allowed here",
     errno.ENOTDIR: "a part of that path is a file",
     errno.EEXIST: "a file of that name is in the way",

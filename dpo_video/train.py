@@ -137,6 +137,9 @@ def train(
     model.release()  # what encoded the pairs
     bare = adapt(model, settings, seed)
     identity = _identity(model, store, bare, accelerator.mixed_precision)
+    # adapt() has seeded torch; what a plugin draws of these two must not differ from run to run.
+    random.seed(derive(seed, "python"))
+    np.random.seed(derive(seed, "numpy") % 2**32)
     arrange(bare, memory)
     anchor = reference.follow(bare)
     parameters = [p for p in bare.parameters() if p.requires_grad]

@@ -28,6 +28,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dpo_video.errors import UserError
+from dpo_video.files import sync
 from dpo_video.types import Video, VideoShape
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv", ".gif"})
@@ -409,6 +410,7 @@ def write_video(path: Path, video: Video, fps: float, scale: int = 1) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
+        sync(partial)
         partial.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
