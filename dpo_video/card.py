@@ -211,6 +211,7 @@ def _settings(story: Story, publication: Publication) -> list[tuple[str, str]]:
     return [
         ("backbone", tables["backbone"]["name"]),
         ("base model", base + (f" at {publication.revision}" if publication.revision else "")),
+        *_packed(tables.get("memory", {}).get("base", "native")),
         ("pairs", story.pairs),
         ("labels", ", ".join(train.get("labels", ())) or "the pairs' own"),
         ("loss", f"{tables['loss']['name']} ({', '.join(f'{k} {v}' for k, v in loss.items())})"),
@@ -222,6 +223,12 @@ def _settings(story: Story, publication: Publication) -> list[tuple[str, str]]:
         ("precision", train["precision"]),
         ("versions", ", ".join(f"{name} {number}" for name, number in story.versions.items())),
     ]
+
+
+def _packed(base: str) -> list[tuple[str, str]]:
+    if base == "native":
+        return []
+    return [("trained on", f"the base's weights in {base}, not as they are published")]
 
 
 def _scores(evaluation: Evaluation) -> list[dict[str, str]]:

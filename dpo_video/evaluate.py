@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dpo_video.checkpoint import load_adapter
 from dpo_video.diffusion import initial_noise
+from dpo_video.frozen import frozen_weights
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.types import Videos
@@ -34,6 +35,8 @@ def merged(model: VideoModel, adapter: Path) -> nn.Module:
     """
     instead = "Evaluate the run with the backbone that it was trained on."
     policy = load_adapter(model.denoiser, adapter, instead)
+    if next(frozen_weights(policy), None) is not None:  # nothing can be added to packed weights
+        return policy.eval()
     network: nn.Module = policy.merge_and_unload(safe_merge=True)
     return network.eval().requires_grad_(False)
 

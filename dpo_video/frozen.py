@@ -92,7 +92,7 @@ def check_base(base: Base) -> None:
         )
 
 
-def freeze(network: nn.Module, base: Base, device: torch.device, *, on_host: bool = False) -> int:
+def freeze(network: nn.Module, device: torch.device, base: Base, *, on_host: bool = False) -> int:
     """Store the frozen matrices of a network's blocks otherwise; how many there are.
 
     Those are the weights of its linear layers and convolutions, adapters left out. All else (norms,
@@ -100,8 +100,8 @@ def freeze(network: nn.Module, base: Base, device: torch.device, *, on_host: boo
 
     Args:
         network: With an adapter or before it gets one.
-        base: "native" keeps their bits.
         device: Where they are needed.
+        base: "native" keeps their bits.
         on_host: Keep them in the host's memory.
 
     Raises:

@@ -62,7 +62,7 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
     with arranged(partial(freeze, base=memory.base, on_host=on_host)):
         model = config.backbone.load(device, dtype)
     if next(frozen_weights(model.denoiser), None) is None:  # a backbone that loads in its own way
-        freeze(model.denoiser, memory.base, device, on_host=on_host)
+        freeze(model.denoiser, device, memory.base, on_host=on_host)
     if memory.base != "native":
         model.identity += f"{PACKED}{memory.base}"
     return model

@@ -35,7 +35,7 @@ def network(request: pytest.FixtureRequest, small_folder: Path, tmp_path: Path) 
 
 def test_weights_on_the_host_change_nothing(network: Network) -> None:
     plain, before = network.gradient(), network.peak().weights
-    count = freeze(network.policy, "native", CPU, on_host=True)
+    count = freeze(network.policy, CPU, "native", on_host=True)
     assert count == len(list(frozen_weights(network.policy)))
     assert apart(plain, network.gradient()) < EXACT
     assert network.peak().weights < before
@@ -46,7 +46,7 @@ def test_weights_on_the_host_change_nothing(network: Network) -> None:
 @pytest.mark.parametrize(("base", "loss"), [("int8", 0.05), ("fp8", 0.3)])
 def test_fewer_bits_are_near_and_smaller(network: Network, base: Base, loss: float) -> None:
     plain = network.gradient()
-    freeze(network.policy, base, CPU)
+    freeze(network.policy, CPU, base)
     whole = sum(8 * each.shape.numel() for each in frozen_weights(network.policy))
     packed = sum(part.nbytes for each in frozen_weights(network.policy) for part in each.parts)
     assert packed < 0.3 * whole  # an eighth, and the scales of rows that are a few numbers long
@@ -62,7 +62,7 @@ def test_the_reference_is_packed_as_well(small_folder: Path, reference: Toggle |
     for name, parameter in network.policy.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
-    freeze(network.policy, "int8", CPU)
+    freeze(network.policy, CPU, "int8")
     given = (network.noisy, network.level, network.context)
     with torch.no_grad(), reference.follow(network.policy).network() as frozen:
         expected = network.model.predict(frozen, *given)
@@ -100,7 +100,7 @@ def test_the_size_of_nf4_is_known_without_it() -> None:
 
 def test_what_cannot_be_done_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match=r"A Linear has no blocks.*memory\.base=native"):
-        freeze(nn.Linear(4, 4), "int8", CPU)
+        freeze(nn.Linear(4, 4), CPU, "int8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes.*memory\.base=int8"):
         check_base("nf4")

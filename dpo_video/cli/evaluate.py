@@ -95,7 +95,11 @@ def evaluate_run(run: Path, config: Config, folder: Path, base: Videos | None = 
         command=f"dpo-video evaluate {run}",
         run_toml=text,
         versions=tomllib.loads(text).get("versions", {}),
-        facts={"Checkpoint": adapter.parent.name, "Device": str(model.device)},
+        facts={
+            "Checkpoint": adapter.parent.name,
+            "Device": str(model.device),
+            **({} if config.memory.base == "native" else {"Base packed in": config.memory.base}),
+        },
     )
     videos = [
         (video_bytes(first, model.shape.fps), video_bytes(second, model.shape.fps))

@@ -13,6 +13,7 @@ import typer
 from dpo_video.cli.options import Device, console, resolve
 from dpo_video.cli.train import slope_of
 from dpo_video.errors import RunError, StoreError, UserError
+from dpo_video.settings import MemorySettings
 
 if TYPE_CHECKING:
     from dpo_video.card import Story
@@ -74,6 +75,14 @@ def export(
             f"The backbone '{config.tables['backbone']['name']}' has no option 'model' to load a "
             "merged checkpoint by. Export with --format diffusers or peft."
         )
+    base = config.memory.base
+    if target is Target.merged and base != "native":
+        raise UserError(
+            f"The adapter of '{run}' was trained on a base in {base}, and is nothing for other "
+            "weights to be changed by for good. Export with --format diffusers or peft."
+        )
+    # What is published goes on the published weights.
+    config = dataclasses.replace(config, memory=MemorySettings())
     import torch
 
     from dpo_video.card import loading_script, model_card

@@ -189,6 +189,11 @@ def run_training(
         f"{per_step} pairs, LoRA rank {settings.rank}, lr {settings.lr:g}, "
         f"on {accelerator.device}. Run: [bold]{folder}[/]"
     )
+    if config.memory.base != "native":
+        console.print(
+            f"[yellow]The base is packed in {config.memory.base}[/]: policy and reference are "
+            "another model than the published one, and what is learned is measured on it."
+        )
     _say_what_is_left_out(store)
     reports: list[StepReport] = []
     verdict: TrainingVerdict | None = None

@@ -1,0 +1,55 @@
+"""A run on a packed base, from the command line to its card."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from small_wan import OPTIONS, save_small_wan
+
+from dpo_video.cli import main
+from dpo_video.store import PairStore
+
+MODES = ["base=int8", "offload=blocks, checkpoints, optimizer", "checkpointing=blocks",
+         "backward=split", "chunks=2"]  # fmt: skip
+QUICK = ["rank=2", "accumulation=1", "samples=0", "lr=0.1", "tracker=none", "warmup=0"]
+
+
+def test_a_packed_base_is_named_wherever_the_run_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def said(code: int, *command: str | Path) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", ["dpo-video", *map(str, command), "--device=cpu"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        error = capfd.readouterr().err
+        assert (stop.value.code or 0) == code, error
+        return error
+
+    model = [f"--set=backbone.{name}={value}" for name, value in OPTIONS.items()]
+    model += ["--backbone=wan", f"--set=backbone.model={save_small_wan(tmp_path / 'wan')}"]
+    said(0, "build", "--pairs=jitter", "--count=2", "--set=pairs.steps=1", *model,
+         "--out", tmp_path / "pairs")  # fmt: skip
+    assert "+" not in PairStore(tmp_path / "pairs").manifest.identity
+    run = tmp_path / "run"
+    options = [*(f"memory.{mode}" for mode in MODES), *(f"train.{option}" for option in QUICK)]
+    # Pairs of the base as it is; what is trained and compared with is the packed one.
+    told = said(0, "train", "--pairs", tmp_path / "pairs", "--loss=global", "--steps=2", *model,
+                "--metric=frame_difference", *(f"--set={option}" for option in options),
+                "--out", run)  # fmt: skip
+    assert "The base is packed in int8" in told
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["margin"] == 0
+    said(0, "evaluate", run, "--seeds=2", "--set=evaluate.steps=1")
+    facts = json.loads((run / "evaluation" / "evaluation.json").read_text())["facts"]
+    assert facts["Base packed in"] == "int8"
+    said(0, "export", run)
+    card = (run / "export" / "diffusers-2" / "README.md").read_text()
+    assert "| trained on | the base's weights in int8" in card
+    refused = said(2, "export", run, "--format=merged")
+    assert "trained on a base in int8" in refused and refused.count("\n") == 1
