@@ -302,7 +302,8 @@ def _read_line(line: str, where: str) -> tuple[str, str]:
     wanted = 'Write it as {"file_name": "clip.mp4", "text": "what it shows"}.'
     try:
         entry = json.loads(line)
-    except ValueError as error:
+        json.dumps(entry, ensure_ascii=False).encode()  # half a character is no text
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON. {wanted}") from error
     name, text = (
         (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)

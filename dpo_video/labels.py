@@ -16,11 +16,11 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal, Self, final
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from dpo_video.errors import StoreError, UserError, unknown
@@ -53,6 +53,14 @@ class LabelRecipe(_Record):
     """First pixel frame of each segment and the one after its last."""
     latents: tuple[tuple[int, int], ...]
     """The latent frames that each covers, likewise."""
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        if len(self.latents) != len(self.segments):
+            raise ValueError(f"{len(self.segments)} segments, {len(self.latents)} in latents")
+        if any(start < 0 or stop < start for start, stop in (*self.segments, *self.latents)):
+            raise ValueError("a segment ends before it begins")
+        return self
 
 
 class LabelLine(_Record):

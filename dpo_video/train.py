@@ -165,6 +165,11 @@ def train(
                 _save(folder, bare, optimizer, place, identity, accelerator.scaler)
         return folder
 
+    drawn = len(list((out / "samples" / f"step_{start:06d}").glob("*.mp4")))
+    due = start and run.saves_after(start) and drawn < min(settings.samples, len(store))
+    if due and accelerator.is_main_process:
+        with writing(out):  # it was stopped between the checkpoint and its samples
+            _draw_samples(model, bare, store, settings.samples, out, f"step_{start:06d}")
     if start < settings.steps:
         try:
             run.fill_bank(_unless(stop, on_bank))
@@ -207,7 +212,7 @@ def train(
             with writing(out), (out / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(report.model_dump_json() + "\n")
         saved = None
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+        if run.saves_after(step + 1):
             saved = save(step + 1)
             if accelerator.is_main_process:
                 with writing(out):
@@ -281,6 +286,10 @@ class _Run:
         needed = [self._visit_at(place) for place in range(rank, distinct, world)]
         self.bank.fill(needed, self._predict_reference, on_progress)
         self.accelerator.wait_for_everyone()
+
+    def saves_after(self, steps: int) -> bool:
+        """Whether a checkpoint is due when so many steps are made."""
+        return steps % self.settings.save_every == 0 or steps == self.settings.steps
 
     def place(self, step: int) -> int:
         """The first place of a step, in the endless sequence of pairs."""
@@ -650,9 +659,10 @@ def _draw_samples(
 ) -> None:
     """A few videos with prompts and seeds that never change, to watch the policy change."""
     for i in range(min(count, len(store))):
+        path = out / "samples" / name / f"{i:02d}.mp4"
         context = store.batch([i]).to(model.device).context
         latents = model.sample(context, initial_noise(model, [i]), denoiser=policy)
         video = model.decode_videos(latents)[0].cpu()
         scale = max(1, 256 // model.shape.height)
-        write_video(out / "samples" / name / f"{i:02d}.mp4", video, model.shape.fps, scale)
+        write_video(path, video, model.shape.fps, scale)
     model.release()

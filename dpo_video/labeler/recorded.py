@@ -89,9 +89,11 @@ class Recorded(SetLabeler):
         for number, text in enumerate(texts, start=1):
             if text.strip():
                 try:
-                    yield number, _Line.model_validate(json.loads(text))
-                except (ValidationError, json.JSONDecodeError) as error:
+                    line = _Line.model_validate(json.loads(text))
+                    f"{line.prompt} {line.rater} {line.note}".encode()  # or nobody could keep it
+                except (ValueError, RecursionError) as error:
                     raise self._error(number, f"is no label ({_reason(error)})") from error
+                yield number, line
 
     def _pair(self, number: int, line: _Line, work: LabelWork) -> int:
         if line.pair is not None:
@@ -114,9 +116,11 @@ def _mark(label: Any) -> Mark:
     return "skip" if label == "skip" else _WORDS.get(label, label)
 
 
-def _reason(error: ValidationError | json.JSONDecodeError) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return error.msg
+    if not isinstance(error, ValidationError):
+        return str(error)
     detail = error.errors()[0]
     place = str(detail["loc"][0]) if detail["loc"] else ""
     return f"{place}: {detail['msg']}" if place else detail["msg"].removeprefix("Value error, ")
