@@ -75,6 +75,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "contestants(*names): who takes turns")
     torch.set_num_threads(THREADS)
+    if config.getoption("--clock") == "cpu" and torch.cuda.is_available():
+        raise pytest.UsageError("--clock cpu does not see what a GPU does. Take --clock wall.")
     try:
         import cv2
     except ImportError:

@@ -64,6 +64,13 @@ def research_script(model: VideoModel, policy: PeftModel) -> Passes:
     return passes
 
 
+def plain(policy: PeftModel) -> PeftModel:
+    """With peft's own treatment of an adapted layer's input, without what `adapt` does to it."""
+    for module in policy.modules():
+        vars(module).pop("_cast_input_dtype", None)
+    return policy
+
+
 def frozen_copy(policy: PeftModel) -> nn.Module:
     """The network without its adapter."""
     return copy.deepcopy(policy).unload().requires_grad_(False)
@@ -135,6 +142,8 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     with torch.device("meta"):
         policy = adapt(model, TrainSettings(rank=32, alpha=32), seed=0)
         networks = [policy, frozen_copy(policy)] if which == "seed" else [policy]
+    if which in ("script", "seed"):
+        plain(policy)
     if checkpointing and which == "script":
         policy.get_base_model().enable_gradient_checkpointing()
     elif checkpointing:
