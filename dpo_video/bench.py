@@ -267,34 +267,38 @@ def markdown(result: SuiteResult) -> str:
 
 
 def _table(race: Race) -> Iterator[str]:
+    """In columns of even width, which a terminal shows as well as a page does."""
+    rows = list(_cells(race))
+    widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    for row in (rows[0], rule, *rows[1:]):
+        aligned = [row[0].ljust(widths[0])]
+        aligned += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield f"| {' | '.join(aligned)} |"
+
+
+def _cells(race: Race) -> Iterator[list[str]]:
     names = list(dict.fromkeys(name for each in race.contestants for name in each.figures))
     yardstick = race.of(race.yardstick)
-    counted = yardstick is not None and yardstick.flops is not None
+    counted = yardstick.flops if yardstick is not None else None
     head = ["", f"ms per {race.unit}", "spread", f"{race.unit}s per second", "time over yardstick"]
-    head += ["GFLOP", "of the yardstick's FLOP/s"] if counted else []
-    head += names
-    yield _row(head)
-    yield _row(["---", *["---:"] * (len(head) - 1)])
+    yield [*head, *(["GFLOP", "of the yardstick's FLOP/s"] if counted else []), *names]
     for each in race.contestants:
-        mine = f"**{each.name}** (yardstick)" if each.name == race.yardstick else each.name
         relative = race.relative(each.name)
-        cells = [
-            mine,
+        row = [
+            f"**{each.name}** (yardstick)" if each.name == race.yardstick else each.name,
             _short(1000 * each.median),
             f"{each.spread:.0%}",
             _short(1 / each.median),
             "" if relative is None else _short(relative),
         ]
-        if counted and yardstick is not None and yardstick.flops is not None:
-            cells += ["", ""] if each.flops is None or relative is None else [
-                _short(each.flops / 1e9), f"{each.flops / yardstick.flops / relative:.0%}",
-            ]  # fmt: skip
-        cells += [_figure(each.figures.get(name, "")) for name in names]
-        yield _row(cells)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+        if counted:
+            row += (
+                ["", ""]
+                if each.flops is None or relative is None
+                else [_short(each.flops / 1e9), f"{each.flops / counted / relative:.0%}"]
+            )
+        yield row + [_figure(each.figures.get(name, "")) for name in names]
 
 
 def _figure(value: float | str) -> str:

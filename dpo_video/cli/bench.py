@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
 from dpo_video.cli.options import Tier, console
 from dpo_video.errors import UserError, unknown
@@ -198,7 +196,7 @@ def _run_timed(
         for result in results.values():
             write_result(out, result)
     for result in results.values():
-        Console().print(Markdown(markdown(result)))
+        typer.echo(markdown(result))
     console.print(f"Written to {out}/", highlight=False)
 
 
