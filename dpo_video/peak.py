@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, get_args
 
+import jaxtyping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, nn
@@ -42,7 +43,8 @@ from torch.utils.flop_counter import flop_registry
 Kind = Literal["weights", "gradients", "optimizer", "activations", "host"]
 
 BLOCK = 512  # bytes: torch's CUDA allocator hands out multiples of it
-_OUTSIDE = (str(Path(torch.__file__).parent), __file__)  # whose lines say nothing in a trace
+# Whose lines say nothing in a trace; the last is what checks of types are compiled to.
+_OUTSIDE = (*torch.__path__, *jaxtyping.__path__, __file__, "<@")
 _LINES = 4  # of a trace
 # What CUDA's autocast runs in fp32 and the CPU's does not, of what networks are made of
 # (ATen/autocast_mode.h, AT_FORALL_FP32). Their results, in twice the bytes, are activations.
