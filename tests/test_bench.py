@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpo_video.bench import (
     regressions,
     write_result,
 )
+from dpo_video.bench_plot import scatter
 from dpo_video.cli import app
 from dpo_video.errors import UserError
 
@@ -121,6 +123,33 @@ def test_a_table_by_hand() -> None:
     assert "| **theirs** (yardstick) | 100 | 0% | 10 | 1 | 1 | 100% |" in text
 
 
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0, 1000)), min_size=2, max_size=12))
+def test_a_picture_names_every_contestant_apart(found: list[tuple[float, float]]) -> None:
+    race = Race(
+        name="race", unit="pair", yardstick="0",
+        contestants=tuple(
+            Contestant(name=str(index), seconds=(time,), figures={"MiB": 1 + size})
+            for index, (time, size) in enumerate(found)
+        ),
+    )  # fmt: skip
+    picture = scatter(race)
+    assert picture is not None
+    assert picture.count("<circle") == len(found)
+    names = re.findall(r'<text x="438" y="([-\d.]+)" fill="#1f2328">(\d+)</text>', picture)
+    assert sorted(int(name) for _, name in names) == list(range(len(found)))
+    lines = sorted(float(line) for line, _ in names)
+    assert all(b - a > 16.9 for a, b in pairwise(lines))
+    assert lines[0] > 0 and lines[-1] < 400
+
+
+def test_no_picture_without_figures_or_without_the_yardstick() -> None:
+    (race,) = result([1.0], [1.0]).races
+    assert scatter(race) is None
+    known = [each.model_copy(update={"figures": {"px": 1.0}}) for each in race.contestants]
+    assert scatter(race.model_copy(update={"contestants": tuple(known)})) is not None
+    assert scatter(race.model_copy(update={"contestants": tuple(known[:1])})) is None
+
+
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     one, other = result([1.0], [2.0]), result([1.0], [2.0], suite="store")
     for each in (one, other):
@@ -169,4 +198,7 @@ def test_the_published_results_are_readable() -> None:
         (found,) = read_results(path).values()
         assert not found.quick
         assert path.with_suffix(".md").read_text() == markdown(found)
+        for number, race in enumerate(found.races, start=1):
+            if (picture := scatter(race)) is not None:
+                assert path.with_name(f"{path.stem}-{number}.svg").read_text() == picture
         assert json.loads(path.read_text())["commit"]

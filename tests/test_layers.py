@@ -17,6 +17,7 @@ KINDS = set(registry.KINDS)
 # From the bottom up. What is not named is a tool: masks, video, clips, store, flow and the like.
 FOUNDATION = {"errors", "types", "settings"}
 ENGINES = {
+    "bench_plot",
     "build",
     "check",
     "train",

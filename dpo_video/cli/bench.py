@@ -73,7 +73,9 @@ def bench(
     ] = False,
     out: Annotated[
         Path,
-        typer.Option("--out", help="Folder for SUITE.json and SUITE.md.", rich_help_panel=_RUNNING),
+        typer.Option(
+            "--out", help="Folder for SUITE.json, SUITE.md and pictures.", rich_help_panel=_RUNNING
+        ),
     ] = Path("runs/bench"),
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -170,7 +172,8 @@ def _run_timed(
     from importlib.util import find_spec
 
     from dpo_video.bench import collect, markdown, write_result
-    from dpo_video.files import writing
+    from dpo_video.bench_plot import scatter
+    from dpo_video.files import write_text, writing
 
     if find_spec("pytest_benchmark") is None:
         raise UserError(
@@ -195,6 +198,9 @@ def _run_timed(
     with writing(out):
         for result in results.values():
             write_result(out, result)
+            for number, race in enumerate(result.races, start=1):
+                if (picture := scatter(race)) is not None:
+                    write_text(out / f"{result.suite}-{number}.svg", picture)
     for result in results.values():
         typer.echo(markdown(result))
     console.print(f"Written to {out}/", highlight=False)
