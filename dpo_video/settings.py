@@ -65,7 +65,7 @@ class TrainSettings(Settings):
 
 
 def _listed(value: Any) -> Any:
-    """ "none", "a" or "a, b" as a list."""
+    """A text of names with commas between them as a list; "none" as an empty one."""
     if not isinstance(value, str):
         return value
     return () if value == "none" else tuple(part.strip() for part in value.split(","))
