@@ -280,7 +280,7 @@ def _read_line(line: str, name: str, root: Path, prompt: str | None, segments: i
     win, lose = root / read.win, root / read.lose
     mask = None if read.mask is None else root / read.mask
     for path in (win, lose, mask):
-        if path is not None and not path.exists():
+        if path is not None and not _exists(path):
             raise UserError(f"there is no file {path}")
     return VideoFiles(
         name=name,
@@ -317,6 +317,13 @@ def _list_latents(root: Path, model: VideoModel, prompt: str | None) -> Listing:
 
 
 # --- parts -----------------------------------------------------------------------------------
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for any file
+        return False
 
 
 def _prompt_beside(paths: Sequence[Path], prompt: str | None) -> str:

@@ -385,3 +385,118 @@ def test_the_log_is_read_up_to_what_was_cut_off(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(f"{line[:20]}\n{line}\n")
     with pytest.raises(RunError, match=r"log\.jsonl' cannot be read"):
         read_log(tmp_path)
+
+
+# --- what a run may not be gone on without -----------------------------------------------------
+
+
+def test_a_run_is_not_gone_on_with_on_other_pairs_labels_or_seed(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=2)
+    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    lines = (store.folder / "pairs.jsonl").read_text()
+    (store.folder / "pairs.jsonl").write_text(lines.replace('"strength":0.8', '"strength":0.7'))
+    with pytest.raises(RunError, match=r"What has changed: the set of pairs \(then [0-9a-f]{16}"):
+        run(small_folder, PairStore(store.folder), tmp_path / "run", settings, resume=True)
+    (store.folder / "pairs.jsonl").write_text(lines)
+    labelled = store.relabelled({0: torch.ones(SHAPE.frames), 1: -torch.ones(SHAPE.frames)})
+    with pytest.raises(RunError, match=r"What has changed: the labels \(then none, now [0-9a-f]"):
+        run(small_folder, labelled, tmp_path / "run", settings, resume=True)
+
+
+def test_pairs_built_since_change_nothing_for_a_run_that_goes_on(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=3)
+    settings = SETTINGS.model_copy(update={"steps": 3, "samples": 0})
+    run(small_folder, store, tmp_path / "whole", settings)
+    run(small_folder, store, tmp_path / "run", settings.model_copy(update={"steps": 2}))
+    more = make_store(tmp_path / "pairs", small_model, pairs=5)
+    assert len(more) == 5
+    run(small_folder, more, tmp_path / "run", settings, resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
+
+
+def test_a_file_that_is_not_what_was_written_is_damage_whatever_it_loads_as(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=2)
+    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    weights = latest_checkpoint(tmp_path / "run") / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # the last bit of a weight
+    weights.write_bytes(data)
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors is not what was written"):
+        run(small_folder, store, tmp_path / "run", settings, resume=True)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bytes(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 4, "samples": 0, "save_every": 4})
+    run(small_folder, store, tmp_path / "whole", settings)
+    asked = iter([False] * 3 + [True])  # in the middle of the second step's two passes
+    progress = list(
+        train(
+            load_small(small_folder), store, Region(), Toggle(), settings, seed=0,
+            out=tmp_path / "run", accelerator=Accelerator(cpu=True), stop=lambda: next(asked),
+        )
+    )  # fmt: skip
+    assert [p.report.step for p in progress] == [1]
+    assert latest_checkpoint(tmp_path / "run").name == "step_000001"
+    run(small_folder, store, tmp_path / "run", settings, resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    store = make_store(tmp_path / "pairs", small_model, pairs=1)
+    path = store.folder / "latents" / "00000.safetensors"
+    tensors = load_file(path)
+    tensors["first"][0, 0, 0, 0] = float("inf")
+    save_file(tensors, path)
+    settings = SETTINGS.model_copy(update={"steps": 2, "samples": 0, "skips": 2})
+    progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
+    assert [(p.report.skipped, p.unsound) for p in progress] == [(True, ["00000"])] * 2
+    weights = load_file(latest_checkpoint(tmp_path / "run") / "adapter/adapter_model.safetensors")
+    assert all(not weight.any() for name, weight in weights.items() if "lora_B" in name)
+    assert [report.skipped for report in read_log(tmp_path / "run")] == [True, True]
+    # The count goes on with the run.
+    longer = settings.model_copy(update={"steps": 3})
+    with pytest.raises(TrainingError, match=r"pairs were 00000\. It is the 3\. such step"):
+        run(small_folder, store, tmp_path / "run", longer, loss=Global(), resume=True)
+
+
+def test_another_number_of_processes_goes_on_at_the_same_place(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=5)
+    settings = SETTINGS.model_copy(update={"steps": 2, "samples": 0, "accumulation": 4})
+    run(small_folder, store, tmp_path / "run", settings)  # as many as four processes take at once
+    drawn: list[str] = []
+    original = PairStore.batch
+
+    def watched(self: PairStore, indices: list[int]) -> object:
+        drawn.extend(f"{index:05d}" for index in indices)
+        return original(self, indices)
+
+    alone = settings.model_copy(update={"steps": 4, "accumulation": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairStore, "batch", watched)
+        run(small_folder, store, tmp_path / "run", alone, resume=True)
+    # Places 8 and 9: what is left of the second epoch. All but these two were seen twice already.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairStore, "batch", watched)
+        visited = list(drawn)
+        drawn.clear()
+        whole = settings.model_copy(update={"steps": 10, "accumulation": 1})
+        run(small_folder, store, tmp_path / "whole", whole)
+    assert visited == drawn[8:10]
+    assert all(sorted(drawn[i : i + 5]) == [f"{n:05d}" for n in range(5)] for i in (0, 5))

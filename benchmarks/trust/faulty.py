@@ -1,0 +1,121 @@
+"""A disk that fails at a chosen operation, for a process of its own.
+
+Everything that Python writes goes through `io.open`, `os.fsync`, `os.replace`, `os.rename` and
+`os.unlink`; those are counted, and the one that was chosen fails. What libraries write by
+themselves counts as never synced until somebody syncs it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+KINDS = ("kill", "torn", "power", "full", "broken")
+"""SIGKILL before it; half of it, then SIGKILL; SIGKILL, and what was not synced is lost; ENOSPC and
+EIO, from then on."""
+
+
+class Disk:
+    """Counts operations in `root`; fails at number `at`, in one of `KINDS`."""
+
+    def __init__(self, root: Path, kind: str = "", at: int = -1) -> None:
+        self.root, self.kind, self.at = os.path.realpath(root), kind, at
+        self.count = 0
+        self.synced: set[str] = set()
+
+    def install(self) -> None:
+        """Put it under this process, which must be one of its own."""
+        self._fsync, self._open = os.fsync, io.open
+        opened = self._opened
+        io.open = builtins.open = opened  # type: ignore[assignment]
+        os.fsync = self._synced  # type: ignore[assignment]
+        for name in ("replace", "rename", "unlink"):
+            setattr(os, name, self._moving(getattr(os, name), name))
+
+    def report(self, path: Path) -> None:
+        """What outlives a power cut, for whoever cuts it."""
+        with self._open(path, "w") as file:
+            json.dump({"count": self.count, "synced": sorted(self.synced)}, file)
+
+    def operation(self, path: Any, torn: Callable[[], Any] | None = None) -> None:
+        """One operation; it may be the last."""
+        if not self._inside(path):
+            return
+        self.count += 1
+        if self.count < self.at or self.at < 0:
+            return
+        if self.kind in ("full", "broken"):
+            number = errno.ENOSPC if self.kind == "full" else errno.EIO
+            if torn is not None and self.count == self.at:
+                torn()  # a disk fills up in the middle of a write
+            raise OSError(number, os.strerror(number), str(path))
+        if self.count == self.at:
+            if self.kind == "torn" and torn is not None:
+                torn()
+            self.report(Path(self.root).with_suffix(".synced"))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _inside(self, path: Any) -> bool:
+        if isinstance(path, int):
+            path = str(Path(f"/proc/self/fd/{path}").readlink())
+        return os.path.realpath(os.fspath(path)).startswith(self.root + os.sep)
+
+    def _opened(
+        self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any
+    ) -> Any:
+        writes = set("wax+") & set(mode)
+        if isinstance(file, int) or not writes or not self._inside(file):
+            return self._open(file, mode, buffering, *rest, **more)
+        self.operation(file)
+        raw = _File(self, os.fspath(file), mode.replace("b", "").replace("t", ""))
+        if buffering == 0:
+            return raw
+        buffer = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        if "b" in mode:
+            return buffer
+        encoding = more.get("encoding") or (rest[0] if rest else None)
+        return io.TextIOWrapper(buffer, encoding, newline=more.get("newline"))
+
+    def _synced(self, descriptor: int) -> None:
+        path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        self.operation(path)
+        self._fsync(descriptor)
+        self.synced.add(path)
+
+    def _moving(self, real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def move(source: Any, *rest: Any, **more: Any) -> Any:
+            if more or isinstance(source, int):  # by descriptor: shutil.rmtree
+                return real(source, *rest, **more)
+            self.operation(source)
+            done = real(source, *rest)
+            if name != "unlink":
+                before, after = (os.path.realpath(os.fspath(p)) for p in (source, rest[0]))
+                for path in list(self.synced):
+                    if path == before or path.startswith(before + os.sep):
+                        self.synced.remove(path)
+                        self.synced.add(after + path[len(before) :])
+            return done
+
+        return move
+
+
+class _File(io.FileIO):
+    """A file whose writes are operations."""
+
+    def __init__(self, disk: Disk, path: str, mode: str) -> None:
+        super().__init__(path, mode)
+        self._disk, self._path = disk, os.path.realpath(path)
+
+    def write(self, data: Any) -> int:
+        """Write it, half of it, or nothing."""
+        view = memoryview(data).cast("B")
+        self._disk.operation(self._path, lambda: super(_File, self).write(view[: len(view) // 2]))
+        self._disk.synced.discard(self._path)
+        return super().write(view) or 0

@@ -1,0 +1,241 @@
+"""Damage everything that can be read, and see that no reader does worse than say so.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.trust.fuzz --seed 0 --cases 50000
+
+The law: a reader gives a result or raises a UserError of one line. Any other exception, a crash, a
+case of more than SECONDS, more than MEMORY at once, and a file made by a pickle are findings. Case
+`i` of a reader is its seed alone, so each can be had again: --reader NAME --only I.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+SECONDS = 5.0  # for one case, which takes milliseconds
+STUCK = 30.0  # without an answer: in a library that signals do not reach
+MEMORY = 512 << 20  # bytes that one case may add to the peak
+CHUNK = 400  # cases a process
+SLOW = {"adapter config": 40, "adapter weights": 40, "command line": 8, "checkpoint state": 4,
+        "checkpoint weights": 4, "checkpoint pointer": 8, "checkpoint seal": 8}  # fmt: skip
+"""Readers that load an adapter or run the whole program get so many times fewer cases."""
+RESULT = Path("benchmarks/results/0.1.0/fuzz.json")
+
+
+class HangError(BaseException):
+    """A case took too long; no reader's `except Exception` may swallow it."""
+
+
+@dataclass
+class Tally:
+    """What became of a reader's cases."""
+
+    cases: int = 0
+    accepted: int = 0
+    refused: int = 0
+    findings: list[dict[str, Any]] = field(default_factory=list)
+
+
+def case_of(seed: int, name: str, number: int) -> Random:
+    return Random(f"{seed} {name} {number}")
+
+
+def try_case(reading: Any, seed: int, name: str, number: int) -> tuple[str, str]:
+    """`("accepted" | "refused" | a finding, its detail)`."""
+    from dpo_video.errors import UserError
+
+    random = case_of(seed, name, number)
+    data = reading.damage(random, random.choice(reading.seeds), reading.seeds)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def stop(*_: object) -> None:
+        raise HangError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        reading.read(data)
+        verdict = ("accepted", "")
+    except UserError as error:
+        text = str(error)
+        whole = "\n" not in text and len(text) > 10
+        verdict = ("refused", "") if whole else ("not one sentence", repr(text[:300]))
+    except HangError:
+        verdict = ("hang", _place())
+    except BaseException as error:
+        place = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in place if "dpo_video" in f.filename and "fuzz" not in f.filename]
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].name}" if ours else "?"
+        line = (str(error).strip().splitlines() or [""])[0]
+        verdict = (type(error).__name__, f"{where}: {line[:200]}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    if grown > MEMORY:
+        verdict = ("memory", f"{grown >> 20} MiB more")
+    for place in (Path("touched"), Path("/tmp/touched")):
+        if place.exists():
+            place.unlink()
+            verdict = ("code ran", "a pickle made a file")
+    return verdict
+
+
+def _place() -> str:
+    return traceback.format_exc().splitlines()[-2].strip()
+
+
+def run_reader(bench: Any, name: str, seed: int, numbers: Sequence[int]) -> Tally:
+    """All cases of a reader, a process a chunk: a crash costs one case."""
+    tally = Tally()
+    left = list(numbers)
+    while left:
+        chunk = left[:CHUNK]
+        answers = list(_in_a_process(bench, name, seed, chunk))
+        for number, verdict, detail in answers:
+            tally.cases += 1
+            if verdict in ("accepted", "refused"):
+                setattr(tally, verdict, getattr(tally, verdict) + 1)
+            else:
+                tally.findings.append({"case": number, "what": verdict, "where": detail})
+                print(f"{name} {number}: {verdict} {detail}", flush=True)
+        left = left[len(answers) :]
+    return tally
+
+
+def _in_a_process(
+    bench: Any, name: str, seed: int, numbers: Sequence[int]
+) -> Iterator[tuple[int, str, str]]:
+    """Fork, so that nothing is imported again; the answers come through a pipe."""
+    import select
+
+    from benchmarks.trust.readers import READERS
+
+    receiving, sending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(receiving)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        warnings.simplefilter("ignore")
+        try:
+            reading = READERS[name](bench)
+            for number in numbers:
+                verdict, detail = try_case(reading, seed, name, number)
+                os.write(sending, (json.dumps([number, verdict, detail]) + "\n").encode())
+        except BaseException:
+            text = traceback.format_exc()
+            os.write(sending, (json.dumps([numbers[0], "broken bench", text]) + "\n").encode())
+        os._exit(0)
+    os.close(sending)
+    told = b""
+    count = 0
+    try:
+        while count < len(numbers):
+            ready, _, _ = select.select([receiving], [], [], STUCK)
+            part = os.read(receiving, 1 << 16) if ready else b""
+            if not part:
+                how = "crash" if ready else "hang in a library"
+                yield numbers[count], how, ""
+                return
+            told += part
+            *lines, told = told.split(b"\n")
+            for line in lines:
+                count += 1
+                number, verdict, detail = json.loads(line)
+                yield number, verdict, detail
+                if verdict == "broken bench":
+                    return
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(receiving)
+
+
+def campaign(
+    seed: int, cases: int, readers: Sequence[str], only: int | None, minutes: float = math.inf
+) -> dict[str, Any]:
+    """Run it in a folder that is thrown away; what to publish of it."""
+    import torch
+
+    from benchmarks.trust.readers import Bench
+    from tests.small_animatediff import save_small_animatediff
+
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    tallies = {}
+    shares = {name: 1 / SLOW.get(name, 1) for name in readers}
+    home = Path.cwd()
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
+        try:
+            checkpoint = save_small_animatediff(Path(place) / "small")
+            for name in readers:
+                if time.monotonic() - started > 60 * minutes:
+                    break
+                folder = Path(place) / name.replace(" ", "-").strip("-")
+                folder.mkdir()
+                bench = Bench(folder, checkpoint)
+                each = math.ceil(cases * shares[name] / sum(shares.values()))
+                numbers = range(each) if only is None else [only]
+                tallies[name] = run_reader(bench, name, seed, numbers)
+                print(f"{name:20} {tallies[name].cases:6} cases, {tallies[name].accepted:6} "
+                      f"accepted, {len(tallies[name].findings):4} findings, "
+                      f"{time.monotonic() - started:6.0f} s", flush=True)  # fmt: skip
+        finally:
+            os.chdir(home)
+    return {
+        "seed": seed,
+        "cases": sum(tally.cases for tally in tallies.values()),
+        "seconds": round(time.monotonic() - started),
+        "findings": sum(len(tally.findings) for tally in tallies.values()),
+        "readers": {name: vars(tally) for name, tally in tallies.items()},
+    }
+
+
+def main() -> None:
+    from benchmarks.trust.readers import READERS
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=50_000)
+    parser.add_argument("--reader", action="append", choices=sorted(READERS))
+    parser.add_argument("--only", type=int, help="one case of each reader")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no reader later")
+    parser.add_argument("--out", type=Path, help=f"for example {RESULT}")
+    given = parser.parse_args()
+    result = campaign(
+        given.seed, given.cases, given.reader or list(READERS), given.only, given.minutes
+    )
+    kinds: dict[str, int] = {}
+    for name, tally in result["readers"].items():
+        for finding in tally["findings"]:
+            key = f"{name}: {finding['what']} {finding['where']}"
+            kinds[key] = kinds.get(key, 0) + 1
+    for key, count in sorted(kinds.items(), key=lambda item: -item[1])[:200]:
+        print(f"{count:6} {key}")
+    if given.out:
+        known = Path(__file__).with_name("found.json")
+        result["found and fixed"] = json.loads(known.read_text(encoding="utf-8"))["fuzz"]
+        given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sys.exit(1 if result["findings"] else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Damage to inputs: of bytes, and of what they mean.
+
+Every mutation draws from a `random.Random` that it is given, so that a case is its seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import zipfile
+from random import Random
+from typing import Any
+
+import tomli_w
+
+BYTES = [b"\x00", b"\xff", b"\n", b"\r", b'"', b"{", b"}", b"[", b"]", b"\\", b"\xef\xbb\xbf",
+         b"\xe2\x80\xa8", b"NaN", b"-1", b"1e999", b"\\ud800", b"\x1b[31m", b"../", b"\x00" * 64,
+         b"9" * 5000, b"[" * 3000, b'{"a":' * 3000]  # fmt: skip
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, -0.0, 0.5,
+    float("nan"), float("inf"), "", " ", "x" * 100_000, "\x00", "\ud800", "../../etc/passwd",
+    "/etc/passwd", "..", "a/b", "[red]", "[/]", "<script>alert(1)</script>", "\n", "\u2028",
+    [], {}, [[]], [{}], {"": {}}, [None], [1, 2, 3], {"__tensor__": "0"}, {"name": "tiny"},
+]  # fmt: skip
+
+
+def deep(random: Random) -> Any:
+    """Lists in lists; deeper ones come as bytes, which our own writers could not write."""
+    node: Any = []
+    for _ in range(random.choice((5, 50, 150))):
+        node = [node]
+    return node
+
+
+def damage(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    """Bytes flipped, cut out, put in, doubled, cut off, and taken from another input."""
+    changed = bytearray(data)
+    for _ in range(random.choice((1, 1, 1, 2, 3, 8))):
+        size = len(changed)
+        at = random.randrange(size + 1)
+        length = random.choice((1, 1, 2, 4, 16, 64, 400))
+        match random.randrange(8):
+            case 0 if size:
+                changed[min(at, size - 1)] ^= 1 << random.randrange(8)
+            case 1 if size:
+                changed[min(at, size - 1)] = random.randrange(256)
+            case 2:
+                del changed[at : at + length]
+            case 3:
+                changed[at:at] = random.choice(BYTES)
+            case 4:
+                changed[at:at] = changed[at : at + length]
+            case 5:
+                del changed[at:]
+            case 6:
+                other = random.choice(others)
+                start = random.randrange(len(other) + 1)
+                changed[at : at + length] = other[start : start + length]
+            case _:
+                changed[at : at + length] = random.randbytes(min(length, 16))
+    return bytes(changed)
+
+
+def damage_tree(random: Random, tree: Any) -> Any:
+    """A nested value with leaves and branches replaced, dropped, added and swapped."""
+    tree = copy.deepcopy(tree)
+    for _ in range(random.choice((1, 1, 2, 4))):
+        places: list[tuple[Any, Any]] = []
+        stack = [tree]
+        while stack:
+            node = stack.pop()
+            keys: Any = node.keys() if isinstance(node, dict) else range(len(node))
+            places += [(node, key) for key in keys]
+            stack += [node[key] for key in keys if isinstance(node[key], (dict, list))]
+        if not places:
+            return random.choice(VALUES)
+        node, key = random.choice(places)
+        match random.randrange(7):
+            case 0:
+                del node[key]
+            case 1 if isinstance(node, dict):
+                node[random.choice(["", "name", "x", "pair", "store", "\x00", "é" * 300])] = (
+                    random.choice(VALUES)
+                )
+            case 2:
+                other, place = random.choice(places)
+                node[key] = _copied(other, place)
+            case 3:
+                node[key] = deep(random)
+            case 4 if isinstance(node[key], (int, float)) and not isinstance(node[key], bool):
+                node[key] = random.choice(
+                    (-node[key], 0, node[key] + 1, 10**9 * int(node[key] > 0))
+                )
+            case _:
+                node[key] = random.choice(VALUES)
+    return tree
+
+
+def _copied(node: Any, key: Any) -> Any:
+    there = key in node if isinstance(node, dict) else key < len(node)
+    return copy.deepcopy(node[key]) if there else None
+
+
+def json_text(tree: Any) -> bytes:
+    return json.dumps(tree).encode()
+
+
+def damage_json(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    if random.random() < 0.4:
+        return damage(random, data, others)
+    return json_text(damage_tree(random, json.loads(data)))
+
+
+def damage_lines(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    """Lines of JSON: one line damaged, or the lines doubled, dropped and shuffled."""
+    lines = data.splitlines()
+    match random.randrange(5):
+        case 0:
+            return damage(random, data, others)
+        case 1:
+            random.shuffle(lines)
+        case 2:
+            lines.insert(random.randrange(len(lines) + 1), random.choice(lines))
+        case _:
+            at = random.randrange(len(lines))
+            lines[at] = damage_json(random, lines[at], others)
+    ending = random.choice((b"\n", b"\n", b"", b"\r\n"))
+    return b"\n".join(lines) + ending
+
+
+def damage_toml(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    import tomllib
+
+    if random.random() < 0.4:
+        return damage(random, data, others)
+    try:
+        tree = damage_tree(random, tomllib.loads(data.decode()))
+        return tomli_w.dumps(tree).encode("utf-8", "surrogatepass")
+    except (TypeError, ValueError, AttributeError, RecursionError):  # TOML has no null
+        return damage(random, data, others)
+
+
+def damage_safetensors(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    """The header's JSON, its length, or bytes anywhere."""
+    if random.random() < 0.4:
+        return damage(random, data, others)
+    size = int.from_bytes(data[:8], "little")
+    header = json_text(damage_tree(random, json.loads(data[8 : 8 + size])))
+    told = len(header)
+    if random.random() < 0.2:
+        told = random.choice((0, 1, told - 1, told + 1, 2**31, 2**63, 2**64 - 1, 100_000_000))
+    return told.to_bytes(8, "little") + header + data[8 + size :]
+
+
+def damage_state(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    """A checkpoint's state: its skeleton, JSON inside the header's JSON."""
+    if random.random() < 0.4:
+        return damage_safetensors(random, data, others)
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    skeleton = damage_tree(random, json.loads(header["__metadata__"]["state"]))
+    header["__metadata__"]["state"] = json.dumps(skeleton)
+    text = json_text(header)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+class Touch:
+    """What a pickle runs if anyone lets it: makes a file, which must never be there."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return open, (self.path, "w")
+
+
+def damage_torch(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    """A `.pt` file: its pickle, its archive, or bytes anywhere; malicious ones too."""
+    match random.randrange(5):
+        case 0:
+            return pickle.dumps(Touch("touched"), protocol=random.randrange(6))
+        case 1 | 2:
+            return _rezipped(random, data, others)
+        case _:
+            return damage(random, data, others)
+
+
+def _rezipped(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    made = io.BytesIO()
+    packed = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(made, "w", packed) as target:
+        for name in source.namelist():
+            held = source.read(name)
+            if name.endswith("data.pkl"):
+                if random.random() < 0.2:
+                    held = pickle.dumps({"latents_w": Touch("touched")}, protocol=2)
+                else:
+                    held = damage(random, held, [held])
+            elif random.random() < 0.2:
+                held = damage(random, held, [held])
+            if random.random() < 0.02:
+                held = bytes(1 << 24)
+            if random.random() > 0.03:
+                target.writestr(name, held)
+    return made.getvalue()
+
+
+def assignment(random: Random) -> str:
+    """A text for `--set`, true ones among them."""
+    names = ["loss", "pairs", "train", "memory", "metric", "run", "labeler", "backbone", "nothing",
+             "build", "evaluate", "reference", "versions", "", "loss ", "tier"]  # fmt: skip
+    options = ["beta", "name", "steps", "lr", "betas", "store", "warp_error.variant", "seed", "",
+               "a.b.c.d", "rank", "labels", "region", "region.blobs", "device", "count", "x" * 5000,
+               "model", "frames"]  # fmt: skip
+    values = ["5", "500", "1e-4", "-1", "0", "nan", "inf", "-inf", "true", '"x"', "'", '"', "[",
+              "]", "{}", "{a=1}", "[1,2]", "[" * 2000, "1e999", "9" * 5000, "0x10", "1979-05-27",
+              "\x00", "\ud800", "\n[train]", "5\nx=1", "cpu", "../..", "", " ", "'''", "a\u2028b",
+              "=", "==", "1_000", "+1", "07:32:00", "[red]bold[/]"]  # fmt: skip
+    real = ["loss.beta", "train.steps", "train.lr", "train.betas", "train.rank", "run.seed",
+            "run.device", "run.prompt", "train.labels", "build.count", "pairs.guidance",
+            "memory.backward", "evaluate.tolerance", "metric.warp_error.variant"]  # fmt: skip
+    path = f"{random.choice(names)}.{random.choice(options)}"
+    if random.random() < 0.7:
+        path = random.choice(real)
+    text = f"{path}={random.choice(values)}"
+    if random.random() < 0.3:
+        text = damage(random, text.encode("utf-8", "surrogatepass"), [b"loss.beta=500"]).decode(
+            "utf-8", "surrogateescape"
+        )
+    return text

@@ -1,0 +1,515 @@
+"""Everything that reads a file or a text of the user's, with valid inputs to begin from."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+
+from benchmarks.trust import mutate
+from dpo_video.types import Pair
+from dpo_video.video import gif_bytes, video_bytes
+from tests.small_animatediff import SHAPE, load_small
+
+Damage = Callable[[Random, bytes, list[bytes]], bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A reader, what it reads when all is well, and how that is damaged."""
+
+    seeds: list[bytes]
+    damage: Damage
+    read: Callable[[bytes], object]
+
+
+class Bench:
+    """A folder, a small model and a store of its pairs, for the readers to stand on."""
+
+    def __init__(self, folder: Path, checkpoint: Path) -> None:
+        from dpo_video.store import Manifest, PairStore
+
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.model = load_small(checkpoint)
+        manifest = Manifest(
+            recipe={"pairs": {"name": "local"}, "seed": 0},
+            identity=self.model.identity,
+            latent_shape=self.model.latent_shape,
+            fps=SHAPE.fps,
+        )
+        self.store = PairStore.create(folder / "store", manifest)
+        generator = torch.Generator().manual_seed(0)
+        for i in range(3):
+            first, second = torch.randn(2, *self.model.latent_shape, generator=generator)
+            pair = Pair(
+                first=first, second=second, preference=torch.ones(self.model.latent_shape[1]),
+                region=torch.ones(1, *self.model.latent_shape[1:]), prompt=f"a square {i}",
+                source=f"clip {i}", strength=0.8,
+            )  # fmt: skip
+            self.store.append(pair, self.model.encode_prompts([pair.prompt]))
+        self.video = torch.rand(3, SHAPE.frames, SHAPE.height, SHAPE.width, generator=generator)
+
+
+def run_toml(bench: Bench) -> Reading:
+    from dpo_video import config
+
+    path = bench.folder / "run.toml"
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        return config.resolve(file=path).toml()
+
+    texts = [
+        config.resolve().toml(),
+        config.resolve(choices={"pairs": "dense", "loss": "segment", "labeler": "metric"}).toml(),
+        config.resolve(choices={"pairs": "store/", "backbone": "wan"}).toml(),
+    ]
+    return Reading(seeds=[text.encode() for text in texts], damage=mutate.damage_toml, read=read)
+
+
+def assignments(bench: Bench) -> Reading:
+    from dpo_video import config
+
+    def read(data: bytes) -> object:
+        text = data.decode("utf-8", "surrogateescape")
+        return config.resolve(assignments=[text]).toml()
+
+    def draw(random: Random, data: bytes, others: list[bytes]) -> bytes:
+        return mutate.assignment(random).encode("utf-8", "surrogateescape")
+
+    return Reading(seeds=[b"loss.beta=500"], damage=_surrogates(draw), read=read)
+
+
+def _surrogates(draw: Damage) -> Damage:
+    def safe(random: Random, data: bytes, others: list[bytes]) -> bytes:
+        try:
+            return draw(random, data, others)
+        except UnicodeEncodeError:  # \ud800 itself cannot be an argument of a process
+            return b"loss.beta=\xed\xa0\x80"
+
+    return safe
+
+
+def command_line(bench: Bench) -> Reading:
+    """The same texts through the program, for its exit code."""
+    import contextlib
+    import sys
+
+    from dpo_video.cli import main
+
+    def read(data: bytes) -> object:
+        text = data.decode("utf-8", "surrogateescape").replace("\x00", "")
+        told = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+        sys.argv = ["dpo-video", "config", "--set", text]
+        try:
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+                main()
+        except SystemExit as stop:
+            assert stop.code in (None, 0, 2), f"exit code {stop.code}"
+        return None
+
+    inner = assignments(bench)
+    return Reading(seeds=inner.seeds, damage=inner.damage, read=read)
+
+
+def store_file(name: str, damage: Damage) -> Callable[[Bench], Reading]:
+    """A file of the pair store; the whole store is then read."""
+
+    def make(bench: Bench) -> Reading:
+        from dpo_video.store import PairStore
+
+        path = next(bench.store.folder.glob(name))
+        whole = path.read_bytes()
+        rows = (bench.store.folder / "pairs.jsonl").read_bytes()
+
+        def read(data: bytes) -> object:
+            (bench.store.folder / "pairs.jsonl").write_bytes(rows)
+            path.write_bytes(data)
+            try:
+                store = PairStore(bench.store.folder)
+                store.check_fits(bench.model)
+                for index in store.decided():
+                    store.batch([index])
+                return store.batch(range(len(store))) if len(store) else None
+            finally:
+                path.write_bytes(whole)
+
+        return Reading(seeds=[whole], damage=damage, read=read)
+
+    return make
+
+
+def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
+    """A book of labels: its recipe or its lines."""
+
+    def make(bench: Bench) -> Reading:
+        from dpo_video.label import recipe
+        from dpo_video.labels import LabelBook, open_books, pinned, preferences
+
+        where = bench.store.folder
+        made = recipe(bench.store, bench.model, {"name": "recorded"}, 0.25)
+        book = LabelBook.open_or_create(where, "fuzzed", made)
+        for pair, mark in enumerate((1.0, "skip", -0.5)):
+            book.record(pair, [mark] * len(made.segments), rater="ann", note="why")
+        book.record(0, [None] * len(made.segments), rater="bob")
+        path = book.path.with_suffix(suffix)
+        whole = path.read_bytes()
+
+        def read(data: bytes) -> object:
+            path.write_bytes(data)
+            try:
+                books = open_books(where, ["fuzzed"])
+                pinned(books[0])
+                return preferences(books, bench.model.latent_shape[1])
+            finally:
+                path.write_bytes(whole)
+
+        return Reading(seeds=[whole], damage=damage, read=read)
+
+    return make
+
+
+def recorded(bench: Bench) -> Reading:
+    from dpo_video.label import StoreWork, recipe
+    from dpo_video.labeler.recorded import Recorded
+    from dpo_video.labels import LabelBook
+
+    path = bench.folder / "recorded.jsonl"
+    made = recipe(bench.store, bench.model, {"name": "recorded"}, 0.25)
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        book = LabelBook.open_or_create(bench.store.folder, "copied", made)
+        try:
+            Recorded(file=str(path)).label_set(StoreWork(bench.store, bench.model, book))
+        finally:
+            book.path.unlink(missing_ok=True)
+        return None
+
+    lines = [
+        {"pair": 0, "labels": ["first", "tie"]},
+        {"pair": 1, "label": -1, "rater": "ann", "note": "it tears"},
+        {"prompt": "a square 2", "label": "second"},
+    ]
+    return Reading(seeds=[_lines(lines)], damage=mutate.damage_lines, read=read)
+
+
+def folder_lines(bench: Bench) -> Reading:
+    from dpo_video.pair_files import list_pairs
+
+    root = bench.folder / "mine"
+    root.mkdir(exist_ok=True)
+    for name, part in (("a", bench.video), ("b", 1 - bench.video)):
+        (root / f"{name}.gif").write_bytes(gif_bytes(part, SHAPE.fps))
+    Image.new("L", (16, 16), 255).save(root / "mask.png")
+    path = root / "pairs.jsonl"
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        listing = list_pairs(path, bench.model, "a prompt", 0.25)
+        listing.fingerprint(SHAPE)
+        return list(listing.read(bench.model))
+
+    lines = [
+        {"win": "a.gif", "lose": "b.gif", "prompt": "a dog runs"},
+        {"win": "b.gif", "lose": "a.gif", "mask": "mask.png", "labels": [1, 0]},
+    ]
+    return Reading(seeds=[_lines(lines)], damage=mutate.damage_lines, read=read)
+
+
+def triple(bench: Bench) -> Reading:
+    from dpo_video.pair_files import list_pairs
+
+    root = bench.folder / "triples"
+    root.mkdir(exist_ok=True)
+    path = root / "pair_00000.pt"
+    first, second = torch.randn(2, *bench.model.latent_shape)
+    prompt = bench.model.encode_prompts(["a square"])["prompt_embeds"]
+    held = {"latents_w": first, "latents_l": second, "prompt_embeds": prompt}
+    seeds = []
+    for zipped in (True, False):
+        made = io.BytesIO()
+        torch.save(held, made, _use_new_zipfile_serialization=zipped)
+        seeds.append(made.getvalue())
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        return list(list_pairs(root, bench.model, "a prompt", 0.25).read(bench.model))
+
+    return Reading(seeds=seeds, damage=_zipped_or_not, read=read)
+
+
+def _zipped_or_not(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    if data.startswith(b"PK"):
+        return mutate.damage_torch(random, data, others)
+    return mutate.damage(random, data, others)
+
+
+def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
+    """A file of a run's checkpoint; the run is then gone on with."""
+
+    def make(bench: Bench) -> Reading:
+        from accelerate import Accelerator
+
+        from dpo_video import train as engine
+        from dpo_video.checkpoint import seal
+        from dpo_video.loss.global_ import Global
+        from dpo_video.reference.toggle import Toggle
+        from dpo_video.settings import TrainSettings
+
+        settings = TrainSettings(
+            steps=1, accumulation=1, rank=2, alpha=4, samples=0, tracker="none"
+        )
+        out = bench.folder / "run"
+        model = load_small(bench.checkpoint)
+
+        bare = model.denoiser
+        if not (out / "checkpoints").exists():
+            list(
+                engine.train(
+                    model, bench.store, Global(), Toggle(), settings, seed=0, out=out,
+                    accelerator=Accelerator(cpu=True),
+                )
+            )  # fmt: skip
+            _bare(model, bare)
+        policy = engine.adapt(model, settings, 0)
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        path = next(out.rglob(name))
+        whole = path.read_bytes()
+        identity = engine._identity(model, bench.store, policy, "no")
+        folder = out / "checkpoints" / "step_000001"
+
+        def read(data: bytes) -> object:
+            path.write_bytes(data)
+            if len(data) % 2:  # as if somebody meant it: what is behind the seal must hold, too
+                seal(folder, 1, identity)
+            try:
+                at = engine._restore(out, policy, optimizer, identity, None)
+                assert at.step >= 0, f"goes on from step {at.step}"
+                # What was accepted must train.
+                for parameter in parameters:
+                    parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+                return torch.randn(1), random.random()
+            finally:
+                path.write_bytes(whole)
+                if len(data) % 2:
+                    seal(folder, 1, identity)
+
+        return Reading(seeds=[whole], damage=damage, read=read)
+
+    return make
+
+
+def _bare(model: Any, network: Any) -> None:
+    """Take the adapter off again, so that one model serves all cases."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
+            parent = network.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], module.base_layer)
+    network.requires_grad_(False)
+    for leftover in ("peft_config", "_hf_peft_config_loaded"):
+        vars(network).pop(leftover, None)
+    model.denoiser = network
+
+
+def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
+    """A file of an adapter's folder, as `evaluate` and `generate` load it."""
+
+    def make(bench: Bench) -> Reading:
+        from dpo_video.evaluate import merged
+
+        checkpoint("state.safetensors", mutate.damage)(bench)  # makes the run
+        folder = next((bench.folder / "run").rglob("adapter"))
+        (folder.parent / "checkpoint.json").unlink(missing_ok=True)  # a copied adapter has none
+        path = folder / name
+        whole = path.read_bytes()
+        model = load_small(bench.checkpoint)
+        bare = model.denoiser
+
+        def read(data: bytes) -> object:
+            path.write_bytes(data)
+            try:
+                merged(model, folder)
+            finally:
+                _bare(model, bare)
+                path.write_bytes(whole)
+            return None
+
+        return Reading(seeds=[whole], damage=damage, read=read)
+
+    return make
+
+
+def log(bench: Bench) -> Reading:
+    from dpo_video.train import read_log
+    from dpo_video.verdict import judge_training
+
+    checkpoint("state.safetensors", mutate.damage)(bench)
+    path = bench.folder / "run" / "log.jsonl"
+    line = path.read_bytes()
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        try:
+            reports = read_log(path.parent)
+            return judge_training(reports, slope=1.0) if reports else None
+        finally:
+            path.write_bytes(line)
+
+    return Reading(seeds=[line * 3], damage=mutate.damage_lines, read=read)
+
+
+def video(suffix: str) -> Callable[[Bench], Reading]:
+    """A video file, counted, cut and decoded as a clip."""
+
+    def make(bench: Bench) -> Reading:
+        import av
+
+        from dpo_video.clips import open_clips
+
+        root = bench.folder / f"clips{suffix}"
+        root.mkdir(exist_ok=True)
+        path = root / f"clip{suffix}"
+        made: dict[str, Callable[[], bytes]] = {
+            ".mp4": lambda: video_bytes(bench.video, SHAPE.fps),
+            ".gif": lambda: gif_bytes(bench.video, SHAPE.fps),
+        }
+        if suffix in made:
+            whole = made[suffix]()
+        else:
+            codec = {".webm": "libvpx", ".avi": "mpeg4", ".mkv": "libx264", ".mov": "mpeg4"}[suffix]
+            with av.open(str(path), "w") as container:
+                stream = container.add_stream(codec, rate=8)
+                stream.width = stream.height = 16
+                stream.pix_fmt = "yuv420p"
+                for frame in (bench.video * 255).byte().permute(1, 2, 3, 0).numpy():
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+                container.mux(stream.encode())
+            whole = path.read_bytes()
+
+        def read(data: bytes) -> object:
+            path.write_bytes(data)
+            return [clip.video for clip in open_clips(root, SHAPE, "a prompt")]
+
+        return Reading(seeds=[whole], damage=mutate.damage, read=read)
+
+    return make
+
+
+def pictures(bench: Bench) -> Reading:
+    from dpo_video.clips import open_clips
+
+    root = bench.folder / "frames" / "one"
+    root.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name in ("PNG", "JPEG"):
+        buffer = io.BytesIO()
+        Image.fromarray((bench.video[:, 0] * 255).byte().permute(1, 2, 0).numpy()).save(
+            buffer, name
+        )
+        made.append(buffer.getvalue())
+    for i in range(SHAPE.frames):
+        (root / f"{i}.png").write_bytes(made[0])
+
+    def read(data: bytes) -> object:
+        (root / "2.png").write_bytes(data)
+        return [clip.video for clip in open_clips(root.parent, SHAPE, "a prompt")]
+
+    return Reading(seeds=made, damage=mutate.damage, read=read)
+
+
+def captions(bench: Bench) -> Reading:
+    from dpo_video.clips import open_clips
+
+    root = bench.folder / "captioned"
+    root.mkdir(exist_ok=True)
+    for i in range(3):
+        (root / f"{i}.gif").write_bytes(gif_bytes(bench.video, SHAPE.fps))
+
+    def read(data: bytes) -> object:
+        (root / "metadata.jsonl").write_bytes(data)
+        clips = open_clips(root, SHAPE)
+        return clips.fingerprint, list(clips)
+
+    lines = [{"file_name": f"{i}.gif", "text": f"a square {i}"} for i in range(3)]
+    return Reading(seeds=[_lines(lines)], damage=mutate.damage_lines, read=read)
+
+
+def bank(name: str, damage: Damage) -> Callable[[Bench], Reading]:
+    """A file of a bank of predictions, filled and read."""
+
+    def make(bench: Bench) -> Reading:
+        from dpo_video.bank import Bank, BankManifest, Visit
+
+        manifest = BankManifest.of(bench.model, 0, "no")
+        visits = [Visit(0, 0), Visit(1, 0)]
+
+        def predict(visit: Visit) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(visit.pair)
+            return torch.randn(2, *bench.model.latent_shape, generator=generator)
+
+        Bank(bench.store, manifest).fill(visits, predict)
+        path = next((bench.store.folder / "bank").rglob(name))
+        whole = path.read_bytes()
+
+        def read(data: bytes) -> object:
+            path.write_bytes(data)
+            try:
+                opened = Bank(bench.store, manifest)
+                opened.fill(visits, predict)
+                return opened.read(visits)
+            finally:
+                path.write_bytes(whole)
+
+        return Reading(seeds=[whole], damage=damage, read=read)
+
+    return make
+
+
+def _lines(lines: Sequence[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+READERS: dict[str, Callable[[Bench], Reading]] = {
+    "run.toml": run_toml,
+    "assignments": assignments,
+    "command line": command_line,
+    "store.json": store_file("store.json", mutate.damage_json),
+    "pairs.jsonl": store_file("pairs.jsonl", mutate.damage_lines),
+    "latents": store_file("latents/00000.safetensors", mutate.damage_safetensors),
+    "contexts": store_file("contexts/*.safetensors", mutate.damage_safetensors),
+    "labels recipe": label_file(".json", mutate.damage_json),
+    "labels": label_file(".jsonl", mutate.damage_lines),
+    "recorded labels": recorded,
+    "folder pairs": folder_lines,
+    "published .pt": triple,
+    "checkpoint state": checkpoint("state.safetensors", mutate.damage_state),
+    "checkpoint weights": checkpoint("adapter_model.safetensors", mutate.damage_safetensors),
+    "checkpoint pointer": checkpoint("latest", mutate.damage),
+    "checkpoint seal": checkpoint("checkpoint.json", mutate.damage_json),
+    "adapter config": adapter("adapter_config.json", mutate.damage_json),
+    "adapter weights": adapter("adapter_model.safetensors", mutate.damage_safetensors),
+    "log.jsonl": log,
+    "mp4": video(".mp4"),
+    "gif": video(".gif"),
+    "webm": video(".webm"),
+    "avi": video(".avi"),
+    "mkv": video(".mkv"),
+    "pictures": pictures,
+    "metadata.jsonl": captions,
+    "bank.json": bank("bank.json", mutate.damage_json),
+    "bank predictions": bank("00000-000.safetensors", mutate.damage_safetensors),
+}
