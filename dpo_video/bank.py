@@ -219,9 +219,13 @@ class Bank:
     def _load(self, visit: Visit) -> dict[str, Tensor]:
         path = self._path(visit)
         try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
+            found = load_file(path)
+            shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+            if shapes != dict.fromkeys(("first", "second"), self.store.manifest.latent_shape):
+                raise ValueError("it holds something else than two predictions")
+        except (OSError, SafetensorError, ValueError) as error:
             raise self._damaged(path, error) from error
+        return found
 
     def _check_space(self, size: int) -> None:
         free = shutil.disk_usage(self.folder).free

@@ -7,6 +7,7 @@ write it beside them, and read it there.
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ def read_triple(path: Path) -> Triple:
         UserError: if it is damaged, or holds something else.
     """
     try:
+        _check_archive(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may raise anything
         reason = str(error).strip().split("\n")[0]
@@ -68,6 +70,20 @@ def read_triple(path: Path) -> Triple:
             "[1 tokens channels]. Remove or replace it."
         )
     return Triple(winner=winner, loser=loser, prompt_embeds=prompt)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse what would grow when it is read: torch stores, and never compresses.
+
+    Before its version 1.6 torch wrote no archives, but sizes that a reader had to believe.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no archive as torch.save writes them since version 1.6")
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed")
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("its parts overlap")
 
 
 def write_triple(path: Path, triple: Triple) -> None:

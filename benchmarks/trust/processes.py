@@ -28,9 +28,7 @@ STEPS = 4
 def command(processes: int, arguments: Sequence[str]) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", "dpo_video", *arguments]
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes",
-              str(processes), "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *launch, "-m", "dpo_video", *arguments]
 
 
