@@ -75,14 +75,14 @@ def damage_tree(random: Random, tree: Any) -> Any:
             places += [(node, key) for key in keys]
             stack += [node[key] for key in keys if isinstance(node[key], (dict, list))]
         if not places:
-            return random.choice(VALUES)
+            return copy.deepcopy(random.choice(VALUES))
         node, key = random.choice(places)
         match random.randrange(7):
             case 0:
                 del node[key]
             case 1 if isinstance(node, dict):
                 node[random.choice(["", "name", "x", "pair", "store", "\x00", "é" * 300])] = (
-                    random.choice(VALUES)
+                    copy.deepcopy(random.choice(VALUES))
                 )
             case 2:
                 other, place = random.choice(places)
@@ -94,7 +94,7 @@ def damage_tree(random: Random, tree: Any) -> Any:
                     (-node[key], 0, node[key] + 1, 10**9 * int(node[key] > 0))
                 )
             case _:
-                node[key] = random.choice(VALUES)
+                node[key] = copy.deepcopy(random.choice(VALUES))
     return tree
 
 
