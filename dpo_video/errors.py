@@ -20,10 +20,11 @@ class UserError(Exception):
 
 def _one_line(text: str) -> str:
     """Without line breaks, terminal codes and what UTF-8 cannot say; cut in the middle."""
-    words = " ".join(text.split()) if any(c in text for c in "\n\r\t\v\f") else text
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
     half = _LONGEST // 2
-    return shown if len(shown) <= _LONGEST else f"{shown[:half]} ... {shown[-half:]}"
+    if len(text) > _LONGEST:  # first: what is quoted may be megabytes
+        text = f"{text[:half]} ... {text[-half:]}"
+    words = " ".join(text.split()) if any(c in text for c in "\n\r\t\v\f") else text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 class PluginError(UserError):

@@ -73,12 +73,9 @@ def read_triple(path: Path) -> Triple:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse what would grow when it is read: torch stores, and never compresses.
-
-    Before its version 1.6 torch wrote no archives, but sizes that a reader had to believe.
-    """
+    """Refuse an archive that would grow when it is unpacked: torch stores, and never compresses."""
     if not zipfile.is_zipfile(path):
-        raise ValueError("it is no archive as torch.save writes them since version 1.6")
+        return
     with zipfile.ZipFile(path) as archive:
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
             raise ValueError("it is compressed")

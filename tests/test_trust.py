@@ -60,6 +60,12 @@ def test_a_malicious_pt_executes_nothing(protocol: int, tmp_path: Path) -> None:
     assert not touched.exists()
 
 
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    shown = str(UserError("two\nlines, \x1b[31m red, half a character \ud800 and " + "x" * 10**7))
+    assert shown.startswith(r"two lines, \x1b[31m red, half a character \ud800 and xxx")
+    assert len(shown) < 2100
+
+
 def test_faults_of_a_build_lose_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.trust.faults", "--stage=build", "--faults=4",
