@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from dpo_video.blocks import checkpoint_blocks
 from dpo_video.errors import UserError
 from dpo_video.experts import Experts
-from dpo_video.memory import Step
+from dpo_video.frozen import Base, freeze, frozen_weights
+from dpo_video.memory import Step, arrange
+from dpo_video.offload import HostAdamW
 from dpo_video.peak import BLOCK, Peak, as_on_cuda, peak_bytes
 from dpo_video.pretrained import outlined
-from dpo_video.settings import TrainSettings
+from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.statistics import Record
 from dpo_video.strategies import Anchor, Backbone, Loss, Reference, VideoModel
 from dpo_video.train import adapt
@@ -41,6 +42,7 @@ EFFICIENCY = 0.35  # of a card's published operations per second that a step of 
 # A transformer's layers are all alike, so what it needs grows by the same with each: it is run with
 # so many, and with all of them only if that should not hold.
 LAYERS = (3, 4, 5)
+CHUNKS = 8  # of the modes that need least: from there on, other tensors are the widest
 
 Checkpointing = Literal["none", "blocks"]
 Backward = Literal["joint", "split", "linear"]
@@ -57,6 +59,21 @@ class Mode(Record):
     """Its name."""
     checkpointing: Checkpointing
     backward: Backward
+    chunks: int = 1
+    offload: tuple[str, ...] = ()
+    base: Base = "native"
+
+    @property
+    def memory(self) -> MemorySettings:
+        """The options that ask for it."""
+        return MemorySettings.model_validate(self.model_dump(exclude={"reference"}))
+
+    def __str__(self) -> str:
+        """In few words."""
+        parts = [self.reference, self.checkpointing, self.backward]
+        parts += [f"chunks={self.chunks}"] if self.chunks > 1 else []
+        parts += [f"offload={','.join(self.offload)}"] if self.offload else []
+        return " ".join(parts + ([self.base] if self.base != "native" else []))
 
 
 @final
@@ -76,6 +93,8 @@ class Need(Record):
     """Bytes of all other tensors."""
     flops: int
     """Operations of a pair, forward and backward, reference included."""
+    host: int = 0
+    """Bytes in the host's memory."""
 
     @property
     def tensors(self) -> int:
@@ -120,10 +139,40 @@ class Forecast(Record):
     def best(self, memory: float) -> Need | None:
         """The fastest mode with fresh noises that a card of so many bytes holds.
 
-        Among equally fast ones the first of `needs`; None if there is none.
+        Modes that change the numbers (another base) come last, and among equally fast ones those
+        that need the host's memory. None if none fits.
         """
         fitting = [need for need in self.needs if need.fresh and need.card <= memory]
-        return min(fitting, key=lambda need: need.flops, default=None)
+        return min(
+            fitting,
+            key=lambda need: (need.mode.base != "native", need.flops, need.host),
+            default=None,
+        )
+
+
+def ladder(references: Sequence[str], loss: Loss) -> list[Mode]:
+    """The modes worth comparing, from the one that needs most to those that need least.
+
+    The loss decides which backward pass holds one video's graph at the least cost.
+    """
+    one = "linear" if loss.uniform else "split"
+    rows: list[dict[str, Any]] = [{"checkpointing": "none", "backward": "joint"}]
+    modes = [Mode(reference=name, **row) for name in references for row in rows]
+    first = references[0]
+    tight: dict[str, Any] = {"checkpointing": "blocks", "backward": "split", "chunks": CHUNKS}
+    least = ("checkpoints", "optimizer")
+    rows = [
+        {"checkpointing": "none", "backward": one},
+        {"checkpointing": "blocks", "backward": "joint"},
+        *({"checkpointing": "blocks", "backward": each} for each in dict.fromkeys((one, "split"))),
+        tight,
+        {**tight, "offload": ("checkpoints",)},
+        {**tight, "offload": (*least, "blocks")},
+        *({**tight, "base": base} for base in ("int8", "nf4")),
+        {**tight, "offload": least, "base": "nf4"},
+        {**tight, "offload": (*least, "blocks"), "base": "nf4"},
+    ]
+    return modes + [Mode(reference=first, **row) for row in rows]
 
 
 def forecast(
@@ -134,6 +183,7 @@ def forecast(
     *,
     checkpointings: Sequence[Checkpointing] = CHECKPOINTINGS,
     backwards: Sequence[Backward] = BACKWARDS,
+    modes: Sequence[Mode] | None = None,
 ) -> Forecast:
     """Run the training's step on shapes, in every mode asked for.
 
@@ -142,19 +192,26 @@ def forecast(
         references: By the name that `Mode.reference` gives them.
         loss: Of the run. Modes that it cannot be trained in are left out.
         settings: Rank, precision and batch shape the step.
-        checkpointings: To predict.
-        backwards: To predict.
+        checkpointings: To predict, with every reference and backward pass, if no modes are given.
+        backwards: The same.
+        modes: To predict, instead.
 
     Raises:
         UserError: if the model's configuration cannot be read or the backbone cannot be outlined.
     """
     model, _ = _outline(backbone, settings)
     parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
-    backwards = [each for each in backwards if each != "linear" or loss.uniform]
+    asked = modes or [
+        Mode(reference=name, checkpointing=checkpointing, backward=backward)
+        for checkpointing in sorted(checkpointings, key=CHECKPOINTINGS.index)
+        for backward in sorted(backwards, key=BACKWARDS.index)
+        for name in references
+    ]
+    asked = [mode for mode in asked if mode.backward != "linear" or loss.uniform]
     stack = _stack(model.denoiser)
 
     def rehearsed(layers: int | None) -> tuple[int, list[Need]]:
-        return _rehearse(backbone, references, loss, settings, checkpointings, backwards, layers)
+        return _rehearse(backbone, references, loss, settings, asked, layers)
 
     done = None
     if stack is not None:
@@ -203,30 +260,34 @@ def _rehearse(
     references: Mapping[str, Reference],
     loss: Loss,
     settings: TrainSettings,
-    checkpointings: Sequence[Checkpointing],
-    backwards: Sequence[Backward],
+    modes: Sequence[Mode],
     layers: int | None,
 ) -> tuple[int, list[Need]]:
     """The adapter's parameters and what each mode needs, with so many layers or all."""
-    model, prompt = _outline(backbone, settings, layers)
-    with torch.device("meta"):
-        policy = adapt(model, settings, seed=0)
-        anchors = {name: reference.follow(policy) for name, reference in references.items()}
-    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    needs: list[Need] = []
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        give_tensors(policy, CPU)
-        for checkpointing in sorted(checkpointings, key=CHECKPOINTINGS.index):
-            if checkpointing == "blocks":
-                checkpoint_blocks(policy)
-            for backward in sorted(backwards, key=BACKWARDS.index):
+    needs: dict[Mode, Need] = {}
+    trainable = 0
+    for base, on_host in dict.fromkeys((mode.base, "blocks" in mode.offload) for mode in modes):
+        model, prompt = _outline(backbone, settings, layers)
+        with torch.device("meta"):
+            policy = adapt(model, settings, seed=0)
+            anchors = {name: reference.follow(policy) for name, reference in references.items()}
+        trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        mine = [mode for mode in modes if (mode.base, "blocks" in mode.offload) == (base, on_host)]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            give_tensors(policy, CPU)
+            if base != "native" or on_host:
+                freeze(policy, CPU, base, on_host=on_host)
+            for memory in dict.fromkeys(mode.memory for mode in mine):
+                arrange(policy, memory)
                 done: list[_Rehearsal] = []
                 for name, anchor in anchors.items():
-                    mode = Mode(reference=name, checkpointing=checkpointing, backward=backward)
-                    rehearsal = _Rehearsal(model, policy, anchor, loss, mode, settings, prompt)
-                    needs.append(rehearsal.like(done) or rehearsal.run())
-                    done.append(rehearsal)
-    return trainable, needs
+                    for mode in mine:
+                        if mode.reference != name or mode.memory != memory:
+                            continue
+                        rehearsal = _Rehearsal(model, policy, anchor, loss, mode, settings, prompt)
+                        needs[mode] = rehearsal.like(done) or rehearsal.run()
+                        done.append(rehearsal)
+    return trainable, [needs[mode] for mode in modes]
 
 
 def _extrapolated(
@@ -238,7 +299,7 @@ def _extrapolated(
     needs = []
     for steps in zip(*(needs for _, needs in points), strict=True):
         update = {}
-        for figure in ("weights", "gradients", "optimizer", "activations", "flops"):
+        for figure in ("weights", "gradients", "optimizer", "activations", "flops", "host"):
             values = [getattr(need, figure) for need in steps]
             growth = {after - earlier for earlier, after in pairwise(values)}
             if len(growth) > 1:
@@ -281,7 +342,13 @@ class _Rehearsal:
     @property
     def weights(self) -> int:
         """Of the policy, and of the reference where they are others; not what waits on the host."""
-        return _bytes(self.policy) + _bytes(self.own) - self.parked
+        packed = _allocated(self._frozen(on_host=False))
+        return _bytes(self.policy) + _bytes(self.own) + packed - self.parked
+
+    def _frozen(self, *, on_host: bool) -> list[Tensor]:
+        """What is stored of packed or moved weights, on the device or on the host."""
+        found = (each for each in frozen_weights(self.policy) if each.on_host == on_host)
+        return [part for each in found for part in each.parts]
 
     @property
     def parked(self) -> int:
@@ -341,7 +408,8 @@ class _Rehearsal:
 
     def run(self) -> Need:
         """Run it."""
-        optimizer = torch.optim.AdamW(self.trained)
+        on_host = "optimizer" in self.mode.offload
+        optimizer = (HostAdamW if on_host else torch.optim.AdamW)(self.trained)
         gradients = self._gradients_before()
         count = self.settings.batch
         batch, noise, level = empty_pairs(self.model, self.prompt, count, self.dtype)
@@ -352,11 +420,15 @@ class _Rehearsal:
                 lambda: _discard(self.step(batch, noise, level, known=known)),
                 networks=[self.policy, self.own, gradients],
                 optimizer=optimizer,
+                weights=self._frozen(on_host=False),
+                host=self._frozen(on_host=True),
             )
         adapter = sum(p.nbytes for p in self.trained)
         for parameter in self.trained:
             parameter.grad = None
-        state = sum(value.nbytes for of in optimizer.state.values() for value in of.values())
+        state = 0
+        if not on_host:
+            state = sum(value.nbytes for of in optimizer.state.values() for value in of.values())
         self.done = Need(
             mode=self.mode,
             fresh=known is None,
@@ -365,6 +437,7 @@ class _Rehearsal:
             optimizer=state,
             activations=max(0, peak.total - self.parked - self.weights - adapter - state),
             flops=peak.flops // self.settings.batch,
+            host=peak.host,
         )
         return self.done
 

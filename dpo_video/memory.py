@@ -27,10 +27,15 @@ def arrange(network: nn.Module, memory: MemorySettings) -> None:
     Raises:
         TrainingError: if the network has no parts of the kind that a mode is about.
     """
-    if memory.chunks > 1:
+    if memory.chunks > 1 or _has(network, "_chunks"):
         run_in_chunks(network, memory.chunks)
-    if memory.checkpointing == "blocks":
-        checkpoint_blocks(network, inputs_on_host="checkpoints" in memory.offload)
+    if memory.checkpointing == "blocks" or _has(network, "_computed"):
+        count = None if memory.checkpointing == "blocks" else 0
+        checkpoint_blocks(network, count, inputs_on_host="checkpoints" in memory.offload)
+
+
+def _has(network: nn.Module, mark: str) -> bool:
+    return any(mark in vars(module) for module in network.modules())
 
 
 # --- backward passes ---------------------------------------------------------------------------

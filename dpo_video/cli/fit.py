@@ -79,24 +79,18 @@ def predict(config: Config, *, alone: bool = False) -> Forecast:
     import diffusers
 
     from dpo_video import registry
-    from dpo_video.fit import BACKWARDS, CHECKPOINTINGS, forecast
+    from dpo_video.fit import forecast, ladder
 
     diffusers.utils.logging.set_verbosity_error()  # remarks on configurations of older versions
     mine = config.tables["reference"]["name"]
     references: dict[str, Any] = {mine: config.reference}
-    checkpointings, backwards = [config.memory.checkpointing], [config.memory.backward]
+    modes = [mode_of(config)]
     if not alone:
         others = {name: registry.load("reference", name)() for name in REFERENCES}
         references = {**others, **references}
-        checkpointings, backwards = list(CHECKPOINTINGS), list(BACKWARDS)
-    return forecast(
-        config.backbone,
-        references,
-        config.loss,
-        config.train,
-        checkpointings=checkpointings,
-        backwards=backwards,
-    )
+        shown = ladder(list(references), config.loss)
+        modes = [*shown, *(mode for mode in modes if mode not in shown)]
+    return forecast(config.backbone, references, config.loss, config.train, modes=modes)
 
 
 def mode_of(config: Config) -> Mode:
@@ -107,8 +101,7 @@ def mode_of(config: Config) -> Mode:
     check_backward(config.loss, config.memory)
     return Mode(
         reference=config.tables["reference"]["name"],
-        checkpointing=config.memory.checkpointing,
-        backward=config.memory.backward,
+        **config.memory.model_dump(include=set(Mode.model_fields)),
     )
 
 
@@ -139,13 +132,26 @@ def _holds(card: Card, need: Need) -> bool:
     return need.card <= card.memory_gib * 2**30
 
 
-def _changes(need: Need) -> str:
-    """The flags that ask for its mode."""
-    mode = need.mode
-    return (
-        f"--reference {mode.reference} --set memory.checkpointing={mode.checkpointing} "
-        f"--set memory.backward={mode.backward}"
-    )
+def _changes(need: Need, asked: Need) -> str:
+    """The flags that ask for its mode, after those that asked for the other."""
+    flags = []
+    if need.mode.reference != asked.mode.reference:
+        flags.append(f"--reference {need.mode.reference}")
+    before, after = asked.mode.memory.model_dump(), need.mode.memory.model_dump()
+    for name, value in after.items():
+        if value != before[name]:
+            said = ",".join(value) or "none" if isinstance(value, tuple) else value
+            flags.append(f"--set memory.{name}={said}")
+    return " ".join(flags)
+
+
+def _brief(mode: Mode) -> str:
+    """A mode in at most 40 characters."""
+    parts = [mode.reference, "" if mode.checkpointing == "none" else mode.checkpointing]
+    parts += [mode.backward, f"/{mode.chunks}" if mode.chunks > 1 else ""]
+    parts += [f"host:{''.join(part[0] for part in mode.offload)}" if mode.offload else ""]
+    parts += [mode.base if mode.base != "native" else ""]
+    return " ".join(part for part in parts if part)
 
 
 def _report(
@@ -199,40 +205,34 @@ def _show(
         f"{found.pairs} pairs in the run.\n[dim]Predicted on shapes: nothing was measured.[/]\n",
         highlight=False,
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("reference", "checkpointing", "backward"):
-        table.add_column(column)
     shown = card or cards[-1]
-    for column in ("weights", "adapter", "activations", "needs GiB", "TFLOP/pair"):
-        table.add_column(column, justify="right")
-    table.add_column(f"h on {shown.name}", justify="right")
-    for each in cards:
-        table.add_column(each.name, justify="center")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("mode", no_wrap=True)
+    for column in ("GiB", "host", "TFLOP", f"h ({shown.name})"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("fits from", no_wrap=True)
+    by_memory = sorted(cards, key=lambda each: each.memory_gib)
     for need in found.needs:
-        mode = need.mode
-        style = "bold" if need is asked else ""
-        figures = (
-            need.weights / GIB,
-            (need.gradients + need.optimizer) / GIB,
-            need.activations / GIB,
-            need.card / GIB,
-        )
+        smallest = next((each.name for each in by_memory if _holds(each, need)), "[red]none[/]")
+        style = "" if card is None else "green" if _holds(card, need) else "red"
+        gib = f"{need.card / GIB:.1f}"
         table.add_row(
-            mode.reference,
-            mode.checkpointing,
-            mode.backward,
-            *(f"{figure:.1f}" for figure in figures),
+            _brief(need.mode),
+            f"[{style}]{gib}[/]" if style else gib,
+            f"{need.host / GIB:.1f}" if need.host else "",
             f"{need.flops / 1e12:,.0f}",
             f"{found.hours(need, shown.tflops, efficiency):,.1f}",
-            *("[green]yes[/]" if _holds(each, need) else "[red]no[/]" for each in cards),
-            style=style,
+            smallest,
+            style="bold" if need is asked else "",
         )
     out.print(table)
     out.print(
-        f"\n[dim]needs = weights + adapter (gradients and AdamW's state) + activations, "
-        f"{FRAGMENTS:.0%} of these for holes and {CONTEXT / GIB:.1f} GiB for CUDA itself. Hours: "
-        f"{efficiency:.0%} of the published operations per second (assumed), the training steps "
-        "alone. cached: its predictions are made ahead, and its draws repeat.[/]",
+        f"\n[dim]mode: reference, checkpointing, backward, /chunks, host:c(heckpoints) b(locks) "
+        f"o(ptimizer), base; int8 and nf4 change the numbers. GiB: weights, adapter (gradients and "
+        f"AdamW's state) and activations, {FRAGMENTS:.0%} of these for holes, and "
+        f"{CONTEXT / GIB:.1f} GiB for CUDA itself. TFLOP: of a pair. h: of the run's steps at "
+        f"{efficiency:.0%} of the card's published speed (assumed), transfers to and from the host "
+        "not counted. cached: its predictions are made ahead, and its draws repeat.[/]",
         highlight=False,
     )
     if card is None:
@@ -241,8 +241,11 @@ def _show(
         )
         return
     fits = _holds(card, asked)
+    adapter = asked.gradients + asked.optimizer
     out.print(
-        f"\nThe mode asked for (bold) needs {asked.card / GIB:.1f} GiB and "
+        f"\nThe mode asked for (bold) needs {asked.card / GIB:.1f} GiB (weights "
+        f"{asked.weights / GIB:.1f}, adapter {adapter / GIB:.1f}, activations "
+        f"{asked.activations / GIB:.1f}) and "
         + ("[green]fits[/]" if fits else "[bold red]does not fit[/]")
         + f" {card.card} ({card.memory_gib:g} GiB).",
         highlight=False,
@@ -253,4 +256,5 @@ def _show(
             "smaller model."
         )
     elif best.mode != asked.mode and (not fits or best.flops < asked.flops):
-        out.print(f"Recommended: {_changes(best)}", highlight=False)
+        changes = ", which changes the numbers" if best.mode.base != asked.mode.base else ""
+        out.print(f"Recommended{changes}: {_changes(best, asked)}", highlight=False)

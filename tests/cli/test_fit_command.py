@@ -30,7 +30,11 @@ def test_it_says_in_json_what_every_mode_needs_and_which_card_holds_it(
     assert done.exit_code == 0, done.exception
     found = json.loads(done.stdout)
     assert found["predicted"] is True and found["tier"] == "t4" and found["fits"] is True
-    assert found["asked"] == {"reference": "toggle", "checkpointing": "blocks", "backward": "split"}
+    asked = {"reference": "toggle", "checkpointing": "blocks", "backward": "split", "chunks": 1,
+             "offload": [], "base": "native"}  # fmt: skip
+    assert found["asked"] == asked
+    assert {need["mode"]["base"] for need in found["needs"]} == {"native", "int8", "nf4"}
+    assert any(need["host"] for need in found["needs"])
     assert found["recommended"]["checkpointing"] == "none"
     assert {need["mode"]["reference"] for need in found["needs"]} == {"toggle", "copy", "cached"}
     for need in found["needs"]:
@@ -41,7 +45,14 @@ def test_what_does_not_fit_the_card_is_exit_code_3(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo_video.fit.CONTEXT", 1e12)
+    monkeypatch.setenv("COLUMNS", "80")
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == DOES_NOT_FIT == 3
-    assert "does not fit NVIDIA T4" in done.stdout and "nothing was measured" in done.stdout
-    assert "No mode does. Lower backbone.frames" in done.stdout
+    words = " ".join(done.stdout.split())
+    assert "does not fit NVIDIA T4" in words and "nothing was measured" in words
+    assert "No mode does. Lower backbone.frames" in words
+    lines = done.stdout.splitlines()
+    (head,) = (line for line in lines if line.startswith("mode "))
+    assert head.split() == ["mode", "GiB", "host", "TFLOP", "h", "(t4)", "fits", "from"]
+    assert any(line.startswith("toggle blocks split /8 host:cob nf4 ") for line in lines)
+    assert max(map(len, lines)) <= 80
