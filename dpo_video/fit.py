@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import Any, Literal, final
 
 import torch
@@ -39,9 +38,10 @@ FRAGMENTS = 0.05  # of the activations: what the caching allocator loses to hole
 CONTEXT = 0.6 * GIB  # CUDA's own context, kernels and libraries' workspaces
 EFFICIENCY = 0.35  # of a card's published operations per second that a step of ours reaches
 
-# A transformer's layers are all alike, so what it needs grows by the same with each: it is run with
-# so many, and with all of them only if that should not hold.
-LAYERS = (3, 4, 5)
+# A transformer's layers are all alike, so what it needs grows by the same with each from the second
+# on: it is run with so many. (Of Wan 14B, 3 and 5 layers say the same in every mode of `ladder`.)
+LAYERS = (2, 3)
+DEEP = 12  # layers, from which on that spares time
 CHUNKS = 8  # of the modes that need least: from there on, other tensors are the widest
 
 Checkpointing = Literal["none", "blocks"]
@@ -168,9 +168,7 @@ def ladder(references: Sequence[str], loss: Loss) -> list[Mode]:
         tight,
         {**tight, "offload": ("checkpoints",)},
         {**tight, "offload": (*least, "blocks")},
-        *({**tight, "base": base} for base in ("int8", "nf4")),
         {**tight, "offload": least, "base": "nf4"},
-        {**tight, "offload": (*least, "blocks"), "base": "nf4"},
     ]
     return modes + [Mode(reference=first, **row) for row in rows]
 
@@ -213,10 +211,10 @@ def forecast(
     def rehearsed(layers: int | None) -> tuple[int, list[Need]]:
         return _rehearse(backbone, references, loss, settings, asked, layers)
 
-    done = None
-    if stack is not None:
-        done = _extrapolated([rehearsed(layers) for layers in LAYERS], len(stack))
-    trainable, needs = done or rehearsed(None)
+    if stack is None:
+        trainable, needs = rehearsed(None)
+    else:
+        trainable, needs = _extrapolated(rehearsed(LAYERS[0]), rehearsed(LAYERS[1]), len(stack))
     return Forecast(
         parameters=parameters,
         trainable=trainable,
@@ -248,7 +246,7 @@ def _outline(
 def _stack(network: nn.Module) -> nn.ModuleList | None:
     """The list of many equal layers that a transformer is; None where there is none."""
     for module in network.modules():
-        if isinstance(module, nn.ModuleList) and len(module) > sum(LAYERS):
+        if isinstance(module, nn.ModuleList) and len(module) > DEEP:
             first, *others = ([p.shape for p in layer.parameters()] for layer in module)
             if all(other == first for other in others):
                 return module
@@ -291,21 +289,17 @@ def _rehearse(
 
 
 def _extrapolated(
-    points: Sequence[tuple[int, list[Need]]], layers: int
-) -> tuple[int, list[Need]] | None:
-    """What so many layers need, if every figure grows by the same with every layer; else None."""
-    before, last = points[-2:]
-    further = layers - LAYERS[-1]
+    before: tuple[int, list[Need]], last: tuple[int, list[Need]], layers: int
+) -> tuple[int, list[Need]]:
+    """What so many layers need, if every figure grows by the same with every layer."""
+    further = layers - LAYERS[1]
     needs = []
-    for steps in zip(*(needs for _, needs in points), strict=True):
+    for fewer, more in zip(before[1], last[1], strict=True):
         update = {}
         for figure in ("weights", "gradients", "optimizer", "activations", "flops", "host"):
-            values = [getattr(need, figure) for need in steps]
-            growth = {after - earlier for earlier, after in pairwise(values)}
-            if len(growth) > 1:
-                return None
-            update[figure] = values[-1] + further * growth.pop()
-        needs.append(steps[-1].model_copy(update=update))
+            value = getattr(more, figure)
+            update[figure] = value + further * (value - getattr(fewer, figure))
+        needs.append(more.model_copy(update=update))
     return last[0] + further * (last[0] - before[0]), needs
 
 

@@ -37,7 +37,7 @@ def test_the_exit_code_says_whether_there_is_a_problem(
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1
     assert "1 of 5 pairs hold nan or infinity (00002)" in " ".join(done.stdout.split())
-    assert "1 problems" in done.stdout
+    assert "1 problem," in done.stdout
 
 
 def test_a_folder_without_pairs_is_a_usage_error(tmp_path: Path) -> None:
