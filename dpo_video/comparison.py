@@ -171,6 +171,7 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 WIDTH, HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 24, 48
+_LETTER, _LINE = 7, 14  # pixels that a letter is wide, and a line high
 
 
 class _Scale:
@@ -210,6 +211,9 @@ def frontier(comparison: Comparison) -> str:
     xs = [v or 0.0 for _, x, _, _ in points for v in (x.relative_low, x.relative_high)]
     ys = [v or 0.0 for _, _, y, _ in points for v in (y.relative_low, y.relative_high)]
     across, down = _Scale(xs, _LEFT, WIDTH - _RIGHT), _Scale(ys, HEIGHT - _BOTTOM, _TOP)
+    labels = _lines(
+        [(across(x.relative or 0.0), down(y.relative or 0.0), name) for name, x, y, _ in points]
+    )
     first = comparison.rows[0].metrics
     return (
         templates()
@@ -233,8 +237,27 @@ def frontier(comparison: Comparison) -> str:
                     "top": down(y.relative_high or 0.0),
                     "bottom": down(y.relative_low or 0.0),
                     "worse": worse,
+                    "label": label,
                 }
-                for name, x, y, worse in points
+                for (name, x, y, worse), label in zip(points, labels, strict=True)
             ],
         )
     )
+
+
+def _lines(marks: Sequence[tuple[float, float, str]]) -> list[float]:
+    """Where the name of each mark stands, `(x, y, name)`: at its height, or below other names."""
+    lines: dict[int, float] = {}
+    for i in sorted(range(len(marks)), key=lambda i: marks[i][1]):
+        left, line, name = marks[i]
+        right = left + _LETTER * len(name)
+        beside = [
+            lines[j]
+            for j in lines
+            if marks[j][0] < right and left < marks[j][0] + _LETTER * len(marks[j][2])
+        ]
+        for taken in sorted(beside):
+            if abs(taken - line) < _LINE:
+                line = taken + _LINE
+        lines[i] = line
+    return [lines[i] for i in range(len(marks))]

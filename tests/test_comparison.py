@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,17 @@ def test_the_picture_places_recipes_by_motion_and_error() -> None:
     assert frozen[0] < still[0]  # moves less: further left
     assert frozen[1] > still[1] > broken[1]  # a smaller error: further down
     assert broken[2] != still[2] == frozen[2]  # paid for in fidelity: a ring
+
+
+def test_names_of_recipes_that_did_alike_stand_below_each_other() -> None:
+    recipes = ("one", "two", "three")
+    root = ET.fromstring(frontier(comparison(*(cell(name, 0, 0.7) for name in recipes))))
+    lines = sorted(
+        float(text.attrib["y"])
+        for text in root.iter("{http://www.w3.org/2000/svg}text")
+        if text.text in recipes
+    )
+    assert len(lines) == 3 and all(b - a >= 12 for a, b in pairwise(lines))
 
 
 def test_the_picture_needs_both_of_its_axes() -> None:
