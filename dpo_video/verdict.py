@@ -327,9 +327,9 @@ def _healthy(view: _View) -> TrainingVerdict:
     return TrainingVerdict(
         state=TrainingState.HEALTHY,
         step=view.last.step,
-        seen=f"The loss went from {brief(view.start)} to {brief(view.loss)}, "
-        f"{view.accuracy:.0%} of pairs are ordered right; the error on the chosen videos {chosen} "
-        f"by {brief(abs(view.chosen.mean))}, on the rejected ones it {rejected} by "
+        # Not the loss: with an anchor in it, it follows the noise levels that were drawn.
+        seen=f"Of the pairs, {view.accuracy:.0%} are ordered right; the error on the chosen videos "
+        f"{chosen} by {brief(abs(view.chosen.mean))}, on the rejected ones it {rejected} by "
         f"{brief(abs(view.rejected))}.",
         change=f"Nothing; with a gradient factor of {view.factor:.2f} more train.steps would "
         "still move it.",
