@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dpo_video.digests import tensors_digest
 from dpo_video.errors import StoreError
 from dpo_video.files import write_tensors, write_text, writing
 from dpo_video.statistics import Record
@@ -187,13 +188,7 @@ class Bank:
     def _digest(self, pair: int) -> str:
         """A hash of what the networks see of a pair: both latents and the encoded prompt."""
         batch = self.store.batch([pair])
-        found = hashlib.sha256()
-        for name, tensor in sorted({
-            "first": batch.first, "second": batch.second, **batch.context
-        }.items()):  # fmt: skip
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        return tensors_digest({"first": batch.first, "second": batch.second, **batch.context})
 
     def _holds(self, visit: Visit, digest: str) -> bool:
         """Whether a prediction is there; a StoreError if it was made of another pair."""

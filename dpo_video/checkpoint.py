@@ -9,19 +9,17 @@ A checkpoint whose files are not those of its seal is damaged, whatever they wou
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dpo_video.digests import file_digest
 from dpo_video.errors import RunError
 from dpo_video.files import sync, write_tensors, write_text
 
@@ -78,7 +76,7 @@ def seal(folder: Path, step: int, identity: Identity) -> None:
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sync(path)
-        files[path.relative_to(folder).as_posix()] = _digest(path)
+        files[path.relative_to(folder).as_posix()] = file_digest(path)
     made = Seal(step=step, identity=identity, files=files)
     write_text(folder / SEAL, made.model_dump_json(indent=2) + "\n")
 
@@ -95,7 +93,7 @@ def check_seal(folder: Path, identity: Identity | None = None) -> None:
         raise damaged(folder, f"it has no sound {SEAL}") from error
     for file, digest in found.files.items():
         inside = folder / file
-        if ".." in Path(file).parts or not inside.is_file() or _digest(inside) != digest:
+        if ".." in Path(file).parts or not inside.is_file() or file_digest(inside) != digest:
             raise damaged(folder, f"{file} is not what was written")
     if identity is None:
         return
@@ -150,21 +148,6 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
         raise RunError(
             f"The adapter in '{folder}' does not fit this backbone ({reason}). {instead}"
         ) from error
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of named tensors, their types and shapes: 16 hex digits."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_state(path: Path, state: Any) -> None:

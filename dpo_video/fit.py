@@ -156,12 +156,10 @@ def ladder(references: Sequence[str], loss: Loss) -> list[Mode]:
     The loss decides which backward pass holds one video's graph at the least cost.
     """
     one = "linear" if loss.uniform else "split"
-    rows: list[dict[str, Any]] = [{"checkpointing": "none", "backward": "joint"}]
-    modes = [Mode(reference=name, **row) for name in references for row in rows]
-    first = references[0]
+    modes = [Mode(reference=name, checkpointing="none", backward="joint") for name in references]
     tight: dict[str, Any] = {"checkpointing": "blocks", "backward": "split", "chunks": CHUNKS}
     least = ("checkpoints", "optimizer")
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"checkpointing": "none", "backward": one},
         {"checkpointing": "blocks", "backward": "joint"},
         *({"checkpointing": "blocks", "backward": each} for each in dict.fromkeys((one, "split"))),
@@ -170,7 +168,7 @@ def ladder(references: Sequence[str], loss: Loss) -> list[Mode]:
         {**tight, "offload": (*least, "blocks")},
         {**tight, "offload": least, "base": "nf4"},
     ]
-    return modes + [Mode(reference=first, **row) for row in rows]
+    return modes + [Mode(reference=references[0], **row) for row in rows]
 
 
 def forecast(

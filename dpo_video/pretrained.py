@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from torch import nn
 
+from dpo_video.digests import file_digest
 from dpo_video.errors import UserError
 from dpo_video.models import find_model
 
@@ -319,5 +320,4 @@ def _file_digest(path: Path) -> str:
     blob = path.resolve()
     if blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name):
         return blob.name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

@@ -34,9 +34,9 @@ from dpo_video.checkpoint import (
     save_state,
     seal,
     sealed_count,
-    tensors_digest,
 )
 from dpo_video.diffusion import initial_noise
+from dpo_video.digests import tensors_digest
 from dpo_video.errors import RunError, TrainingError
 from dpo_video.files import sync, write_bytes, write_text, writing
 from dpo_video.memory import Step, arrange, check_backward
@@ -359,9 +359,9 @@ class _Run:
         if self.skipped > self.settings.skips:
             raise TrainingError(
                 f"Step {report.step} is not finite (loss {report.loss}, gradient norm "
-                f"{report.grad_norm}); its pairs were {', '.join(unsound)}. It is the "
-                f"{self.skipped}. such step, and train.skips = {self.settings.skips} may be. The "
-                "last checkpoint is safe. Lower train.lr, or check those pairs."
+                f"{report.grad_norm}); its pairs were {', '.join(unsound)}. Steps like it so far: "
+                f"{self.skipped}; train.skips allows {self.settings.skips}. The last checkpoint is "
+                "safe. Lower train.lr, or check those pairs."
             )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # it has seen the gradient already
@@ -442,7 +442,7 @@ def _identity(model: VideoModel, store: PairStore, policy: PeftModel, precision:
     base = {str(p.dtype).removeprefix("torch.") for n, p in named.items() if ".lora_" not in n}
     return Identity(
         base=model.identity,
-        adapter=tensors_digest({n: p for n, p in named.items() if ".lora_" in n}),
+        adapter=tensors_digest({n: p for n, p in named.items() if ".lora_" in n})[:16],
         weights=" ".join(sorted(base)),
         precision=precision,
         pairs=store.digest,

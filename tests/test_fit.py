@@ -124,9 +124,10 @@ def test_it_predicts_what_the_step_takes_on_real_tensors(
     assert found.trainable == adapter and need.gradients == 4 * adapter
 
 
-@pytest.mark.parametrize("name", ["copy", "cached"])
+# A run with cached predictions holds those as well, which the derivation leaves out.
+@pytest.mark.parametrize(("name", "apart"), [("copy", 0.001), ("cached", 0.01)])
 def test_what_is_derived_from_another_reference_is_what_its_own_run_gives(
-    backbone: AnimateDiff, found: Forecast, name: str
+    backbone: AnimateDiff, found: Forecast, name: str, apart: float
 ) -> None:
     alone = forecast(
         backbone, {name: REFERENCES[name]}, Global(), SETTINGS, backwards=["joint", "split"],
@@ -134,7 +135,7 @@ def test_what_is_derived_from_another_reference_is_what_its_own_run_gives(
     )  # fmt: skip
     for need in alone.needs:
         derived = need_of(found, need.mode)
-        assert derived.tensors == pytest.approx(need.tensors, rel=0.01)
+        assert derived.tensors == pytest.approx(need.tensors, rel=apart)
         assert derived.weights == need.weights and derived.flops == need.flops
         assert derived.fresh == need.fresh == (name != "cached")
 

@@ -100,8 +100,10 @@ def bench(
 
     Contestants take turns in one run, and what counts is the ratio to the race's yardstick.
     --tier is for the memory suite: predicted and, on a GPU, measured peaks within that card's
-    memory. Exit code 3 if --compare finds a
-    contestant slower by more than --tolerance; 2 if the command itself was wrong.
+    memory.
+
+    Exit code 3 if --compare finds a contestant slower by more than --tolerance; 2 if the command
+    itself was wrong.
     """  # fmt: skip
     if compare is not None:
         if suites:
