@@ -10,21 +10,24 @@ A checkpoint whose files are not those of its seal is damaged, whatever they wou
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from dpo_video.digests import file_digest
 from dpo_video.errors import RunError
-from dpo_video.files import sync, write_tensors, write_text
+from dpo_video.files import sync, write_text
+from dpo_video.runs import LATEST, latest_checkpoint
+from dpo_video.seeds import global_states, set_global_states
+from dpo_video.state import load_state, save_state
 
 SEAL = "checkpoint.json"
-_TENSOR, _PAIRS = "__tensor__", "__pairs__"
 _MEANINGS = {
     "base": "the base model's weights or their precision",
     "adapter": "train.rank, its layers or run.seed: it is of an adapter of another shape or start",
@@ -123,6 +126,68 @@ def damaged(folder: Path, reason: str) -> RunError:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """How far a run has come."""
+
+    step: int = 0
+    place: int = 0
+    """In the endless sequence of pairs, which any number of processes goes on with."""
+    skipped: int = 0
+    """Steps that were not finite."""
+
+
+def write_checkpoint(
+    folder: Path,
+    policy: PeftModel,
+    optimizer: Any,
+    place: Place,
+    identity: Identity,
+    scaler: Any,
+) -> None:
+    """Write a checkpoint under another name, rename it, then move the pointer to it."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.save_pretrained(partial / "adapter")
+    state = {
+        **asdict(place),
+        "optimizer": optimizer.state_dict(),
+        "rng": global_states(),
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+    save_state(partial / "state.safetensors", state)
+    seal(partial, place.step, identity)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    sync(folder.parent)
+    write_text(folder.parent / LATEST, folder.name + "\n")
+
+
+def restore(out: Path, policy: PeftModel, optimizer: Any, identity: Identity, scaler: Any) -> Place:
+    """Put a run's newest checkpoint into its adapter, optimizer, loss scaler and generators.
+
+    Raises:
+        RunError: if there is none, it is damaged, or it is of another identity.
+    """
+    folder = latest_checkpoint(out)
+    check_seal(folder, identity)
+    try:
+        state = load_state(folder / "state.safetensors")
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+        set_peft_model_state_dict(policy, weights)
+        optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
+        set_global_states(state["rng"])
+        place = Place(**{name: int(state[name]) for name in ("step", "place", "skipped")})
+        if min(place.step, place.place, place.skipped) < 0:
+            raise ValueError("it is of a step before the first")
+        return place
+    except Exception as error:  # a damaged file may make torch and PEFT raise anything
+        reason = (str(error).strip().split("\n") or [type(error).__name__])[0]
+        raise damaged(folder, reason) from error
+
+
 def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
     """Put an adapter of PEFT's format on a network.
 
@@ -148,56 +213,3 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
         raise RunError(
             f"The adapter in '{folder}' does not fit this backbone ({reason}). {instead}"
         ) from error
-
-
-def save_state(path: Path, state: Any) -> None:
-    """Write a tree of dicts, lists, numbers, strings and tensors to one safetensors file.
-
-    The file appears whole or not at all.
-    """
-    tensors: dict[str, Tensor] = {}
-    skeleton = json.dumps(_pack(state, tensors))
-    write_tensors(path, tensors, metadata={"state": skeleton})
-
-
-def load_state(path: Path) -> Any:
-    """Read back what `save_state` wrote, tensors on the CPU.
-
-    Raises:
-        ValueError: if it is not such a file.
-        OSError, SafetensorError: if it cannot be read.
-    """
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("state")
-    if text is None:
-        raise ValueError("it holds no state")
-    tensors = load_file(path)
-    try:
-        return _unpack(json.loads(text), tensors)
-    except (TypeError, LookupError, ValueError, RecursionError) as error:
-        raise ValueError(f"its state cannot be read: {error}") from error
-
-
-def _pack(node: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(node, Tensor):
-        name = str(len(tensors))
-        tensors[name] = node.detach().to("cpu", copy=True).contiguous()
-        return {_TENSOR: name}
-    if isinstance(node, dict):
-        # JSON keys are strings; optimizer states are keyed by integers.
-        return {_PAIRS: [[key, _pack(value, tensors)] for key, value in node.items()]}
-    if isinstance(node, (list, tuple)):
-        return [_pack(value, tensors) for value in node]
-    if node is None or isinstance(node, (bool, int, float, str)):
-        return node
-    raise TypeError(f"a state cannot hold a {type(node).__name__}")
-
-
-def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(node, list):
-        return [_unpack(value, tensors) for value in node]
-    if isinstance(node, dict):
-        if _TENSOR in node:
-            return tensors[node[_TENSOR]]
-        return {key: _unpack(value, tensors) for key, value in node[_PAIRS]}
-    return node

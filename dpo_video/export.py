@@ -34,9 +34,9 @@ from dpo_video.layouts import (
     remove_adapter,
 )
 from dpo_video.pretrained import weight_files
+from dpo_video.runs import latest_checkpoint
 from dpo_video.seeds import generator
 from dpo_video.strategies import VideoModel
-from dpo_video.train import latest_checkpoint
 from dpo_video.types import Context, Latents, Publication
 
 LAYER_TOLERANCE = 4.0

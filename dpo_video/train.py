@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import math
 import random
-import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from pydantic import ValidationError
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from dpo_video.bank import Bank, BankManifest, BankReport, Visit
 from dpo_video.casts import spare_casts
 from dpo_video.checkpoint import (
     Identity,
-    check_seal,
-    damaged,
-    load_state,
-    save_state,
-    seal,
+    Place,
+    restore,
     sealed_count,
+    write_checkpoint,
 )
 from dpo_video.diffusion import initial_noise
 from dpo_video.digests import tensors_digest
-from dpo_video.errors import RunError, TrainingError
-from dpo_video.files import sync, write_bytes, write_text, writing
+from dpo_video.errors import TrainingError
+from dpo_video.files import sync, writing
 from dpo_video.memory import Step, arrange, check_backward
 from dpo_video.offload import HostAdamW
-from dpo_video.seeds import derive, generator
+from dpo_video.runs import latest_checkpoint, truncate_log
+from dpo_video.seeds import derive, generator, global_states, set_global_states
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.store import PairStore
 from dpo_video.strategies import Anchor, Loss, Reference, VideoModel
@@ -49,8 +43,6 @@ from dpo_video.types import Latents, LossOutput, PairBatch, PerPair
 from dpo_video.verdict import StepReport
 from dpo_video.video import write_video
 
-LATEST = "latest"
-_STEP = re.compile(r"step_[0-9]{6,12}")  # no folder elsewhere
 OVERFLOWS = 24  # steps in a row: a scale of 65536 is then far below any that a gradient needs
 FIGURES = ("loss", "margin", "logits", "gradient_factor", "chosen_change", "rejected_change")
 
@@ -150,7 +142,7 @@ def train(
     policy, optimizer = accelerator.prepare(bare, optimizer)
     run = _Run(model, store, pairs, loss, anchor, policy, settings, seed, accelerator, memory)
     if resume:
-        run.at = _restore(out, bare, optimizer, identity, accelerator.scaler)
+        run.at = restore(out, bare, optimizer, identity, accelerator.scaler)
         run.skipped = run.at.skipped
     start = run.at.step
 
@@ -161,8 +153,8 @@ def train(
             with writing(out):
                 if (out / "log.jsonl").exists():
                     sync(out / "log.jsonl")
-                place = _Place(step=step, place=run.place(step), skipped=run.skipped)
-                _save(folder, bare, optimizer, place, identity, accelerator.scaler)
+                place = Place(step=step, place=run.place(step), skipped=run.skipped)
+                write_checkpoint(folder, bare, optimizer, place, identity, accelerator.scaler)
         return folder
 
     drawn = len(list((out / "samples" / f"step_{start:06d}").glob("*.mp4")))
@@ -178,18 +170,18 @@ def train(
     if accelerator.is_main_process:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            _truncate_log(out / "log.jsonl", start)
+            truncate_log(out / "log.jsonl", start)
     started = time.monotonic()
     for step in range(start, settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(settings, step)
         began = time.monotonic()
-        generators = _rng_state()
+        generators = global_states()
         try:
             outputs = run.accumulate(step, stop)
         except _StoppedError:
             optimizer.zero_grad()
-            _set_rng_state(generators)
+            set_global_states(generators)
             if step > start:
                 save(step)
             return
@@ -219,17 +211,6 @@ def train(
                     _draw_samples(model, bare, store, settings.samples, out, saved.name)
             accelerator.wait_for_everyone()
         yield Progress(report=report, checkpoint=saved, unsound=unsound)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """How far a run has come."""
-
-    step: int = 0
-    place: int = 0
-    """In the endless sequence of pairs, which any number of processes goes on with."""
-    skipped: int = 0
-    """Steps that were not finite."""
 
 
 class _Run:
@@ -263,7 +244,7 @@ class _Run:
         )
         self.keys: list[str] = []
         self.skipped = self._overflown = 0
-        self.at = _Place()
+        self.at = Place()
         """Where this process began."""
         self.bank: Bank | None = None
         if anchor.draws is not None:
@@ -532,121 +513,6 @@ def _peak_memory(device: torch.device) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-# --- checkpoints -----------------------------------------------------------------------------
-
-
-def latest_checkpoint(out: Path) -> Path:
-    """The newest whole checkpoint of a run; a RunError if there is none."""
-    pointer = out / "checkpoints" / LATEST
-    if not pointer.is_file():
-        raise RunError(
-            f"'{out}' has no checkpoint yet. Train it first: dpo-video train --config "
-            f"{out / 'run.toml'} --out {out}"
-        )
-    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
-    folder = pointer.parent / name
-    if not (_STEP.fullmatch(name) and (folder / "state.safetensors").is_file()):
-        raise RunError(
-            f"'{pointer}' names '{folder.name}', which holds no checkpoint. Write the name of "
-            "another folder beside it into that file, or train again."
-        )
-    return folder
-
-
-def read_log(out: Path) -> list[StepReport]:
-    """The steps that a run has made so far."""
-    path = out / "log.jsonl"
-    if not path.exists():
-        return []
-    # What follows the last line break was cut off while it was written.
-    lines = path.read_bytes().split(b"\n")[:-1]
-    try:
-        return [StepReport.model_validate_json(line) for line in lines]
-    except ValidationError as error:
-        raise RunError(
-            f"'{path}' cannot be read ({error.errors()[0]['msg']}). Delete it to go on without the "
-            "training curves."
-        ) from error
-
-
-def _save(
-    folder: Path,
-    policy: PeftModel,
-    optimizer: Any,
-    place: _Place,
-    identity: Identity,
-    scaler: Any,
-) -> None:
-    """Write a checkpoint under another name, rename it, then move the pointer to it."""
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save_pretrained(partial / "adapter")
-    state = {
-        **asdict(place),
-        "optimizer": optimizer.state_dict(),
-        "rng": _rng_state(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
-    save_state(partial / "state.safetensors", state)
-    seal(partial, place.step, identity)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    sync(folder.parent)
-    write_text(folder.parent / LATEST, folder.name + "\n")
-
-
-def _restore(
-    out: Path, policy: PeftModel, optimizer: Any, identity: Identity, scaler: Any
-) -> _Place:
-    folder = latest_checkpoint(out)
-    check_seal(folder, identity)
-    try:
-        state = load_state(folder / "state.safetensors")
-        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-        set_peft_model_state_dict(policy, weights)
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None and state.get("scaler"):
-            scaler.load_state_dict(state["scaler"])
-        _set_rng_state(state["rng"])
-        place = _Place(**{name: int(state[name]) for name in ("step", "place", "skipped")})
-        if min(place.step, place.place, place.skipped) < 0:
-            raise ValueError("it is of a step before the first")
-        return place
-    except Exception as error:  # a damaged file may make torch and PEFT raise anything
-        reason = (str(error).strip().split("\n") or [type(error).__name__])[0]
-        raise damaged(folder, reason) from error
-
-
-def _rng_state() -> dict[str, Any]:
-    """Every generator that a backbone or a plugin might draw from behind our back."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss,
-                  cached],
-    }  # fmt: skip
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-
-
-def _truncate_log(path: Path, steps: int) -> None:
-    """Keep the lines of the steps that the checkpoint holds; the others will be written again."""
-    if path.exists():
-        whole = path.read_bytes().split(b"\n")[:-1]  # what follows was cut off
-        write_bytes(path, b"".join(line + b"\n" for line in whole[:steps]))
 
 
 def _draw_samples(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dpo_video.checkpoint import load_state, save_state
+from dpo_video.state import load_state, save_state
 
 PACKAGE = Path(__file__).parents[1] / "dpo_video"
 

@@ -18,11 +18,12 @@ from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.build import build, in_order
 from dpo_video.errors import TrainingError
+from dpo_video.runs import latest_checkpoint
 from dpo_video.settings import BuildSettings, TrainSettings
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import Labeler, SuppliedPairs
 from dpo_video.testing import small_videos
-from dpo_video.train import latest_checkpoint, train
+from dpo_video.train import train
 from dpo_video.types import Clip
 from dpo_video.video import write_video
 

@@ -30,10 +30,11 @@ from dpo_video.peak import peak_bytes
 from dpo_video.reference.cached import Cached
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
+from dpo_video.runs import latest_checkpoint
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.store import PairStore
 from dpo_video.strategies import Loss, Reference, VideoModel
-from dpo_video.train import adapt, latest_checkpoint, train
+from dpo_video.train import adapt, train
 from dpo_video.types import LossOutput, PairBatch, PairErrors
 from dpo_video.verdict import StepReport
 

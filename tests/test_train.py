@@ -21,10 +21,11 @@ from dpo_video.errors import RunError, StoreError, TrainingError
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
+from dpo_video.runs import latest_checkpoint, read_log
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import Loss
-from dpo_video.train import Progress, adapt, latest_checkpoint, read_log, train
+from dpo_video.train import Progress, adapt, train
 from dpo_video.types import LossOutput, Pair, PairErrors
 from dpo_video.verdict import StepReport
 
@@ -184,7 +185,7 @@ def test_the_pointer_is_valid_when_a_save_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
-    from dpo_video import train as module
+    from dpo_video import checkpoint as module
 
     saved: list[int] = []
     original = module.save_state
@@ -323,7 +324,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
     save_file(tensors, path)
     strict = SETTINGS.model_copy(update={"skips": 0})
-    with pytest.raises(TrainingError, match=r"not finite.* pairs were 00002\. .*train\.skips allows 0"):
+    with pytest.raises(TrainingError, match=r"not finite.* were 00002\. .*train\.skips allows 0"):
         run(small_folder, store, tmp_path / "run", strict, loss=Global())
 
 

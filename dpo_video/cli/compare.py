@@ -222,9 +222,9 @@ def _base_videos(config: Config, out: Path) -> Videos:
     """What the base draws: once for all recipes that ask for the same."""
     import torch
 
-    from dpo_video.checkpoint import load_state, save_state
     from dpo_video.evaluate import draw
     from dpo_video.session import load_model, pick_device
+    from dpo_video.state import load_state, save_state
 
     model = load_model(config, pick_device(config.run.device))
     asked = [model.identity, config.tables["backbone"], config.tables["evaluate"]]

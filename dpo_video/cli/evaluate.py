@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from dpo_video.cli.build import progress_bar
-from dpo_video.cli.options import Assignments, Device, Json, Metrics, console, resolve
+from dpo_video.cli.options import (
+    Assignments,
+    Deterministic,
+    Device,
+    Json,
+    Metrics,
+    console,
+    resolve,
+)
 from dpo_video.cli.train import slope_of
 from dpo_video.errors import RunError
 
@@ -29,6 +37,7 @@ def evaluate(
     metric: Metrics = None,
     assignments: Assignments = None,
     device: Device = None,
+    deterministic: Deterministic = None,
     out: Annotated[Path | None, typer.Option("--out", help="RUN/evaluation if left out.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -39,7 +48,12 @@ def evaluate(
     if not (run / "run.toml").is_file():
         raise RunError(f"'{run}' is not a run: it has no run.toml. Name a folder under runs/.")
     config = resolve(
-        run / "run.toml", assignments, metrics=metric, run_device=device, evaluate_seeds=seeds
+        run / "run.toml",
+        assignments,
+        metrics=metric,
+        run_device=device,
+        run_deterministic=deterministic,
+        evaluate_seeds=seeds,
     )
     from dpo_video.evaluation import evaluation_table
 
@@ -59,8 +73,8 @@ def evaluate_run(run: Path, config: Config, folder: Path, base: Videos | None = 
     from dpo_video.evaluation import Evaluation
     from dpo_video.files import write_text, writing
     from dpo_video.report import render_evaluation
+    from dpo_video.runs import latest_checkpoint, read_log
     from dpo_video.session import load_model, pick_device
-    from dpo_video.train import latest_checkpoint, read_log
     from dpo_video.verdict import judge_evaluation, judge_training
     from dpo_video.video import video_bytes
 

@@ -149,7 +149,7 @@ def export(
 def _story(run: Path, config: Config, checkpoint: str) -> Story:
     from dpo_video.card import Story
     from dpo_video.evaluation import Evaluation
-    from dpo_video.train import read_log
+    from dpo_video.runs import read_log
     from dpo_video.verdict import judge_training
 
     step = int(checkpoint.removeprefix("step_"))

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from dpo_video.cli.options import Assignments, Backbone, Device, File, Prompt, console, resolve
+from dpo_video.cli.options import (
+    Assignments,
+    Backbone,
+    Deterministic,
+    Device,
+    File,
+    Prompt,
+    console,
+    resolve,
+)
 from dpo_video.errors import UserError
 
 
@@ -31,18 +40,25 @@ def generate(
     assignments: Assignments = None,
     file: File = None,
     device: Device = None,
+    deterministic: Deterministic = None,
 ) -> None:
     """Generate videos with a run's tuned model, or with the base."""
     if out.suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"Cannot write '{out}': videos end in .mp4 or .gif. Change --out.")
     if run is not None and file is None:
         file = run / "run.toml"
-    config = resolve(file, assignments, backbone=backbone, run_device=device)
+    config = resolve(
+        file,
+        assignments,
+        backbone=backbone,
+        run_device=device,
+        run_deterministic=deterministic,
+    )
     from dpo_video.diffusion import initial_noise
     from dpo_video.evaluate import merged
     from dpo_video.files import writing
+    from dpo_video.runs import latest_checkpoint
     from dpo_video.session import load_model, pick_device
-    from dpo_video.train import latest_checkpoint
     from dpo_video.video import write_video
 
     adapter = latest_checkpoint(run) / "adapter" if run is not None else None

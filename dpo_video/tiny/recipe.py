@@ -33,8 +33,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dpo_video.checkpoint import load_state, save_state
 from dpo_video.files import write_tensors
+from dpo_video.state import load_state, save_state
 from dpo_video.tiny import WEIGHTS
 from dpo_video.tiny import scenes as world
 

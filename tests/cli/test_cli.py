@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from dpo_video import registry
 from dpo_video.cli import app, main
+from dpo_video.runs import latest_checkpoint
 from dpo_video.store import PairStore
 from dpo_video.testing import small_videos
-from dpo_video.train import latest_checkpoint
 from dpo_video.video import write_video
 
 METRIC = "--metric=frame_difference"

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from small_cogvideox import OPTIONS, Layout, save_small_cogvideox
 
 from dpo_video.cli import main
+from dpo_video.runs import latest_checkpoint
 from dpo_video.testing import small_videos
-from dpo_video.train import latest_checkpoint
 from dpo_video.video import write_video
 
 
