@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from dpo_video.build import Source, cycle_prompts, in_order
 from dpo_video.clips import open_clips
 from dpo_video.config import Config, Tables
+from dpo_video.determinism import settle
 from dpo_video.errors import StoreError, UserError
 from dpo_video.frozen import check_base, freeze, frozen_weights
 from dpo_video.labels import open_books, pinned, preferences
@@ -50,6 +51,7 @@ def pick_device(name: str) -> torch.device:
 
 def load_model(config: Config, device: torch.device) -> VideoModel:
     """Load the backbone; its weights stay fp32 on a CPU and under mixed precision's choice."""
+    settle(config.run.deterministic)
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     # Their progress bars come in dozens and say nothing that ours do not.
     diffusers.utils.logging.disable_progress_bar()

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -25,6 +27,7 @@ import torch
 import transformers
 from small_animatediff import CPU, SHAPE, load_small, save_small_animatediff
 
+from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.testing import small_videos
 from dpo_video.types import Clip
@@ -34,6 +37,8 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 __all__ = ["CPU", "SHAPE", "load_small"]  # imported from here by the tests
+
+Install = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +72,24 @@ def clip() -> Clip:
     """A random texture at the small model's shape."""
     video = small_videos(1, SHAPE.frames, SHAPE.height, SHAPE.width)[0]
     return Clip(name="random", caption="a red square moving left slowly", video=video)
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Put a distribution of one module and one entry point on the path, as pip would."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def add(distribution: str, source: str, name: str, cls: str, kind: str = "loss") -> None:
+        module = distribution.replace("-", "_")
+        (tmp_path / f"{module}.py").write_text(source)
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"
+        )
+        (info / "entry_points.txt").write_text(f"[dpo_video.{kind}]\n{name} = {module}:{cls}\n")
+        importlib.invalidate_caches()
+        registry._entries.cache_clear()
+
+    yield add
+    registry._entries.cache_clear()

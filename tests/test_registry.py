@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from conftest import Install
 
 from dpo_video import registry, strategies
 from dpo_video.errors import PluginError, UserError
 from dpo_video.masks import RegionOptions
-
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """Put a distribution of one module and one entry point on the path, as pip would."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def add(distribution: str, source: str, name: str, cls: str, kind: str = "loss") -> None:
-        module = distribution.replace("-", "_")
-        (tmp_path / f"{module}.py").write_text(source)
-        info = tmp_path / f"{module}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n"
-        )
-        (info / "entry_points.txt").write_text(f"[dpo_video.{kind}]\n{name} = {module}:{cls}\n")
-        importlib.invalidate_caches()
-        registry._entries.cache_clear()
-
-    yield add
-    registry._entries.cache_clear()
-
 
 SOUND = '''
 from dpo_video.loss.global_ import Global

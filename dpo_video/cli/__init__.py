@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -60,11 +61,17 @@ def main() -> None:
         with at_once():
             app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_escaped(error)}")
-        sys.exit(2)
+        _refuse(error)
+    except RuntimeError as error:
+        from dpo_video.determinism import refusal
+
+        if (refused := refusal(error)) is None:
+            raise
+        _refuse(refused)
 
 
-def _escaped(error: UserError) -> str:
+def _refuse(error: UserError) -> NoReturn:
     from rich.markup import escape
 
-    return escape(str(error))
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+    sys.exit(2)

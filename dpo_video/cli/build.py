@@ -24,6 +24,7 @@ from dpo_video.cli.options import (
     Backbone,
     Clips,
     Count,
+    Deterministic,
     Device,
     File,
     Labeler,
@@ -54,6 +55,7 @@ def build(
     prompt: Prompt = None,
     seed: Seed = None,
     device: Device = None,
+    deterministic: Deterministic = None,
     tier: Tier = None,
     count: Count = None,
     out: Annotated[
@@ -72,6 +74,7 @@ def build(
         run_prompt=prompt,
         run_seed=seed,
         run_device=device,
+        run_deterministic=deterministic,
         build_count=count,
     )
     if isinstance(config.pairs, Path):

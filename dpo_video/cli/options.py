@@ -59,6 +59,10 @@ Device = Annotated[
     str | None,
     typer.Option("--device", help="cuda, mps, cpu; the best there is.", rich_help_panel=_RUN),
 ]
+Deterministic = Annotated[
+    bool | None,
+    typer.Option("--deterministic", help="Equal runs are equal to the bit.", rich_help_panel=_RUN),
+]
 Tier = Annotated[
     str | None,
     typer.Option("--tier", help="Presets for a card: t4, l4, 4090, a100, h100, or auto for yours.",

@@ -19,6 +19,7 @@ from dpo_video.cli.options import (
     Backbone,
     Clips,
     Count,
+    Deterministic,
     Device,
     File,
     Labeler,
@@ -60,6 +61,7 @@ def train(
     prompt: Prompt = None,
     seed: Seed = None,
     device: Device = None,
+    deterministic: Deterministic = None,
     tier: Tier = None,
     count: Count = None,
     steps: Annotated[
@@ -109,6 +111,7 @@ def train(
         run_prompt=prompt,
         run_seed=seed,
         run_device=device,
+        run_deterministic=deterministic,
         build_count=count,
         train_steps=steps,
         train_labels=labels or None,
