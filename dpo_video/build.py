@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_video.files import writing
+from dpo_video.errors import UserError
 from dpo_video.seeds import generator
 from dpo_video.settings import BuildSettings
 from dpo_video.store import PairStore
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
-from dpo_video.types import Clip, Pair, Video
+from dpo_video.types import Clip, Pair, Video, VideoShape
 from dpo_video.video import write_video
 
 COUNT = 64  # pairs, where nobody says how many
@@ -25,10 +27,22 @@ Source = Callable[[int], Clip | None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Worker:
+    """One of several that share a build, in processes or on machines of their own.
+
+    It makes the pairs whose index leaves the remainder `number` when divided by `count`.
+    """
+
+    number: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildReport:
     """One pair was made."""
 
     done: int
+    """Pairs that there are by now, of all workers."""
     total: int
     prompt: str
     seconds: float
@@ -54,18 +68,24 @@ def build(
     seed: int,
     labeler: Labeler | None = None,
     available: int | None = None,
+    worker: Worker = Worker(),
 ) -> Iterator[BuildReport]:
-    """Fill the store up to the number of pairs asked for, going on from what it has.
+    """Fill the store up to the number of pairs asked for, making what it lacks.
 
     It ends earlier where `clips` does.
 
     Pair `i` depends on the seed and on `i` alone, so it does not matter how often the build was
-    interrupted.
+    interrupted, nor how many workers share it.
+
+    Raises:
+        UserError: if a pair is not finite; it is not stored.
     """
     store.check_fits(model)
     contexts: dict[str, dict[str, Tensor]] = {}
     total = wanted(settings, available)
-    for index in range(len(store), total):
+    for index in range(worker.number, total, worker.count):
+        if index in store:
+            continue
         started = time.monotonic()
         clip = clips(index)
         if clip is None:
@@ -74,18 +94,38 @@ def build(
         if pair.context is None and pair.prompt not in contexts:
             encoded = model.encode_prompts([pair.prompt])
             contexts[pair.prompt] = {name: value.cpu() for name, value in encoded.items()}
-        if settings.previews:
-            with writing(store.folder):
-                scale = max(1, 128 // model.shape.height)
-                write_video(store.preview(index), preview(pair, model), model.shape.fps, scale)
-        store.append(pair, contexts[pair.prompt] if pair.context is None else pair.context)
+        context = contexts[pair.prompt] if pair.context is None else pair.context
+        _check_finite(pair, context, index)
+        shown = preview(pair, model) if settings.previews else None
+        store.append(pair, context, index, partial(_write_preview, shown, model.shape))
         yield BuildReport(
-            done=index + 1,
+            done=store.made,
             total=total,
             prompt=pair.prompt,
             seconds=time.monotonic() - started,
             decided=bool(pair.preference.any()),
         )
+
+
+def _check_finite(pair: Pair, context: Mapping[str, Tensor], index: int) -> None:
+    parts = {
+        "first video": pair.first,
+        "second video": pair.second,
+        "preference": pair.preference,
+        **{f"encoded prompt ({name})": value for name, value in context.items()},
+    }
+    for part, value in parts.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"Pair {index} ('{pair.prompt}', of {pair.source}) was not stored: its {part} is "
+                "not finite. Where the model made it so, try another precision (--set "
+                'train.precision="bf16" or "no"); where it came so, leave that file out.'
+            )
+
+
+def _write_preview(video: Video | None, shape: VideoShape, path: Path) -> None:
+    if video is not None:
+        write_video(path, video, shape.fps, scale=max(1, 128 // shape.height))
 
 
 def preview(pair: Pair, model: VideoModel) -> Video:

@@ -156,7 +156,7 @@ def audit(
         _prompts(texts),
         _leakage(texts, prompts),
     ]
-    return Audit(store=str(store.folder), pairs=len(store), findings=tuple(findings))
+    return Audit(store=store.where, pairs=len(store), findings=tuple(findings))
 
 
 # --- one pair --------------------------------------------------------------------------------

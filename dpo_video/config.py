@@ -67,8 +67,8 @@ class Config:
     memory: MemorySettings
     evaluate: EvaluateSettings
     backbone: Backbone
-    pairs: PairBuilder | Path
-    """A strategy, or the folder of pairs built earlier."""
+    pairs: PairBuilder | str
+    """A strategy, or the folder or URL of pairs built earlier."""
     labeler: Labeler | None
     loss: Loss
     reference: Reference
@@ -261,8 +261,8 @@ def _make(tables: Tables) -> Config:
     }
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
     for kind, strategy in {**made, "labeler": settled}.items():
-        if isinstance(strategy, Path):
-            resolved[kind] = {"store": str(strategy)}
+        if isinstance(strategy, str):
+            resolved[kind] = {"store": strategy}
         elif strategy is not None:
             resolved[kind] = {"name": tables[kind]["name"], **_dump(strategy)}
     resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
@@ -283,7 +283,7 @@ def _give_metrics(labeler: MeasuringLabeler) -> tuple[MeasuringLabeler, Labeler]
     return settled, settled.with_metrics(metrics)
 
 
-def _store(table: Mapping[str, Any]) -> Path:
+def _store(table: Mapping[str, Any]) -> str:
     if not isinstance(table["store"], str):
         raise UserError(f"pairs.store = {table['store']!r} is no folder. Write its path in quotes.")
     if extra := sorted(table.keys() - {"store"}):
@@ -291,7 +291,7 @@ def _store(table: Mapping[str, Any]) -> Path:
             f"pairs.{extra[0]} is an option of a strategy, but pairs.store names finished pairs, "
             f"'{table['store']}'. Remove one of the two."
         )
-    return Path(table["store"])
+    return table["store"] if "://" in table["store"] else str(Path(table["store"]))
 
 
 def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model:

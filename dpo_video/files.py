@@ -49,6 +49,23 @@ def write_tensors(
         partial.write_bytes(data)
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line, without its break, to a file; it is on the disk when this returns.
+
+    What did not arrive whole is taken back, or the next line would be glued to it.
+    """
+    rest = line + b"\n"
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; sync it and rename it into place at the end.

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -24,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from dpo_video.errors import StoreError, UserError, unknown
-from dpo_video.files import write_text, writing
+from dpo_video.files import append_line, write_text, writing
+from dpo_video.rows import first_fault
 from dpo_video.segments import broadcast
 from dpo_video.statistics import cohen_kappa
 from dpo_video.types import Mark
@@ -113,8 +113,8 @@ class LabelBook:
             self.recipe = LabelRecipe.model_validate_json(recipe.read_bytes())
         except ValidationError as error:
             raise StoreError(
-                f"'{recipe}' cannot be read ({_first(error)}). Label under another name (--as), or "
-                "update dpo-video if a newer version wrote it."
+                f"'{recipe}' cannot be read ({first_fault(error)}). Label under another name "
+                "(--as), or update dpo-video if a newer version wrote it."
             ) from error
         self.lines = self._read()
 
@@ -160,16 +160,8 @@ class LabelBook:
         if len(labels) != len(self.recipe.segments):
             raise ValueError(f"{len(labels)} labels for {len(self.recipe.segments)} segments")
         line = LabelLine(pair=pair, labels=tuple(labels), rater=rater, note=note, time=time)
-        rest = line.model_dump_json(exclude_defaults=True).encode() + b"\n"
-        with writing(self.path), self.path.open("ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-            except OSError:
-                file.truncate(before)  # or the next line would be glued to what did arrive
-                raise
+        with writing(self.path):
+            append_line(self.path, line.model_dump_json(exclude_defaults=True).encode())
         self.lines.append(line)
         return line
 
@@ -207,8 +199,8 @@ class LabelBook:
                 line = LabelLine.model_validate_json(text)
             except ValidationError as error:
                 raise StoreError(
-                    f"Line {number} of '{self.path}' cannot be read ({_first(error)}). Correct or "
-                    "delete that line: the others are kept."
+                    f"Line {number} of '{self.path}' cannot be read ({first_fault(error)}). "
+                    "Correct or delete that line: the others are kept."
                 ) from error
             if len(line.labels) != len(self.recipe.segments):
                 raise StoreError(
@@ -328,9 +320,3 @@ def _drop_torn_line(path: Path) -> None:
         if whole < len(data):
             with path.open("r+b") as file:
                 file.truncate(whole)
-
-
-def _first(error: ValidationError) -> str:
-    detail = error.errors()[0]
-    place = ".".join(str(part) for part in detail["loc"])
-    return f"{place}: {detail['msg']}" if place else detail["msg"]

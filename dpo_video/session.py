@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +37,10 @@ def pick_device(name: str) -> torch.device:
     if torch.cuda.is_available():
         available.insert(0, "cuda")
     if name == "auto":
-        return torch.device(available[0])
+        name = available[0]
+    own = os.environ.get("LOCAL_RANK", "")  # of the processes that a launcher started here
+    if name == "cuda" and own.isdecimal() and int(own) < torch.cuda.device_count():
+        name = f"cuda:{own}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -88,7 +92,7 @@ def check_labeler(config: Config) -> None:
 
     Asked before anything is loaded.
     """
-    if isinstance(config.pairs, Path):
+    if isinstance(config.pairs, str):
         return
     kind = config.tables["pairs"]["name"]
     if config.labeler is None and config.pairs.needs_labeler:
@@ -110,7 +114,7 @@ def check_labeler(config: Config) -> None:
 
 def open_source(config: Config, model: VideoModel) -> OpenedSource:
     """What the pairs bring themselves, or the user's clips, or the backbone's, or prompts alone."""
-    assert not isinstance(config.pairs, Path)
+    assert not isinstance(config.pairs, str)
     run = config.run
     if isinstance(config.pairs, SuppliedPairs):
         if run.clips is not None:
@@ -194,14 +198,16 @@ class Labelled:
 
 def apply_labels(config: Config, store: PairStore) -> Labelled:
     """Put the labels of `train.labels` in the place of the pairs' own, if there are any."""
+    for name in config.train.labels:
+        store.fetch_labels(name.partition("@")[0])
     books = open_books(store.folder, config.train.labels)
     if not books:
         return Labelled(config=config, store=store, pairs=len(store))
     for book in books:
         if book.recipe.pairs != store.manifest.key:
             raise StoreError(
-                f"'{book.path}' holds labels of other pairs than '{store.folder}'. Label these: "
-                f"dpo-video label {store.folder} --labeler NAME --as ANOTHER"
+                f"'{book.path}' holds labels of other pairs than '{store.where}'. Label these: "
+                f"dpo-video label {store.where} --labeler NAME --as ANOTHER"
             )
     preferred = preferences(books, store.manifest.latent_shape[1])
     names = tuple(pinned(book) for book in books)

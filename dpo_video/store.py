@@ -5,8 +5,11 @@
     latents/00000.safetensors   first, second, preference, region
     contexts/HASH.safetensors   an encoded prompt, shared by the pairs that have it
     previews/00000.mp4          first, second and region side by side
+    shards.json, shards/        pairs and prompts packed together (see shards.py), if they are
 
-A pair exists when its line does. A torn last line is a pair that does not exist yet.
+A pair exists when its line does, and counts once all before it exist. A torn last line is a pair
+that does not exist yet. Many workers may append at once: whoever writes holds the lock, .lock, so
+that every file has one writer, and what a killed one left unfinished is written over.
 """
 
 from __future__ import annotations
@@ -14,34 +17,41 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
+from filelock import FileLock
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from dpo_video.errors import StoreError
-from dpo_video.files import write_tensors, write_text, writing
+from dpo_video.files import append_line, write_bytes, write_tensors, write_text, writing
+from dpo_video.places import Elsewhere, Folder, Place, folder_of, is_url
+from dpo_video.rows import PairRow, Rows, checked, first_fault, parse
+from dpo_video.shards import INDEX, ShardIndex, Shards, read_some
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.types import Context, Pair, PairBatch
 
+BESIDE = Path("runs/remote")
+"""Where what belongs to pairs of another machine is kept: labels, banks of predictions."""
+PROMPTS_KEPT = 32  # encoded ones, of pairs on another machine
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-class Manifest(_Record):
+class Manifest(BaseModel):
     """What a store's pairs were made with."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
     format: Literal["dpo-video pairs"] = "dpo-video pairs"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
+    """In version 2, lines come in any order and have the pairs' preferences."""
     recipe: dict[str, Any]
     """The resolved tables [backbone], [pairs] and [labeler], the seed and the clips' hash."""
     identity: str
@@ -52,130 +62,175 @@ class Manifest(_Record):
 
     @property
     def key(self) -> str:
-        """A hash of everything that the pairs depend on: 10 hex digits."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """A hash of everything that the pairs depend on, in whatever version: 10 hex digits."""
+        text = json.dumps({**self.model_dump(mode="json"), "version": 1}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-class PairRow(_Record):
-    """One line of pairs.jsonl."""
-
-    index: int
-    prompt: str
-    context: str = Field(pattern=r"^[0-9a-f]{16}$")
-    """The name of the encoded prompt's file: a hash, so that no other folder can be named."""
-    source: str
-    strength: float
-    region_share: float
-    """The region's share of the latent elements."""
 
 
 @final
 class PairStore:
     """An open store: a sequence of pairs, and `append`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, where: Path | str) -> None:
+        """Open a folder, or the URL of one that fsspec can read.
+
+        Raises:
+            StoreError: if there is no store, or a damaged one.
+        """
         self._preferences: Mapping[int, Float[Tensor, " f"]] | None = None
-        if not (folder / "store.json").is_file():
-            raise StoreError(
-                f"'{folder}' is not a pair store: it has no store.json. Name a folder that "
-                "`dpo-video build` wrote, or a strategy (see `dpo-video list pairs`)."
-            )
+        self._place: Place = Elsewhere(str(where)) if is_url(where) else Folder(folder_of(where))
+        self.local = not is_url(where)
+        """Whether it can be written to."""
+        self.where = str(where) if is_url(where) else str(folder_of(where))
+        """Its path or URL."""
         try:
-            self.manifest = Manifest.model_validate_json((folder / "store.json").read_bytes())
+            self.manifest = Manifest.model_validate_json(self._place.read("store.json"))
         except ValidationError as error:
             raise StoreError(
-                f"'{folder / 'store.json'}' cannot be read ({_first(error)}). Build the pairs "
-                "again, or update dpo-video if a newer version wrote them."
+                f"'{self._place.path('store.json')}' cannot be read ({first_fault(error)}). Build "
+                "the pairs again, or update dpo-video if a newer version wrote them."
             ) from error
-        self.rows = self._read_rows()
+        except OSError as error:
+            raise StoreError(
+                f"'{self.where}' is not a pair store: it has no store.json. Name a folder that "
+                "`dpo-video build` wrote, or a strategy (see `dpo-video list pairs`)."
+            ) from error
+        self.folder = folder_of(where) if self.local else BESIDE / self.manifest.key
+        """What belongs to the pairs goes here."""
+        self._rows = Rows()
+        self._read_to = 0
+        self.refresh()
+        self.rows: Sequence[PairRow] = self._rows.ready
+        self._shards = self._open_shards()
+        self._read_context: Callable[[str], dict[str, Tensor]] = self._fetch_context
+        if not self.local:  # of files that are here, the system remembers what is read often
+            self._read_context = lru_cache(maxsize=PROMPTS_KEPT)(self._fetch_context)
 
     @classmethod
     def create(cls, folder: Path, manifest: Manifest) -> PairStore:
         """Start a store, or open the one of the same manifest that is there."""
-        if (folder / "store.json").exists():
-            store = cls(folder)
-            if store.manifest != manifest:
-                raise StoreError(
-                    f"'{folder}' holds pairs of another recipe. Name another folder with --out, "
-                    "or delete it."
-                )
-            return store
-        with writing(folder):
-            for name in ("latents", "contexts", "previews"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-            write_text(folder / "store.json", manifest.model_dump_json(indent=2) + "\n")
-        return cls(folder)
+        if not (folder / "store.json").exists():
+            with writing(folder):
+                for name in ("latents", "contexts", "previews"):
+                    (folder / name).mkdir(parents=True, exist_ok=True)
+                with locked(folder):
+                    if not (folder / "store.json").exists():  # another worker may have been first
+                        text = manifest.model_dump_json(indent=2) + "\n"
+                        write_text(folder / "store.json", text)
+        store = cls(folder)
+        if store.manifest.key != manifest.key:
+            raise StoreError(
+                f"'{folder}' holds pairs of another recipe. Name another folder with --out, "
+                "or delete it."
+            )
+        return store
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __contains__(self, index: int) -> bool:
+        """Whether the pair was made; it counts once all before it were."""
+        return index in self._rows
+
+    @property
+    def made(self) -> int:
+        """How many pairs were made, those included that wait for one before them."""
+        return len(self._rows)
 
     def preview(self, index: int) -> Path:
         """Where a pair's preview goes."""
         return self.folder / "previews" / f"{index:05d}.mp4"
 
-    def append(self, pair: Pair, context: Context) -> PairRow:
-        """Add a pair; `context` is its encoded prompt, with a leading axis of 1."""
-        index = len(self.rows)
-        name = _context_name(pair)
-        row = PairRow(
-            index=index,
-            prompt=pair.prompt,
-            context=name,
-            source=pair.source,
-            strength=pair.strength,
-            region_share=pair.region.mean().item(),
-        )
-        tensors = {
-            "first": pair.first,
-            "second": pair.second,
-            "preference": pair.preference,
-            "region": pair.region,
-        }
-        with writing(self.folder):
-            if not self._context_path(name).exists():
-                write_tensors(self._context_path(name), dict(context))
-            write_tensors(self._latents_path(index), tensors)
-            with (self.folder / "pairs.jsonl").open("a", encoding="utf-8") as file:
-                file.write(row.model_dump_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        self.rows.append(row)
-        return row
+    def refresh(self) -> None:
+        """See what other workers have appended."""
+        with suppress(FileNotFoundError):
+            self._take(self._place.read("pairs.jsonl", self._read_to))
+
+    def append(
+        self,
+        pair: Pair,
+        context: Context,
+        index: int | None = None,
+        preview: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """Add a pair, unless another worker has made it by now.
+
+        Args:
+            pair: What to write.
+            context: Its encoded prompt, with a leading axis of 1.
+            index: Which pair it is; the first that is missing if left out.
+            preview: Writes its video to the path that it is given.
+        """
+        if not self.local:
+            raise StoreError(
+                f"'{self.where}' can be read only. Build pairs in a folder of this machine and "
+                "copy them there."
+            )
+        with writing(self.folder), locked(self.folder):
+            self._drop_torn_line()
+            index = len(self.rows) if index is None else index
+            if index in self:
+                return
+            preview(self.preview(index))
+            name = _context_name(pair)
+            row = checked(
+                index=index,
+                prompt=pair.prompt,
+                context=name,
+                source=pair.source,
+                strength=pair.strength,
+                region_share=pair.region.mean().item(),
+                preference=None if self.manifest.version == 1 else tuple(pair.preference.tolist()),
+            )
+            context_file = self.folder / f"{_context_of(row)}.safetensors"
+            if _context_of(row) not in self._shards and not context_file.exists():
+                write_tensors(context_file, dict(context))
+            tensors = {
+                "first": pair.first,
+                "second": pair.second,
+                "preference": pair.preference,
+                "region": pair.region,
+            }
+            write_tensors(self.folder / f"{_latents_of(row)}.safetensors", tensors)
+            append_line(self.folder / "pairs.jsonl", row.line())
+            self.refresh()
 
     def batch(self, indices: Sequence[int]) -> PairBatch:
-        """Read pairs and stack them, on the CPU."""
+        """Read pairs and stack them, on the CPU. Safe from several threads at once."""
         rows = [self.rows[i] for i in indices]
-        parts = [self._load_pair(self._latents_path(row.index)) for row in rows]
+        parts = [self.tensors(row) for row in rows]
         if self._preferences is not None:
             for row, part in zip(rows, parts, strict=True):
                 part["preference"] = self.preference(row.index)
-        contexts = [self._load_context(row) for row in rows]
+        contexts = [self._read_context(row.context) for row in rows]
         shapes = {tuple((name, part[name].shape) for name in sorted(part)) for part in contexts}
         if len(shapes) > 1:
             raise StoreError(
                 f"The prompts of the pairs {', '.join(str(row.index) for row in rows)} in "
-                f"'{self.folder}' are encoded in several ways. Delete it and build the pairs again."
+                f"'{self.where}' are encoded in several ways. Delete it and build the pairs again."
             )
         stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         return PairBatch(
             **stacked,
             strength=torch.tensor([row.strength for row in rows]),
             context={name: torch.cat([c[name] for c in contexts]) for name in contexts[0]},
-            keys=[f"{row.index:05d}" for row in rows],
+            keys=[row.key for row in rows],
         )
 
     def preference(self, index: int) -> Float[Tensor, " f"]:
         """Who is better where in a pair, read without its latents."""
+        frames = self.manifest.latent_shape[1]
         if self._preferences is not None:
-            return self._preferences.get(index, torch.zeros(self.manifest.latent_shape[1]))
-        path = self._latents_path(self.rows[index].index)
-        with self._reading(path), safe_open(path, framework="pt") as file:
-            preference = file.get_tensor("preference")
-        if preference.shape != self.manifest.latent_shape[1:2]:
-            raise self._foreign(path)
-        return preference
+            return self._preferences.get(index, torch.zeros(frames))
+        row = self.rows[index]
+        if row.preference is not None:
+            return torch.tensor(row.preference)
+        name = _latents_of(row)
+        with self._reading(name):
+            found = self._some(name, ["preference"])
+        if {key: part.shape for key, part in found.items()} != {"preference": (frames,)}:
+            raise self._foreign(name)
+        return found["preference"]
 
     def beginning(self, count: int) -> PairStore:
         """The first pairs alone; all where there are no more."""
@@ -188,7 +243,7 @@ class PairStore:
         """A hash of the manifest and of every pair's line: 16 hex digits."""
         found = hashlib.sha256(self.manifest.key.encode())
         for row in self.rows:
-            found.update(row.model_dump_json().encode())
+            found.update(row.line())
         return found.hexdigest()[:16]
 
     @property
@@ -207,102 +262,152 @@ class PairStore:
 
     def decided(self) -> list[int]:
         """The pairs that there is something to learn from; the others are ties throughout."""
+        if self._preferences is None and self.manifest.version > 1:
+            return [row.index for row in self.rows if any(row.preference or ())]
         return [index for index in range(len(self)) if self.preference(index).any()]
 
     def check_fits(self, model: VideoModel) -> None:
         """A StoreError unless the pairs were made with this very model."""
         if self.manifest.latent_shape != model.latent_shape:
             raise StoreError(
-                f"The pairs in '{self.folder}' have latents of shape {self.manifest.latent_shape}, "
+                f"The pairs in '{self.where}' have latents of shape {self.manifest.latent_shape}, "
                 f"the backbone's are {model.latent_shape}. Build pairs for this backbone."
             )
         if weights_of(self.manifest.identity) != weights_of(model.identity):
             raise StoreError(
-                f"The pairs in '{self.folder}' were made with other weights "
+                f"The pairs in '{self.where}' were made with other weights "
                 f"({self.manifest.identity}; the backbone's are {model.identity}). Build pairs "
                 "for this backbone."
             )
 
-    def _latents_path(self, index: int) -> Path:
-        return self.folder / "latents" / f"{index:05d}.safetensors"
-
-    def _context_path(self, name: str) -> Path:
-        return self.folder / "contexts" / f"{name}.safetensors"
-
-    def _load_pair(self, path: Path) -> dict[str, Tensor]:
-        tensors = self._load(path)
+    def tensors(self, row: PairRow) -> dict[str, Tensor]:
+        """What is stored of a pair itself; no labels take the place of its preference."""
+        name = _latents_of(row)
+        found = self._load(name)
         shape = self.manifest.latent_shape
         wanted = {"first": shape, "second": shape, "preference": shape[1:2],
                   "region": (1, *shape[1:])}  # fmt: skip
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != wanted or not all(part.is_floating_point() for part in tensors.values()):
-            raise self._foreign(path)
-        return tensors
+        shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
+        if shapes != wanted or not all(part.is_floating_point() for part in found.values()):
+            raise self._foreign(name)
+        return found
 
-    def _foreign(self, path: Path) -> StoreError:
-        return StoreError(
-            f"'{path}' holds something else than a pair of this store. Delete '{self.folder}' and "
-            "build the pairs again."
-        )
+    def context(self, row: PairRow) -> dict[str, Tensor]:
+        """A pair's encoded prompt, with a leading axis of 1."""
+        return self._read_context(row.context)
 
-    def _load_context(self, row: PairRow) -> dict[str, Tensor]:
-        path = self._context_path(row.context)
-        tensors = self._load(path)
+    def fetch_labels(self, name: str) -> None:
+        """Copy labels from beside pairs on another machine to beside what belongs to them here."""
+        if self.local:
+            return
+        for file in (f"labels/{name}.json", f"labels/{name}.jsonl"):
+            with suppress(FileNotFoundError):
+                data = self._place.read(file)
+                with writing(self.folder):
+                    (self.folder / "labels").mkdir(parents=True, exist_ok=True)
+                    with locked(self.folder):
+                        write_bytes(self.folder / file, data)
+
+    def _fetch_context(self, context: str) -> dict[str, Tensor]:
+        name = f"contexts/{context}"
+        tensors = self._load(name)
         if not tensors or not all(part.ndim and len(part) == 1 for part in tensors.values()):
             raise StoreError(
-                f"'{path}' holds something else than an encoded prompt. Delete '{self.folder}' "
-                "and build the pairs again."
+                f"'{self._path(name)}' holds something else than an encoded prompt. "
+                f"{self._next_step()}"
             )
         return tensors
 
-    def _load(self, path: Path) -> dict[str, Tensor]:
-        with self._reading(path):
-            return load_file(path)
+    def _load(self, name: str) -> dict[str, Tensor]:
+        with self._reading(name):
+            if name in self._shards:
+                return self._shards.read(name)
+            return load(self._place.read(f"{name}.safetensors"))
+
+    def _some(self, name: str, only: Sequence[str]) -> dict[str, Tensor]:
+        if name in self._shards:
+            return self._shards.read(name, only)
+        return read_some(self._place, f"{name}.safetensors", only)
+
+    def _path(self, name: str) -> str:
+        shard = self._shards.file(name) if name in self._shards else f"{name}.safetensors"
+        return self._place.path(shard)
+
+    def _foreign(self, name: str) -> StoreError:
+        return StoreError(
+            f"'{self._path(name)}' holds something else than a pair of this store. "
+            f"{self._next_step()}"
+        )
 
     @contextmanager
-    def _reading(self, path: Path) -> Iterator[None]:
+    def _reading(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise StoreError(
-                f"'{path}' cannot be read ({error}). Delete '{self.folder}' and build the pairs "
-                "again."
+                f"'{self._path(name)}' cannot be read ({error}). {self._next_step()}"
             ) from error
 
-    def _read_rows(self) -> list[PairRow]:
-        path = self.folder / "pairs.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_bytes().split(b"\n")
-        if torn := lines.pop():
-            # A write that was cut off. Its pair will be made again.
-            with writing(self.folder), path.open("r+b") as file:
-                file.truncate(path.stat().st_size - len(torn))
-        rows = []
-        for number, line in enumerate(lines, start=1):
+    def _next_step(self) -> str:
+        if self.local:
+            return f"Delete '{self.where}' and build the pairs again."
+        return "Copy the pairs there again."
+
+    def _open_shards(self) -> Shards:
+        index = ShardIndex(shards=())
+        with suppress(FileNotFoundError):
+            data = self._place.read(INDEX)
             try:
-                row = PairRow.model_validate_json(line)
+                index = ShardIndex.model_validate_json(data)
             except ValidationError as error:
                 raise StoreError(
-                    f"Line {number} of '{path}' cannot be read ({_first(error)}). Delete that line "
-                    "and all after it, and build again: the rest is kept."
+                    f"'{self._place.path(INDEX)}' cannot be read ({first_fault(error)}). Pack the "
+                    "pairs again, or update dpo-video if a newer version packed them."
                 ) from error
-            if row.index != number - 1:
-                raise StoreError(
-                    f"Line {number} of '{path}' has index {row.index}, not {number - 1}. Delete "
-                    "that line and all after it, and build again: the rest is kept."
-                )
-            rows.append(row)
-        return rows
+        return Shards(self._place, index)
+
+    def _take(self, data: bytes) -> None:
+        """Take in what follows of pairs.jsonl; not a last line that is not whole."""
+        lines = data.split(b"\n")
+        torn = lines.pop()
+        if lines:
+            path, before = self._place.path("pairs.jsonl"), self._rows.lines
+            rows = parse(lines, path, before)
+            frames = self.manifest.latent_shape[1] if self.manifest.version > 1 else 0
+            for number, row in enumerate(rows, start=before + 1):
+                if len(row.preference or ()) != frames:
+                    raise StoreError(
+                        f"Line {number} of '{path}' does not have one preference a latent frame. "
+                        "Delete that line and build again: the rest is kept."
+                    )
+            self._rows.add(rows, path)
+            self._read_to += len(data) - len(torn)
+
+    def _drop_torn_line(self) -> None:
+        """Take in what others wrote, and cut off what one of them could not finish."""
+        self.refresh()
+        path = self.folder / "pairs.jsonl"
+        if path.exists() and path.stat().st_size > self._read_to:
+            with path.open("r+b") as file:
+                file.truncate(self._read_to)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only one who writes to a folder. A lock ends with its process, however that ends."""
+    with FileLock(folder / ".lock"):
+        yield
+
+
+def _latents_of(row: PairRow) -> str:
+    return f"latents/{row.key}"
+
+
+def _context_of(row: PairRow) -> str:
+    return f"contexts/{row.context}"
 
 
 def _context_name(pair: Pair) -> str:
     """Equal for prompts that the model encodes alike; by content for what came encoded."""
     named = pair.prompt.encode() if pair.context is None else save(dict(pair.context))
     return hashlib.sha256(named).hexdigest()[:16]
-
-
-def _first(error: ValidationError) -> str:
-    detail = error.errors()[0]
-    place = ".".join(str(part) for part in detail["loc"])
-    return f"{place}: {detail['msg']}" if place else detail["msg"]

@@ -105,7 +105,7 @@ def export_triples(store: PairStore, folder: Path) -> Exported:
         batch = store.batch([index])
         if batch.context.keys() != {"prompt_embeds"}:
             raise StoreError(
-                f"The pairs in '{store.folder}' have prompts encoded as "
+                f"The pairs in '{store.where}' have prompts encoded as "
                 f"{', '.join(sorted(batch.context))}; the published format keeps prompt_embeds "
                 "alone. Their backbone cannot be exported."
             )

@@ -90,9 +90,9 @@ def test_a_folder_of_pairs_stands_for_a_strategy(tmp_path: Path) -> None:
     store.mkdir()
     (store / "store.json").write_text("{}")
     config = resolved(choices={"pairs": str(store)})
-    assert config.pairs == store and config.tables["pairs"] == {"store": str(store)}
+    assert config.pairs == str(store) and config.tables["pairs"] == {"store": str(store)}
     file = written(tmp_path, config.toml())
-    assert resolve(file=file).pairs == store
+    assert resolve(file=file).pairs == str(store)
     assert resolve(file=file, choices={"pairs": "local"}).tables["pairs"]["name"] == "local"
 
 
@@ -103,7 +103,7 @@ def test_a_strategy_goes_before_a_folder_of_its_name(
     (tmp_path / "local" / "store.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert resolved(choices={"pairs": "local"}).tables["pairs"]["name"] == "local"
-    assert resolved(choices={"pairs": "local/"}).pairs == Path("local")
+    assert resolved(choices={"pairs": "local/"}).pairs == "local"
 
 
 # --- repeating -------------------------------------------------------------------------------

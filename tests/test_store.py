@@ -164,7 +164,7 @@ def test_a_torn_last_line_is_a_pair_that_does_not_exist_yet(store: PairStore) ->
         lines.write_bytes(text[: -len(last) + kept])
         opened = PairStore(store.folder)
         assert len(opened) == 2
-        assert lines.read_bytes().endswith(b"\n")
+        assert not lines.read_bytes().endswith(b"\n")  # it may be another worker's, who goes on
         add(opened, 2)
         assert contents(store.folder) == whole
 
@@ -175,13 +175,12 @@ def test_a_torn_last_line_is_a_pair_that_does_not_exist_yet(store: PairStore) ->
         (b"{}\n", r"Line 2 of '.*' cannot be read \(index: Field required\)\. Delete that line"),
         (b"\xff\xfe\n", r"Line 2 of '.*' cannot be read \(Invalid JSON"),
         (b"\n", r"Line 2 of '.*' cannot be read"),
-        (None, r"Line 2 of '.*' has index 0, not 1\. Delete that line and all after it"),
     ],
 )
-def test_a_damaged_line_is_named(store: PairStore, damage: bytes | None, sentence: str) -> None:
+def test_a_damaged_line_is_named(store: PairStore, damage: bytes, sentence: str) -> None:
     add(store, 0)
     lines = store.folder / "pairs.jsonl"
-    lines.write_bytes(lines.read_bytes() + (lines.read_bytes() if damage is None else damage))
+    lines.write_bytes(lines.read_bytes() + damage)
     with pytest.raises(StoreError, match=sentence) as caught:
         PairStore(store.folder)
     assert "\n" not in str(caught.value)
@@ -193,7 +192,7 @@ def test_a_damaged_line_is_named(store: PairStore, damage: bytes | None, sentenc
         (b"", "cannot be read"),
         (b"\xff", "cannot be read"),
         (b'{"format": "something else"}', "cannot be read .format: "),
-        (MANIFEST.model_dump_json().replace('"version":1', '"version":2').encode(),
+        (MANIFEST.model_dump_json().replace('"version":2', '"version":3').encode(),
          r"cannot be read \(version: .*or update dpo-video if a newer version wrote them"),
     ],
 )  # fmt: skip

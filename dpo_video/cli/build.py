@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,7 @@ from dpo_video.cli.options import (
 from dpo_video.errors import UserError
 
 if TYPE_CHECKING:
+    from dpo_video.build import Worker
     from dpo_video.config import Config
     from dpo_video.store import PairStore
     from dpo_video.strategies import VideoModel
@@ -61,8 +63,16 @@ def build(
     out: Annotated[
         Path | None, typer.Option("--out", help="The folder to write, or to go on with.")
     ] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option("--worker", metavar="K/N", help="Make a part: 1/8 to 8/8 share one folder."),
+    ] = None,
 ) -> None:
-    """Build preference pairs and stop. An interrupted build goes on where it was."""
+    """Build preference pairs and stop. An interrupted build goes on where it was.
+
+    Several workers may share a folder, on one machine or on a disk that several see: start them
+    with --worker 1/8 to 8/8, or all at once by `accelerate launch`. The pairs are the same.
+    """
     config = resolve(
         file,
         assignments,
@@ -77,38 +87,82 @@ def build(
         run_deterministic=deterministic,
         build_count=count,
     )
-    if isinstance(config.pairs, Path):
+    if isinstance(config.pairs, str):
         raise UserError(f"'{config.pairs}' holds pairs already. Name a strategy to build others.")
+    sharing = _worker(worker)
+    console.quiet = sharing.number > 0 and worker is None
     from dpo_video.session import check_labeler, load_model, pick_device
 
     check_labeler(config)
     model = load_model(config, pick_device(config.run.device))
-    store = obtain_pairs(config, model, out or Path("runs/pairs"), exact=out is not None)
+    store = obtain_pairs(
+        config, model, out or Path("runs/pairs"), exact=out is not None, worker=sharing
+    )
+    if sharing.count > 1 and (others := store.made - len(store)):
+        console.print(
+            f"{store.made} pairs are made; {others} of them wait for others before them, which "
+            "the other workers make. If one of them is gone, run its command again."
+        )
     console.print(f"{len(store)} pairs in [bold]{store.folder}[/]. "
                   f"Train on them: dpo-video train --pairs {store.folder}/")  # fmt: skip
 
 
-def obtain_pairs(config: Config, model: VideoModel, where: Path, exact: bool = False) -> PairStore:
-    """Open the pairs that the configuration names, or build what is missing of them."""
+def _worker(given: str | None) -> Worker:
+    """Which part of the build is this process's: by --worker, or by the launcher that started it.
+
+    `accelerate launch` and `torchrun` say so by RANK and WORLD_SIZE.
+    """
+    from dpo_video.build import Worker
+
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    launched = Worker()
+    if rank.isdecimal() and world.isdecimal() and int(rank) < int(world):
+        launched = Worker(number=int(rank), count=int(world))
+    if given is None:
+        return launched
+    number, _, count = given.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(
+            f"--worker {given} is not K/N. Give the first of eight --worker 1/8, the last 8/8."
+        )
+    if launched.count > 1:
+        raise UserError(
+            "--worker is for builds that are started one by one; a launcher shares the work by "
+            "itself. Leave --worker out."
+        )
+    return Worker(number=int(number) - 1, count=int(count))
+
+
+def obtain_pairs(
+    config: Config,
+    model: VideoModel,
+    where: Path,
+    exact: bool = False,
+    worker: Worker | None = None,
+) -> PairStore:
+    """Open the pairs that the configuration names, or build what is missing of them.
+
+    Of what is missing, a worker of several makes its own part alone.
+    """
+    from dpo_video.build import Worker, wanted
     from dpo_video.build import build as build_pairs
-    from dpo_video.build import wanted
     from dpo_video.session import open_source, open_store
     from dpo_video.store import PairStore
 
-    if isinstance(config.pairs, Path):
+    if isinstance(config.pairs, str):
         store = PairStore(config.pairs)
         store.check_fits(model)
-        console.print(f"Using the {len(store)} pairs in [bold]{store.folder}[/].")
+        console.print(f"Using the {len(store)} pairs in [bold]{store.where}[/].")
         return store
     source = open_source(config, model)
     store = open_store(config, config.pairs, model, source.fingerprint, where, exact)
-    present, total = len(store), wanted(config.build, source.count)
-    if present >= total:
+    present, total = store.made, wanted(config.build, source.count)
+    if len(store) >= total:
         console.print(f"Using {present} pairs built earlier: [bold]{store.folder}[/]")
         return store
     again = f"{present} are there already, " if present else ""
     console.print(f"Building {total} pairs ({again}in [bold]{store.folder}[/])")
-    undecided = 0
+    made = undecided = 0
     with progress_bar() as bar:
         task = bar.add_task("pairs", total=total, completed=present)
         for report in build_pairs(
@@ -120,7 +174,9 @@ def obtain_pairs(config: Config, model: VideoModel, where: Path, exact: bool = F
             seed=config.run.seed,
             labeler=config.labeler,
             available=source.count,
+            worker=worker or Worker(),
         ):
+            made += 1
             undecided += not report.decided
             bar.update(task, completed=report.done)
     for skipped in source.skipped[:SKIPPED_SHOWN]:
@@ -129,7 +185,7 @@ def obtain_pairs(config: Config, model: VideoModel, where: Path, exact: bool = F
         console.print(f"Files skipped in all: {len(source.skipped)}")
     if undecided:
         console.print(
-            f"{undecided} of {len(store) - present} pairs prefer neither video, and train nothing. "
+            f"{undecided} of {made} pairs prefer neither video, and train nothing. "
             f"Label them: dpo-video label {store.folder} --labeler NAME"
         )
     return store

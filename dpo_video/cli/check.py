@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +18,7 @@ MARKS = {"fine": "[green]ok[/]", "notice": "[yellow]look[/]", "problem": "[bold 
 
 
 def check(
-    pairs: Annotated[Path, typer.Argument(help="A folder of pairs.")],
+    pairs: Annotated[str, typer.Argument(help="A folder of pairs, or its URL.")],
     labels: Annotated[
         list[str] | None,
         typer.Option("--labels", help="Labels to check instead of the pairs' own."),

@@ -173,11 +173,11 @@ def _pairs(config: Config) -> str:
     """What the run was trained on, in words."""
     from dpo_video.store import PairStore
 
-    if not isinstance(config.pairs, Path):
+    if not isinstance(config.pairs, str):
         count = f"{config.build.count} " if config.build.count else ""
         return f"{count}{config.tables['pairs']['name']}"
     try:
         store = PairStore(config.pairs)
     except StoreError:  # it may have been deleted since
-        return f"the pairs in '{config.pairs.name}'"
+        return f"the pairs in '{config.pairs}'"
     return f"{len(store)} {store.manifest.recipe.get('pairs', {}).get('name', 'pairs')}"

@@ -11,7 +11,9 @@ from dpo_video.cli.options import console, resolve
 
 
 def export_pairs(
-    pairs: Annotated[Path, typer.Argument(help="A folder that `dpo-video build` wrote.")],
+    pairs: Annotated[
+        str, typer.Argument(help="A folder that `dpo-video build` wrote, or its URL.")
+    ],
     folder: Annotated[Path, typer.Argument(help="Where the files go.")],
     labels: Annotated[
         list[str] | None,

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def label(
-    pairs: Annotated[Path, typer.Argument(help="A folder of pairs.")],
+    pairs: Annotated[str, typer.Argument(help="A folder of pairs.")],
     labeler: Annotated[
         str | None, typer.Option("--labeler", help="Who labels: metric, vlm, page, recorded, ...")
     ] = None,
@@ -53,6 +52,11 @@ def label(
     from dpo_video.strategies import SetLabeler
 
     store = PairStore(pairs)
+    if not store.local:
+        raise UserError(
+            f"'{pairs}' can be read only. Copy the pairs to this machine, label them there, and "
+            "copy the folder labels/ back."
+        )
     # Without a word on it, it is the one that the pairs were made with.
     own = made_with(store) if backbone is None and file is None else {"backbone": backbone}
     config = resolve(file, assignments, labeler=labeler, run_device=device, **own)

@@ -118,6 +118,7 @@ def train(
     )
     folder = out or _free_folder(config)
 
+    from dpo_video.build import Worker
     from dpo_video.memory import check_backward
     from dpo_video.session import accelerator_for, apply_labels, check_labeler, load_model
 
@@ -128,9 +129,11 @@ def train(
     if accelerator.is_main_process:
         warn_if_too_large(config, accelerator.device)
     model = load_model(config, accelerator.device)
-    with accelerator.main_process_first():
-        store = obtain_pairs(config, model, folder.parent / "pairs")
-        labelled = apply_labels(config, store)
+    sharing = Worker(number=accelerator.process_index, count=accelerator.num_processes)
+    store = obtain_pairs(config, model, folder.parent / "pairs", worker=sharing)
+    accelerator.wait_for_everyone()
+    store.refresh()  # what the others have built
+    labelled = apply_labels(config, store)
     config, store = labelled.config, labelled.store
     if config.train.labels:
         console.print(
@@ -150,7 +153,8 @@ def _refuse_to_overwrite(out: Path | None) -> None:
 
 def _free_folder(config: Config) -> Path:
     """runs/PAIRS-LOSS, or the first of runs/PAIRS-LOSS-2, -3, ... that is free."""
-    pairs = config.pairs.name if isinstance(config.pairs, Path) else config.tables["pairs"]["name"]
+    named = config.pairs if isinstance(config.pairs, str) else config.tables["pairs"]["name"]
+    pairs = Path(named).name
     name = f"{pairs}-{config.tables['loss']['name']}"
     folder, number = Path("runs") / name, 1
     while (folder / "run.toml").exists():
