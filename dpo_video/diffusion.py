@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo_video.errors import TrainingError
 from dpo_video.seeds import generator
-from dpo_video.strategies import Anchor, VideoModel
+from dpo_video.strategies import Anchor, Loss, VideoModel
 from dpo_video.types import (
     Context,
     Latents,
@@ -132,6 +133,25 @@ def _pair_by_pair(model: VideoModel, network: nn.Module, inputs: Inputs) -> Late
         both = inputs.only([pair, count + pair])
         parts.append(model.predict(network, both.noisy, both.level, both.context))
     return torch.cat([*(part[:1] for part in parts), *(part[1:] for part in parts)])
+
+
+def loss_of(loss: Loss, errors: PairErrors) -> LossOutput:
+    """The loss of every pair.
+
+    Raises:
+        TrainingError: if it gives anything else, as a stranger's may.
+    """
+    output = loss(errors)
+    count = len(errors.preference)
+    given = vars(output) if isinstance(output, LossOutput) else {type(output).__name__: None}
+    for name, value in given.items():
+        if not (isinstance(value, Tensor) and value.shape == (count,)):
+            raise TrainingError(
+                f"The loss {type(loss).__name__} of {type(loss).__module__} does not give one "
+                f"'{name}' a pair. It is to return a LossOutput without a mean over the pairs; "
+                "dpo_video.testing.check_loss says more."
+            )
+    return output
 
 
 # --- what losses are made of -----------------------------------------------------------------

@@ -15,11 +15,11 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message))
+        super().__init__(one_line(message))
 
 
-def _one_line(text: str) -> str:
-    """Without line breaks, terminal codes and what UTF-8 cannot say; cut in the middle."""
+def one_line(text: str) -> str:
+    """A text without line breaks, terminal codes and what UTF-8 cannot say; cut in the middle."""
     half = _LONGEST // 2
     if len(text) > _LONGEST:  # first: what is quoted may be megabytes
         text = f"{text[:half]} ... {text[-half:]}"

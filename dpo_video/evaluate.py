@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dpo_video.blame import plugin_of, said
 from dpo_video.checkpoint import load_adapter
 from dpo_video.diffusion import initial_noise
+from dpo_video.errors import UserError
 from dpo_video.frozen import frozen_weights
+from dpo_video.sampling import check_drawn
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.types import Videos
 from dpo_video.verdict import MetricResult, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """A metric that has no result."""
+
+    name: str
+    reason: str
+    """A sentence."""
+    error: Exception | None = None
+    """What a plugin's metric raised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +40,7 @@ class Comparison:
     base: Videos
     tuned: Videos
     metrics: tuple[MetricResult, ...]
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def merged(model: VideoModel, adapter: Path) -> nn.Module:
@@ -61,6 +77,12 @@ def compare(
         settings: seeds and sampling.
         base: the base's videos, if these very ones have been drawn already.
         on_progress: told how many of the `2 * len(prompts)` videos are there.
+
+    A metric of a plugin that fails, and any that gives something that is not finite, is left out.
+
+    Raises:
+        UserError: if a video is not finite, or no metric is left that judges.
+        Exception: of a plugin's metric, if that is why.
     """
     sets: list[Videos] = [] if base is None else [base]
     while len(sets) < 2:
@@ -71,17 +93,45 @@ def compare(
             on_progress(len(sets) * len(prompts) + sum(len(part) for part in drawn))
         sets.append(torch.cat(drawn))
     before, tuned = sets
-    return Comparison(base=before, tuned=tuned, metrics=tuple(
-        MetricResult.measured(
-            name,
-            values(metric, before, prompts, settings.batch),
-            values(metric, tuned, prompts, settings.batch),
-            unit=metric.unit,
-            higher_is_better=metric.higher_is_better,
-            role=Role(metric.role),
-        )
+    found = [
+        _measure(name, metric, before, tuned, prompts, settings.batch)
         for name, metric in metrics.items()
-    ))  # fmt: skip
+    ]
+    results = tuple(each for each in found if isinstance(each, MetricResult))
+    left_out = tuple(each for each in found if isinstance(each, LeftOut))
+    if left_out and not any(result.role is Role.TARGET for result in results):
+        for metric in left_out:
+            raise metric.error or UserError(metric.reason)
+    return Comparison(base=before, tuned=tuned, metrics=results, left_out=left_out)
+
+
+def _measure(
+    name: str, metric: Metric, base: Videos, tuned: Videos, prompts: Sequence[str], batch: int
+) -> MetricResult | LeftOut:
+    try:
+        before, after = (values(metric, videos, prompts, batch) for videos in (base, tuned))
+    except UserError:
+        raise
+    except Exception as error:
+        if (plugin := plugin_of(metric)) is None:
+            raise
+        return LeftOut(name=name, reason=said(plugin, error), error=error)
+    for which, measured in (("base", before), ("tuned", after)):
+        for prompt, value in zip(prompts, measured, strict=True):
+            if not math.isfinite(value):
+                reason = (
+                    f"The metric '{name}' is left out: it is {value} for the {which} model's video "
+                    f"of '{prompt}'. Leave it out (--metric NAME for the others), or mend it."
+                )
+                return LeftOut(name=name, reason=reason)
+    return MetricResult.measured(
+        name,
+        before,
+        after,
+        unit=metric.unit,
+        higher_is_better=metric.higher_is_better,
+        role=Role(metric.role),
+    )
 
 
 def draw(
@@ -90,7 +140,11 @@ def draw(
     prompts: Sequence[str],
     settings: EvaluateSettings,
 ) -> Iterator[Videos]:
-    """Batches of videos on the CPU; the `i`-th prompt gets the seed `settings.seed + i`."""
+    """Batches of videos on the CPU; the `i`-th prompt gets the seed `settings.seed + i`.
+
+    Raises:
+        UserError: if one is not finite.
+    """
     for start in range(0, len(prompts), settings.batch):
         texts = prompts[start : start + settings.batch]
         seeds = range(settings.seed + start, settings.seed + start + len(texts))
@@ -101,12 +155,21 @@ def draw(
             steps=settings.steps,
             guidance=settings.guidance,
         )
-        yield model.decode_videos(latents).cpu()
+        videos = model.decode_videos(latents).cpu()
+        check_drawn(latents, videos, texts)
+        yield videos
 
 
 def values(metric: Metric, videos: Videos, prompts: Sequence[str], batch: int) -> list[float]:
-    """A metric's number for every video, `batch` of them at a time."""
+    """A metric's number for every video, `batch` of them at a time.
+
+    Raises:
+        ValueError: if it gives more or fewer.
+    """
     parts = [
         metric(videos[i : i + batch], prompts[i : i + batch]) for i in range(0, len(videos), batch)
     ]
-    return [float(value) for value in torch.cat(parts)]
+    found = [float(value) for value in torch.cat(parts)]
+    if len(found) != len(videos):
+        raise ValueError(f"{len(found)} numbers for {len(videos)} videos")
+    return found

@@ -6,19 +6,22 @@ Listing names imports none of them. Groups are `dpo_video.KIND`.
 from __future__ import annotations
 
 import ast
-import functools
 import importlib.util
+import inspect
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
+from dpo_video.entries import Entry, entries
 from dpo_video.errors import PluginError, unknown
 
 if TYPE_CHECKING:
     from dpo_video.strategies import Strategy
 
+_OURS = "dpo_video."
+# What the tables of run.toml and the command line mean by themselves.
+_RESERVED = {"name": "the strategy's name", "store": "a folder of finished pairs"}
 KINDS = ("pairs", "labeler", "loss", "reference", "metric", "backbone")
 
 
@@ -45,39 +48,36 @@ class Option:
 def listings(kind: str) -> list[Listing]:
     """What is installed of a kind, by name."""
     return [
-        Listing(kind=kind, name=name, distribution=_distribution(entry), summary=_summary(entry))
-        for name, entries in sorted(_entries(kind).items())
-        for entry in entries
+        Listing(kind=kind, name=name, distribution=entry.distribution, summary=_summary(entry))
+        for name, same in sorted(_by_name(kind).items())
+        for entry in same
     ]
 
 
 def load(kind: str, name: str) -> type[Strategy]:
     """The class behind a name; a UserError for an unknown name or a broken plugin."""
-    entries = _entries(kind)
-    if name not in entries:
-        raise unknown(kind, name, entries)
-    entry, *others = entries[name]
+    found = _by_name(kind)
+    if name not in found:
+        raise unknown(kind, name, found)
+    entry, *others = found[name]
     if others:
         raise PluginError(
             f"Several packages call a {kind} '{name}': "
-            f"{', '.join(_distribution(each) for each in entries[name])}. Uninstall all but one; "
+            f"{', '.join(each.distribution for each in found[name])}. Uninstall all but one; "
             "everything else goes on working."
         )
     try:
         loaded = entry.load()
     except (Exception, SystemExit) as error:  # a plugin's import may do anything
         raise PluginError(
-            f"The {kind} '{name}' of {_distribution(entry)} cannot be imported "
+            f"The {kind} '{name}' of {entry.distribution} cannot be imported "
             f"({type(error).__name__}: {error}). Repair or uninstall that package; everything else "
             "goes on working."
         ) from error
-    base = _base(kind)
-    if not (isinstance(loaded, type) and issubclass(loaded, base)):
-        raise PluginError(
-            f"The {kind} '{name}' of {_distribution(entry)} is not a {base.__name__}. Derive it "
-            f"from dpo_video.strategies.{base.__name__}."
-        )
-    return loaded
+    if fault := _fault(loaded, kind, entry):
+        raise PluginError(f"The {kind} '{name}' of {entry.distribution} {fault}")
+    strategy: type[Strategy] = loaded
+    return strategy
 
 
 def options(model: type[Any], path: str) -> list[Option]:
@@ -103,24 +103,47 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-@functools.cache
-def _entries(kind: str) -> dict[str, list[EntryPoint]]:
-    """By name; a name has several only where packages disagree about it."""
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=f"dpo_video.{check_kind(kind)}"):
-        same = found.setdefault(entry.name, [])
-        if entry.value not in {other.value for other in same}:
-            same.append(entry)
+def _by_name(kind: str) -> dict[str, list[Entry]]:
+    """A name has several entries only where packages disagree about it."""
+    check_kind(kind)
+    found: dict[str, list[Entry]] = {}
+    for entry in entries():
+        if entry.kind == kind:
+            same = found.setdefault(entry.name, [])
+            if entry.value not in {other.value for other in same}:
+                same.append(entry)
     return found
 
 
-def _distribution(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+def _fault(loaded: Any, kind: str, entry: Entry) -> str:
+    """What is wrong with a class, so far as it can be said without running it; "" for nothing."""
+    base = _base(kind)
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        return f"is not a {base.__name__}. Derive it from dpo_video.strategies.{base.__name__}."
+    if not entry.can_be_typed:
+        return "has a name that cannot be typed. Names are of letters, digits, _ and -."
+    if inspect.isabstract(loaded):
+        missing = ", ".join(sorted(loaded.__abstractmethods__))
+        return f"is not finished: it lacks {missing}. See dpo_video.strategies.{base.__name__}."
+    if silent := sorted(name for name in loaded.__class_vars__ if not hasattr(loaded, name)):
+        return f"does not say its {silent[0]}. See dpo_video.strategies.{base.__name__}."
+    if not (loaded.model_config.get("frozen") and loaded.model_config.get("extra") == "forbid"):
+        return (
+            "is not frozen, or takes options that it does not have: a run could not be repeated. "
+            "Leave its model_config as it is."
+        )
+    reserved = {"name", "store"} if kind == "pairs" else {"name"}
+    if clash := sorted(reserved & loaded.model_fields.keys()):
+        return (
+            f"has an option '{clash[0]}', which means {_RESERVED[clash[0]]} in a run.toml. Call "
+            "it something else."
+        )
+    return ""
 
 
-def _summary(entry: EntryPoint) -> str:
+def _summary(entry: Entry) -> str:
     """The first line of a built-in's docstring, read from its source without importing it."""
-    if not entry.module.startswith("dpo_video."):
+    if not entry.module.startswith(_OURS):
         return ""
     spec = importlib.util.find_spec(entry.module)
     if spec is None or spec.origin is None:

@@ -13,8 +13,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo_video.errors import UserError
 from dpo_video.strategies import VideoModel
-from dpo_video.types import Context, Latents, Region
+from dpo_video.types import Context, Latents, Region, Videos
+
+
+def check_drawn(latents: Latents, videos: Videos, prompts: Sequence[str]) -> None:
+    """See that what a model drew consists of numbers.
+
+    Raises:
+        UserError: if it does not; it names the first prompt that it is so for.
+    """
+    for prompt, latent, video in zip(prompts, latents, videos, strict=True):
+        if not (latent.isfinite().all() and video.isfinite().all()):
+            raise UserError(
+                f"What the model drew for '{prompt}' is not finite. Draw in another precision "
+                '(--set train.precision="bf16" or "no"); if a trained model alone does so, its '
+                "training has diverged: take an earlier checkpoint, or lower train.lr."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

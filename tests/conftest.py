@@ -27,7 +27,7 @@ import torch
 import transformers
 from small_animatediff import CPU, SHAPE, load_small, save_small_animatediff
 
-from dpo_video import registry
+from dpo_video import entries
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.testing import small_videos
 from dpo_video.types import Clip
@@ -89,7 +89,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         )
         (info / "entry_points.txt").write_text(f"[dpo_video.{kind}]\n{name} = {module}:{cls}\n")
         importlib.invalidate_caches()
-        registry._entries.cache_clear()
+        entries.forget()
 
     yield add
-    registry._entries.cache_clear()
+    entries.forget()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import Install
+from typer.testing import CliRunner
 
-from dpo_video import registry, strategies
+from dpo_video import entries, registry, strategies
+from dpo_video.cli import app
 from dpo_video.errors import PluginError, UserError
 from dpo_video.masks import RegionOptions
 
@@ -111,3 +114,82 @@ def test_options_come_with_path_type_default_and_meaning() -> None:
     pairs = {option.path for option in registry.options(registry.load("pairs", "local"), "pairs")}
     assert "pairs.alphas" in pairs
     assert {f"pairs.mask.{name}" for name in RegionOptions.model_fields} <= pairs
+
+
+def strategy(body: str, base: str = "Loss") -> str:
+    """A module with one sound class but for `body`."""
+    return f"""
+from typing import Any, ClassVar
+from pydantic import ConfigDict
+from dpo_video import strategies
+
+class Odd(strategies.{base}):
+    '''An odd one.'''
+
+    {body}
+
+    def __call__(self, *arguments: Any) -> Any: ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "sentence"),
+    [
+        ("loss", strategy("name: str = 'a'"), "has an option 'name', which means the strategy's"),
+        ("loss", strategy("model_config = ConfigDict(frozen=False)"), "is not frozen, or takes"),
+        ("loss", strategy("model_config = ConfigDict(extra='allow')"), "is not frozen, or takes"),
+        ("loss", "from dpo_video.strategies import Loss as Odd", "is not finished: it lacks __c"),
+        ("metric", strategy("unit: ClassVar[str] = ''", "Metric"), "does not say its higher_is_b"),
+        ("pairs", strategy("needs_video: ClassVar[bool] = True; store: str = ''", "PairBuilder"),
+         "has an option 'store', which means a folder"),
+    ],
+)  # fmt: skip
+def test_a_class_that_could_break_a_run_is_refused(
+    install: Install, kind: str, source: str, sentence: str
+) -> None:
+    install("dpo-odd", source, "odd", "Odd", kind)
+    with pytest.raises(PluginError, match=rf"The {kind} 'odd' of dpo-odd 1\.0 .*{sentence}"):
+        registry.load(kind, "odd")
+    sys.modules.pop("dpo_odd", None)
+
+
+@pytest.mark.parametrize("name", ["a b", "a.b", "[/red]", "\x1b[31m", "a/b", "ünlaut", "-x"])
+def test_a_name_that_cannot_be_typed_is_listed_and_refused(install: Install, name: str) -> None:
+    install("dpo-odd", SOUND, name, "Sound")
+    assert name in [listing.name for listing in registry.listings("loss")]
+    with pytest.raises(PluginError, match="has a name that cannot be typed"):
+        registry.load("loss", name)
+    result = CliRunner().invoke(app, ["list", "loss"])
+    assert result.exit_code == 0 and "region" in result.output and "\x1b" not in result.output
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"[dpo_video.loss]\nno value here\n", b"[dpo_video.loss]\n\xff\xfe = a:B\n"],
+    ids=["no value", "no text"],
+)
+def test_a_distribution_with_broken_metadata_is_named_and_left_out(
+    install: Install, tmp_path: Path, damage: bytes
+) -> None:
+    install("dpo-sound", SOUND, "sound", "Sound")
+    install("dpo-odd", SOUND, "odd", "Sound")
+    (tmp_path / "dpo_odd-1.0.dist-info/entry_points.txt").write_bytes(damage)
+    entries.forget()
+    assert registry.load("loss", "sound") and registry.load("loss", "region")
+    (sentence,) = entries.unreadable()
+    assert sentence.startswith("dpo-odd 1.0 offers strategies, but its entry points cannot be read")
+    assert "dpo-odd 1.0" in CliRunner().invoke(app, ["list", "loss"]).output
+
+
+@pytest.mark.parametrize("value", ["", "no module!", ":Sound", "dpo_odd:"])
+def test_a_value_that_names_nothing_breaks_nothing(
+    install: Install, tmp_path: Path, value: str
+) -> None:
+    install("dpo-odd", SOUND, "odd", "Sound")
+    info = tmp_path / "dpo_odd-1.0.dist-info"
+    (info / "entry_points.txt").write_text(f"[dpo_video.loss]\nodd = {value}\n")
+    (info / "METADATA").unlink()
+    entries.forget()
+    assert "odd" in [listing.name for listing in registry.listings("loss")]
+    with pytest.raises(PluginError, match="loss 'odd' of a package without a name"):
+        registry.load("loss", "odd")

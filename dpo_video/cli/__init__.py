@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
@@ -53,6 +54,7 @@ app.command("config")(config.config)
 def main() -> None:
     """Run the command line. A UserError is one sentence and exit code 2, a bug keeps its trace.
 
+    A plugin's bug keeps it too, below a sentence that names its package; both exit with code 1.
     SIGTERM ends it with exit code 143 and the command that goes on.
     """
     from dpo_video.cli.stopping import at_once
@@ -62,16 +64,33 @@ def main() -> None:
             app()
     except UserError as error:
         _refuse(error)
-    except RuntimeError as error:
-        from dpo_video.determinism import refusal
-
-        if (refused := refusal(error)) is None:
-            raise
-        _refuse(refused)
+    except (Exception, SystemExit) as error:
+        if "torch" in sys.modules:  # no strategy runs without it
+            _explain(error)
+        raise
 
 
 def _refuse(error: UserError) -> NoReturn:
+    _say(str(error))
+    sys.exit(2)
+
+
+def _explain(error: BaseException) -> None:
+    """Ends the program if something is known about an error that nobody raised on purpose."""
+    if isinstance(error, RuntimeError):
+        from dpo_video.determinism import refusal
+
+        if refused := refusal(error):
+            _refuse(refused)
+    from dpo_video.blame import blamed
+
+    if sentence := blamed(error):
+        _say(sentence)
+        traceback.print_exception(error)
+        sys.exit(1)
+
+
+def _say(sentence: str) -> None:
     from rich.markup import escape
 
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
-    sys.exit(2)
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(sentence)}")

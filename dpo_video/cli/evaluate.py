@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,7 +94,12 @@ def evaluate_run(run: Path, config: Config, folder: Path, base: Videos | None = 
             base=base,
             on_progress=lambda done: bar.update(task, completed=done),
         )
+    for metric in comparison.left_out:
+        if metric.error is not None:  # for the plugin's author
+            traceback.print_exception(metric.error)
     reports = read_log(run)
+    left_out = [metric.reason for metric in comparison.left_out]
+    verdict = judge_evaluation(comparison.metrics, tolerance=settings.tolerance)
     text = (run / "run.toml").read_text(encoding="utf-8")
     evaluation = Evaluation(
         name=run.resolve().name,
@@ -103,7 +109,7 @@ def evaluate_run(run: Path, config: Config, folder: Path, base: Videos | None = 
         fps=model.shape.fps,
         metrics=comparison.metrics,
         tolerance=settings.tolerance,
-        verdict=judge_evaluation(comparison.metrics, tolerance=settings.tolerance),
+        verdict=verdict.model_copy(update={"details": (*verdict.details, *left_out)}),
         training=tuple(reports),
         training_verdict=judge_training(reports, slope=slope_of(reports)) if reports else None,
         command=f"dpo-video evaluate {run}",

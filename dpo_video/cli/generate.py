@@ -58,6 +58,7 @@ def generate(
     from dpo_video.evaluate import merged
     from dpo_video.files import writing
     from dpo_video.runs import latest_checkpoint
+    from dpo_video.sampling import check_drawn
     from dpo_video.session import load_model, pick_device
     from dpo_video.video import write_video
 
@@ -73,8 +74,10 @@ def generate(
             steps=steps,
             guidance=guidance,
         )
+        videos = model.decode_videos(latents).cpu()
+        check_drawn(latents, videos, [text])
         path = out if count == 1 else out.with_stem(f"{out.stem}_{i:02d}")
         scale = max(1, 256 // model.shape.height)
         with writing(path):
-            write_video(path, model.decode_videos(latents)[0].cpu(), model.shape.fps, scale)
+            write_video(path, videos[0], model.shape.fps, scale)
         console.print(f"[bold]{path}[/]  seed {seed + i}  {text}", highlight=False)

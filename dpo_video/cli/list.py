@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from dpo_video.cli.options import Json
+from dpo_video.cli.options import Json, console
+from dpo_video.errors import one_line
 
 
 def list_strategies(
@@ -22,6 +24,7 @@ def list_strategies(
 ) -> None:
     """List what is installed, built in or by plugins; or the tiers of `--tier`."""
     from dpo_video import registry
+    from dpo_video.entries import unreadable
 
     if kind == "tier":
         _list_tiers(as_json)
@@ -38,10 +41,15 @@ def list_strategies(
     for each in kinds:
         rows = [listing for listing in found if listing.kind == each]
         for row in rows:
-            table.add_row(row.kind, f"[cyan]{row.name}[/]", row.summary, row.distribution)
+            name, summary, distribution = (
+                escape(one_line(text)) for text in (row.name, row.summary, row.distribution)
+            )
+            table.add_row(row.kind, f"[cyan]{name}[/]", summary, distribution)
         if not rows:
             table.add_row(each, "[dim]none[/]", "", "")
     Console().print(table)
+    for sentence in unreadable():
+        console.print(f"[yellow]Left out[/]: {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
 def _list_tiers(as_json: bool) -> None:
