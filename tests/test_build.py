@@ -12,10 +12,11 @@ from conftest import SHAPE, load_small
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.build import BuildReport, Source, build, cycle_prompts, in_order, preview
-from dpo_video.errors import StoreError
+from dpo_video.errors import StoreError, UserError
+from dpo_video.evaluate import draw
 from dpo_video.pairs.jitter import Jitter
 from dpo_video.pairs.local import Local
-from dpo_video.settings import BuildSettings
+from dpo_video.settings import BuildSettings, EvaluateSettings
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import PairBuilder
 from dpo_video.testing import small_videos
@@ -133,3 +134,22 @@ def test_prompts_come_round_and_clips_in_order() -> None:
     assert source(0).video is None
     source = in_order(Clip(name=str(i), caption="") for i in count())
     assert [source(i).name for i in (0, 1, 5, 6)] == ["0", "1", "5", "6"]
+
+
+def test_what_is_not_finite_is_neither_stored_nor_drawn(
+    tmp_path: Path, small_model: AnimateDiffModel
+) -> None:
+    good = new_store(tmp_path / "good", small_model)
+    for _ in build(good, clips, Jitter(steps=2), small_model, BuildSettings(count=1), seed=0):
+        pass
+    next(small_model.denoiser.parameters()).data.fill_(torch.nan)
+    store = new_store(tmp_path / "pairs", small_model)
+    made = build(store, clips, Jitter(steps=2), small_model, BuildSettings(count=1), seed=0)
+    with pytest.raises(
+        UserError, match=r"Pair 0 \('a red .* was not stored: its first video is not"
+    ):
+        next(made)
+    assert not len(store) and not list(store.folder.rglob("*.safetensors"))
+    assert not list(store.folder.rglob("*.mp4"))
+    with pytest.raises(UserError, match="drew for 'a dog' is not finite"):
+        next(draw(small_model, small_model.denoiser, ["a dog"], EvaluateSettings(steps=1)))
