@@ -1,4 +1,4 @@
-"""The frozen base in another form: its weights in fewer bits, or waiting in the host's memory.
+"""The frozen base in another form: its weights in fewer bits, on the host, or shared out.
 
 Each matrix is put together when a layer needs it, in the forward and again in the backward pass,
 and is gone after it. So no more than one is there in full, with checkpointing or without, and an
@@ -32,6 +32,7 @@ from dpo_video.blocks import blocks
 from dpo_video.errors import TrainingError, UserError
 from dpo_video.experts import Experts
 from dpo_video.offload import to_device, to_host
+from dpo_video.sharding import Shard
 
 Base = Literal["native", "int8", "nf4", "fp8"]
 
@@ -58,11 +59,25 @@ class Frozen:
     device: torch.device
     """Where it is needed."""
     on_host: bool
+    shard: Shard | None = None
+    """What of it this process stores, where it does not store all."""
+    wholes: tuple[tuple[torch.Size, torch.dtype], ...] = ()
+    """What the parts are where they are whole."""
 
     @classmethod
-    def of(cls, weight: Tensor, base: Base, device: torch.device, on_host: bool) -> Self:
+    def of(
+        cls,
+        weight: Tensor,
+        base: Base,
+        device: torch.device,
+        on_host: bool,
+        shard: Shard | None = None,
+    ) -> Self:
         """Pack a weight; that is done on the device."""
         parts = _packed(weight.detach().to(device), base)
+        wholes = tuple((part.shape, part.dtype) for part in parts)
+        if shard is not None:
+            parts = tuple(shard.of(part) for part in parts)
         return cls(
             parts=tuple(to_host(part) for part in parts) if on_host else parts,
             base=base,
@@ -70,6 +85,8 @@ class Frozen:
             dtype=weight.dtype,
             device=device,
             on_host=on_host,
+            shard=shard,
+            wholes=wholes,
         )
 
     def whole(self) -> Tensor:
@@ -77,6 +94,11 @@ class Frozen:
         parts = self.parts
         if self.on_host:
             parts = tuple(to_device(part, self.device) for part in parts)
+        if self.shard is not None:
+            parts = tuple(
+                self.shard.whole(part, *whole)
+                for part, whole in zip(parts, self.wholes, strict=True)
+            )
         return _unpacked(parts, self.base, self.shape, self.dtype)
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -92,7 +114,14 @@ def check_base(base: Base) -> None:
         )
 
 
-def freeze(network: nn.Module, device: torch.device, base: Base, *, on_host: bool = False) -> int:
+def freeze(
+    network: nn.Module,
+    device: torch.device,
+    base: Base,
+    *,
+    on_host: bool = False,
+    shard: Shard | None = None,
+) -> int:
     """Store the frozen matrices of a network's blocks otherwise; how many there are.
 
     Those are the weights of its linear layers and convolutions, adapters left out. All else (norms,
@@ -103,6 +132,7 @@ def freeze(network: nn.Module, device: torch.device, base: Base, *, on_host: boo
         device: Where they are needed.
         base: "native" keeps their bits.
         on_host: Keep them in the host's memory.
+        shard: Keep this part of each; other processes have the others.
 
     Raises:
         TrainingError: if there are none.
@@ -114,7 +144,7 @@ def freeze(network: nn.Module, device: torch.device, base: Base, *, on_host: boo
             layer: Any = module
             if forward is None or layer.weight.requires_grad:
                 continue
-            layer.frozen = Frozen.of(layer.weight, base, device, on_host)
+            layer.frozen = Frozen.of(layer.weight, base, device, on_host, shard)
             layer.forward = MethodType(forward, layer)
             # What asks it for its device and precision, as an adapter does, is answered.
             empty = torch.empty(0, dtype=layer.weight.dtype, device=device)
@@ -126,7 +156,7 @@ def freeze(network: nn.Module, device: torch.device, base: Base, *, on_host: boo
     if not count:
         raise TrainingError(
             f"A {type(network).__name__} has no blocks with frozen matrices. Set "
-            "memory.base=native, and take blocks out of memory.offload."
+            "memory.base=native and memory.shard=1, and take blocks out of memory.offload."
         )
     return count
 

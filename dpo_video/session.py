@@ -22,6 +22,7 @@ from dpo_video.errors import StoreError, UserError
 from dpo_video.frozen import check_base, freeze, frozen_weights
 from dpo_video.labels import open_books, pinned, preferences
 from dpo_video.pretrained import arranged
+from dpo_video.sharding import Shard
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import PACKED, PairBuilder, SetLabeler, SuppliedPairs, VideoModel
 from dpo_video.types import Skipped
@@ -62,13 +63,17 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
     transformers.utils.logging.disable_progress_bar()
     memory, dtype = config.memory, dtypes[config.train.precision]
     on_host = "blocks" in memory.offload
-    if memory.base == "native" and not on_host:
+    # One process alone, which looks at what several have trained, has all to itself.
+    shared = memory.shard > 1 and torch.distributed.is_initialized()
+    if memory.base == "native" and not on_host and not shared:
         return config.backbone.load(device, dtype)
     check_base(memory.base)
-    with arranged(partial(freeze, base=memory.base, on_host=on_host)):
+    shard = Shard.among(memory.shard) if shared else None
+    arrange = partial(freeze, base=memory.base, on_host=on_host, shard=shard)
+    with arranged(arrange):
         model = config.backbone.load(device, dtype)
     if next(frozen_weights(model.denoiser), None) is None:  # a backbone that loads in its own way
-        freeze(model.denoiser, device, memory.base, on_host=on_host)
+        arrange(model.denoiser, device)
     if memory.base != "native":
         model.identity += f"{PACKED}{memory.base}"
     return model
@@ -218,6 +223,43 @@ def apply_labels(config: Config, store: PairStore) -> Labelled:
         store=store.relabelled(preferred),
         pairs=sum(pair < len(store) for pair in preferred),
     )
+
+
+def as_launched(config: Config) -> Config:
+    """The configuration as the launcher's own settings change it.
+
+    FSDP becomes `memory.shard`, which holds nothing in full but what is trained: that is small.
+
+    Raises:
+        UserError: if DeepSpeed is asked for, or weights are to be shared among other processes than
+            there are.
+    """
+    asked = {name: os.environ.pop(f"ACCELERATE_USE_{name}", "false") == "true"
+             for name in ("FSDP", "DEEPSPEED")}  # fmt: skip
+    if asked["DEEPSPEED"]:
+        raise UserError(
+            "DeepSpeed is not used here. Launch without it: what ZeRO-3 does to frozen weights, "
+            "--set memory.shard=PROCESSES does, and --set memory.offload=optimizer what it does to "
+            "AdamW's state."
+        )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    memory = config.memory
+    if asked["FSDP"] and memory.shard == 1 and world > 1:
+        memory = memory.model_copy(update={"shard": world})
+    if world % memory.shard:
+        raise UserError(
+            f"memory.shard={memory.shard} does not divide this run's number of processes, {world}. "
+            f"Set it to {world} or a divisor, or launch as many: accelerate launch "
+            f"--num_processes {memory.shard} -m dpo_video train ..."
+        )
+    if memory.shard > 1 and not isinstance(config.pairs, str):
+        raise UserError(
+            "Pairs are built by each process alone, and memory.shard leaves none of them a whole "
+            "model. Build them first (dpo-video build, with memory.offload=blocks where the model "
+            "is too large), then train with --pairs FOLDER/."
+        )
+    tables = {**config.tables, "memory": {**config.tables["memory"], "shard": memory.shard}}
+    return replace(config, memory=memory, tables=tables)
 
 
 def accelerator_for(config: Config, folder: Path) -> Accelerator:

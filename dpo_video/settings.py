@@ -103,6 +103,11 @@ class MemorySettings(Settings):
     policy and reference are then another model, and the run says so wherever its model is named.
     nf4 needs bitsandbytes: pip install 'dpo-video[nf4]'."""
 
+    shard: int = Field(default=1, ge=1)
+    """Processes that hold the frozen weights of all blocks together, each as many; they gather a
+    layer's when it runs, which takes time. It is what FSDP and ZeRO-3 do, and goes with any base
+    and with offload=blocks. A launcher that asks for FSDP sets it to the number of processes."""
+
     @model_validator(mode="after")
     def _has_checkpoints(self) -> Self:
         if "checkpoints" in self.offload and self.checkpointing == "none":

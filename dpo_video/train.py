@@ -7,8 +7,9 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_video.bank import Bank, BankManifest, BankReport, Visit
 from dpo_video.casts import spare_casts
@@ -134,6 +136,11 @@ def train(
     np.random.seed(derive(seed, "numpy") % 2**32)
     arrange(bare, memory)
     anchor = reference.follow(bare)
+    if anchor.draws is not None and memory.shard > 1:
+        raise TrainingError(
+            "A reference whose predictions are made ahead is not for memory.shard: its processes "
+            "would wait for each other at different pairs. Train with --reference toggle."
+        )
     parameters = [p for p in bare.parameters() if p.requires_grad]
     adamw = HostAdamW if "optimizer" in memory.offload else torch.optim.AdamW
     optimizer = adamw(
@@ -157,11 +164,18 @@ def train(
                 write_checkpoint(folder, bare, optimizer, place, identity, accelerator.scaler)
         return folder
 
+    def draw_samples(name: str) -> None:
+        # What processes hold together, they run together.
+        if accelerator.is_main_process or memory.shard > 1:
+            with writing(out):
+                folder = out / "samples" / name if accelerator.is_main_process else None
+                _draw_samples(model, bare, store, settings.samples, folder)
+        accelerator.wait_for_everyone()
+
     drawn = len(list((out / "samples" / f"step_{start:06d}").glob("*.mp4")))
-    due = start and run.saves_after(start) and drawn < min(settings.samples, len(store))
-    if due and accelerator.is_main_process:
-        with writing(out):  # it was stopped between the checkpoint and its samples
-            _draw_samples(model, bare, store, settings.samples, out, f"step_{start:06d}")
+    accelerator.wait_for_everyone()
+    if start and run.saves_after(start) and drawn < min(settings.samples, len(store)):
+        draw_samples(f"step_{start:06d}")  # it was stopped between the checkpoint and them
     if start < settings.steps:
         try:
             run.fill_bank(_unless(stop, on_bank))
@@ -206,10 +220,7 @@ def train(
         saved = None
         if run.saves_after(step + 1):
             saved = save(step + 1)
-            if accelerator.is_main_process:
-                with writing(out):
-                    _draw_samples(model, bare, store, settings.samples, out, saved.name)
-            accelerator.wait_for_everyone()
+            draw_samples(saved.name)
         yield Progress(report=report, checkpoint=saved, unsound=unsound)
 
 
@@ -246,6 +257,9 @@ class _Run:
         self.skipped = self._overflown = 0
         self.at = Place()
         """Where this process began."""
+        # Reading is for the disk or the network to wait for, not for the step.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pairs")
+        self._reading: Future[_Drawn] | None = None
         self.bank: Bank | None = None
         if anchor.draws is not None:
             with accelerator.main_process_first():
@@ -290,10 +304,8 @@ class _Run:
         for part in range(self.settings.accumulation):
             if (alone or part == 0) and self._agreed(stop()):
                 raise _StoppedError
-            visits = [self._visit_at(place) for place in self._places(step, part)]
-            drawn = self._draw(visits)
+            drawn = self._next(step, part)
             self.keys += drawn.batch.keys
-            known = self.bank.read(visits).to(drawn.noise.device) if self.bank else None
             last = part == self.settings.accumulation - 1
             # A graph of its own a video is more than one backward pass a batch.
             shared = last and self.step.mode == "joint"
@@ -301,7 +313,7 @@ class _Run:
                 outputs.append(
                     self.step(
                         drawn.batch, drawn.noise, drawn.level,
-                        known=known, share=1 / self.settings.accumulation,
+                        known=drawn.known, share=1 / self.settings.accumulation,
                     )
                 )  # fmt: skip
         if self.step.mode != "joint":
@@ -359,8 +371,29 @@ class _Run:
                 parameter.grad = self.accelerator.reduce(own, reduction="mean")
 
     def _predict_reference(self, visit: Visit) -> Latents:
-        drawn = self._draw([visit])
+        drawn = self._sent(self._draw([visit]))
         return self.step.reference(drawn.batch, drawn.noise, drawn.level)
+
+    def _next(self, step: int, part: int) -> _Drawn:
+        """What a pass is made of, on the device; meanwhile, that of the pass after it is read."""
+        following = (step, part + 1) if part + 1 < self.settings.accumulation else (step + 1, 0)
+        reading, self._reading = self._reading, None
+        drawn = reading.result() if reading else self._read(step, part)
+        if following[0] < self.settings.steps:
+            self._reading = self._reader.submit(self._read, *following)
+        return self._sent(drawn)
+
+    def _sent(self, drawn: _Drawn) -> _Drawn:
+        """On the run's device; the copy from pinned memory is not waited for."""
+        device = self.accelerator.device
+        return drawn.mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _read(self, step: int, part: int) -> _Drawn:
+        visits = [self._visit_at(place) for place in self._places(step, part)]
+        drawn = self._draw(visits)
+        if self.bank is not None:
+            drawn = replace(drawn, known=self.bank.read(visits))
+        return drawn.mapped(Tensor.pin_memory) if self.accelerator.device.type == "cuda" else drawn
 
     def _draw(self, visits: Sequence[Visit]) -> _Drawn:
         batch = self.store.batch([visit.pair for visit in visits])
@@ -369,12 +402,8 @@ class _Run:
             draw = generator(self.seed, "draw", visit.pair, visit.draw)
             noises.append(torch.randn(self.model.latent_shape, generator=draw))
             levels.append(self.model.sample_levels(1, draw))
-        device = self.accelerator.device
-        return _Drawn(
-            batch=batch.to(device),
-            noise=torch.stack(noises).to(device, batch.first.dtype),
-            level=torch.cat(levels).to(device),
-        )
+        noise = torch.stack(noises).to(batch.first.dtype)
+        return _Drawn(batch=batch, noise=noise, level=torch.cat(levels))
 
     def _places(self, step: int, part: int) -> list[int]:
         """Positions in the endless sequence of pairs that this process takes."""
@@ -393,11 +422,22 @@ class _Run:
 
 @dataclass(frozen=True, kw_only=True)
 class _Drawn:
-    """Pairs, and the noise and level of each, on the run's device."""
+    """Pairs, and the noise and level of each."""
 
     batch: PairBatch
     noise: Latents
     level: PerPair
+    known: Float[Tensor, "2*b c f h w"] | None = None
+    """The reference's predictions, where they were made before."""
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> _Drawn:
+        """With every tensor changed."""
+        return _Drawn(
+            batch=self.batch.mapped(change),
+            noise=change(self.noise),
+            level=change(self.level),
+            known=None if self.known is None else change(self.known),
+        )
 
 
 @lru_cache(maxsize=2)
@@ -520,15 +560,17 @@ def _draw_samples(
     policy: nn.Module,
     store: PairStore,
     count: int,
-    out: Path,
-    name: str,
+    folder: Path | None,
 ) -> None:
-    """A few videos with prompts and seeds that never change, to watch the policy change."""
+    """A few videos with prompts and seeds that never change, to watch the policy change.
+
+    Only a process that is given a folder decodes and writes them.
+    """
     for i in range(min(count, len(store))):
-        path = out / "samples" / name / f"{i:02d}.mp4"
         context = store.batch([i]).to(model.device).context
         latents = model.sample(context, initial_noise(model, [i]), denoiser=policy)
-        video = model.decode_videos(latents)[0].cpu()
-        scale = max(1, 256 // model.shape.height)
-        write_video(path, video, model.shape.fps, scale)
+        if folder is not None:
+            video = model.decode_videos(latents)[0].cpu()
+            scale = max(1, 256 // model.shape.height)
+            write_video(folder / f"{i:02d}.mp4", video, model.shape.fps, scale)
     model.release()

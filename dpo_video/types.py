@@ -104,13 +104,17 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on another device."""
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> PairBatch:
+        """The batch with every tensor changed."""
         return PairBatch(
-            first=self.first.to(device),
-            second=self.second.to(device),
-            preference=self.preference.to(device),
-            region=self.region.to(device),
-            strength=self.strength.to(device),
-            context={name: value.to(device) for name, value in self.context.items()},
+            first=change(self.first),
+            second=change(self.second),
+            preference=change(self.preference),
+            region=change(self.region),
+            strength=change(self.strength),
+            context={name: change(value) for name, value in self.context.items()},
             keys=self.keys,
         )
 

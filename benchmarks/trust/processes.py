@@ -1,12 +1,14 @@
-"""The same training as one process, as two, and killed and gone on with: three hashes.
+"""The same training in several ways of running it: equal hashes, or the reason.
 
     OMP_NUM_THREADS=1 python -m benchmarks.trust.processes
 
 One process takes two pairs a step one after the other (accumulation 2), two processes take one
 each and average their gradients by gloo. A half of each gradient is exact in binary floating
 point and so is the order of two summands, so that the adapters must be equal to the bit; with more
-processes, or other libraries for the exchange, they are so to rounding. The third run has two
-processes until it is killed after its second step, and one from then on.
+processes, or other libraries for the exchange, they are so to rounding. Besides: two processes that
+hold the frozen weights together, asked for as a launcher asks for FSDP; two of which one is killed
+after the second step, and which the launcher starts again (--max-restarts); and two that are killed
+there, with one that goes on alone.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 STEPS = 4
+SAVED = 2  # steps, at which some are killed
 
 
-def command(processes: int, arguments: Sequence[str]) -> list[str]:
+def command(processes: int, arguments: Sequence[str], restarts: int = 0) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", "dpo_video", *arguments]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+              "--max-restarts", str(restarts)]  # fmt: skip
     return [sys.executable, *launch, "-m", "dpo_video", *arguments]
 
 
@@ -38,46 +42,106 @@ def adapter(run: Path) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def hashes(folder: Path, model: Sequence[str]) -> dict[str, str]:
-    """The adapter of each of the three runs."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def workers(launcher: int) -> list[int]:
+    """The processes that a launcher started, by rank; it numbers them in that order."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return sorted(map(int, children))
 
-    def run_it(processes: int, arguments: Sequence[str]) -> None:
-        subprocess.run(command(processes, arguments), cwd=folder, env=environment, check=True)
 
-    run_it(1, ["build", "--pairs=jitter", "--set=pairs.steps=2", "--prompt=a red square", *model,
-               "--count=5", "--out=pairs", "--set=build.previews=false"])  # fmt: skip
-    train = ["train", "--pairs=pairs/", "--loss=global", *model, f"--steps={STEPS}",
-             "--set=train.save_every=2", "--set=train.samples=0", "--set=train.rank=2",
-             "--set=train.tracker=none"]  # fmt: skip
-    run_it(1, [*train, "--set=train.accumulation=2", "--out=one"])
-    two = [*train, "--set=train.accumulation=1"]
-    run_it(2, [*two, "--out=two"])
-    process = subprocess.Popen(
-        command(2, [*two, "--out=killed"]), cwd=folder, env=environment, start_new_session=True
-    )
-    while not (folder / "killed/checkpoints/latest").exists() and process.poll() is None:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    run_it(1, ["train", "--out=killed", "--resume", "--set=train.accumulation=2"])
-    return {
-        "one process": adapter(folder / "one"),
-        "two processes": adapter(folder / "two"),
-        "two processes, killed, one goes on": adapter(folder / "killed"),
-    }
+class Runs:
+    """The runs in a folder, each by its name."""
+
+    def __init__(self, folder: Path, model: Sequence[str]) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.run(1, ["build", "--pairs=jitter", "--set=pairs.steps=2", "--prompt=a red square",
+                     *model, "--count=5", "--out=pairs", "--set=build.previews=false"])  # fmt: skip
+        self.train = ["train", "--pairs=pairs/", "--loss=global", *model, f"--steps={STEPS}",
+                      f"--set=train.save_every={SAVED}", "--set=train.samples=0",
+                      "--set=train.rank=2", "--set=train.tracker=none"]  # fmt: skip
+
+    def run(
+        self, processes: int, arguments: Sequence[str], asks: Mapping[str, str] | None = None
+    ) -> None:
+        environment = {**self.environment, **(asks or {})}
+        done = subprocess.run(
+            command(processes, arguments), cwd=self.folder, env=environment, check=False,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(arguments)}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
+
+    def alone(self, name: str) -> None:
+        self.run(1, [*self.train, "--set=train.accumulation=2", f"--out={name}"])
+
+    def two(self, name: str) -> None:
+        self.run(2, [*self.train, "--set=train.accumulation=1", f"--out={name}"])
+
+    def sharded(self, name: str) -> None:
+        arguments = [*self.train, "--set=train.accumulation=1", f"--out={name}"]
+        self.run(2, arguments, {"ACCELERATE_USE_FSDP": "true"})
+        if "shard = 2" not in (self.folder / name / "run.toml").read_text():
+            raise RuntimeError("FSDP was asked for, and the weights were not shared")
+
+    def restarted(self, name: str) -> None:
+        process = self.started(name, ["--auto-resume"], restarts=1)
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        if process.wait():
+            raise RuntimeError("the launcher gave up")
+
+    def killed(self, name: str) -> None:
+        process = self.started(name, [])
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.run(1, ["train", f"--out={name}", "--resume", "--set=train.accumulation=2"])
+
+    def started(self, name: str, more: Sequence[str], restarts: int = 0) -> subprocess.Popen[bytes]:
+        """Two processes that have just saved."""
+        arguments = [*self.train, "--set=train.accumulation=1", f"--out={name}", *more]
+        process = subprocess.Popen(
+            command(2, arguments, restarts), cwd=self.folder, env=self.environment,
+            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        pointer = self.folder / name / "checkpoints/latest"
+        while not pointer.exists() and process.poll() is None:
+            time.sleep(0.005)
+        return process
+
+
+WAYS: Mapping[str, tuple[str, Callable[[Runs, str], None]]] = {
+    "one process": ("alone", Runs.alone),
+    "two processes": ("two", Runs.two),
+    "two that hold the frozen weights together": ("sharded", Runs.sharded),
+    "two, one is killed, the launcher restarts them": ("restarted", Runs.restarted),
+    "two, both are killed, one goes on": ("killed", Runs.killed),
+}
+
+
+def hashes(folder: Path, model: Sequence[str], ways: Sequence[str] = tuple(WAYS)) -> dict[str, str]:
+    """The adapter that each way ends with."""
+    runs = Runs(folder, model)
+    found = {}
+    for way in ways:
+        name, run = WAYS[way]
+        run(runs, name)
+        found[way] = adapter(folder / name)
+    return found
+
+
+def small_model(folder: Path) -> list[str]:
+    """What names a small random AnimateDiff, saved in a folder."""
+    from tests.small_animatediff import SHAPE, save_small_animatediff
+
+    checkpoint = save_small_animatediff(folder)
+    return ["--backbone=animatediff", f"--set=backbone.model={checkpoint}",
+            f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
+            f"--set=backbone.width={SHAPE.width}", "--device=cpu"]  # fmt: skip
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    from tests.small_animatediff import SHAPE, save_small_animatediff
-
     with tempfile.TemporaryDirectory() as place:
-        checkpoint = save_small_animatediff(Path(place) / "small")
-        model = ["--backbone=animatediff", f"--set=backbone.model={checkpoint}",
-                 f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
-                 f"--set=backbone.width={SHAPE.width}", "--device=cpu"]  # fmt: skip
-        found = hashes(Path(place), model)
+        found = hashes(Path(place), small_model(Path(place) / "small"))
     for name, digest in found.items():
         print(f"{digest}  {name}")
     if len(set(found.values())) > 1:

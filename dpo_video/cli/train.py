@@ -82,21 +82,34 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel="Run")
     ] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option(
+            "--auto-resume",
+            help="Go on with the run in --out if there is one, else start it.",
+            rich_help_panel="Run",
+        ),
+    ] = False,
 ) -> None:
     """Build pairs if need be, and train an adapter on them.
 
-    Repeat a run with --config runs/NAME/run.toml; go on with one by --out runs/NAME --resume.
+    Repeat a run with --config runs/NAME/run.toml; go on with one by --out runs/NAME --resume. One
+    command for machines that may be taken away, and for launchers that restart: --auto-resume.
     """  # fmt: skip
-    if resume:
-        if out is None:
-            raise UserError("Which run goes on? Name it: dpo-video train --out runs/NAME --resume")
-        if not (out / "run.toml").is_file():
-            raise RunError(f"'{out}' is not a run: it has no run.toml. Start it without --resume.")
+    if (resume or auto_resume) and out is None:
+        raise UserError("Which run goes on? Name it: dpo-video train --out runs/NAME --resume")
+    begun = out is not None and (out / "run.toml").is_file()
+    if resume and not begun:
+        raise RunError(f"'{out}' is not a run: it has no run.toml. Start it without --resume.")
+    if begun and not (resume or auto_resume):
+        raise RunError(
+            f"'{out}' holds a run already. Go on with it by --resume, or name another --out."
+        )
+    resume = False
+    if out is not None and begun:
         file = file or out / "run.toml"
         # Stopped before its first checkpoint, it has nothing to lose by beginning again.
         resume = (out / "checkpoints" / "latest").exists()
-    else:
-        _refuse_to_overwrite(out)
     config = resolve(
         file,
         assignments,
@@ -120,10 +133,17 @@ def train(
 
     from dpo_video.build import Worker
     from dpo_video.memory import check_backward
-    from dpo_video.session import accelerator_for, apply_labels, check_labeler, load_model
+    from dpo_video.session import (
+        accelerator_for,
+        apply_labels,
+        as_launched,
+        check_labeler,
+        load_model,
+    )
 
     check_backward(config.loss, config.memory)
     check_labeler(config)
+    config = as_launched(config)
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process
     if accelerator.is_main_process:
@@ -142,13 +162,6 @@ def train(
         )
     write_run(config, folder, accelerator)
     run_training(config, model, store, folder, accelerator, resume=resume)
-
-
-def _refuse_to_overwrite(out: Path | None) -> None:
-    if out is not None and (out / "run.toml").exists():
-        raise RunError(
-            f"'{out}' holds a run already. Go on with it by --resume, or name another --out."
-        )
 
 
 def _free_folder(config: Config) -> Path:
