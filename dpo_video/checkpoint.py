@@ -166,6 +166,9 @@ def write_checkpoint(
 def restore(out: Path, policy: PeftModel, optimizer: Any, identity: Identity, scaler: Any) -> Place:
     """Put a run's newest checkpoint into its adapter, optimizer, loss scaler and generators.
 
+    Behind a seal that holds is what this program wrote for this very run: where it does not load
+    all the same, that is a bug, and keeps its traceback.
+
     Raises:
         RunError: if there is none, it is damaged, or it is of another identity.
     """
@@ -174,22 +177,22 @@ def restore(out: Path, policy: PeftModel, optimizer: Any, identity: Identity, sc
     try:
         state = load_state(folder / "state.safetensors")
         weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-        set_peft_model_state_dict(policy, weights)
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None and state.get("scaler"):
-            scaler.load_state_dict(state["scaler"])
-        set_global_states(state["rng"])
-        place = Place(**{name: int(state[name]) for name in ("step", "place", "skipped")})
-        if min(place.step, place.place, place.skipped) < 0:
-            raise ValueError("it is of a step before the first")
-        return place
-    except Exception as error:  # a damaged file may make torch and PEFT raise anything
-        reason = (str(error).strip().split("\n") or [type(error).__name__])[0]
-        raise damaged(folder, reason) from error
+    except OSError as error:
+        raise damaged(folder, error.strerror or "it cannot be read") from error
+    set_peft_model_state_dict(policy, weights)
+    optimizer.load_state_dict(state["optimizer"])
+    if scaler is not None and state.get("scaler"):
+        scaler.load_state_dict(state["scaler"])
+    set_global_states(state["rng"])
+    return Place(**{name: state[name] for name in ("step", "place", "skipped")})
 
 
 def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
     """Put an adapter of PEFT's format on a network.
+
+    A stranger's files may make PEFT raise anything. Of those that this program has sealed, and that
+    are whole, only another network can be the reason; whatever else they raise is a bug, and keeps
+    its traceback.
 
     Args:
         network: The bare denoiser.
@@ -199,8 +202,10 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
     Raises:
         RunError: if it is damaged, no LoRA, or does not fit.
     """
+    expected: tuple[type[Exception], ...] = (Exception,)
     if (folder.parent / SEAL).exists():
         check_seal(folder.parent)
+        expected = (ValueError, RuntimeError)  # no such modules; weights of another shape
     try:
         config = json.loads((folder / "adapter_config.json").read_bytes())
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -208,7 +213,7 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError("it has no adapter_model.safetensors")
         return PeftModel.from_pretrained(network, str(folder))
-    except Exception as error:  # a stranger's file may make PEFT raise anything
+    except expected as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RunError(
             f"The adapter in '{folder}' does not fit this backbone ({reason}). {instead}"

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from conftest import SHAPE, load_small
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.build import BuildReport, Source, build, cycle_prompts, in_order, preview
+from dpo_video.build import (
+    BuildReport,
+    Source,
+    Worker,
+    build,
+    cycle_prompts,
+    in_order,
+    preview,
+)
 from dpo_video.errors import StoreError, UserError
 from dpo_video.evaluate import draw
 from dpo_video.pairs.jitter import Jitter
@@ -23,6 +32,7 @@ from dpo_video.testing import small_videos
 from dpo_video.types import Clip
 from dpo_video.video import read_video
 
+ALONE = Worker()
 CAPTIONS = ("a red square moving left slowly", "a blue star moving up quickly")
 
 
@@ -50,11 +60,13 @@ def small_build(
     builder: PairBuilder | None = None,
     previews: bool = True,
     seed: int = 0,
+    worker: Worker = ALONE,
 ) -> Iterator[BuildReport]:
     model = load_small(folder)
     settings = BuildSettings(count=pairs, previews=previews)
     builder = builder or Jitter(winner="clip")
-    return build(new_store(out, model), source, builder, model, settings, seed=seed)
+    store = new_store(out, model)
+    return build(store, source, builder, model, settings, seed=seed, worker=worker)
 
 
 def test_it_reports_every_pair(small_folder: Path, tmp_path: Path) -> None:
@@ -76,6 +88,59 @@ def test_what_is_there_is_not_made_again(small_folder: Path, tmp_path: Path) -> 
     cut, whole = (PairStore(tmp_path / name).batch(range(4)) for name in ("pairs", "whole"))
     assert torch.equal(cut.first, whole.first) and torch.equal(cut.second, whole.second)
     assert torch.equal(cut.first[:2], first.first)
+
+
+def files(folder: Path) -> dict[str, object]:
+    """A store's files; of pairs.jsonl, the lines in any order."""
+    found: dict[str, object] = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    found["pairs.jsonl"] = sorted((folder / "pairs.jsonl").read_bytes().splitlines())
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_in_any_order_and_killed_make_the_set_of_one(
+    small_folder: Path, tmp_path: Path, seed: int
+) -> None:
+    random, count = Random(seed), 7
+    list(small_build(small_folder, tmp_path / "one", count))
+    shared = tmp_path / "shared"
+
+    def started(number: int, of: int) -> Iterator[BuildReport]:
+        return small_build(small_folder, shared, count, worker=Worker(number=number, count=of))
+
+    of = 2 + seed % 2
+    workers = [started(number, of) for number in range(of)]
+    workers.append(started(0, of))  # by mistake, the same part twice
+    for _ in range(5):
+        try:
+            next(random.choice(workers))
+        except StopIteration:
+            continue
+        if random.random() < 0.5:  # a worker is killed within its next line
+            with (shared / "pairs.jsonl").open("ab") as file:
+                file.write(b'{"index":' * random.randrange(1, 3))
+    for number in range(of):
+        list(started(number, of))
+    assert files(shared) == files(tmp_path / "one")
+    assert PairStore(shared).digest == PairStore(tmp_path / "one").digest
+    assert list(started(0, 1)) == []
+
+
+def test_a_pair_counts_once_all_before_it_are_there(small_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pairs"
+    second = small_build(small_folder, out, 5, worker=Worker(number=1, count=2))
+    assert [report.done for report in second] == [1, 2]
+    store = PairStore(out)
+    assert (len(store), store.made, 1 in store, 0 in store) == (0, 2, True, False)
+    source = in_order(clips(i) for i in count())  # indices must grow, and do
+    list(small_build(small_folder, out, 5, source=source))
+    store.refresh()
+    assert (len(store), store.made) == (5, 5)
+    assert [row.source for row in store.rows] == [f"clip {i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("builder", [Jitter(), Local(steps=4)])
@@ -142,6 +207,7 @@ def test_what_is_not_finite_is_neither_stored_nor_drawn(
     good = new_store(tmp_path / "good", small_model)
     for _ in build(good, clips, Jitter(steps=2), small_model, BuildSettings(count=1), seed=0):
         pass
+    assert len(good) == 1
     next(small_model.denoiser.parameters()).data.fill_(torch.nan)
     store = new_store(tmp_path / "pairs", small_model)
     made = build(store, clips, Jitter(steps=2), small_model, BuildSettings(count=1), seed=0)

@@ -17,12 +17,14 @@ from conftest import SHAPE, load_small
 from safetensors.torch import load_file
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.checkpoint import SEAL, Seal, load_adapter, seal
 from dpo_video.errors import RunError, StoreError, TrainingError
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
 from dpo_video.runs import latest_checkpoint, read_log
 from dpo_video.settings import MemorySettings, TrainSettings
+from dpo_video.state import save_state
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import Loss
 from dpo_video.train import Progress, adapt, train
@@ -363,6 +365,38 @@ def test_a_damaged_checkpoint_is_said_and_the_earlier_ones_are_kept(
     (newest.parent / "latest").write_text("step_000001\n")
     resumed = run(small_folder, store, tmp_path / "run", settings, resume=True)
     assert [p.report.step for p in resumed] == [2]
+
+
+def test_behind_a_seal_that_holds_only_a_bug_is_left(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 2, "save_every": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    folder = latest_checkpoint(tmp_path / "run")
+    (folder.parent / "latest").write_text("step_000001\n")
+    folder = latest_checkpoint(tmp_path / "run")
+    sealed = Seal.model_validate_json((folder / SEAL).read_bytes())
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r": {}'))
+    save_state(folder / "state.safetensors", {"step": 1, "place": 1, "skipped": 0})
+
+    def load() -> object:
+        return load_adapter(load_small(small_folder).denoiser, folder / "adapter", "Do something.")
+
+    with pytest.raises(RunError, match="is damaged"):
+        run(small_folder, store, tmp_path / "run", settings, resume=True)
+    with pytest.raises(RunError, match="is damaged"):
+        load()
+    (folder / SEAL).unlink()
+    seal(folder, 1, sealed.identity)
+    with pytest.raises(KeyError, match="optimizer"):  # not a sentence about damage
+        run(small_folder, store, tmp_path / "run", settings, resume=True)
+    with pytest.raises(TypeError):
+        load()
+    (folder / SEAL).unlink()  # a stranger's
+    with pytest.raises(RunError, match=r"does not fit this backbone .* Do something\."):
+        load()
 
 
 def test_an_adapter_of_another_shape_is_not_resumed(
