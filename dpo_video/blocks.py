@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_video.errors import TrainingError
+from dpo_video.experts import Experts
 from dpo_video.offload import kept_on_host
 
 
@@ -35,6 +36,13 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
                 yield member
 
 
+def passes(network: nn.Module) -> list[list[nn.Module]]:
+    """Its blocks, those that a forward pass goes through together: of several experts, one's."""
+    experts = [module for module in network.modules() if isinstance(module, Experts)]
+    parts = [part for each in experts for part in (each.transformer, each.transformer_2)]
+    return [list(blocks(part)) for part in parts or [network]]
+
+
 def _has_layers(member: nn.Module) -> bool:
     """Whether it is made of more than one layer with weights."""
     layers = (m for m in member.modules() if next(m.parameters(recurse=False), None) is not None)
@@ -54,20 +62,21 @@ def checkpoint_blocks(
 
     Args:
         network: Any with lists of layers.
-        count: How many blocks, from both ends of the network inwards: in a UNet the outer ones hold
-            the most. All if left out.
+        count: How many blocks of a forward pass, from both ends of the network inwards: in a UNet
+            the outer ones hold the most. All if left out, and if there are no more.
         inputs_on_host: Keep what they were given in the host's memory until then.
 
     Raises:
         TrainingError: if the network has no blocks.
     """
-    found: list[Any] = list(blocks(network))
+    together: list[list[Any]] = passes(network)
+    found = [block for part in together for block in part]
     if not found:
         raise TrainingError(
             f"A {type(network).__name__} has no blocks that could be checkpointed: no list of "
             "layers. Set memory.checkpointing=none."
         )
-    chosen = from_outside_in(found)[:count]
+    chosen = [block for part in together for block in from_outside_in(part)[:count]]
     for block in found:
         if hasattr(block, "_computed"):
             block.forward = block._computed

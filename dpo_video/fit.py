@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from dpo_video.blocks import passes
 from dpo_video.errors import UserError
 from dpo_video.experts import Experts
 from dpo_video.frozen import Base, freeze, frozen_weights
@@ -40,13 +42,16 @@ EFFICIENCY = 0.35  # of a card's published operations per second that a step of 
 
 # A transformer's layers are all alike, so what it needs grows by the same with each from the second
 # on: it is run with so many. (Of Wan 14B, 3 and 5 layers say the same in every mode of `ladder`.)
+# Of layers that are checkpointed and layers that are not, each kind has a growth of its own, which
+# one more layer shows.
 LAYERS = (2, 3)
 DEEP = 12  # layers, from which on that spares time
 CHUNKS = 8  # of the modes that need least: from there on, other tensors are the widest
 
-Checkpointing = Literal["none", "blocks"]
+Checkpointing = Literal["none", "blocks"] | int
+"""A number is that of the blocks."""
 Backward = Literal["joint", "split", "linear"]
-CHECKPOINTINGS: tuple[Checkpointing, ...] = ("none", "blocks")
+CHECKPOINTINGS: tuple[Literal["none", "blocks"], ...] = ("none", "blocks")
 BACKWARDS: tuple[Backward, ...] = ("joint", "linear", "split")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -70,7 +75,9 @@ class Mode(Record):
 
     def __str__(self) -> str:
         """In few words."""
-        parts = [self.reference, self.checkpointing, self.backward]
+        again = self.checkpointing
+        parts = [self.reference, f"{again} blocks" if isinstance(again, int) else again]
+        parts += [self.backward]
         parts += [f"chunks={self.chunks}"] if self.chunks > 1 else []
         parts += [f"offload={','.join(self.offload)}"] if self.offload else []
         return " ".join(parts + ([self.base] if self.base != "native" else []))
@@ -123,6 +130,8 @@ class Forecast(Record):
     """Of the adapter."""
     latent_shape: tuple[int, int, int, int]
     """`(c, f, h, w)` of one video."""
+    blocks: int
+    """That a forward pass goes through, and that can be checkpointed."""
     precision: str
     pairs: int
     """That the whole run visits: steps, accumulation and batch."""
@@ -180,6 +189,7 @@ def forecast(
     checkpointings: Sequence[Checkpointing] = CHECKPOINTINGS,
     backwards: Sequence[Backward] = BACKWARDS,
     modes: Sequence[Mode] | None = None,
+    rehearsed: Rehearsed | None = None,
 ) -> Forecast:
     """Run the training's step on shapes, in every mode asked for.
 
@@ -191,6 +201,8 @@ def forecast(
         checkpointings: To predict, with every reference and backward pass, if no modes are given.
         backwards: The same.
         modes: To predict, instead.
+        rehearsed: What earlier calls for the same configuration have run, which spares it; what
+            this one runs is added.
 
     Raises:
         UserError: if the model's configuration cannot be read or the backbone cannot be outlined.
@@ -199,28 +211,100 @@ def forecast(
     parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
     asked = modes or [
         Mode(reference=name, checkpointing=checkpointing, backward=backward)
-        for checkpointing in sorted(checkpointings, key=CHECKPOINTINGS.index)
+        for checkpointing in checkpointings
         for backward in sorted(backwards, key=BACKWARDS.index)
         for name in references
     ]
     asked = [mode for mode in asked if mode.backward != "linear" or loss.uniform]
     stack = _stack(model.denoiser)
-
-    def rehearsed(layers: int | None) -> tuple[int, list[Need]]:
-        return _rehearse(backbone, references, loss, settings, asked, layers)
-
-    if stack is None:
-        trainable, needs = rehearsed(None)
-    else:
-        trainable, needs = _extrapolated(rehearsed(LAYERS[0]), rehearsed(LAYERS[1]), len(stack))
+    plans = [_plan(mode, None if stack is None else len(stack)) for mode in asked]
+    ran = Rehearsed() if rehearsed is None else rehearsed
+    terms = {(term.layers, term.mode): None for plan in plans for term in plan}
+    for layers in dict.fromkeys(layers for layers, _ in terms):
+        wanted = [mode for depth, mode in terms if depth == layers and (depth, mode) not in ran.of]
+        if wanted:
+            ran.trainable[layers], needs = _rehearse(
+                backbone, references, loss, settings, wanted, layers
+            )
+            ran.of.update({(layers, need.mode): need for need in needs})
     return Forecast(
         parameters=parameters,
-        trainable=trainable,
+        trainable=ran.adapter(None if stack is None else len(stack)),
         latent_shape=model.latent_shape,
+        blocks=len(passes(model.denoiser)[0]),
         precision=settings.precision,
         pairs=settings.steps * settings.accumulation * settings.batch,
-        needs=tuple(needs),
+        needs=tuple(_sum(mode, plan, ran.of) for mode, plan in zip(asked, plans, strict=True)),
     )
+
+
+class Rehearsed:
+    """What was run on shapes: by layers (None: all that there are) and mode."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[int | None, Mode], Need] = {}
+        self.trainable: dict[int | None, int] = {}
+
+    def adapter(self, layers: int | None) -> int:
+        """Parameters of an adapter, which grows by the same with every layer; 0 if none ran."""
+        if layers is None or not self.trainable:
+            return next(iter(self.trainable.values()), 0)
+        (few, adapter), (more, larger) = [
+            (depth or 0, size) for depth, size in self.trainable.items()
+        ][:2]
+        return adapter + (layers - few) * (larger - adapter) // (more - few)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """What a model of so many layers needs in a mode, taken so many times."""
+
+    layers: int | None
+    mode: Mode
+    times: int
+
+
+def _plan(mode: Mode, layers: int | None) -> list[_Term]:
+    """What a model of many equal layers needs, as a sum of what one of few layers does.
+
+    Every figure grows by the same with each layer that is checkpointed, and by the same with each
+    that is not: at the worst moment, the last checkpointed layer's backward pass, all of both kinds
+    before it are held. Only where one end is not checkpointed is that another moment.
+    """
+    count = mode.checkpointing
+    if layers is None:
+        return [_Term(None, mode, 1)]
+    few, more = LAYERS
+
+    def line(fewer: tuple[int, Mode], another: tuple[int, Mode], times: int) -> list[_Term]:
+        return [_Term(*fewer, -times), _Term(*another, times)]
+
+    def so_many(count: int) -> Mode:
+        return mode.model_copy(update={"checkpointing": count})
+
+    if not isinstance(count, int) or count >= layers:
+        full = mode if not isinstance(count, int) else so_many(more)
+        return [_Term(more, full, 1), *line((few, full), (more, full), layers - more)]
+    plain = layers - count
+    if count == 1:
+        start = few, so_many(1)
+        return [_Term(*start, 1), *line(start, (more, so_many(1)), plain - 1)]
+    start = more, so_many(2)
+    return [
+        _Term(*start, 1),
+        *line(start, (more + 1, so_many(2)), plain - 1),
+        *line(start, (more + 1, so_many(3)), count - 2),
+    ]
+
+
+def _sum(mode: Mode, plan: Sequence[_Term], found: Mapping[Any, Need]) -> Need:
+    first = found[plan[0].layers, plan[0].mode]
+    update: dict[str, Any] = {"mode": mode}
+    for figure in ("weights", "gradients", "optimizer", "activations", "flops", "host"):
+        update[figure] = sum(
+            term.times * getattr(found[term.layers, term.mode], figure) for term in plan
+        )
+    return first.model_copy(update=update)
 
 
 def _outline(
@@ -284,21 +368,6 @@ def _rehearse(
                         needs[mode] = rehearsal.like(done) or rehearsal.run()
                         done.append(rehearsal)
     return trainable, [needs[mode] for mode in modes]
-
-
-def _extrapolated(
-    before: tuple[int, list[Need]], last: tuple[int, list[Need]], layers: int
-) -> tuple[int, list[Need]]:
-    """What so many layers need, if every figure grows by the same with every layer."""
-    further = layers - LAYERS[1]
-    needs = []
-    for fewer, more in zip(before[1], last[1], strict=True):
-        update = {}
-        for figure in ("weights", "gradients", "optimizer", "activations", "flops", "host"):
-            value = getattr(more, figure)
-            update[figure] = value + further * (value - getattr(fewer, figure))
-        needs.append(more.model_copy(update=update))
-    return last[0] + further * (last[0] - before[0]), needs
 
 
 class _Rehearsal:

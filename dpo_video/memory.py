@@ -12,7 +12,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_video.blocks import checkpoint_blocks, run_in_chunks
-from dpo_video.diffusion import Inputs, noised, pair_errors, reference_predictions, signed_errors
+from dpo_video.diffusion import (
+    Inputs,
+    loss_of,
+    noised,
+    pair_errors,
+    reference_predictions,
+    signed_errors,
+)
 from dpo_video.errors import TrainingError
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import Anchor, Loss, VideoModel
@@ -25,12 +32,19 @@ def arrange(network: nn.Module, memory: MemorySettings) -> None:
     """Let a network run as the modes ask for. Called again, it replaces what it did before.
 
     Raises:
-        TrainingError: if the network has no parts of the kind that a mode is about.
+        TrainingError: if the network has no parts of the kind that a mode is about, or nobody has
+            chosen yet how many.
     """
     if memory.chunks > 1 or _has(network, "_chunks"):
         run_in_chunks(network, memory.chunks)
-    if memory.checkpointing == "blocks" or _has(network, "_computed"):
-        count = None if memory.checkpointing == "blocks" else 0
+    if memory.checkpointing == "auto":
+        raise TrainingError(
+            "memory.checkpointing=auto is chosen before training: by `dpo-video train`, or by "
+            "dpo_video.budget.fewest_blocks. Set the number of blocks."
+        )
+    asked = memory.checkpointing
+    if asked != "none" or _has(network, "_computed"):
+        count = asked if isinstance(asked, int) else {"none": 0, "blocks": None}[asked]
         checkpoint_blocks(network, count, inputs_on_host="checkpoints" in memory.offload)
 
 
@@ -148,7 +162,7 @@ class Step:
             errors = pair_errors(
                 self.model, self.policy, self.anchor, batch, noise, level, known=known
             )
-        output = self.loss(errors)
+        output = loss_of(self.loss, errors)
         self.backward(output.loss.mean() * share)
         return _detached(output)
 
@@ -231,7 +245,7 @@ class _Pair:
             region=self.batch.region,
             strength=self.batch.strength,
         )
-        output = loss(errors)
+        output = loss_of(loss, errors)
         of_first, of_second = torch.autograd.grad(
             output.loss.mean() * self.share,
             (errors.policy_first, errors.policy_second),

@@ -71,6 +71,17 @@ def _listed(value: Any) -> Any:
     return () if value == "none" else tuple(part.strip() for part in value.split(","))
 
 
+def _checkpointing(value: Any) -> Any:
+    words = ("none", "blocks", "auto")
+    if value not in words and (type(value) is not int or value < 0):
+        raise ValueError("it is neither none, blocks, auto nor a number of blocks")
+    return "none" if value == 0 else value
+
+
+def _budget(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 class MemorySettings(Settings):
     """[memory]: what a training step holds at once.
 
@@ -78,9 +89,18 @@ class MemorySettings(Settings):
     in another one.
     """
 
-    checkpointing: Literal["none", "blocks"] = "none"
+    checkpointing: Annotated[
+        Literal["none", "blocks", "auto"] | int, BeforeValidator(_checkpointing)
+    ] = "none"
     """Keep what each residual and transformer block of the network was given and compute the rest
-    again for its backward pass: most of the activations less, a quarter more time or so."""
+    again for its backward pass: most of the activations less, a quarter more time or so. A number
+    does so with that many blocks, from both ends inwards. auto takes the fewest that fit `budget`,
+    found by what `dpo-video fit` predicts; the run's run.toml has the number."""
+    budget: Annotated[
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, BeforeValidator(_budget)
+    ] = None
+    """GiB that checkpointing=auto may fill; all that the GPU has when not set, or set to auto, and
+    for `fit` all that the card of --tier has. Nothing else looks at it."""
     backward: Literal["joint", "split", "linear"] = "joint"
     """How many graphs are alive at once. joint: those of both videos of all pairs of a batch.
     split: that of one video, for any loss and batch; one more forward pass a pair. linear: that of
@@ -102,7 +122,6 @@ class MemorySettings(Settings):
     """The frozen weights of all blocks: as they are, or in 8 or 4 bits. That changes the numbers:
     policy and reference are then another model, and the run says so wherever its model is named.
     nf4 needs bitsandbytes: pip install 'dpo-video[nf4]'."""
-
     shard: int = Field(default=1, ge=1)
     """Processes that hold the frozen weights of all blocks together, each as many; they gather a
     layer's when it runs, which takes time. It is what FSDP and ZeRO-3 do, and goes with any base

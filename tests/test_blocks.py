@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from small_animatediff import load_small
+from small_cogvideox import load_small_cogvideox, save_small_cogvideox
 from small_wan import load_small_wan, save_small_wan
 from torch import Tensor, nn
 
-from dpo_video.blocks import blocks, checkpoint_blocks, from_outside_in, run_in_chunks
+from dpo_video.blocks import blocks, checkpoint_blocks, from_outside_in, passes, run_in_chunks
 from dpo_video.errors import TrainingError
+from dpo_video.experts import Experts
 from dpo_video.peak import Peak, peak_bytes
 from dpo_video.settings import TrainSettings
 from dpo_video.train import adapt
@@ -60,6 +62,12 @@ def transformer(small_wan: Path) -> Network:
     return Network(load_small_wan(small_wan))
 
 
+@pytest.fixture
+def joint_transformer(tmp_path: Path) -> Network:
+    """Of CogVideoX: text and video in one sequence."""
+    return Network(load_small_cogvideox(save_small_cogvideox(tmp_path, num_layers=3)))
+
+
 @pytest.fixture(params=["unet", "transformer"])
 def network(request: pytest.FixtureRequest) -> Network:
     found: Network = request.getfixturevalue(request.param)
@@ -100,6 +108,27 @@ def test_the_more_blocks_are_checkpointed_the_less_is_held(unet: Network) -> Non
         assert checkpoint_blocks(unet.policy, count) == {0: 0, 6: 6, None: 18}[count]
         peaks.append(unet.peak().activations)
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
+
+
+@pytest.mark.parametrize("family", ["unet", "transformer", "joint_transformer"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_some_blocks_computed_again_change_no_bit(
+    request: pytest.FixtureRequest, family: str, count: int
+) -> None:
+    network: Network = request.getfixturevalue(family)
+    plain = network.gradient()
+    assert checkpoint_blocks(network.policy, count) == count
+    assert torch.equal(plain, network.gradient())
+
+
+def test_of_two_experts_each_has_so_many(small_wan: Path) -> None:
+    one, other = load_small_wan(small_wan).denoiser, load_small_wan(small_wan).denoiser
+    experts = Experts(one, other, boundary=500, park=False)
+    assert [len(together) for together in passes(experts)] == [2, 2]
+    assert checkpoint_blocks(experts, 1) == 2
+    assert all(
+        len([b for b in blocks(each) if "_computed" in vars(b)]) == 1 for each in (one, other)
+    )
 
 
 def test_blocks_are_counted_from_both_ends() -> None:

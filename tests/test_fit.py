@@ -179,22 +179,24 @@ def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         forecast(AnimateDiff(model=str(tmp_path)), REFERENCES, Global(), SETTINGS)
 
 
+# Blocks checkpointed: all; at one end alone; more in front than behind.
+@pytest.mark.parametrize("counts", [("blocks",), (1, 5)], ids=str)
 def test_a_transformer_of_many_layers_is_what_its_first_layers_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[Checkpointing, ...]
 ) -> None:
     folder = tmp_path / "thin"
     shutil.copytree(FOLDER / "wan2.1-t2v-1.3b", folder)
     path = folder / "transformer" / "config.json"
     thin = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 13}
     path.write_text(json.dumps({**json.loads(path.read_text()), **thin, "text_dim": 8}))
-    backbone = Wan(model=str(folder), frames=5, height=32, width=32, text_length=4)
+    backbone = Wan(model=str(folder), frames=33, height=128, width=128, text_length=4)
     references = {"toggle": Toggle()}
     settings = SETTINGS.model_copy(update={"precision": "bf16"})
 
     def found() -> Forecast:
         return forecast(
             backbone, references, Global(), settings,
-            checkpointings=["blocks"], backwards=["split"],
+            checkpointings=counts, backwards=["split" if counts == ("blocks",) else "joint"],
         )  # fmt: skip
 
     short = found()

@@ -18,6 +18,7 @@ KINDS = set(registry.KINDS)
 FOUNDATION = {"errors", "types", "settings"}
 ENGINES = {
     "bench_plot",
+    "budget",
     "build",
     "check",
     "train",

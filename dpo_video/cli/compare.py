@@ -17,6 +17,7 @@ from rich.console import Console
 
 from dpo_video.cli.build import obtain_pairs, progress_bar
 from dpo_video.cli.evaluate import evaluate_run
+from dpo_video.cli.fit import choose_blocks
 from dpo_video.cli.options import Device, Json, console
 from dpo_video.cli.train import run_training, write_run
 from dpo_video.errors import UserError
@@ -64,7 +65,7 @@ def compare(
     flags = {"train.steps": steps, "evaluate.seeds": videos, "run.device": device}
     # Every recipe is resolved before the first is run: a typo must not surface after an hour.
     work = [
-        (recipe.name, seed, recipe.resolve({**flags, "run.seed": seed}))
+        (recipe.name, seed, _settled(recipe.resolve({**flags, "run.seed": seed})))
         for recipe in chosen
         for seed in training_seed or recipe.seeds
     ]
@@ -134,6 +135,15 @@ class _Recipe:
             )
         except UserError as error:
             raise UserError(f"Recipe '{self.name}' of '{self.file}': {error}") from error
+
+
+def _settled(config: Config) -> Config:
+    """With a number in the place of checkpointing=auto, as run.toml will have it."""
+    if config.memory.checkpointing != "auto":
+        return config
+    from dpo_video.session import pick_device
+
+    return choose_blocks(config, device=pick_device(config.run.device))
 
 
 def _texts(flags: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from dpo_video.config import Config
-    from dpo_video.fit import Forecast, Mode, Need
+    from dpo_video.fit import Forecast, Mode, Need, Rehearsed
     from dpo_video.tiers import Tier as Card
 
 DOES_NOT_FIT = 3  # exit code
@@ -61,7 +62,8 @@ def fit(
         file, assignments, backbone=backbone, loss=loss, reference=reference, tier=tier
     )
     card = find_tier(tier) if tier else None
-    found = predict(config)
+    config = choose_blocks(config, memory_gib=card.memory_gib if card else None)
+    found = predict(config, card=card)
     asked = found.of(mode_of(config))
     assert asked is not None
     best = found.best(card.memory_gib * 2**30) if card else None
@@ -74,23 +76,98 @@ def fit(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def predict(config: Config, *, alone: bool = False) -> Forecast:
-    """The forecast of a configuration: of all modes, or of its own alone."""
+def predict(config: Config, *, alone: bool = False, card: Card | None = None) -> Forecast:
+    """The forecast of a configuration: of all modes, or of its own alone.
+
+    For a card also of the one that checkpoints the fewest blocks, if that is neither none nor all.
+    """
     import diffusers
 
-    from dpo_video import registry
-    from dpo_video.fit import forecast, ladder
+    from dpo_video.fit import Rehearsed, forecast, ladder
 
     diffusers.utils.logging.set_verbosity_error()  # remarks on configurations of older versions
     mine = config.tables["reference"]["name"]
     references: dict[str, Any] = {mine: config.reference}
     modes = [mode_of(config)]
     if not alone:
-        others = {name: registry.load("reference", name)() for name in REFERENCES}
+        others = {name: _reference(name) for name in REFERENCES}
         references = {**others, **references}
         shown = ladder(list(references), config.loss)
         modes = [*shown, *(mode for mode in modes if mode not in shown)]
-    return forecast(config.backbone, references, config.loss, config.train, modes=modes)
+    ran = Rehearsed()
+    found = forecast(
+        config.backbone, references, config.loss, config.train, modes=modes, rehearsed=ran
+    )
+    if card is not None and (need := _fewest(config, found, card, ran)):
+        needs = [*found.needs, need]
+        needs.sort(key=lambda each: -each.card)
+        found = found.model_copy(update={"needs": tuple(needs)})
+    return found
+
+
+def _fewest(config: Config, found: Forecast, card: Card, ran: Rehearsed) -> Need | None:
+    """What fits the card with the fewest blocks checkpointed, if that is neither none nor all.
+
+    Of the first backward pass with which all of them would fit.
+    """
+    from dpo_video.budget import fewest_blocks
+    from dpo_video.fit import BACKWARDS, Mode
+
+    name = REFERENCES[0]
+    mine = config.reference if config.tables["reference"]["name"] == name else _reference(name)
+    for backward in BACKWARDS:
+        mode = Mode(reference=name, checkpointing="blocks", backward=backward)
+        full, plain = found.of(mode), found.of(mode.model_copy(update={"checkpointing": "none"}))
+        if full is None or not _holds(card, full):
+            continue
+        if plain is not None and _holds(card, plain):
+            return None
+        memory = card.memory_gib * 2**30
+        need = fewest_blocks(
+            config.backbone, mine, config.loss, config.train, mode, memory, rehearsed=ran
+        ).need
+        return need if found.of(need.mode) is None else None
+    return None
+
+
+def choose_blocks(
+    config: Config, *, memory_gib: float | None = None, device: torch.device | None = None
+) -> Config:
+    """The configuration with a number in the place of checkpointing=auto; said in a line.
+
+    Args:
+        config: As it was asked for.
+        memory_gib: Of the card that the run is for, where memory.budget is not set.
+        device: That it will run on, if nothing names a card; any GPU that is here if left out.
+
+    Raises:
+        UserError: if nobody says how much memory there is, or no number fits.
+    """
+    if config.memory.checkpointing != "auto":
+        return config
+    from dpo_video.budget import fewest_blocks
+
+    gib = config.memory.budget or memory_gib or _memory_of(device)
+    choice = fewest_blocks(
+        config.backbone, config.reference, config.loss, config.train, mode_of(config), gib * 2**30
+    )
+    console.print(str(choice), highlight=False)
+    chosen = {"checkpointing": choice.need.mode.checkpointing}
+    tables = {**config.tables, "memory": {**config.tables["memory"], **chosen}}
+    return replace(config, memory=config.memory.model_copy(update=chosen), tables=tables)
+
+
+def _memory_of(device: torch.device | None) -> float:
+    """GiB of a GPU."""
+    import torch
+
+    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    where = f"on the device {device.type}" if device is not None else "without a GPU"
+    raise UserError(
+        f"memory.checkpointing=auto has no budget {where}. Set memory.budget=GIB, the memory that "
+        "training may fill."
+    )
 
 
 def mode_of(config: Config) -> Mode:
@@ -99,10 +176,16 @@ def mode_of(config: Config) -> Mode:
     from dpo_video.memory import check_backward
 
     check_backward(config.loss, config.memory)
-    return Mode(
-        reference=config.tables["reference"]["name"],
-        **config.memory.model_dump(include=set(Mode.model_fields)),
-    )
+    options = config.memory.model_dump(include=set(Mode.model_fields))
+    if options["checkpointing"] == "auto":  # not chosen yet
+        options["checkpointing"] = "blocks"
+    return Mode(reference=config.tables["reference"]["name"], **options)
+
+
+def _reference(name: str) -> Any:
+    from dpo_video import registry
+
+    return registry.load("reference", name)()
 
 
 def warn_if_too_large(config: Config, device: torch.device) -> None:
@@ -147,7 +230,8 @@ def _changes(need: Need, asked: Need) -> str:
 
 def _brief(mode: Mode) -> str:
     """A mode in at most 40 characters."""
-    parts = [mode.reference, "" if mode.checkpointing == "none" else mode.checkpointing]
+    again = f"{mode.checkpointing} blocks" if isinstance(mode.checkpointing, int) else "blocks"
+    parts = [mode.reference, "" if mode.checkpointing == "none" else again]
     parts += [mode.backward, f"/{mode.chunks}" if mode.chunks > 1 else ""]
     parts += [f"host:{''.join(part[0] for part in mode.offload)}" if mode.offload else ""]
     parts += [mode.base if mode.base != "native" else ""]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_video.cli.build import obtain_pairs, progress_bar
-from dpo_video.cli.fit import warn_if_too_large
+from dpo_video.cli.fit import choose_blocks, warn_if_too_large
 from dpo_video.cli.options import (
     Assignments,
     Backbone,
@@ -146,7 +146,9 @@ def train(
     config = as_launched(config)
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process
-    if accelerator.is_main_process:
+    if config.memory.checkpointing == "auto":
+        config = choose_blocks(config, device=accelerator.device)
+    elif accelerator.is_main_process:
         warn_if_too_large(config, accelerator.device)
     model = load_model(config, accelerator.device)
     sharing = Worker(number=accelerator.process_index, count=accelerator.num_processes)

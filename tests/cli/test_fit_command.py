@@ -27,7 +27,7 @@ def predicted() -> dict[str, Forecast]:
 def arguments(
     small_folder: Path, predicted: dict[str, Forecast], monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    def once(config: Config) -> Forecast:
+    def once(config: Config, *, card: object) -> Forecast:
         if "all" not in predicted:
             predicted["all"] = predict(config)
         return predicted["all"]
