@@ -99,8 +99,8 @@ def predict(config: Config, *, alone: bool = False, card: Card | None = None) ->
         config.backbone, references, config.loss, config.train, modes=modes, rehearsed=ran
     )
     if card is not None and (need := _fewest(config, found, card, ran)):
-        needs = [*found.needs, need]
-        needs.sort(key=lambda each: -each.card)
+        needs = list(found.needs)
+        needs.insert(next(n for n, each in enumerate(needs) if each.card < need.card), need)
         found = found.model_copy(update={"needs": tuple(needs)})
     return found
 
