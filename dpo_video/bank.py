@@ -29,7 +29,7 @@ from dpo_video.digests import tensors_digest
 from dpo_video.errors import StoreError
 from dpo_video.files import write_tensors, write_text, writing
 from dpo_video.statistics import Record
-from dpo_video.store import PairStore
+from dpo_video.store import PairStore, locked
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Latents
 
@@ -120,7 +120,9 @@ class Bank:
         path = self.folder / "bank.json"
         if not path.exists():
             with writing(self.folder):
-                write_text(path, manifest.model_dump_json(indent=2) + "\n")
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with locked(self.folder):
+                    write_text(path, manifest.model_dump_json(indent=2) + "\n")
         try:
             found = BankManifest.model_validate_json(path.read_bytes())
         except ValidationError:
@@ -206,7 +208,7 @@ class Bank:
 
     def _save(self, visit: Visit, prediction: Latents, digest: str) -> None:
         first, second = prediction.cpu()
-        with writing(self.folder):
+        with writing(self.folder), locked(self.folder):  # another run may fill the same bank
             write_tensors(
                 self._path(visit), {"first": first, "second": second}, metadata={"pair": digest}
             )

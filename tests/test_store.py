@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,36 +19,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_pairs import MANIFEST, SHAPE, context_of, random_pair
 from test_build import small_build
 
 from dpo_video import files
 from dpo_video.errors import StoreError, UserError
 from dpo_video.files import write_tensors, write_text, writing
-from dpo_video.store import Manifest, PairStore
-from dpo_video.types import Context, Pair
-
-SHAPE = (2, 4, 3, 3)
-MANIFEST = Manifest(recipe={"seed": 0}, identity="0123", latent_shape=SHAPE, fps=8.0)
-
-
-def random_pair(seed: int, prompt: str = "a red square") -> Pair:
-    generator = torch.Generator().manual_seed(seed)
-    first, other = torch.randn(2, *SHAPE, generator=generator)
-    region = (torch.rand(1, *SHAPE[1:], generator=generator) < 0.5).float()
-    return Pair(
-        first=first,
-        second=torch.where(region > 0, other, first),
-        preference=torch.rand(SHAPE[1], generator=generator) * 2 - 1,
-        region=region,
-        prompt=prompt,
-        source=f"clip {seed}",
-        strength=0.75,
-    )
-
-
-def context_of(prompt: str) -> Context:
-    generator = torch.Generator().manual_seed(len(prompt))
-    return {"prompt_embeds": torch.randn(1, 5, 3, generator=generator)}
+from dpo_video.store import PairStore
 
 
 def add(store: PairStore, *seeds: int, prompt: str = "a red square") -> None:
@@ -149,6 +127,85 @@ def test_the_order_of_options_does_not_matter() -> None:
     one, other = ({"a": 1, "b": 2}, {"b": 2, "a": 1})
     keys = {MANIFEST.model_copy(update={"recipe": recipe}).key for recipe in (one, other)}
     assert len(keys) == 1
+
+
+# --- many writers ----------------------------------------------------------------------------
+
+
+def test_a_pair_that_another_worker_has_made_stays_as_it_is(store: PairStore) -> None:
+    other = PairStore(store.folder)
+    add(store, 0, 1)
+    whole = contents(store.folder)
+    other.append(random_pair(9), context_of("x"), index=1, preview=lambda path: path.touch())
+    assert contents(store.folder) == whole
+    other.append(random_pair(2), context_of(random_pair(2).prompt))  # the next that is missing
+    assert [row.source for row in PairStore(store.folder).rows] == ["clip 0", "clip 1", "clip 2"]
+
+
+def test_workers_that_append_at_once_lose_nothing(store: PairStore) -> None:
+    """Each adds its own pairs as fast as it can, and a process among them is killed."""
+    program = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from small_pairs import context_of, random_pair
+        from dpo_video.store import PairStore
+        store = PairStore(Path(sys.argv[1]))
+        for index in range(0, 10_000, 3):
+            pair = random_pair(index)
+            store.append(pair, context_of(pair.prompt), index)
+            print(index, flush=True)
+    """)
+
+    def work(first: int) -> None:
+        mine, index = PairStore(store.folder), first
+        while process.poll() is None:
+            mine.append(random_pair(index), context_of(random_pair(index).prompt), index)
+            index += 3
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(store.folder)], stdout=subprocess.PIPE, text=True
+    )
+    with process, ThreadPoolExecutor(2) as pool:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
+        done = [pool.submit(work, first) for first in (1, 2)]
+        while int(process.stdout.readline()) < 30:
+            pass
+        process.kill()
+        process.communicate()
+        for each in done:
+            each.result()
+    store.refresh()
+    count = max(30, store.made)
+    for index in range(count):
+        store.append(random_pair(index), context_of(random_pair(index).prompt), index)
+    opened = PairStore(store.folder)
+    assert opened.made >= len(opened) >= count
+    assert [row.source for row in opened.rows] == [f"clip {i}" for i in range(len(opened))]
+    assert torch.equal(opened.batch(range(30)).first[20], random_pair(20).first)
+    lines = (store.folder / "pairs.jsonl").read_bytes().splitlines()
+    assert len(lines) == len(set(lines)) == opened.made
+
+
+# --- an older version ------------------------------------------------------------------------
+
+
+def test_a_store_of_version_1_is_read_and_gone_on_with(store: PairStore, tmp_path: Path) -> None:
+    old = PairStore.create(tmp_path / "old", MANIFEST.model_copy(update={"version": 1}))
+    tie = replace(random_pair(1), preference=torch.zeros(SHAPE[1]))
+    for each in (store, old):
+        each.append(random_pair(0), context_of(random_pair(0).prompt))
+        each.append(tie, context_of(tie.prompt))
+    assert b"preference" not in (old.folder / "pairs.jsonl").read_bytes()
+    old, new = PairStore(old.folder), PairStore(store.folder)
+    assert old.manifest.version == 1 and new.manifest.version == 2
+    assert old.manifest.key == new.manifest.key  # the same recipe finds the old folder
+    assert old.decided() == new.decided() == [0]
+    assert torch.equal(old.preference(0), new.preference(0))
+    # As that version wrote and hashed it: runs on such a store can be gone on with.
+    text = (old.folder / "pairs.jsonl").read_bytes().replace(b"\n", b"")
+    assert old.digest == hashlib.sha256(old.manifest.key.encode() + text).hexdigest()[:16]
 
 
 # --- damage ----------------------------------------------------------------------------------

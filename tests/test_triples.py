@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_store import MANIFEST, random_pair
+from small_pairs import MANIFEST, random_pair
 
 from dpo_video.errors import StoreError, UserError
 from dpo_video.store import PairStore

@@ -21,6 +21,7 @@ from dpo_video.cli import (
     fit,
     generate,
     label,
+    pack,
     show,
     train,
 )
@@ -44,6 +45,7 @@ app.command("export")(export.export)
 app.command("build")(build.build)
 app.command("label")(label.label)
 app.command("check")(check.check)
+app.command("pack")(pack.pack)
 app.command("export-pairs")(export_pairs.export_pairs)
 app.command("list")(listing.list_strategies)
 app.command("show")(show.show)
