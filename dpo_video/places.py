@@ -68,7 +68,7 @@ class Folder(Place):
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
         """See `Place`."""
         found = []
-        with (self._folder / name).open("rb") as file:
+        with (self._folder / name).open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if any(not 0 <= start <= stop <= size for start, stop in spans):
                 raise OSError("it is shorter than it says")  # and no memory is taken for it

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, final
 
@@ -61,10 +61,17 @@ _HEADER = TypeAdapter(dict[str, _Tensor])
 
 
 @dataclass(frozen=True)
-class _Header:
-    tensors: Mapping[str, _Tensor]
-    start: int
-    """The file's byte that the tensors' offsets count from."""
+class _Layout:
+    """Where the bytes of some tensors, or of a row of each, are in a file."""
+
+    head: bytes
+    """What makes a safetensors file of them when their bytes follow."""
+    spans: Sequence[tuple[int, int]]
+    """Per tensor, the first row's first byte and a row's number of bytes."""
+
+    def read(self, place: Place, file: str, row: int = 0) -> dict[str, Tensor]:
+        spans = [(start + row * each, start + (row + 1) * each) for start, each in self.spans]
+        return load(b"".join([self.head, *place.parts(file, spans)]))
 
 
 @final
@@ -76,7 +83,7 @@ class Shards:
         self._at = {
             name: (shard, row) for shard in index.shards for row, name in enumerate(shard.holds)
         }
-        self._headers: dict[str, _Header] = {}
+        self._layouts: dict[tuple[str, tuple[str, ...]], _Layout] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._at
@@ -85,64 +92,54 @@ class Shards:
         """The shard that holds it."""
         return self._at[name][0].file
 
-    def read(self, name: str, only: Collection[str] = ()) -> dict[str, Tensor]:
+    def read(self, name: str, only: Sequence[str] = ()) -> dict[str, Tensor]:
         """The tensors of a pair or a prompt, all or some.
 
         Raises:
             OSError: if the shard is missing or damaged.
             ValueError: if it is not what the index says.
+            SafetensorError: if the tensors are none.
         """
         shard, row = self._at[name]
-        header = self._headers.get(shard.file)
-        if header is None:  # twice from two threads does no harm
-            header = self._headers[shard.file] = read_header(self._place, shard.file)
-        rows = len(shard.holds)
-        wanted = {}
-        for tensor, told in header.tensors.items():
-            begin, end = told.data_offsets
-            if told.shape[:1] != (rows,) or (end - begin) % rows or end < begin:
-                raise ValueError(f"'{tensor}' does not have the {rows} rows that {INDEX} tells")
-            each = (end - begin) // rows
-            if not only or tensor in only:
-                wanted[tensor] = _Tensor(
-                    dtype=told.dtype,
-                    shape=told.shape[1:],
-                    data_offsets=(begin + row * each, begin + (row + 1) * each),
-                )
-        return _read(self._place, shard.file, _Header(wanted, header.start))
+        layout = self._layouts.get((shard.file, tuple(only)))
+        if layout is None:  # twice from two threads does no harm
+            layout = _layout(self._place, shard.file, only, len(shard.holds))
+            self._layouts[shard.file, tuple(only)] = layout
+        return layout.read(self._place, shard.file, row)
 
 
-def read_some(place: Place, file: str, only: Collection[str]) -> dict[str, Tensor]:
+def read_some(place: Place, file: str, only: Sequence[str]) -> dict[str, Tensor]:
     """Some tensors of a safetensors file, without reading the others; errors as `Shards.read`."""
-    header = read_header(place, file)
-    wanted = {name: told for name, told in header.tensors.items() if name in only}
-    return _read(place, file, _Header(wanted, header.start))
+    return _layout(place, file, only).read(place, file)
 
 
-def read_header(place: Place, file: str) -> _Header:
-    """What a safetensors file says of itself; OSError or ValueError if it is none of ours."""
+def _layout(place: Place, file: str, only: Sequence[str], rows: int | None = None) -> _Layout:
+    """Of the tensors of these names, or of all; whole ones where no number of rows is given."""
     (length,) = struct.unpack("<Q", place.parts(file, [(0, 8)])[0])
     if length > LONGEST:
         raise ValueError("its header is too long")
-    (text,) = place.parts(file, [(8, 8 + length)])
+    told, spans, end = {}, [], 0
+    for name, tensor in _parse_header(place.parts(file, [(8, 8 + length)])[0]).items():
+        start, stop = tensor.data_offsets
+        if rows is not None and tensor.shape[:1] != (rows,):
+            raise ValueError(f"'{name}' does not have the {rows} rows that {INDEX} tells")
+        if only and name not in only:
+            continue
+        each = (stop - start) // (rows or 1)
+        spans.append((8 + length + start, each))
+        shape = tensor.shape if rows is None else tensor.shape[1:]
+        told[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": (end, end + each)}
+        end += each
+    text = json.dumps(told).encode()  # safetensors checks that all of it fits together
+    return _Layout(struct.pack("<Q", len(text)) + text, spans)
+
+
+def _parse_header(text: bytes) -> dict[str, _Tensor]:
     try:
         found = json.loads(text)
         if not isinstance(found, dict):
             raise ValueError("its header is no table")
         found.pop("__metadata__", None)
-        return _Header(_HEADER.validate_python(found), 8 + length)
+        return _HEADER.validate_python(found)
     except (ValidationError, RecursionError) as error:
         raise ValueError("its header is damaged") from error
-
-
-def _read(place: Place, file: str, header: _Header) -> dict[str, Tensor]:
-    """Fetch the bytes and let safetensors make tensors of them, and check them."""
-    spans = [tensor.data_offsets for tensor in header.tensors.values()]
-    parts = place.parts(file, [(header.start + a, header.start + b) for a, b in spans])
-    told, end = {}, 0
-    for (name, tensor), part in zip(header.tensors.items(), parts, strict=True):
-        offsets = (end, end + len(part))
-        told[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        end += len(part)
-    text = json.dumps(told).encode()
-    return load(struct.pack("<Q", len(text)) + text + b"".join(parts))

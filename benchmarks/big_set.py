@@ -1,0 +1,174 @@
+"""A set of 100,000 small pairs: made, opened, read in random order, as files and packed.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.big_set --out benchmarks/results/0.1.0/big_set.json
+
+Every figure of reading is of a process of its own, which does nothing else. `bare` are the same
+files read by the standard library, whole, in the same order: what no reader can go below. All
+files are in the system's cache, as far as they fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+SHAPE = (4, 8, 8, 8)
+PROMPTS = 1000
+READS = 20_000  # at random, after the first pass over all pairs
+
+
+def resident() -> float:
+    """MiB of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+
+
+def timed(act: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    done = act()
+    return round(time.perf_counter() - started, 3), done
+
+
+def make(folder: Path, count: int, synced: bool) -> float:
+    """Append pairs; pairs per second. Without syncing each to the disk unless asked for."""
+    import torch
+
+    from dpo_video.store import Manifest, PairStore
+    from dpo_video.types import Pair
+
+    if not synced:
+        os.fsync = lambda descriptor: None  # type: ignore[assignment]
+    manifest = Manifest(recipe={}, identity="none", latent_shape=SHAPE, fps=8.0)
+    store = PairStore.create(folder, manifest)
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.randn(PROMPTS, 1, 16, 64, generator=generator)
+    started = time.perf_counter()
+    for index in range(count):
+        first, second = torch.randn(2, *SHAPE, generator=generator)
+        preference = torch.full(SHAPE[1:2], float(index % 50 > 0))  # now and then a tie
+        pair = Pair(
+            first=first, second=second, preference=preference, region=torch.ones(1, *SHAPE[1:]),
+            prompt=f"a square that moves like number {index % PROMPTS}", source=f"clip {index}",
+        )  # fmt: skip
+        store.append(pair, {"prompt_embeds": contexts[index % PROMPTS].clone()})
+    return round(count / (time.perf_counter() - started), 1)
+
+
+def opened(folder: Path) -> dict[str, Any]:
+    """What opening takes and how much memory."""
+    from dpo_video.store import PairStore
+
+    before = resident()
+    opening, store = timed(lambda: PairStore(folder))
+    after = resident()
+    deciding, decided = timed(store.decided)
+    hashing, _ = timed(lambda: store.digest)
+    return {
+        "pairs": len(store), "decided": len(decided), "open s": opening, "decided s": deciding,
+        "digest s": hashing, "MiB before": before, "MiB of rows": round(after - before, 1),
+    }  # fmt: skip
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Every pair once in random order, then some again: the memory must not grow."""
+    import torch
+
+    from dpo_video.store import PairStore
+
+    store = PairStore(folder)
+    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(1)).tolist()
+    for index in order[:1000]:
+        store.batch([index])
+    start = resident()
+    first, _ = timed(lambda: [store.batch([index]) and None for index in order])
+    end = resident()
+    again, _ = timed(lambda: [store.batch([index]) and None for index in order[:READS]])
+    return {
+        "pairs/s": round(min(READS, len(order)) / again), "first pass pairs/s":
+        round(len(order) / first), "MiB after 1,000 pairs": start, "MiB after all": end,
+    }  # fmt: skip
+
+
+def bare(folder: Path) -> dict[str, Any]:
+    """The files of each pair, read and forgotten."""
+    import torch
+
+    from dpo_video.store import PairStore
+
+    store = PairStore(folder)
+    order = torch.randperm(len(store), generator=torch.Generator().manual_seed(1)).tolist()
+    files = [
+        (folder / f"latents/{store.rows[i].key}.safetensors",
+         folder / f"contexts/{store.rows[i].context}.safetensors")
+        for i in order[:READS]
+    ]  # fmt: skip
+    for _ in range(2):
+        seconds, _ = timed(lambda: [path.read_bytes() and None for both in files for path in both])
+    return {"pairs/s": round(len(files) / seconds)}
+
+
+def in_a_process(what: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.big_set", f"--only={what}", f"--folder={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def measure(place: Path, count: int) -> dict[str, Any]:
+    from dpo_video.pack import pack
+    from dpo_video.store import PairStore
+
+    found: dict[str, Any] = {"count": count, "latents": SHAPE, "prompts": PROMPTS}
+    found["append, synced, pairs/s"] = make_apart(place / "synced", min(1000, count), True)
+    found["append, not synced, pairs/s"] = make_apart(place / "pairs", count, False)
+    found["pack s"], _ = timed(lambda: list(pack(PairStore(place / "pairs"), place / "packed")))
+    for name in ("pairs", "packed"):
+        folder = place / name
+        found[name] = {
+            "files": sum(path.is_file() for path in folder.rglob("*")),
+            **in_a_process("opened", folder), **in_a_process("read", folder),
+        }  # fmt: skip
+    found["bare files"] = in_a_process("bare", place / "pairs")
+    return found
+
+
+def make_apart(folder: Path, count: int, synced: bool) -> float:
+    command = [sys.executable, "-m", "benchmarks.big_set", "--only=make", f"--folder={folder}",
+               f"--pairs={count}", *(["--synced"] if synced else [])]  # fmt: skip
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=100_000)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", choices=("make", "opened", "read", "bare"), help="one part")
+    parser.add_argument("--folder", type=Path, help="the part's")
+    parser.add_argument("--synced", action="store_true", help="of the part make")
+    given = parser.parse_args(arguments)
+    if given.only == "make":
+        print(json.dumps(make(given.folder, given.pairs, given.synced)))
+    elif given.only:
+        print(json.dumps({"opened": opened, "read": read, "bare": bare}[given.only](given.folder)))
+    else:
+        place = Path(tempfile.mkdtemp(prefix="dpo-video-big-"))
+        try:
+            found = measure(place, given.pairs)
+        finally:
+            shutil.rmtree(place)
+        text = json.dumps(found, indent=2) + "\n"
+        print(text)
+        if given.out:
+            given.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
