@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import NoReturn
@@ -61,6 +62,8 @@ def main() -> None:
     """
     from dpo_video.cli.stopping import at_once
 
+    # A download then says what fetches it, and nothing of the machine.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         with at_once():
             app()
