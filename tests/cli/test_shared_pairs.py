@@ -1,0 +1,101 @@
+"""Pairs that several workers build, that are packed, and that lie elsewhere, by commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pytest
+from accelerate.state import AcceleratorState
+from conftest import SHAPE
+
+from dpo_video.cli import main
+from dpo_video.store import PairStore
+
+Said = Callable[..., str]
+TRAIN = ["--loss=global", "--metric=frame_difference", "--set=train.accumulation=1",
+         "--set=train.samples=0", "--set=train.tracker=none", "--set=train.rank=2",
+         "--set=train.save_every=1"]  # fmt: skip
+
+
+@pytest.fixture
+def said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Said:
+    """Run a command that ends with this code; what it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def command(code: int, *arguments: str | Path) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", ["dpo-video", *map(str, arguments)])
+        try:
+            main()
+            ended = 0
+        except SystemExit as stop:
+            ended = int(stop.code or 0)
+        told = capfd.readouterr().err
+        assert ended == code, told
+        return told
+
+    return command
+
+
+@pytest.fixture
+def small(small_folder: Path) -> list[str]:
+    return [
+        "--backbone=animatediff", f"--set=backbone.model={small_folder}", "--device=cpu",
+        f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
+        f"--set=backbone.width={SHAPE.width}",
+    ]  # fmt: skip
+
+
+def test_workers_share_a_build_however_they_are_started(
+    said: Said, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = ["build", "--pairs=jitter", "--set=pairs.steps=1", "--prompt=a square", *small,
+             "--set=build.previews=false", "--count=5"]  # fmt: skip
+    said(0, *build, "--out=one")
+    told = said(0, *build, "--out=shared", "--worker=2/2")
+    assert "2 pairs are made; 2 of them wait for others before them" in told
+    said(0, *build, "--out=shared", "--worker", "1/2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        told = said(0, *build, "--out=launched")
+        assert bool(told) == (rank == "0")  # the main process speaks
+    for name in ("shared", "launched"):
+        assert PairStore(name).digest == PairStore("one").digest
+        for path in sorted(Path("one/latents").iterdir()):
+            assert path.read_bytes() == Path(name, "latents", path.name).read_bytes()
+    assert "Leave --worker out" in said(2, *build, "--out=launched", "--worker=1/2")
+
+
+@pytest.mark.parametrize("worker", ["0/2", "3/2", "1", "a/b", "-1/2", "1/2/3", ""])
+def test_a_worker_that_is_none_is_refused(said: Said, small: list[str], worker: str) -> None:
+    told = said(2, "build", *small, "--out=pairs", f"--worker={worker}")
+    assert "is not K/N" in told and not Path("pairs").exists()
+
+
+def test_a_run_goes_on_with_the_packed_copy_and_streams_it(said: Said, small: list[str]) -> None:
+    said(0, "build", "--pairs=jitter", "--set=pairs.steps=1", "--prompt=a square", *small,
+         "--count=2", "--out=pairs")  # fmt: skip
+    assert "2 pairs in 2 files" in said(0, "pack", "pairs", "packed")
+    said(0, "train", "--pairs=pairs/", *small, *TRAIN, "--steps=1", "--out=run")
+    said(0, "train", "--pairs=packed/", *small, *TRAIN, "--steps=2", "--out=run", "--resume")
+    files = fsspec.filesystem("memory")
+    for path in Path("packed").rglob("*"):
+        if path.is_file():
+            files.pipe_file(f"/streamed/{path.relative_to('packed')}", path.read_bytes())
+    url = "memory://streamed"
+    said(0, "train", f"--pairs={url}", *small, *TRAIN, "--steps=2", "--out=again")
+    adapters = {
+        Path(run, "checkpoints/step_000002/adapter/adapter_model.safetensors").read_bytes()
+        for run in ("run", "again")
+    }
+    assert len(adapters) == 1
+    assert f'store = "{url}"' in Path("again/run.toml").read_text()
+    assert "can be read only" in said(2, "label", url, "--labeler=metric")
+    assert "holds pairs already" in said(2, "build", f"--pairs={url}")
