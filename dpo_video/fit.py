@@ -28,6 +28,7 @@ from dpo_video.offload import HostAdamW
 from dpo_video.peak import BLOCK, Peak, as_on_cuda, peak_bytes
 from dpo_video.pretrained import outlined
 from dpo_video.settings import MemorySettings, TrainSettings
+from dpo_video.sharding import Shard
 from dpo_video.statistics import Record
 from dpo_video.strategies import Anchor, Backbone, Loss, Reference, VideoModel
 from dpo_video.train import adapt
@@ -67,6 +68,7 @@ class Mode(Record):
     chunks: int = 1
     offload: tuple[str, ...] = ()
     base: Base = "native"
+    shard: int = 1
 
     @property
     def memory(self) -> MemorySettings:
@@ -80,6 +82,7 @@ class Mode(Record):
         parts += [self.backward]
         parts += [f"chunks={self.chunks}"] if self.chunks > 1 else []
         parts += [f"offload={','.join(self.offload)}"] if self.offload else []
+        parts += [f"shard={self.shard}"] if self.shard > 1 else []
         return " ".join(parts + ([self.base] if self.base != "native" else []))
 
 
@@ -346,17 +349,19 @@ def _rehearse(
     """The adapter's parameters and what each mode needs, with so many layers or all."""
     needs: dict[Mode, Need] = {}
     trainable = 0
-    for base, on_host in dict.fromkeys((mode.base, "blocks" in mode.offload) for mode in modes):
+    for weights in dict.fromkeys(map(_weights_of, modes)):
+        base, on_host, processes = weights
         model, prompt = _outline(backbone, settings, layers)
         with torch.device("meta"):
             policy = adapt(model, settings, seed=0)
             anchors = {name: reference.follow(policy) for name, reference in references.items()}
         trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-        mine = [mode for mode in modes if (mode.base, "blocks" in mode.offload) == (base, on_host)]
+        mine = [mode for mode in modes if _weights_of(mode) == weights]
         with FakeTensorMode(allow_non_fake_inputs=True):
             give_tensors(policy, CPU)
-            if base != "native" or on_host:
-                freeze(policy, CPU, base, on_host=on_host)
+            if base != "native" or on_host or processes > 1:
+                shard = Shard(rank=0, count=processes) if processes > 1 else None
+                freeze(policy, CPU, base, on_host=on_host, shard=shard)
             for memory in dict.fromkeys(mode.memory for mode in mine):
                 arrange(policy, memory)
                 done: list[_Rehearsal] = []
@@ -368,6 +373,11 @@ def _rehearse(
                         needs[mode] = rehearsal.like(done) or rehearsal.run()
                         done.append(rehearsal)
     return trainable, [needs[mode] for mode in modes]
+
+
+def _weights_of(mode: Mode) -> tuple[Base, bool, int]:
+    """How a mode holds the frozen weights."""
+    return mode.base, "blocks" in mode.offload, mode.shard
 
 
 class _Rehearsal:

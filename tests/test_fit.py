@@ -27,6 +27,7 @@ from dpo_video.fit import (
     Need,
     forecast,
 )
+from dpo_video.frozen import freeze, frozen_weights
 from dpo_video.loss.global_ import Global
 from dpo_video.memory import Step
 from dpo_video.models import FOLDER, known_models
@@ -214,3 +215,18 @@ def test_wan_at_full_size_fits_the_smallest_card() -> None:
     assert found.parameters == 1_418_996_800 and found.latent_shape == (16, 21, 60, 104)
     assert 8 < need.tensors / GIB < 12
     assert need.card < tiers()["t4"].memory_gib * GIB
+
+
+def test_processes_that_share_the_weights_hold_their_part_each(
+    backbone: AnimateDiff, found: Forecast
+) -> None:
+    alone = need_of(found, Mode(reference="toggle", checkpointing="none", backward="joint"))
+    shared = alone.mode.model_copy(update={"shard": 4})
+    (need,) = forecast(
+        backbone, {"toggle": REFERENCES["toggle"]}, Global(), SETTINGS, modes=[shared]
+    ).needs
+    model = backbone.load(CPU, torch.float32)
+    freeze(model.denoiser, CPU, "native")
+    parts = [part.nbytes for each in frozen_weights(model.denoiser) for part in each.parts]
+    # Memory is given in blocks of 512 bytes.
+    assert alone.weights - need.weights == pytest.approx(sum(parts) * 3 / 4, abs=512 * len(parts))
