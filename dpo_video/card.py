@@ -16,9 +16,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_video.evaluation import Evaluation
 from dpo_video.layouts import DIFFUSERS_FILE, load_options, precision, subfolder
+from dpo_video.numerals import brief, percent
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Publication
-from dpo_video.verdict import TrainingVerdict, brief, percent
+from dpo_video.verdict import TrainingVerdict
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

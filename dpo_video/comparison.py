@@ -11,9 +11,10 @@ from rich import box
 from rich.table import Table
 
 from dpo_video.evaluation import Evaluation, mark
+from dpo_video.numerals import percent
+from dpo_video.outcome import EvaluationVerdict, MetricResult, Role, judge_evaluation
 from dpo_video.report import templates
 from dpo_video.statistics import Record
-from dpo_video.verdict import EvaluationVerdict, MetricResult, Role, judge_evaluation, percent
 
 
 class Cell(Record):

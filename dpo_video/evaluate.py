@@ -15,11 +15,11 @@ from dpo_video.checkpoint import load_adapter
 from dpo_video.diffusion import initial_noise
 from dpo_video.errors import UserError
 from dpo_video.frozen import frozen_weights
+from dpo_video.outcome import MetricResult, Role
 from dpo_video.sampling import check_drawn
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.types import Videos
-from dpo_video.verdict import MetricResult, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_video.errors import UserError
+from dpo_video.numerals import brief, percent
+from dpo_video.outcome import EvaluationVerdict, MetricResult
 from dpo_video.statistics import Record
-from dpo_video.verdict import (
-    EvaluationVerdict,
-    MetricResult,
-    StepReport,
-    TrainingVerdict,
-    brief,
-    percent,
-)
+from dpo_video.verdict import StepReport, TrainingVerdict
 
 
 class Evaluation(Record):

@@ -20,7 +20,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo_video.evaluation import Evaluation, mark
-from dpo_video.verdict import WINDOW, MetricResult, Role, StepReport, brief, option, percent
+from dpo_video.numerals import brief, option, percent
+from dpo_video.outcome import MetricResult, Role
+from dpo_video.verdict import WINDOW, StepReport
 
 # Charts are drawn at about the size they are shown, so that their text stays readable on a phone.
 WIDTH, HEIGHT = 360, 190

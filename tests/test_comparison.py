@@ -20,7 +20,7 @@ from dpo_video.comparison import (
     frontier,
 )
 from dpo_video.errors import UserError
-from dpo_video.verdict import MetricResult, Role
+from dpo_video.outcome import MetricResult, Role
 
 BASE = (10.0, 12.0, 8.0, 11.0, 9.0, 10.0)
 

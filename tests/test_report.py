@@ -25,8 +25,9 @@ from rich.console import Console
 
 from dpo_video.errors import UserError
 from dpo_video.evaluation import Evaluation, evaluation_table
+from dpo_video.outcome import MetricResult, Role, judge_evaluation
 from dpo_video.report import render_evaluation
-from dpo_video.verdict import MetricResult, Role, StepReport, judge_evaluation, judge_training
+from dpo_video.verdict import StepReport, judge_training
 
 FRAMES, FPS = 16, 8.0
 HOSTILE = "</script><script>alert(1)</script> \"onerror='alert(2)' <img src=x onerror=alert(3)>"

@@ -73,10 +73,11 @@ def evaluate_run(run: Path, config: Config, folder: Path, base: Videos | None = 
     from dpo_video.evaluate import compare
     from dpo_video.evaluation import Evaluation
     from dpo_video.files import write_text, writing
+    from dpo_video.outcome import judge_evaluation
     from dpo_video.report import render_evaluation
     from dpo_video.runs import latest_checkpoint, read_log
     from dpo_video.session import load_model, pick_device
-    from dpo_video.verdict import judge_evaluation, judge_training
+    from dpo_video.verdict import judge_training
     from dpo_video.video import video_bytes
 
     adapter = latest_checkpoint(run) / "adapter"
