@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_video import registry
+from dpo_video.bench_plot import Panel, Spot, peaks
 from dpo_video.blocks import checkpoint_blocks
 from dpo_video.fit import (
     BACKWARDS,
@@ -83,8 +84,32 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"fit_check--{arguments.tier or device.type}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
+    if gpu:
+        path.with_suffix(".svg").write_text(drawn(rows, name))
     show(rows)
     print(path)
+
+
+def drawn(rows: list[dict[str, Any]], gpu: str) -> str:
+    """The picture of what a GPU took: peaks against times."""
+    panels = [
+        Panel(
+            name=f"{case}, measured on {gpu}",
+            cost="seconds of a pair",
+            spots=[
+                Spot(
+                    name=f"{row['reference']} {row['checkpointing']} {row['backward']}",
+                    cost=row["seconds_per_pair"],
+                    gib=row["bytes"] / GIB,
+                )
+                for row in rows
+                if row["case"] == case and "bytes" in row
+            ],
+        )
+        for case in dict.fromkeys(row["case"] for row in rows if "bytes" in row)
+    ]
+    cards = {card.card.removeprefix("NVIDIA "): card.memory_gib for card in tiers().values()}
+    return peaks("Measured peak of a step against its time, by memory mode", panels, cards)
 
 
 def check(case: str, device: torch.device) -> list[dict[str, Any]]:

@@ -1,10 +1,13 @@
 """How much a training step needs in each memory mode, predicted on shapes at full size.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py
+    OMP_NUM_THREADS=1 python benchmarks/memory.py            # a table, memory.json, memory.svg
+    OMP_NUM_THREADS=1 python benchmarks/memory.py --keep     # only what the file lacks
 
 The step is the one that trains, on tensors without memory (dpo_video.fit), so the figures are the
 same on any machine. Nothing here was measured on a GPU: its context, its libraries' workspaces and
 what its allocator loses to fragments come on top; "on a card" adds what fit assumes of them.
+Beside the modes of `dpo-video fit` stands, for each card, what fits it with the fewest checkpointed
+blocks.
 Half precision is autocast, as `train.precision` has it: norms run in fp32, and what they are given
 is kept in fp32.
 """
@@ -24,8 +27,12 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_video.backbone.animatediff import AnimateDiff
+from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
-from dpo_video.fit import GIB, Forecast, Mode, Need, forecast, ladder
+from dpo_video.bench_plot import Panel, Spot, peaks
+from dpo_video.budget import SHARE, fewest_blocks
+from dpo_video.cli.fit import brief
+from dpo_video.fit import GIB, Mode, Need, Rehearsed, forecast, ladder
 from dpo_video.loss.global_ import Global
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
@@ -38,6 +45,7 @@ REFERENCES: dict[str, Reference] = {"toggle": Toggle(), "copy": Copy()}
 
 ANIMATEDIFF = "SD1.5 + AnimateDiff v1.5.2, 4x16x64x64, fp16, rank 32"
 WAN = "Wan2.1-1.3B, 81 frames 480p, bf16, rank 64"
+COGVIDEOX = "CogVideoX-5B, 49 frames 480x720, bf16, rank 32"
 WAN_14B = "Wan2.1-14B, 81 frames 480p, bf16, rank 32"
 MODELS: dict[str, tuple[Backbone, TrainSettings]] = {
     ANIMATEDIFF: (
@@ -47,6 +55,10 @@ MODELS: dict[str, tuple[Backbone, TrainSettings]] = {
     WAN: (
         Wan(model="wan2.1-t2v-1.3b", frames=81, height=480, width=832),
         TrainSettings(rank=64, precision="bf16", accumulation=1),
+    ),
+    COGVIDEOX: (
+        CogVideoX(model="cogvideox-5b"),
+        TrainSettings(rank=32, precision="bf16", accumulation=1),
     ),
     WAN_14B: (
         Wan(model="wan2.1-t2v-14b", frames=81, height=480, width=832),
@@ -65,19 +77,73 @@ class Row(BaseModel):
     """That the prediction took."""
 
 
-def rows(only: str) -> Iterator[Row]:
+def rows(only: str, kept: list[Row]) -> Iterator[Row]:
+    """Every mode of every model, as it is predicted; those that are kept are not run again."""
     for model, (backbone, settings) in MODELS.items():
         if only not in model:
             continue
+        ran = Rehearsed()  # what was run already is not run again
+        known = {row.need.mode: row for row in kept if row.model == model}
+        needs: dict[Mode, Need] = {}
         for mode in ladder(list(REFERENCES), Global()):
             began = time.monotonic()
-            need = predicted(backbone, settings, mode).needs[0]
+            if mode in known:
+                needs[mode] = known.pop(mode).need
+                yield next(row for row in kept if row.model == model and row.need.mode == mode)
+                continue
+            reference = {mode.reference: REFERENCES[mode.reference]}
+            found = forecast(backbone, reference, Global(), settings, modes=[mode], rehearsed=ran)
+            needs[mode] = found.needs[0]
+            yield Row(model=model, need=needs[mode], seconds=round(time.monotonic() - began, 1))
+        if known:  # the fewest blocks
+            yield from known.values()
+            continue
+        began = time.monotonic()
+        for need in sorted(partial(backbone, settings, needs, ran), key=lambda each: -each.card):
             yield Row(model=model, need=need, seconds=round(time.monotonic() - began, 1))
+            began = time.monotonic()
 
 
-def predicted(backbone: Backbone, settings: TrainSettings, mode: Mode) -> Forecast:
-    reference = {mode.reference: REFERENCES[mode.reference]}
-    return forecast(backbone, reference, Global(), settings, modes=[mode])
+def partial(
+    backbone: Backbone, settings: TrainSettings, needs: dict[Mode, Need], ran: Rehearsed
+) -> set[Need]:
+    """Per card, the fewest checkpointed blocks with which a step of one graph or of two fits it."""
+    found = set()
+    for card in tiers().values():
+        memory = SHARE * card.memory_gib * GIB
+        for backward in ("joint", "linear"):
+            mode = Mode(reference="toggle", checkpointing="blocks", backward=backward)
+            if needs[mode].card > memory:
+                continue
+            choice = fewest_blocks(
+                backbone, REFERENCES["toggle"], Global(), settings, mode, memory, rehearsed=ran
+            )
+            if isinstance(choice.need.mode.checkpointing, int):
+                found.add(choice.need)
+    return found
+
+
+def drawn(found: list[Row]) -> str:
+    """The picture: what each mode holds against its operations, among the cards."""
+    cards = {card.card.removeprefix("NVIDIA "): card.memory_gib for card in tiers().values()}
+    panels = [
+        Panel(
+            name=model,
+            cost="TFLOP of a pair (predicted); hollow: another base, which changes the numbers",
+            spots=[
+                Spot(
+                    name=brief(row.need.mode),
+                    cost=row.need.flops / 1e12,
+                    gib=row.need.card / GIB,
+                    hollow=row.need.mode.base != "native",
+                )
+                for row in found
+                if row.model == model
+            ],
+        )
+        for model in dict.fromkeys(row.model for row in found)
+    ]
+    return peaks("Predicted peak of a step against its operations, by memory mode", panels, cards)
 
 
 def shown(found: list[Row]) -> Table:
@@ -102,14 +168,19 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="a part of a model's name")
     parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
+    parser.add_argument("--keep", action="store_true", help="run only what --out does not hold")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    kept = []
+    if options.keep:
+        kept = [Row.model_validate(row) for row in json.loads(options.out.read_text())]
     found = []
-    for row in rows(options.only):
+    for row in rows(options.only, kept):
         found.append(row)
         size, work = f"{row.need.tensors / GIB:.2f} GiB", f"{row.need.flops / 1e12:.0f} TFLOP"
         print(row.model[:12], row.need.mode, size, work, f"{row.seconds:.0f} s", flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps([each.model_dump(mode="json") for each in found], indent=1)
         options.out.write_text(text + "\n")
+    options.out.with_suffix(".svg").write_text(drawn(found))
     Console(width=140).print(shown(found))

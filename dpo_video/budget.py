@@ -15,6 +15,8 @@ from dpo_video.fit import CHUNKS, GIB, Checkpointing, Forecast, Mode, Need, Rehe
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference
 
+SHARE = 0.95  # of a card's memory, when nobody names a budget: others use it, and predictions err
+
 
 @final
 @dataclass(frozen=True, kw_only=True)

@@ -99,8 +99,8 @@ class MemorySettings(Settings):
     budget: Annotated[
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, BeforeValidator(_budget)
     ] = None
-    """GiB that checkpointing=auto may fill; all that the GPU has when not set, or set to auto, and
-    for `fit` all that the card of --tier has. Nothing else looks at it."""
+    """GiB that checkpointing=auto may fill. When not set, or set to auto, 95% of what the GPU has,
+    or the card of --tier where there is no GPU. Nothing else looks at it."""
     backward: Literal["joint", "split", "linear"] = "joint"
     """How many graphs are alive at once. joint: those of both videos of all pairs of a batch.
     split: that of one video, for any loss and batch; one more forward pass a pair. linear: that of

@@ -7,6 +7,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
@@ -24,9 +25,11 @@ from dpo_video.bench import (
     regressions,
     write_result,
 )
-from dpo_video.bench_plot import scatter
+from dpo_video.bench_plot import Panel, Spot, peaks, scatter
 from dpo_video.cli import app
 from dpo_video.errors import UserError
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def result(
@@ -202,3 +205,32 @@ def test_the_published_results_are_readable() -> None:
             if (picture := scatter(race)) is not None:
                 assert path.with_name(f"{path.stem}-{number}.svg").read_text() == picture
         assert json.loads(path.read_text())["commit"]
+
+
+# --- the picture of memory -----------------------------------------------------------------------
+
+
+def test_memory_modes_stand_among_the_cards_and_no_names_touch() -> None:
+    modes = [
+        Spot(name=f"mode {n}", cost=100.0 + n // 3, gib=10 + n / 100, hollow=n == 7)
+        for n in range(20)
+    ]
+    few = [Spot(name="large <one>", cost=7, gib=700), Spot(name="small", cost=9, gib=0.4)]
+    panels = [Panel(name="one", cost="s", spots=modes), Panel(name="other", cost="s", spots=few)]
+    picture = peaks("Peaks", panels, {"a": 14.6, "b": 22.0, "c": 23.5})
+    root = ElementTree.fromstring(picture)
+    groups = [each for each in root if each.get("transform")]
+    assert len(groups) == 2
+    for group, spots in zip(groups, (modes, few), strict=True):
+        places = {text.text: float(text.get("y", 0)) for text in group.iter(f"{SVG}text")}
+        assert {"a: 15 GiB", "b, c: 22 GiB"} <= places.keys()
+        named = sorted(places[spot.name] for spot in spots)
+        assert all(low - high > 16.9 for high, low in pairwise(named))
+        marks = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in group.iter(f"{SVG}circle")]
+        (frame,) = {line.get("x2") for line in group.iter(f"{SVG}line") if line.get("stroke")}
+        assert all(0 < x < float(frame or 0) and 0 < y < 480 for x, y in marks)
+        by_size = sorted(spots, key=lambda spot: -spot.gib)
+        assert sorted((spot.name for spot in spots), key=places.__getitem__) == [
+            spot.name for spot in by_size
+        ]
+    assert picture.count('fill="#ffffff"') == 2  # the ground, and the one that is hollow

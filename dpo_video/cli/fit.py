@@ -62,7 +62,7 @@ def fit(
         file, assignments, backbone=backbone, loss=loss, reference=reference, tier=tier
     )
     card = find_tier(tier) if tier else None
-    config = choose_blocks(config, memory_gib=card.memory_gib if card else None)
+    config = choose_blocks(config, tier=tier)
     found = predict(config, card=card)
     asked = found.of(mode_of(config))
     assert asked is not None
@@ -92,7 +92,10 @@ def predict(config: Config, *, alone: bool = False, card: Card | None = None) ->
     if not alone:
         others = {name: _reference(name) for name in REFERENCES}
         references = {**others, **references}
-        shown = ladder(list(references), config.loss)
+        shown = [
+            mode.model_copy(update={"shard": config.memory.shard})
+            for mode in ladder(list(references), config.loss)
+        ]
         modes = [*shown, *(mode for mode in modes if mode not in shown)]
     ran = Rehearsed()
     found = forecast(
@@ -110,44 +113,46 @@ def _fewest(config: Config, found: Forecast, card: Card, ran: Rehearsed) -> Need
 
     Of the first backward pass with which all of them would fit.
     """
-    from dpo_video.budget import fewest_blocks
+    from dpo_video.budget import SHARE, fewest_blocks
     from dpo_video.fit import BACKWARDS, Mode
 
     name = REFERENCES[0]
     mine = config.reference if config.tables["reference"]["name"] == name else _reference(name)
+    budget = SHARE * card.memory_gib * 2**30
     for backward in BACKWARDS:
-        mode = Mode(reference=name, checkpointing="blocks", backward=backward)
+        mode = Mode(
+            reference=name, checkpointing="blocks", backward=backward, shard=config.memory.shard
+        )
         full, plain = found.of(mode), found.of(mode.model_copy(update={"checkpointing": "none"}))
-        if full is None or not _holds(card, full):
+        if full is None or full.card > budget:
             continue
-        if plain is not None and _holds(card, plain):
+        if plain is not None and plain.card <= budget:
             return None
-        memory = card.memory_gib * 2**30
         need = fewest_blocks(
-            config.backbone, mine, config.loss, config.train, mode, memory, rehearsed=ran
+            config.backbone, mine, config.loss, config.train, mode, budget, rehearsed=ran
         ).need
         return need if found.of(need.mode) is None else None
     return None
 
 
 def choose_blocks(
-    config: Config, *, memory_gib: float | None = None, device: torch.device | None = None
+    config: Config, *, tier: str | None = None, device: torch.device | None = None
 ) -> Config:
     """The configuration with a number in the place of checkpointing=auto; said in a line.
 
     Args:
         config: As it was asked for.
-        memory_gib: Of the card that the run is for, where memory.budget is not set.
-        device: That it will run on, if nothing names a card; any GPU that is here if left out.
+        tier: Whose card it is for, if the device does not say what it has.
+        device: That it will run on, if that is known.
 
     Raises:
         UserError: if nobody says how much memory there is, or no number fits.
     """
     if config.memory.checkpointing != "auto":
         return config
-    from dpo_video.budget import fewest_blocks
+    from dpo_video.budget import SHARE, fewest_blocks
 
-    gib = config.memory.budget or memory_gib or _memory_of(device)
+    gib = config.memory.budget or SHARE * _memory_of(device, tier)
     choice = fewest_blocks(
         config.backbone, config.reference, config.loss, config.train, mode_of(config), gib * 2**30
     )
@@ -157,16 +162,22 @@ def choose_blocks(
     return replace(config, memory=config.memory.model_copy(update=chosen), tables=tables)
 
 
-def _memory_of(device: torch.device | None) -> float:
-    """GiB of a GPU."""
+def _memory_of(device: torch.device | None, tier: str | None) -> float:
+    """GiB of the GPU that it will run on, or else of the card that is named."""
     import torch
 
-    if torch.cuda.is_available() and (device is None or device.type == "cuda"):
+    from dpo_video.tiers import find_tier
+
+    if device is None and tier is None and torch.cuda.is_available():
+        device = torch.device("cuda")
+    if device is not None and device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / 2**30
+    if tier is not None:
+        return find_tier(tier).memory_gib
     where = f"on the device {device.type}" if device is not None else "without a GPU"
     raise UserError(
         f"memory.checkpointing=auto has no budget {where}. Set memory.budget=GIB, the memory that "
-        "training may fill."
+        "training may fill, or name a card with --tier."
     )
 
 
@@ -228,12 +239,13 @@ def _changes(need: Need, asked: Need) -> str:
     return " ".join(flags)
 
 
-def _brief(mode: Mode) -> str:
+def brief(mode: Mode) -> str:
     """A mode in at most 40 characters."""
     again = f"{mode.checkpointing} blocks" if isinstance(mode.checkpointing, int) else "blocks"
     parts = [mode.reference, "" if mode.checkpointing == "none" else again]
     parts += [mode.backward, f"/{mode.chunks}" if mode.chunks > 1 else ""]
     parts += [f"host:{''.join(part[0] for part in mode.offload)}" if mode.offload else ""]
+    parts += [f"x{mode.shard}" if mode.shard > 1 else ""]
     parts += [mode.base if mode.base != "native" else ""]
     return " ".join(part for part in parts if part)
 
@@ -301,7 +313,7 @@ def _show(
         style = "" if card is None else "green" if _holds(card, need) else "red"
         gib = f"{need.card / GIB:.1f}"
         table.add_row(
-            _brief(need.mode),
+            brief(need.mode),
             f"[{style}]{gib}[/]" if style else gib,
             f"{need.host / GIB:.1f}" if need.host else "",
             f"{need.flops / 1e12:,.0f}",
@@ -311,12 +323,13 @@ def _show(
         )
     out.print(table)
     out.print(
-        f"\n[dim]mode: reference, checkpointing, backward, /chunks, host:c(heckpoints) b(locks) "
-        f"o(ptimizer), base; int8 and nf4 change the numbers. GiB: weights, adapter (gradients and "
-        f"AdamW's state) and activations, {FRAGMENTS:.0%} of these for holes, and "
-        f"{CONTEXT / GIB:.1f} GiB for CUDA itself. TFLOP: of a pair. h: of the run's steps at "
-        f"{efficiency:.0%} of the card's published speed (assumed), transfers to and from the host "
-        "not counted. cached: its predictions are made ahead, and its draws repeat.[/]",
+        "\n[dim]mode: reference, checkpointing, backward, /chunks, host:c(heckpoints) b(locks) "
+        "o(ptimizer), xN processes that share the weights, base; int8 and nf4 change the "
+        "numbers. GiB: weights, adapter (gradients and AdamW's state) and activations, "
+        f"{FRAGMENTS:.0%} of these for holes, and {CONTEXT / GIB:.1f} GiB for CUDA itself. TFLOP: "
+        f"of a pair. h: of the run's steps at {efficiency:.0%} of the card's published speed "
+        "(assumed), transfers to and from the host and between cards not counted. cached: its "
+        "predictions are made ahead, and its draws repeat.[/]",
         highlight=False,
     )
     if card is None:

@@ -147,7 +147,7 @@ def train(
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process
     if config.memory.checkpointing == "auto":
-        config = choose_blocks(config, device=accelerator.device)
+        config = choose_blocks(config, tier=tier, device=accelerator.device)
     elif accelerator.is_main_process:
         warn_if_too_large(config, accelerator.device)
     model = load_model(config, accelerator.device)
