@@ -308,8 +308,10 @@ def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model
             paths = [option.path for option in registry.options(model, path)]
             raise unknown("option", where, paths) from error
         hidden = model.model_config.get("hide_input_in_errors") or detail["type"] == "missing"
-        what = where if hidden else f"{where} = {detail['input']!r}"
-        raise UserError(f"{what}: {detail['msg']}. See {see}.") from error
+        # What several options together do wrong has no place of its own.
+        what = where if hidden or not detail["loc"] else f"{where} = {detail['input']!r}"
+        reason = detail["msg"].removeprefix("Value error, ")
+        raise UserError(f"{what}: {reason}. See {see}.") from error
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:
