@@ -90,7 +90,7 @@ class PairStore:
                 f"'{self._place.path('store.json')}' cannot be read ({first_fault(error)}). Build "
                 "the pairs again, or update dpo-video if a newer version wrote them."
             ) from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a path may hold what no path can
             raise StoreError(
                 f"'{self.where}' is not a pair store: it has no store.json. Name a folder that "
                 "`dpo-video build` wrote, or a strategy (see `dpo-video list pairs`)."

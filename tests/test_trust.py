@@ -66,12 +66,12 @@ def test_an_error_is_one_line_whatever_it_quotes() -> None:
     assert len(shown) < 2100
 
 
-def test_faults_of_a_build_lose_nothing() -> None:
+def test_faults_of_two_builders_and_of_packing_lose_nothing() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.trust.faults", "--stage=build", "--faults=4",
-         "--seed=1"],
+        [sys.executable, "-m", "benchmarks.trust.faults", "--stage=workers", "--stage=pack",
+         "--faults=6", "--seed=1"],
         cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "4 faults" in done.stdout
+    assert "6 faults" in done.stdout

@@ -2,15 +2,18 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.trust.faults --seed 0 --faults 200
 
-build, label, train, evaluate and export run on a small model of the real classes, each in a process
-forked from this one. A fault is a signal after a random time, or a disk that fails at a random
-operation (see faulty.py). The law: what is reported is one sentence; the same command (train with
---resume) then ends in the same bytes as the undisturbed one, apart from times.
+build (by one process, and by two workers at once), pack, label, train, evaluate and export run on a
+small model of the real classes, each in a process forked from this one. A fault is a signal after a
+random time, or a disk that fails at a random operation (see faulty.py); of two workers, the second
+is killed as well, or goes on. The law: what is reported is one sentence; the same command (train
+with --resume) then ends in the same bytes as the undisturbed one, apart from times and, where two
+have built, the order of lines. Campaigns may run side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -31,7 +34,7 @@ SIGNALS = ("SIGKILL", "SIGTERM")
 PATIENCE = 120.0  # seconds for a command that takes one or two
 RESULT = Path("benchmarks/results/0.1.0/faults.json")
 TIMES = {"seconds", "eta_seconds", "pairs_per_second", "memory_gib", "time"}
-STAGES = ("build", "label", "train", "cached", "evaluate", "export")
+STAGES = ("build", "workers", "pack", "label", "train", "cached", "evaluate", "export")
 STOPPED = 143
 
 
@@ -68,30 +71,43 @@ def arguments(stage: str, checkpoint: Path, again: bool) -> list[str]:
              f"--set=backbone.width={SHAPE.width}", "--device=cpu"]  # fmt: skip
     train = ["train", "--pairs=work/pairs/", "--loss=global", *model, "--steps=2",
              "--set=train.save_every=1", "--set=train.accumulation=1", "--set=train.rank=2",
-             "--set=train.samples=1", "--set=train.tracker=none",
-             "--metric=frame_difference"]  # fmt: skip
+             "--set=train.tracker=none", "--metric=frame_difference"]  # fmt: skip
     go_on = ["train", "--out=work/run", "--resume"]
+    build = ["build", "--pairs=jitter", "--set=pairs.steps=2", "--prompt=a red square", *model,
+             "--count=4", "--out=work/pairs"]  # fmt: skip
     return {
-        "build": ["build", "--pairs=jitter", "--set=pairs.steps=2", "--prompt=a red square", *model,
-                  "--count=4", "--out=work/pairs"],
+        "build": build,
+        "workers": build if again else [*build, "--worker=1/2"],
+        "pack": ["pack", "work/pairs", "work/packed", "--shard-mib=1"],
         "label": ["label", "work/pairs", "--labeler=metric",
                   "--set=labeler.weights={frame_difference=1}", "--set=labeler.motion="],
-        "train": go_on if again else [*train, "--out=work/run"],
-        "cached": go_on if again else [*train, "--reference=cached", "--out=work/run"],
+        "train": go_on if again else [*train, "--set=train.samples=1", "--out=work/run"],
+        "cached": go_on if again else [*train, "--set=train.samples=0", "--reference=cached",
+                                      "--out=work/run"],
         "evaluate": ["evaluate", "work/run", "--seeds=2", "--set=evaluate.steps=1", "--device=cpu"],
         "export": ["export", "work/run", "--out=work/export", "--device=cpu"],
     }[stage]  # fmt: skip
 
 
-def start(command: Sequence[str], place: Path, disk: Disk | None) -> tuple[int, Path]:
-    """Fork a process that runs a command in a folder; its id and its output."""
-    output = place / "output.txt"
+def start(
+    command: Sequence[str],
+    place: Path,
+    disk: Disk | None,
+    said: str = "output.txt",
+    dies_after: float = 0.0,
+) -> tuple[int, Path]:
+    """Fork a process that runs a command in a folder; its id and its output.
+
+    It is killed, as if by SIGKILL, after so many seconds if it is told to.
+    """
+    output = place / said
     child = os.fork()
     if child:
         return child, output
     code = 99
     try:
         os.setsid()
+        signal.setitimer(signal.ITIMER_REAL, dies_after)  # nobody handles SIGALRM
         os.chdir(place)
         target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, 1)
@@ -156,10 +172,11 @@ def tree(place: Path, stage: str) -> dict[str, str]:
             continue
         data = path.read_bytes()
         if path.suffix == ".jsonl":
-            data = b"\n".join(
+            lines = [
                 json.dumps({k: v for k, v in json.loads(line).items() if k not in TIMES}).encode()
                 for line in data.splitlines()
-            )
+            ]
+            data = b"\n".join(sorted(lines) if path.name == "pairs.jsonl" else lines)
         if path.name == "evaluation.json":
             data = json.dumps(json.loads(data)["metrics"]).encode()
         found[name] = hashlib.sha256(data).hexdigest()[:12]
@@ -171,12 +188,15 @@ class Campaign:
 
     def __init__(self, folder: Path, checkpoint: Path, stages: Sequence[str]) -> None:
         self.folder, self.checkpoint = folder, checkpoint
+        self._second = [*arguments("build", checkpoint, False), "--worker=2/2"]
         self.before: dict[str, Path] = {}
         self.wanted: dict[str, dict[str, str]] = {}
         self.operations: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        needs = {"label": "build", "train": "build", "cached": "build", "evaluate": "train",
-                 "export": "train"}  # fmt: skip
+        needs = {
+            **dict.fromkeys(("pack", "label", "train", "cached"), "build"),
+            **dict.fromkeys(("evaluate", "export"), "train"),
+        }
         for stage in STAGES:
             wanted = {*stages, *(needs.get(each) for each in stages), "build"}
             if stage not in wanted:
@@ -191,7 +211,11 @@ class Campaign:
             ended = run(arguments(stage, checkpoint, False), place, Disk(place / "work"))
             if ended.code:
                 raise RuntimeError(f"{stage} fails undisturbed: {ended.output}")
+            if stage == "workers":
+                run(self._second, place)
             self.wanted[stage] = tree(place, stage)
+            if stage == "workers" and self.wanted[stage] != self.wanted["build"]:
+                raise RuntimeError("two workers make another set than one")
             self.seconds[stage] = ended.seconds
             told = json.loads((place / "work.synced").read_text())
             self.operations[stage] = told["count"]
@@ -202,9 +226,10 @@ class Campaign:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self.before[stage], place)
         command = arguments(stage, self.checkpoint, False)
-        at, ended, wrong = self._disturb(stage, fault, command, place, random)
-        wrong = wrong or _said(ended, fault)
-        again = (place / "work/run/run.toml").exists()
+        disturb = self._disturb_two if stage == "workers" else self._disturb
+        at, ended = disturb(stage, fault, command, place, random)
+        wrong = _said(ended, fault)
+        again = stage == "workers" or (place / "work/run/run.toml").exists()
         last = run(arguments(stage, self.checkpoint, again), place)
         if stage == "export" and ended.code == 0:
             last = ended  # it was through already, and never overwrites
@@ -220,22 +245,37 @@ class Campaign:
         return Outcome(stage=stage, fault=fault, at=at, code=ended.code, seconds=ended.seconds,
                        wrong=wrong)  # fmt: skip
 
+    def _disturb_two(
+        self, stage: str, fault: str, command: list[str], place: Path, random: Random
+    ) -> tuple[float, Ended]:
+        """The second worker is killed at a moment of its own, or is not."""
+        survives = fault == "power" or random.random() < 0.3  # what it has synced outlives the cut
+        dies_after = 0.0 if survives else random.uniform(0.01, 2 * self.seconds[stage])
+        second = start(self._second, place, None, "second.txt", dies_after)
+        since = time.monotonic()
+        if fault == "power":
+            finish(*second, since)
+        found = self._disturb(stage, fault, command, place, random)
+        if fault != "power":
+            finish(*second, since)
+        return found
+
     def _disturb(
         self, stage: str, fault: str, command: list[str], place: Path, random: Random
-    ) -> tuple[float, Ended, str]:
+    ) -> tuple[float, Ended]:
         if fault in SIGNALS:
             child, output = start(command, place, None)
             after = random.uniform(0, self.seconds[stage])
             time.sleep(after)
             since = time.monotonic()
             os.kill(child, getattr(signal, fault))
-            return round(after, 3), finish(child, output, since), ""
+            return round(after, 3), finish(child, output, since)
         at = random.randrange(1, self.operations[stage] + 1)
         began = time.time()
         ended = run(command, place, Disk(place / "work", fault, at))
         if fault == "power":
             _cut_power(place, began, random)
-        return at, ended, ""
+        return at, ended
 
 
 def _cut_power(place: Path, began: float, random: Random) -> None:
@@ -328,6 +368,8 @@ def _warm_up(checkpoint: Path) -> None:
         latents = model.sample(model.encode_prompts(["a"]), initial_noise(model, [0]), steps=1)
         model.encode_videos(model.decode_videos(latents))
     adapt(model, TrainSettings(rank=2), 0)
+    gc.collect()
+    gc.freeze()  # or every process walks through all of this each time it frees memory
 
 
 def main() -> None:

@@ -150,6 +150,74 @@ def store_file(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     return make
 
 
+def packed_file(name: str, damage: Damage, elsewhere: bool = False) -> Callable[[Bench], Reading]:
+    """A file of a packed copy of the store, in a folder or where a URL leads."""
+
+    def make(bench: Bench) -> Reading:
+        import fsspec
+
+        from dpo_video import places
+        from dpo_video.pack import pack
+        from dpo_video.store import PairStore
+
+        places.PAUSES = ()  # what is damaged stays so
+        folder = bench.folder / "packed"
+        list(pack(bench.store, folder, 1))  # a shard a pair
+        path = next(folder.glob(name))
+        where: Path | str = folder
+        put: Callable[[bytes], object] = path.write_bytes
+        if elsewhere:
+            files = fsspec.filesystem("memory")
+            files.put(str(folder), "/fuzzed", recursive=True)
+            where, there = "memory://fuzzed", f"/fuzzed/{path.relative_to(folder).as_posix()}"
+
+            def put(data: bytes) -> object:
+                return files.pipe_file(there, data)
+
+        whole = path.read_bytes()
+
+        def read(data: bytes) -> object:
+            put(data)
+            try:
+                store = PairStore(where)
+                store.check_fits(bench.model)
+                for index in store.decided():
+                    store.batch([index])
+                return store.batch(range(len(store))) if len(store) else None
+            finally:
+                put(whole)
+
+        return Reading(seeds=[whole], damage=damage, read=read)
+
+    return make
+
+
+def pairs_url(bench: Bench) -> Reading:
+    """What somebody types for --pairs."""
+    import fsspec
+
+    from dpo_video import places
+    from dpo_video.pack import pack
+    from dpo_video.store import PairStore
+
+    places.PAUSES = ()
+    list(pack(bench.store, bench.folder / "packed"))
+    fsspec.filesystem("memory").put(str(bench.folder / "packed"), "/fuzzed", recursive=True)
+
+    def read(data: bytes) -> object:
+        store = PairStore(data.decode("utf-8", "surrogateescape"))
+        return store.batch([0])
+
+    def draw(random: Random, data: bytes, others: list[bytes]) -> bytes:
+        scheme, _, rest = data.partition(b"://")  # another protocol might go anywhere
+        return (
+            scheme + b"://" + mutate.damage(random, rest, [o.partition(b"://")[2] for o in others])
+        )
+
+    seeds = [b"memory://fuzzed", b"memory:///fuzzed/", b"nonsense://fuzzed", b"file:///nowhere"]
+    return Reading(seeds=seeds, damage=draw, read=read)
+
+
 def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
     """A book of labels: its recipe or its lines."""
 
@@ -500,6 +568,12 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "pairs.jsonl": store_file("pairs.jsonl", mutate.damage_lines),
     "latents": store_file("latents/00000.safetensors", mutate.damage_safetensors),
     "contexts": store_file("contexts/*.safetensors", mutate.damage_safetensors),
+    "shards.json": packed_file("shards.json", mutate.damage_json),
+    "shard of pairs": packed_file("shards/pairs-00001.*", mutate.damage_safetensors),
+    "shard of prompts": packed_file("shards/prompts-00001.*", mutate.damage_safetensors),
+    "lines elsewhere": packed_file("pairs.jsonl", mutate.damage_lines, elsewhere=True),
+    "shard elsewhere": packed_file("shards/pairs-00001.*", mutate.damage_safetensors, True),
+    "pairs URL": pairs_url,
     "labels recipe": label_file(".json", mutate.damage_json),
     "labels": label_file(".jsonl", mutate.damage_lines),
     "recorded labels": recorded,
