@@ -1,0 +1,38 @@
+"""The contracts that every strategy keeps, built in or yours.
+
+    from dpo_video.testing import check_loss
+
+    def test_it_keeps_the_contract() -> None:
+        check_loss(Focal())
+
+Each check raises an AssertionError that says in a sentence what is not so, and what to do. They
+need no test framework, no download and no GPU.
+"""
+
+from __future__ import annotations
+
+from dpo_video.testing.contracts import (
+    check_labeler,
+    check_loss,
+    check_metric,
+    check_options,
+    check_pairs,
+)
+from dpo_video.testing.inputs import PREFERENCES, SMALL_CHANGE, random_errors, small_videos, swapped
+from dpo_video.testing.models import check_backbone, check_backbone_model, check_reference
+
+__all__ = [
+    "PREFERENCES",
+    "SMALL_CHANGE",
+    "check_backbone",
+    "check_backbone_model",
+    "check_labeler",
+    "check_loss",
+    "check_metric",
+    "check_options",
+    "check_pairs",
+    "check_reference",
+    "random_errors",
+    "small_videos",
+    "swapped",
+]

@@ -1,0 +1,355 @@
+"""The contracts of what computes: losses, pairs, metrics, labelers; and of all options."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
+
+import tomli_w
+import torch
+from pydantic import BaseModel
+from torch import Generator
+
+from dpo_video.errors import UserError
+from dpo_video.strategies import (
+    Labeler,
+    Loss,
+    MeasuringLabeler,
+    Metric,
+    PairBuilder,
+    SetLabeler,
+    Strategy,
+    SuppliedPairs,
+    VideoModel,
+)
+from dpo_video.testing.inputs import (
+    PREFERENCES,
+    SMALL_CHANGE,
+    one_of,
+    random_clip,
+    random_errors,
+    small_videos,
+    swapped,
+)
+from dpo_video.testing.laws import close, law, pure, same
+from dpo_video.tiny.scenes import spread_captions
+from dpo_video.types import Clip, LossOutput, Pair, PairErrors
+
+
+def check_options(strategy: Strategy) -> None:
+    """A documented class whose options are frozen, documented, and at home in a TOML file."""
+    model = type(strategy)
+    name = model.__name__
+    law((model.__doc__ or "").strip(), f"{name} has no docstring. Say what it does, and cite it.")
+    _check_fields(model, name)
+    try:
+        text = tomli_w.dumps(strategy.model_dump(mode="json", exclude_none=True))
+        read = model(**tomllib.loads(text))
+    except (TypeError, ValueError) as error:
+        raise AssertionError(
+            f"{name}'s options do not survive a TOML file: {error}. Use plain types."
+        ) from error
+    law(
+        read == strategy,
+        f"{name}'s options come back from a TOML file as {read!r}, and were "
+        f"{strategy!r}. A run could not be repeated.",
+    )
+
+
+def _check_fields(model: type[BaseModel], name: str) -> None:
+    config = model.model_config
+    law(config.get("frozen"), f"{name} is not frozen. State belongs in what a strategy makes.")
+    law(config.get("extra") == "forbid", f"{name} accepts unknown options: a typo would pass.")
+    for option, field in model.model_fields.items():
+        law(
+            (field.description or "").strip(),
+            f"{name}.{option} has no docstring. It is the help that `dpo-video show` prints; "
+            "write it below the field.",
+        )
+        nested = field.annotation
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            _check_fields(nested, f"{name}.{option}")
+
+
+def check_loss(loss: Loss) -> None:
+    """A pure function of the errors, pair by pair, blind to the order of the two videos."""
+    check_options(loss)
+    name = type(loss).__name__
+    count = len(PREFERENCES)
+    errors = replace(
+        random_errors(pairs=count, full_region=False, change=SMALL_CHANGE), preference=PREFERENCES
+    )
+    with pure(name, *vars(errors).values()):
+        output, again = loss(errors), loss(errors)
+    law(isinstance(output, LossOutput), f"{name} gives a {type(output).__name__}, no LossOutput.")
+    for figure, value in vars(output).items():
+        law(
+            value.shape == (count,),
+            f"{name} gives {figure} of shape {tuple(value.shape)} for {count} pairs. Average over "
+            "every axis but the first.",
+        )
+        law(value.isfinite().all(), f"{name} gives {figure} that is not finite.")
+        law(
+            torch.equal(value, vars(again)[figure]),
+            f"{name} gives another {figure} for the same errors. A loss draws nothing.",
+        )
+    mirrored = loss(replace(swapped(errors), preference=-errors.preference))
+    for figure in ("loss", "margin", "logits"):
+        law(
+            close(vars(mirrored)[figure], vars(output)[figure]),
+            f"{name}'s {figure} changes when the two videos swap places and the preference its "
+            "sign. Which one is stored first must not matter.",
+        )
+    still = loss(
+        replace(errors, policy_first=errors.reference_first, policy_second=errors.reference_second)
+    )
+    for figure in ("margin", "logits"):
+        law(
+            (vars(still)[figure] == 0).all(),
+            f"{name}'s {figure} is not exactly 0 for a policy that equals its reference. Training "
+            "would stop itself at its first step.",
+        )
+    law(
+        close(still.gradient_factor, torch.full((count,), 0.5)),
+        f"{name}'s gradient_factor is not 0.5 for a policy that equals its reference. Give half of "
+        "the slope on the margin, relative to its slope at margin 0.",
+    )
+    alone = [loss(one_of(errors, i)) for i in range(count)]
+    for figure, value in vars(output).items():
+        law(
+            close(torch.cat([vars(one)[figure] for one in alone]), value),
+            f"{name}'s {figure} of a pair depends on the other pairs of its batch. Average over "
+            "each pair alone.",
+        )
+    _check_gradients(loss, errors)
+
+
+def _check_gradients(loss: Loss, errors: PairErrors) -> None:
+    name = type(loss).__name__
+    decided = PairErrors(**{k: v[errors.winner != 0] for k, v in vars(errors).items()})
+    policy = [
+        value.clone().requires_grad_() for value in (decided.policy_first, decided.policy_second)
+    ]
+    output = loss(replace(decided, policy_first=policy[0], policy_second=policy[1]))
+    output.loss.sum().backward()
+    for which, value in zip(("first", "second"), policy, strict=True):
+        reached = value.grad is not None and (value.grad != 0).flatten(1).any(dim=1).all()
+        law(
+            reached,
+            f"No gradient of {name} reaches the policy's errors of the {which} video of "
+            "some pair. Do not detach them, nor round or compare them.",
+        )
+        law(
+            value.grad is not None and value.grad.isfinite().all(),
+            f"{name}'s gradient on the policy's errors of the {which} video is not finite.",
+        )
+        if loss.uniform and value.grad is not None:
+            one = value.grad[:, :1, :1, :1, :1]
+            law(
+                torch.equal(value.grad, one.expand_as(value.grad)),
+                f"{name} says that it is uniform, but its gradient differs from one error of the "
+                f"{which} video to the next. Leave uniform as it is: False.",
+            )
+    for value in (decided.reference_first, decided.reference_second):
+        law(
+            not value.requires_grad and value.grad is None,
+            f"{name} asks for a gradient on the reference's errors. The reference is frozen.",
+        )
+
+
+def check_pairs(
+    builder: PairBuilder,
+    model: VideoModel,
+    *,
+    clip: Clip | None = None,
+    labeler: Labeler | None = None,
+) -> None:
+    """Pairs of the model's shape, drawn from the generator alone, equal outside their region.
+
+    Args:
+        builder: The strategy.
+        model: Any small model.
+        clip: What the pairs are made of; if left out, the first of what the builder brings itself,
+            or else random pixels under a caption.
+        labeler: For strategies that need one.
+    """
+    check_options(builder)
+    name = type(builder).__name__
+    if clip is None:
+        if isinstance(builder, SuppliedPairs):
+            clip = _first_supplied(builder, model, name)
+        else:
+            clip = random_clip(model)
+
+    def make(of: Clip, seed: int) -> Pair:
+        return builder(of, model, labeler, Generator().manual_seed(seed))
+
+    with pure(name, *([] if clip.video is None else [clip.video])):
+        pair, again, other = make(clip, 0), make(clip, 0), make(clip, 1)
+    _check_pair(pair, model, name)
+    law(same(pair, again), f"{name} makes another pair of the same clip and generator.")
+    # Nobody to ask is for the builder to say, or to do without.
+    with suppress(UserError):
+        _check_pair(builder(clip, model, None, Generator().manual_seed(0)), model, name)
+    if isinstance(builder, SuppliedPairs):  # finished pairs leave nothing to draw or to leave out
+        return
+    law(not same(pair, other), f"{name} makes the same pair whatever the generator says.")
+    bare = replace(clip, video=None)
+    if not builder.needs_video:
+        _check_pair(make(bare, 0), model, name)
+        return
+    try:
+        make(bare, 0)
+    except UserError:
+        return
+    raise AssertionError(f"{name} says that it needs videos, but makes a pair of a prompt alone.")
+
+
+def _first_supplied(builder: SuppliedPairs, model: VideoModel, name: str) -> Clip:
+    """The first clip that the builder brings, if it brings the same ones in the same order."""
+    one, two = (builder.material(model, "a caption") for _ in range(2))
+    law(
+        one.count > 0 and one.count == two.count and one.fingerprint == two.fingerprint,
+        f"{name} opens the same material twice and gives another count or fingerprint.",
+    )
+    clips = [list(islice(material.clips, 2)) for material in (one, two)]
+    law(clips[0], f"{name} brings nothing, and raises no UserError that says so.")
+    law(
+        [clip.name for clip in clips[0]] == [clip.name for clip in clips[1]],
+        f"{name} brings its clips in another order. Pairs are numbered: sort them.",
+    )
+    return clips[0][0]
+
+
+def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
+    _, *cells = model.latent_shape
+    shapes = {
+        "first": model.latent_shape,
+        "second": model.latent_shape,
+        "preference": (cells[0],),
+        "region": (1, *cells),
+    }
+    for part, shape in shapes.items():
+        value = vars(pair)[part]
+        law(
+            value.shape == shape,
+            f"{name}'s {part} has the shape {tuple(value.shape)}, not {tuple(shape)}.",
+        )
+        law(value.isfinite().all(), f"{name}'s {part} is not finite.")
+        law(value.device.type == "cpu", f"{name}'s {part} is not on the CPU, where pairs are kept.")
+    law(pair.preference.abs().max() <= 1, f"{name}'s preference leaves [-1, 1].")
+    law(((pair.region == 0) | (pair.region == 1)).all(), f"{name}'s region is not of 0 and 1.")
+    outside = (pair.region == 0).expand_as(pair.first)
+    law(
+        torch.equal(pair.first[outside], pair.second[outside]),
+        f"{name}'s videos differ outside their region. Copy one's latents there.",
+    )
+    law((pair.first != pair.second).any(), f"{name}'s two videos are the same.")
+    law(0 <= pair.strength <= 1, f"{name}'s strength is {pair.strength}, not in [0, 1].")
+    law(pair.prompt and pair.source, f"{name}'s pair does not say its prompt and its source.")
+    if pair.context is not None:
+        encoded = model.encode_prompts([pair.prompt])
+        law(
+            {k: v.shape for k, v in pair.context.items()}
+            == {k: v.shape for k, v in encoded.items()},
+            f"{name}'s context is not shaped as the model encodes a prompt, a leading axis of 1 "
+            "included.",
+        )
+
+
+def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
+    """One finite number per video, whatever else is in the batch.
+
+    Args:
+        metric: The strategy.
+        prompts: Three that it can read; captions of the embedded model if left out.
+    """
+    check_options(metric)
+    model = type(metric)
+    name = model.__name__
+    prompts = spread_captions(3) if prompts is None else list(prompts)
+    law(
+        isinstance(getattr(model, "higher_is_better", None), bool),
+        f"{name} does not say whether higher_is_better.",
+    )
+    law(getattr(model, "unit", ""), f"{name} has no unit. It is printed beside its numbers.")
+    law(model.role in ("target", "motion", "guard"), f"{name} has no role of the three.")
+    metric(small_videos(len(prompts)), prompts)  # the first use may load what it measures with
+    for frames in (5, 2):
+        videos = small_videos(len(prompts), frames)
+        with pure(name, videos):
+            values, again = metric(videos, prompts), metric(videos, prompts)
+        law(
+            values.shape == (len(prompts),),
+            f"{name} gives the shape {tuple(values.shape)} for {len(prompts)} videos of {frames} "
+            "frames. Give one number each.",
+        )
+        law(values.isfinite().all(), f"{name} is not finite on videos of {frames} frames.")
+        law(torch.equal(values, again), f"{name} gives other numbers for the same videos.")
+        alone = [metric(videos[i : i + 1], prompts[i : i + 1]) for i in range(len(prompts))]
+        law(
+            close(torch.cat(alone), values, 1e-3),
+            f"{name} of a video depends on the other videos of its batch.",
+        )
+    frozen = videos[:, :, :1].repeat(1, 1, 4, 1, 1)
+    for what, video in (("a frozen video", frozen), ("a black video", torch.zeros_like(frozen))):
+        law(metric(video, prompts).isfinite().all(), f"{name} is not finite on {what}.")
+
+
+def check_labeler(
+    labeler: Labeler,
+    prompts: Sequence[str] | None = None,
+    *,
+    metrics: Mapping[str, Metric] | None = None,
+) -> None:
+    """One label in [-1, 1] per video and segment, blind to the order of the two videos.
+
+    Of a `SetLabeler` only the options are checked: it judges no videos that are handed to it.
+
+    Args:
+        labeler: The strategy.
+        prompts: Two that it can read; captions of the embedded model if left out.
+        metrics: For a `MeasuringLabeler`, one of each name in its `measures`.
+    """
+    check_options(labeler)
+    name = type(labeler).__name__
+    strays = labeler.incidental - type(labeler).model_fields.keys()
+    law(not strays, f"{name} calls {sorted(strays)} incidental, which are no options of it.")
+    if isinstance(labeler, SetLabeler):
+        return
+    if isinstance(labeler, MeasuringLabeler):
+        labeler = labeler.with_metrics({each: (metrics or {})[each] for each in labeler.measures})
+    prompts = spread_captions(2) if prompts is None else list(prompts)
+    count, segments = len(prompts), [slice(0, 2), slice(2, 4)]
+    first, second = (small_videos(count, 4, seed=seed) for seed in (0, 1))
+    labeler(prompts, first, second, segments)  # the first use may load what it judges with
+    with pure(name, first, second):
+        labels = labeler(prompts, first, second, segments)
+        again = labeler(prompts, first, second, segments)
+    law(
+        labels.shape == (count, len(segments)),
+        f"{name} gives the shape {tuple(labels.shape)} for {count} pairs of {len(segments)} "
+        "segments. Give one label each.",
+    )
+    law(labels.isfinite().all() and labels.abs().max() <= 1, f"{name}'s labels leave [-1, 1].")
+    law(torch.equal(labels, again), f"{name} gives other labels for the same videos.")
+    law(
+        close(labeler(prompts, second, first, segments), -labels),
+        f"{name}'s labels do not change their sign when the videos swap places. Ask in both "
+        "orders, and call it a tie where the answers disagree.",
+    )
+    law(
+        (labeler(prompts, first, first.clone(), segments) == 0).all(),
+        f"{name} prefers one of two identical videos. They are a tie.",
+    )
+    alone = [
+        labeler(prompts[i : i + 1], first[i : i + 1], second[i : i + 1], segments)
+        for i in range(count)
+    ]
+    law(
+        close(torch.cat(alone), labels, 1e-3),
+        f"{name}'s labels of a pair depend on the other pairs of its batch.",
+    )

@@ -1,0 +1,99 @@
+"""What strategies are tried on: errors, videos, clips, noise, all drawn from seeds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Generator, Tensor
+
+from dpo_video.strategies import VideoModel
+from dpo_video.tiny.scenes import spread_captions
+from dpo_video.types import Clip, PairErrors, Videos
+
+PREFERENCES = torch.tensor(
+    [[1.0, 1, 1, 1], [-1.0, -1, -1, -1], [1.0, 1, 0, -1], [-1.0, 1, -1, -1], [1.0, 1, -1, -1]]
+)
+"""Per frame: the first is better, the second is, either one mostly is, and an even pair."""
+SMALL_CHANGE = 1e-4
+"""How far the errors of a policy in training are from its reference's: at the usual slope of 2500
+that is a logit of 0.25, where every loss still has a gradient."""
+
+
+def random_errors(
+    seed: int = 0, pairs: int = 3, *, full_region: bool = True, change: float | None = None
+) -> PairErrors:
+    """Errors in [0, 1) on latents of 2x4x3x3, the first video preferred everywhere.
+
+    Args:
+        seed: Of all draws.
+        pairs: How many.
+        full_region: Whether the videos may differ everywhere, or in two fifths of the elements.
+        change: How far the policy's errors are from the reference's at most; None draws them apart.
+    """
+    generator = Generator().manual_seed(seed)
+    shape = (pairs, 2, 4, 3, 3)
+    region = torch.ones(pairs, 1, 4, 3, 3)
+    if not full_region:
+        region = (torch.rand(region.shape, generator=generator) < 0.4).float()
+    policy = [torch.rand(shape, generator=generator) for _ in range(2)]
+    reference = [torch.rand(shape, generator=generator) for _ in range(2)]
+    if change is not None:
+        policy = [
+            (near + change * (2 * draw - 1)).abs()
+            for near, draw in zip(reference, policy, strict=True)
+        ]
+    signs = torch.rand(shape, generator=generator).sub(0.5).sign()
+    return PairErrors(
+        policy_first=policy[0],
+        policy_second=policy[1],
+        reference_first=reference[0],
+        reference_second=reference[1],
+        policy_product=signs * (policy[0] * policy[1]).sqrt(),
+        preference=torch.ones(pairs, 4),
+        region=region,
+        strength=torch.full((pairs,), 0.75),
+    )
+
+
+def swapped(errors: PairErrors) -> PairErrors:
+    """The same pairs with their videos in the other order, the preference left as it is."""
+    return replace(
+        errors,
+        policy_first=errors.policy_second,
+        policy_second=errors.policy_first,
+        reference_first=errors.reference_second,
+        reference_second=errors.reference_first,
+    )
+
+
+def one_of(errors: PairErrors, index: int) -> PairErrors:
+    """The errors of one pair, as a batch of it alone."""
+    return PairErrors(**{k: v[index : index + 1] for k, v in vars(errors).items()})
+
+
+def small_videos(
+    count: int = 2, frames: int = 5, height: int = 64, width: int = 64, *, seed: int = 0
+) -> Videos:
+    """Smooth random textures that drift by one pixel a frame, under a little grain."""
+    generator = Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 2 + height // 6, 2 + width // 6, generator=generator)
+    texture = F.interpolate(coarse, size=(height, width + frames - 1), mode="bilinear")
+    drifting = torch.stack([texture[..., t : t + width] for t in range(frames)], dim=2)
+    grain = 0.02 * torch.randn(drifting.shape, generator=generator)
+    return (drifting + grain).clamp(0, 1)
+
+
+def random_clip(model: VideoModel) -> Clip:
+    """Random pixels of the model's shape, under a caption."""
+    shape = model.shape
+    video = small_videos(1, shape.frames, shape.height, shape.width)[0]
+    return Clip(name="random", caption=spread_captions(1)[0], video=video)
+
+
+def latent_noise(model: VideoModel, count: int) -> Float[Tensor, "b c f h w"]:
+    """Noise of the model's shape, on its device."""
+    generator = Generator().manual_seed(0)
+    return torch.randn(count, *model.latent_shape, generator=generator).to(model.device)

@@ -1,0 +1,223 @@
+"""The contracts of what holds a network: references, backbones and the models that they load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+
+import torch
+from peft import PeftModel
+from torch import Generator, Tensor, nn
+
+from dpo_video.settings import TrainSettings
+from dpo_video.strategies import Backbone, Reference, VideoModel
+from dpo_video.testing.contracts import check_options
+from dpo_video.testing.inputs import latent_noise, small_videos
+from dpo_video.testing.laws import close, in_unit, law, pure
+from dpo_video.tiny.scenes import spread_captions
+from dpo_video.train import adapt
+
+
+def check_reference(reference: Reference, model: VideoModel) -> None:
+    """It predicts what the bare denoiser predicts, and leaves the policy as it was.
+
+    The adapter that this puts on the model is taken off at the end.
+    """
+    check_options(reference)
+    name = type(reference).__name__
+    noisy = latent_noise(model, 1)
+    level = model.sample_levels(1, Generator().manual_seed(0)).to(model.device)
+    context = model.encode_prompts(spread_captions(1))
+
+    @torch.no_grad()
+    def predicted(network: nn.Module) -> Tensor:
+        return model.predict(network, noisy, level, context)
+
+    bare = predicted(model.denoiser)
+    with _adapted(model) as policy:
+        anchor = reference.follow(policy)
+        law(
+            anchor.draws is None or anchor.draws >= 1,
+            f"{name} gives every pair {anchor.draws} draws. Say None for fresh ones, or how many.",
+        )
+        for seed in (1, 2):  # the adapter as it is after a step, and after another
+            _move(policy, seed)
+            adapted, trainable = predicted(policy), _trainable(policy)
+            with anchor.network() as network:
+                seen = predicted(network)
+            law(
+                torch.equal(seen, bare),
+                f"{name} does not predict what the bare denoiser does. "
+                "Take the adapter off, and nothing else.",
+            )
+            reached = False
+            with suppress(_InterruptedError), anchor.network():
+                reached = True
+                raise _InterruptedError
+            law(reached, f"{name} does not run what stands in its `with` block.")
+            law(
+                torch.equal(predicted(policy), adapted),
+                f"The policy predicts something else after {name} was used. Put the adapter on "
+                "again, also after an error (try ... finally).",
+            )
+            law(
+                _trainable(policy) == trainable,
+                f"Other weights are trainable after {name} was used.",
+            )
+
+
+class _InterruptedError(Exception):
+    """An error inside the `with` block."""
+
+
+def check_backbone(backbone: Backbone) -> None:
+    """What a family says of itself without being loaded: guards, prompts, clips of its own."""
+    check_options(backbone)
+    name = type(backbone).__name__
+    guards = getattr(type(backbone), "guards", None)
+    law(
+        isinstance(guards, tuple) and all(isinstance(guard, str) for guard in guards),
+        f"{name} does not name its guards, a tuple of names of metrics.",
+    )
+    strays = backbone.training.keys() - TrainSettings.model_fields.keys()
+    law(not strays, f"{name}.training sets {sorted(strays)}, which are no options of [train].")
+    TrainSettings(**backbone.training)
+    for count in (1, 47):
+        prompts = backbone.prompts(count)
+        law(len(prompts) == count and all(prompts), f"{name} does not give {count} prompts.")
+    own = [backbone.clips(seed) for seed in (0, 0)]
+    if own[0] is None or own[1] is None:
+        return
+    for clip, again in zip(islice(own[0], 2), islice(own[1], 2), strict=True):
+        law(clip.caption and clip.video is not None, f"{name}'s clips lack a caption or a video.")
+        if clip.video is not None and again.video is not None:
+            law(torch.equal(clip.video, again.video), f"{name}'s clips depend on more than a seed.")
+            law(in_unit(clip.video), f"{name}'s clips leave [0, 1].")
+
+
+def check_backbone_model(model: VideoModel) -> None:
+    """Shapes and ranges, randomness from arguments alone, the law of the region, the adapter."""
+    name = type(model).__name__
+    shape, latent_shape = model.shape, model.latent_shape
+    law(model.identity, f"{name} has no identity: pairs could not be matched with their model.")
+    law(
+        not model.denoiser.training and not _trainable(model.denoiser),
+        f"{name}'s denoiser is not frozen and in evaluation mode. Load it so.",
+    )
+    videos = small_videos(2, shape.frames, shape.height, shape.width)
+    with pure(name, videos):
+        latents = model.encode_videos(videos)
+        again = model.encode_videos(videos)
+    law(
+        latents.shape == (2, *latent_shape),
+        f"{name} encodes to {tuple(latents.shape[1:])} and says {latent_shape}.",
+    )
+    law(latents.isfinite().all(), f"{name} encodes to latents that are not finite.")
+    law(
+        torch.equal(latents, again),
+        f"{name} encodes the same videos to other latents. Take the mean of the posterior.",
+    )
+    decoded = model.decode_videos(latents)
+    law(decoded.shape == videos.shape, f"{name} decodes to {tuple(decoded.shape[1:])}.")
+    law(in_unit(decoded), f"{name} decodes to pixels outside [0, 1].")
+    _check_diffusion(model, latents)
+    _check_sampling(model, latents)
+    covered = model.latent_frames(slice(0, shape.frames))
+    law(
+        list(range(latent_shape[1]))[covered] == list(range(latent_shape[1])),
+        f"{name}'s latent frames of all pixel frames are {covered}, not all of them.",
+    )
+    targets = model.lora_targets()
+    missing = set(targets) - {module for module, _ in model.denoiser.named_modules()}
+    law(
+        targets and not missing,
+        f"{name} names no adapter targets, or some that its denoiser lacks: {sorted(missing)[:3]}.",
+    )
+    with _adapted(model) as policy:
+        trained = {parameter.split(".lora_")[0] for parameter in _trainable(policy)}
+        strays = {path for path in trained if not path.endswith(tuple(f".{t}" for t in targets))}
+        law(not strays, f"{name} trains {sorted(strays)[:3]}, which is not among its targets.")
+    model.release()
+    law(
+        torch.equal(model.encode_videos(videos), latents),
+        f"{name} encodes the same videos to other latents after it was released.",
+    )
+    model.release()
+
+
+def _check_diffusion(model: VideoModel, clean: Tensor) -> None:
+    """Noise, target and prediction."""
+    name = type(model).__name__
+    levels = [model.sample_levels(64, Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    law(
+        levels[0].shape == (64,) and levels[0].device.type == "cpu",
+        f"{name} does not draw levels one each, on the CPU.",
+    )
+    law(
+        torch.equal(levels[0], levels[1]) and not torch.equal(levels[0], levels[2]),
+        f"{name}'s levels are not drawn from the generator, or not from it alone.",
+    )
+    noise, level = latent_noise(model, 2), levels[0][:2].to(model.device)
+    context = model.encode_prompts(spread_captions(2))
+    law(
+        context and all(len(value) == 2 for value in context.values()),
+        f"{name}'s encoded prompts are not tensors with a first axis of one entry a prompt.",
+    )
+    with pure(name, clean, noise, level), torch.no_grad():
+        noisy = model.add_noise(clean, noise, level)
+        target = model.target(clean, noise, level)
+        prediction = model.predict(model.denoiser, noisy, level, context)
+    for what, value in (("noisy latents", noisy), ("target", target), ("prediction", prediction)):
+        law(value.shape == clean.shape, f"{name}'s {what} have the shape {tuple(value.shape)}.")
+        law(value.isfinite().all(), f"{name}'s {what} are not finite.")
+    alone = [model.add_noise(clean[i : i + 1], noise[i : i + 1], level[i : i + 1]) for i in (0, 1)]
+    law(close(torch.cat(alone), noisy), f"{name} does not noise every video to its own level.")
+
+
+def _check_sampling(model: VideoModel, clean: Tensor) -> None:
+    name = type(model).__name__
+    noise, context = latent_noise(model, 2), model.encode_prompts(spread_captions(2))
+    with pure(name, clean, noise):
+        drawn = model.sample(context, noise, steps=2)
+        again = model.sample(context, noise, steps=2)
+    law(
+        drawn.shape == noise.shape and drawn.isfinite().all(),
+        f"{name} draws latents of another shape, or such that are not finite.",
+    )
+    law(torch.equal(drawn, again), f"{name} draws other videos from the same noise.")
+    region = torch.zeros(2, 1, *noise.shape[2:], device=noise.device)
+    region[..., : noise.shape[-1] // 2] = 1
+    repainted = model.sample(context, noise, clean=clean, level=0.75, region=region, steps=4)
+    outside = (region == 0).expand_as(clean)
+    law(
+        torch.equal(repainted[outside], clean[outside]),
+        f"{name} changes what lies outside the region.",
+    )
+    law((repainted != clean)[~outside].any(), f"{name} repaints nothing inside the region.")
+    alone = model.sample(context, noise, clean=clean, level=0.5, per_frame=True, steps=2)
+    law(alone.shape == noise.shape, f"{name} draws another shape frame by frame.")
+
+
+@contextmanager
+def _adapted(model: VideoModel) -> Iterator[PeftModel]:
+    """The model's denoiser with a small adapter on it; off again afterwards."""
+    state = torch.get_rng_state()
+    policy = adapt(model, TrainSettings(rank=2, alpha=4), seed=0)
+    try:
+        yield policy
+    finally:
+        policy.unload()
+        torch.set_rng_state(state)
+
+
+def _move(policy: PeftModel, seed: int) -> None:
+    """What a training step does to the adapter, only more of it."""
+    generator = Generator().manual_seed(seed)
+    for name, parameter in policy.named_parameters():
+        if ".lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def _trainable(network: nn.Module) -> list[str]:
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
