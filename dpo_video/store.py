@@ -90,6 +90,8 @@ class PairStore:
                 f"'{self._place.path('store.json')}' cannot be read ({first_fault(error)}). Build "
                 "the pairs again, or update dpo-video if a newer version wrote them."
             ) from error
+        except PermissionError as error:
+            raise self._forbidden("store.json", error) from error
         except (OSError, ValueError) as error:  # a path may hold what no path can
             raise StoreError(
                 f"'{self.where}' is not a pair store: it has no store.json. Name a folder that "
@@ -143,8 +145,13 @@ class PairStore:
 
     def refresh(self) -> None:
         """See what other workers have appended."""
-        with suppress(FileNotFoundError):
-            self._take(self._place.read("pairs.jsonl", self._read_to))
+        try:
+            data = self._place.read("pairs.jsonl", self._read_to)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise self._forbidden("pairs.jsonl", error) from error
+        self._take(data)
 
     def append(
         self,
@@ -354,17 +361,26 @@ class PairStore:
         return "Copy the pairs there again."
 
     def _open_shards(self) -> Shards:
-        index = ShardIndex(shards=())
-        with suppress(FileNotFoundError):
+        try:
             data = self._place.read(INDEX)
-            try:
-                index = ShardIndex.model_validate_json(data)
-            except ValidationError as error:
-                raise StoreError(
-                    f"'{self._place.path(INDEX)}' cannot be read ({first_fault(error)}). Pack the "
-                    "pairs again, or update dpo-video if a newer version packed them."
-                ) from error
-        return Shards(self._place, index)
+            return Shards(self._place, ShardIndex.model_validate_json(data))
+        except ValidationError as error:
+            raise StoreError(
+                f"'{self._place.path(INDEX)}' cannot be read ({first_fault(error)}). Pack the "
+                "pairs again, or update dpo-video if a newer version packed them."
+            ) from error
+        except OSError as error:
+            # A bucket that may not be listed forbids what is not there.
+            missing = FileNotFoundError if self.local else (FileNotFoundError, PermissionError)
+            if not isinstance(error, missing):
+                raise self._forbidden(INDEX, error) from error
+            return Shards(self._place, ShardIndex(shards=()))
+
+    def _forbidden(self, name: str, error: OSError) -> StoreError:
+        return StoreError(
+            f"'{self._place.path(name)}' cannot be read ({error}). Check that it is a file that "
+            "you may read."
+        )
 
     def _take(self, data: bytes) -> None:
         """Take in what follows of pairs.jsonl; not a last line that is not whole."""

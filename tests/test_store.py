@@ -266,6 +266,13 @@ def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
             PairStore(folder)
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl", "shards.json"])
+def test_a_folder_in_the_place_of_a_file_is_said(store: PairStore, name: str) -> None:
+    (store.folder / name).mkdir()
+    with pytest.raises(StoreError, match=rf"{name}' cannot be read .*Check that it is a file"):
+        PairStore(store.folder)
+
+
 def test_a_damaged_or_missing_tensor_file_is_named(store: PairStore) -> None:
     add(store, 0, 1)
     path = store.folder / "latents" / "00001.safetensors"
