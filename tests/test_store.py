@@ -226,6 +226,22 @@ def test_a_torn_last_line_is_a_pair_that_does_not_exist_yet(store: PairStore) ->
         assert contents(store.folder) == whole
 
 
+def test_a_line_torn_in_the_middle_costs_its_pair_alone(store: PairStore) -> None:
+    add(store, 0, 1, 2)
+    path = store.folder / "pairs.jsonl"
+    whole, lines = contents(store.folder), path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1][:30] + b"\n" + lines[2])
+    with pytest.raises(StoreError, match=r"Line 2 of .*Delete that line and build again"):
+        PairStore(store.folder)
+    path.write_bytes(lines[0] + lines[2])
+    opened = PairStore(store.folder)
+    assert (len(opened), opened.made) == (1, 2)
+    add(opened, 1)
+    assert PairStore(store.folder).rows == store.rows
+    del whole["pairs.jsonl"]
+    assert whole.items() <= contents(store.folder).items()
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
