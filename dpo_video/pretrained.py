@@ -35,6 +35,7 @@ from dpo_video.models import find_model
 Loaded = TypeVar("Loaded")
 Network = TypeVar("Network", bound=nn.Module)
 
+_AUTHORS = {"_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DESCRIBING = ("*.json", "*.txt", "*.model")  # configurations, vocabularies, indices of shards
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
@@ -172,13 +173,21 @@ class Checkpoint:
         return made
 
     def digest(self, *parts: str) -> str:
-        """SHA-256 over the names and bytes of the parts' files of weights; none in an outline."""
+        """SHA-256 over the parts' configurations and files of weights; none in an outline.
+
+        A network with other settings predicts otherwise from the same weights, and so does one
+        whose scheduler counts on another prediction. What only says who wrote the file is left out.
+        """
         if _OUTLINED.get():
             return "outline"
         digest = hashlib.sha256()
         for part in parts:
+            scheduler = part == "scheduler"
+            settings = self.config(part, "scheduler_config.json" if scheduler else "config.json")
+            said = {name: settings[name] for name in settings.keys() - _AUTHORS}
+            digest.update(f"{part} {json.dumps(said, sort_keys=True)}\n".encode())
             files = weight_files(self.folder(part))
-            if not files:
+            if not files and not scheduler:
                 raise self._missing(part, "it holds no weights (*.safetensors)")
             for file in files:
                 digest.update(f"{part}/{file.name} {_file_digest(file)}\n".encode())

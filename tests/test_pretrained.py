@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib.util
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -49,18 +50,28 @@ def cached(root: Path, files: dict[str, bytes], commit: str = "c" * 40) -> Path:
 # --- identity ----------------------------------------------------------------------------------
 
 
-def test_the_digest_changes_with_any_weight_and_with_nothing_else(tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        (tmp_path / name / "vae").mkdir(parents=True)
-        save_file({"a": torch.zeros(3), "b": torch.ones(2)}, tmp_path / name / "vae" / WEIGHTS)
-    assert at(tmp_path / "one").digest("vae") == at(tmp_path / "other").digest("vae")
-    (tmp_path / "other" / "vae" / "config.json").write_text("{}")
-    assert at(tmp_path / "one").digest("vae") == at(tmp_path / "other").digest("vae")
-    save_file(
-        {"a": torch.tensor([0.0, 0.0, 1e-7]), "b": torch.ones(2)},
-        tmp_path / "other" / "vae" / WEIGHTS,
-    )
-    assert at(tmp_path / "one").digest("vae") != at(tmp_path / "other").digest("vae")
+def digest_of(folder: Path, settings: dict[str, Any], *weights: float) -> str:
+    (folder / "vae").mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.tensor(weights), "b": torch.ones(2)}, folder / "vae" / WEIGHTS)
+    (folder / "vae" / "config.json").write_text(json.dumps(settings))
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    return at(folder).digest("vae", "scheduler")
+
+
+def test_the_digest_changes_with_any_weight_or_setting_and_with_nothing_else(
+    tmp_path: Path,
+) -> None:
+    one = digest_of(tmp_path / "one", {"scale": 1, "type": "v"}, 0.0, 0.0)
+    assert one == digest_of(tmp_path / "other", {"type": "v", "scale": 1}, 0.0, 0.0)
+    others = {"_diffusers_version": "0.99", "_name_or_path": "elsewhere"}
+    assert one == digest_of(tmp_path / "one", {"scale": 1, "type": "v", **others}, 0.0, 0.0)
+    assert one != digest_of(tmp_path / "one", {"scale": 1, "type": "v"}, 0.0, 1e-7)
+    assert one != digest_of(tmp_path / "one", {"scale": 1, "type": "epsilon"}, 0.0, 0.0)
+    assert one == digest_of(tmp_path / "one", {"scale": 1, "type": "v"}, 0.0, 0.0)
+    # The scheduler's alone, which holds no weights.
+    (tmp_path / "one" / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert one != at(tmp_path / "one").digest("vae", "scheduler")
 
 
 def test_precision_and_the_order_of_parts_are_part_of_an_identity() -> None:
@@ -74,10 +85,12 @@ def test_a_downloaded_file_is_hashed_by_its_name_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = b"weights of many gigabytes"
-    snapshot = cached(tmp_path / "hub", {f"vae/{WEIGHTS}": data})
+    files = {f"vae/{WEIGHTS}": data, "vae/config.json": b"{}"}
+    snapshot = cached(tmp_path / "hub", files)
     copy = tmp_path / "copy" / "vae"
     copy.mkdir(parents=True)
     (copy / WEIGHTS).write_bytes(data)
+    (copy / "config.json").write_text("{}")
     expected = at(tmp_path / "copy").digest("vae")
 
     def unread(*arguments: Any) -> None:
@@ -188,6 +201,9 @@ def test_a_damaged_part_is_named(tmp_path: Path, break_it: Any, words: str) -> N
 
 def test_a_part_without_weights_and_a_folder_that_is_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
+    with pytest.raises(UserError, match=r"has no 'vae/config\.json'"):
+        at(tmp_path).digest("vae")
+    (tmp_path / "vae" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds no weights"):
         at(tmp_path).digest("vae")
     with pytest.raises(UserError, match="Cannot load the vae"):

@@ -121,7 +121,7 @@ def load_checkpoint(
     schedule: dict[str, Any] = {}
     if timestep_spacing is not None:
         schedule["timestep_spacing"] = timestep_spacing
-    digests = [checkpoint.digest("unet", "vae", "text_encoder")]
+    digests = [checkpoint.digest("unet", "vae", "text_encoder", "scheduler")]
     if checkpoint.config("unet").get("_class_name") == "UNetMotionModel":
         unet = checkpoint.load(UNetMotionModel.from_pretrained, "unet", torch_dtype=dtype)
         motion_adapter = None

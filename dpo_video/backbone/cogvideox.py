@@ -131,7 +131,7 @@ class CogVideoXModel(DDIMModel):
         self._dynamic = dynamic_guidance
         self._check(checkpoint)
         self.identity = identity(
-            checkpoint.digest("transformer", "vae", "text_encoder"), dtype=dtype
+            checkpoint.digest("transformer", "vae", "text_encoder", "scheduler"), dtype=dtype
         )
         scheduler = checkpoint.load(CogVideoXDDIMScheduler.from_pretrained, "scheduler")
         if scheduler.config.prediction_type != "v_prediction":

@@ -158,7 +158,9 @@ class Wan(Backbone):
             expand_timesteps=index.get("expand_timesteps", False),
             device=device,
             dtype=dtype,
-            identity=identity(checkpoint.digest(*names, "vae", "text_encoder"), dtype=dtype),
+            identity=identity(
+                checkpoint.digest(*names, "vae", "text_encoder", "scheduler"), dtype=dtype
+            ),
         )
 
     def clips(self, seed: int) -> Iterator[Clip] | None:
