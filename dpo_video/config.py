@@ -54,6 +54,7 @@ ENGINES: Mapping[str, type[BaseModel]] = {
     "memory": MemorySettings,
     "evaluate": EvaluateSettings,
 }
+_MODEL = "backbone.model"
 _PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
 
 
@@ -118,26 +119,32 @@ def resolve(
         guards = cast(type[Backbone], backbone_class).guards
         wanted = metrics or (*METRICS, *guards)
         tables["metric"] = {name: tables.get("metric", {}).get(name, {}) for name in wanted}
+    given = [(path, value) for path, value in (flags or {}).items() if value is not None]
+    given += [_read_assignment(text) for text in assignments]
     if tier is not None:
-        _apply(find_tier(tier), tables)
-    for path, value in (flags or {}).items():
-        if value is not None:
-            _assign(tables, path, value)
-    for text in assignments:
-        path, separator, value = text.partition("=")
-        if not separator or "." not in path:
-            raise UserError(
-                f"'{text}' is not KIND.OPTION=VALUE. Write it like --set loss.beta=500."
-            )
-        _assign(tables, path.strip(), _parse(value.strip()))
+        # Which model it is decides what the card does with it, so that goes first.
+        model = dict(given).get(_MODEL, tables["backbone"].get("model"))
+        if model is None and "model" in backbone_class.model_fields:
+            model = backbone_class.model_fields["model"].default
+        _apply(find_tier(tier), tables, model if isinstance(model, str) else None)
+    for path, value in given:
+        _assign(tables, path, value)
     defaults = cast(type[Backbone], backbone_class).training
     tables["train"] = _trained(tables.get("train", {}), defaults)
     return _make(tables)
 
 
-def _apply(tier: Tier, tables: Tables) -> None:
+def _read_assignment(text: str) -> tuple[str, Any]:
+    """Option path and value of a text like "loss.beta=500"."""
+    path, separator, value = text.partition("=")
+    if not separator or "." not in path:
+        raise UserError(f"'{text}' is not KIND.OPTION=VALUE. Write it like --set loss.beta=500.")
+    return path.strip(), _parse(value.strip())
+
+
+def _apply(tier: Tier, tables: Tables, model: str | None) -> None:
     """Put a tier's options over those there are; alpha then goes along with its rank."""
-    for path, value in tier.preset(_name(tables, "backbone")).items():
+    for path, value in tier.preset(_name(tables, "backbone"), model).items():
         _assign(tables, path, value)
     tables["train"].pop("alpha", None)
 

@@ -10,6 +10,7 @@ from typing import Any, final
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_video.errors import UserError, unknown
+from dpo_video.models import find_model
 
 AUTO = "auto"
 # A card reports a little more or less memory with the driver and with error correction on.
@@ -36,10 +37,14 @@ class Tier(BaseModel):
     """Option path to value, for every backbone."""
     backbone: dict[str, dict[str, Any]] = {}
     """The same for one backbone, by its name."""
+    model: dict[str, dict[str, Any]] = {}
+    """The same for one model, by the name that its configuration ships under."""
 
-    def preset(self, backbone: str) -> dict[str, Any]:
-        """Option path to value for a backbone."""
-        return {**self.options, **self.backbone.get(backbone, {})}
+    def preset(self, backbone: str, model: str | None = None) -> dict[str, Any]:
+        """Option path to value for a backbone, and for one of its models by any of its names."""
+        known = find_model(model) if model is not None else None
+        own = self.model.get(known.name, {}) if known and known.backbone == backbone else {}
+        return {**self.options, **self.backbone.get(backbone, {}), **own}
 
 
 @cache

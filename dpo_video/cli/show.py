@@ -77,13 +77,13 @@ def _show_tier(name: str | None, as_json: bool) -> None:
         highlight=False,
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("option", "every backbone", *tier.backbone):
+    for column in ("option", "value"):
         table.add_column(column)
-    paths = [*tier.options, *(path for own in tier.backbone.values() for path in own)]
-    for path in dict.fromkeys(paths):
-        cells = [tier.options.get(path), *(own.get(path) for own in tier.backbone.values())]
-        shown = ("" if cell is None else str(cell) for cell in cells)
-        table.add_row(f"[cyan]{path}[/]", *shown)
+    for whose, options in {"every backbone": tier.options, **tier.backbone, **tier.model}.items():
+        table.add_row(f"[bold]{whose}[/]")
+        for path, value in options.items():
+            said = ", ".join(value) if isinstance(value, list) else str(value)
+            table.add_row(f"  [cyan]{path}[/]", said)
     console.print(table)
 
 

@@ -1,0 +1,106 @@
+"""What every tier's presets need of its card, for each model that has a named configuration.
+
+    OMP_NUM_THREADS=1 python benchmarks/tiers.py
+
+As `dpo-video fit --tier T --backbone B --set backbone.model=M` predicts it, on shapes and without a
+GPU; written to tiers.json and tiers.md. Exit code 1 if a preset does not fit its card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from dpo_video.budget import SHARE, fewest_blocks
+from dpo_video.cli.fit import brief, mode_of, predict
+from dpo_video.config import resolve
+from dpo_video.fit import GIB
+from dpo_video.tiers import Tier, tiers
+
+RESULTS = Path(__file__).parent / "results" / "0.1.0"
+MODELS = {
+    "cogvideox-2b": "cogvideox",
+    "wan2.1-t2v-1.3b": "wan",
+    "cogvideox-5b": "cogvideox",
+    "wan2.1-t2v-14b": "wan",
+    "sd1.5": "animatediff",
+}
+
+
+def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
+    """What the presets choose, and what that needs."""
+    config = resolve(
+        tier=tier.name,
+        choices={"backbone": backbone},
+        assignments=[f"backbone.model={model}"],
+    )
+    began, memory = time.monotonic(), tier.memory_gib * GIB
+    mode = mode_of(config)
+    if config.memory.checkpointing == "auto":
+        choice = fewest_blocks(
+            config.backbone, config.reference, config.loss, config.train, mode, SHARE * memory
+        )
+        need, blocks = choice.need, choice.blocks
+    else:
+        found = predict(config, alone=True)
+        need, blocks = found.needs[0], found.blocks
+    size = config.backbone.model_dump(include={"frames", "height", "width"})
+    return {
+        "predicted": True,
+        "tier": tier.name,
+        "card_gib": tier.memory_gib,
+        "model": model,
+        **size,
+        "rank": config.train.rank,
+        "precision": config.train.precision,
+        "blocks": blocks,
+        "mode": need.mode.model_dump(mode="json"),
+        "brief": brief(need.mode),
+        "gib": need.card / GIB,
+        "host_gib": need.host / GIB,
+        "tflop": need.flops / 1e12,
+        "fits": need.card <= memory,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = [
+        "| model | tier | rank | mode | blocks | GiB of the card's | host GiB | TFLOP a pair |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in rows:
+        lines.append(
+            f"| {each['model']}, {each['frames']}x{each['height']}x{each['width']} "
+            f"| {each['tier']} | {each['rank']} | {each['brief']} | {each['blocks']} "
+            f"| {each['gib']:.1f} of {each['card_gib']:.1f} | {each['host_gib']:.1f} "
+            f"| {each['tflop']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=MODELS, action="append", help="all if left out")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of tiers.json")
+    options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for model in options.model or MODELS:
+        for tier in tiers().values():
+            rows.append(row(tier, model, MODELS[model]))
+            print({key: rows[-1][key] for key in ("model", "tier", "brief", "gib", "seconds")})
+            sys.stdout.flush()
+            (options.out / "tiers.json").write_text(json.dumps(rows, indent=1) + "\n")
+            (options.out / "tiers.md").write_text(markdown(rows))
+    sys.exit(0 if all(each["fits"] for each in rows) else 1)
