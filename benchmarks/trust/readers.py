@@ -431,7 +431,7 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
 
 
 def log(bench: Bench) -> Reading:
-    from dpo_video.train import read_log
+    from dpo_video.runs import read_log
     from dpo_video.verdict import judge_training
 
     checkpoint("state.safetensors", mutate.damage)(bench)
