@@ -1,0 +1,102 @@
+"""How much of a step lies before the first adapter, where policy and toggled reference are equal.
+
+    OMP_NUM_THREADS=1 python benchmarks/prefix.py
+
+What is computed there could be computed once for both. Operations are counted on shapes: those of
+the network up to the first layer that has an adapter, beside those of the network's pass and of the
+step with a toggled reference (two passes without a graph, two with one, and their backward).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from peft.tuners.lora import LoraLayer
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dpo_video.backbone.animatediff import AnimateDiff
+from dpo_video.backbone.cogvideox import CogVideoX
+from dpo_video.backbone.wan import Wan
+from dpo_video.fit import DTYPES, Mode, empty_pairs, forecast, give_tensors
+from dpo_video.loss.global_ import Global
+from dpo_video.peak import as_on_cuda, peak_bytes
+from dpo_video.pretrained import outlined
+from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import TrainSettings
+from dpo_video.strategies import Backbone
+from dpo_video.train import adapt
+
+RESULTS = Path(__file__).parent / "results" / "0.1.0"
+MODELS: dict[str, tuple[Backbone, str]] = {
+    "SD1.5 + AnimateDiff v1.5.2, 16 frames 512x512": (
+        AnimateDiff(model="sd1.5", motion_adapter="animatediff-v1-5-2"),
+        "fp16",
+    ),
+    "CogVideoX-2B, 49 frames 480x720": (CogVideoX(model="cogvideox-2b"), "fp16"),
+    "CogVideoX-5B, 49 frames 480x720": (CogVideoX(model="cogvideox-5b"), "bf16"),
+    "Wan2.1-1.3B, 81 frames 480x832": (
+        Wan(model="wan2.1-t2v-1.3b", frames=81, height=480, width=832),
+        "bf16",
+    ),
+}
+
+
+class _ReachedError(Exception):
+    """The first adapter."""
+
+
+def counted(backbone: Backbone, precision: str) -> dict[str, float]:
+    """Operations of one video: up to the first adapter, and of the whole pass."""
+    settings = TrainSettings(rank=16, precision=precision)  # type: ignore[arg-type]
+    with outlined():
+        model = backbone.load(torch.device("cpu"), DTYPES[precision])
+        prompt = model.prompt_shapes()
+    assert prompt is not None
+    with torch.device("meta"):
+        policy = adapt(model, settings, seed=0)
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+
+    def stop(*_: Any) -> None:
+        raise _ReachedError
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        give_tensors(policy, torch.device("cpu"))
+        batch, noise, level = empty_pairs(model, prompt, 1, DTYPES[precision])
+
+        def forward() -> None:
+            try:
+                with as_on_cuda(DTYPES[precision]):
+                    model.predict(policy, noise, level, batch.context)
+            except _ReachedError:
+                pass
+
+        whole = peak_bytes(forward).flops
+        hooks = [layer.register_forward_pre_hook(stop) for layer in layers]
+        prefix = peak_bytes(forward).flops
+        for hook in hooks:
+            hook.remove()
+    mode = Mode(reference="toggle", checkpointing="none", backward="joint")
+    step = forecast(backbone, {"toggle": Toggle()}, Global(), settings, modes=[mode]).needs[0].flops
+    return {
+        "prefix": prefix / 1e12,
+        "pass": whole / 1e12,
+        "step": step / 1e12,
+        # Of both videos of the reference's.
+        "saved": 2 * prefix / step,
+    }
+
+
+if __name__ == "__main__":
+    diffusers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    found = {name: counted(*what) for name, what in MODELS.items()}
+    for name, figures in found.items():
+        print(
+            f"{name}: {figures['prefix']:.4f} of {figures['pass']:.1f} TFLOP of a pass; computed "
+            f"once, {figures['saved']:.3%} of a step's {figures['step']:.0f} TFLOP are saved"
+        )
+    (RESULTS / "prefix.json").write_text(json.dumps(found, indent=1) + "\n")
