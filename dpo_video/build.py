@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -17,10 +17,11 @@ from dpo_video.seeds import generator
 from dpo_video.settings import BuildSettings
 from dpo_video.store import PairStore
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
-from dpo_video.types import Clip, Pair, Video, VideoShape
+from dpo_video.types import Clip, Context, Pair, Video, VideoShape
 from dpo_video.video import write_video
 
 COUNT = 64  # pairs, where nobody says how many
+PROMPTS_KEPT = 64  # encoded ones, which may be megabytes each
 
 # The clip that the `i`-th pair is made of; None behind the last one.
 Source = Callable[[int], Clip | None]
@@ -81,7 +82,11 @@ def build(
         UserError: if a pair is not finite; it is not stored.
     """
     store.check_fits(model)
-    contexts: dict[str, dict[str, Tensor]] = {}
+
+    @lru_cache(maxsize=PROMPTS_KEPT)
+    def encode(prompt: str) -> Context:
+        return {name: value.cpu() for name, value in model.encode_prompts([prompt]).items()}
+
     total = wanted(settings, available)
     for index in range(worker.number, total, worker.count):
         if index in store:
@@ -91,10 +96,7 @@ def build(
         if clip is None:
             return
         pair = builder(clip, model, labeler, generator(seed, "pair", index))
-        if pair.context is None and pair.prompt not in contexts:
-            encoded = model.encode_prompts([pair.prompt])
-            contexts[pair.prompt] = {name: value.cpu() for name, value in encoded.items()}
-        context = contexts[pair.prompt] if pair.context is None else pair.context
+        context = encode(pair.prompt) if pair.context is None else pair.context
         _check_finite(pair, context, index)
         shown = preview(pair, model) if settings.previews else None
         store.append(pair, context, index, partial(_write_preview, shown, model.shape))
