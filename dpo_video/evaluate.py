@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dpo_video.blame import plugin_of, said
 from dpo_video.checkpoint import load_adapter
 from dpo_video.diffusion import initial_noise
-from dpo_video.errors import UserError
+from dpo_video.errors import RunError, UserError
 from dpo_video.frozen import frozen_weights
 from dpo_video.outcome import MetricResult, Role
 from dpo_video.sampling import check_drawn
@@ -47,13 +47,19 @@ def merged(model: VideoModel, adapter: Path) -> nn.Module:
     """The model's denoiser with an adapter merged into it, in place: the bare one is gone.
 
     Raises:
-        RunError: if the adapter does not fit the denoiser.
+        RunError: if the adapter does not fit the denoiser, is not finite, or cannot be merged.
     """
     instead = "Evaluate the run with the backbone that it was trained on."
     policy = load_adapter(model.denoiser, adapter, instead)
     if next(frozen_weights(policy), None) is not None:  # nothing can be added to packed weights
         return policy.eval()
-    network: nn.Module = policy.merge_and_unload(safe_merge=True)
+    try:
+        network: nn.Module = policy.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError) as error:  # it is not finite, or none of ours
+        raise RunError(
+            f"The adapter in '{adapter}' cannot be merged into the model ({error}). If its "
+            "training has diverged, take an earlier checkpoint."
+        ) from error
     return network.eval().requires_grad_(False)
 
 
