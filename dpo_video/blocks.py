@@ -1,4 +1,4 @@
-"""A network's blocks: what is computed again for the backward pass, and in how many parts."""
+"""A network's blocks: what is computed again for the backward pass, how, and in how many parts."""
 
 from __future__ import annotations
 
@@ -112,6 +112,36 @@ def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
 def _called(forward: Any, names: tuple[str, ...], *values: Any) -> Any:
     count = len(values) - len(names)
     return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+def attend_by_kernel(network: nn.Module) -> int:
+    """Have every attention computed by scaled_dot_product_attention; how many were not.
+
+    A processor that multiplies queries and keys itself holds a matrix of all tokens by all tokens:
+    2 GiB a head for Wan's 32,760 in bf16. diffusers' own choice is never one, a plugin's may be.
+
+    Args:
+        network: With diffusers' attention layers. Called again, nothing happens.
+    """
+    from diffusers.models import attention_processor as processors
+
+    kernels = {
+        processors.AttnProcessor: processors.AttnProcessor2_0,
+        processors.SlicedAttnProcessor: processors.AttnProcessor2_0,
+        processors.AttnAddedKVProcessor: processors.AttnAddedKVProcessor2_0,
+        processors.SlicedAttnAddedKVProcessor: processors.AttnAddedKVProcessor2_0,
+    }
+    replaced = 0
+    module: Any
+    for module in network.modules():
+        kernel = kernels.get(type(getattr(module, "processor", None)))
+        if kernel is not None:
+            module.set_processor(kernel())
+            replaced += 1
+    return replaced
 
 
 # --- chunks ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_video.blocks import checkpoint_blocks, run_in_chunks
+from dpo_video.blocks import attend_by_kernel, checkpoint_blocks, run_in_chunks
 from dpo_video.diffusion import (
     Inputs,
     loss_of,
@@ -29,12 +29,15 @@ from dpo_video.types import Latents, LossOutput, PairBatch, PairErrors, PerPair
 
 
 def arrange(network: nn.Module, memory: MemorySettings) -> None:
-    """Let a network run as the modes ask for. Called again, it replaces what it did before.
+    """Let a network run as the modes ask for, its attention always by a kernel.
+
+    Called again, it replaces what it did before.
 
     Raises:
         TrainingError: if the network has no parts of the kind that a mode is about, or nobody has
             chosen yet how many.
     """
+    attend_by_kernel(network)
     if memory.chunks > 1 or _has(network, "_chunks"):
         run_in_chunks(network, memory.chunks)
     if memory.checkpointing == "auto":
