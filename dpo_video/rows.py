@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -45,6 +47,7 @@ class PairRow:
         return _ONE.dump_json(self, exclude_none=True)
 
 
+AT_ONCE = 5000  # lines, for which pydantic needs memory of its own
 _ONE = TypeAdapter(PairRow)
 _MANY = TypeAdapter(list[PairRow])
 
@@ -60,6 +63,14 @@ def parse(lines: list[bytes], path: str, before: int = 0) -> list[PairRow]:
     Raises:
         StoreError: naming the first line that is none.
     """
+    rows = []
+    with _uncollected():
+        for start in range(0, len(lines), AT_ONCE):
+            rows += _parse(lines[start : start + AT_ONCE], path, before + start)
+    return rows
+
+
+def _parse(lines: list[bytes], path: str, before: int) -> list[PairRow]:
     try:
         rows = _MANY.validate_json(b"[" + b",".join(lines) + b"]")
         if len(rows) == len(lines):
@@ -76,6 +87,18 @@ def parse(lines: list[bytes], path: str, before: int = 0) -> list[PairRow]:
                 "line and build again: the rest is kept."
             ) from error
     return rows
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Look for no garbage meanwhile: there is none, and the search goes through all of torch."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 class Rows:

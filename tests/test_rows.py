@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from random import Random
 
 import pytest
@@ -61,7 +62,12 @@ def test_a_line_is_read_back_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize("bad", [b"", b"{}", b"[]", row(1).line() + b"," + row(2).line()])
-def test_the_line_that_is_none_is_named(bad: bytes) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 5000])
+def test_the_line_that_is_none_is_named(
+    bad: bytes, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_video.rows.AT_ONCE", at_once)
     lines = [row(0).line(), bad, row(3).line()]
     with pytest.raises(StoreError, match=r"Line 12 of 'x' cannot be read .*Delete that line and"):
         parse(lines, "x", before=10)
+    assert gc.isenabled()
