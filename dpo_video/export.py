@@ -115,8 +115,8 @@ def export(
         dtype: Of the stored weights; their own if None.
 
     Raises:
-        ExportError: if what was written does not load back or predicts something else; nothing of
-            it is left.
+        ExportError: if the adapter is not finite, or what was written does not load back or
+            predicts something else; nothing of it is left.
         RunError: if `out` exists, the adapter does not fit, or nobody else runs such models.
     """
     if out.exists():
@@ -131,6 +131,11 @@ def export(
     bare = probe.predict(model)
     policy = _adapted(model, adapter)
     wanted = probe.predict(model)
+    if not wanted.isfinite().all():
+        raise ExportError(
+            f"What '{adapter}' predicts is not finite: its training has diverged. Export an earlier "
+            "checkpoint (--step N)."
+        )
     adapted = [name for name, network in publication.networks.items() if read_updates(network)]
     epsilon = _epsilon(model.denoiser, dtype, format)
     partial = out.with_name(f".partial-{out.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -391,6 +392,16 @@ def test_a_checkpoint_that_does_not_load_is_refused(
     with pytest.raises(ExportError, match=r"does not load back .* Nothing was exported"):
         case.export("merged", tmp_path / "out", reload=reload)
     assert left(tmp_path) == []
+
+
+def test_an_adapter_that_has_diverged_is_refused(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    case = cases("wan")
+    broken = random_adapter(case.load(), tmp_path / "adapter", scale=math.nan)
+    with pytest.raises(ExportError, match=r"not finite: .* earlier checkpoint \(--step N\)"):
+        replace(case, adapter=broken).export("diffusers", tmp_path / "out")
+    assert left(tmp_path) == ["adapter"]
 
 
 def test_numbers_too_small_for_their_precision_are_refused(
