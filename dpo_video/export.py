@@ -133,8 +133,8 @@ def export(
     wanted = probe.predict(model)
     if not wanted.isfinite().all():
         raise ExportError(
-            f"What '{adapter}' predicts is not finite: its training has diverged. Export an earlier "
-            "checkpoint (--step N)."
+            f"What '{adapter}' predicts is not finite: its training has diverged. Export an "
+            "earlier checkpoint (--step N)."
         )
     adapted = [name for name, network in publication.networks.items() if read_updates(network)]
     epsilon = _epsilon(model.denoiser, dtype, format)
