@@ -134,7 +134,7 @@ def export(
     if not wanted.isfinite().all():
         raise ExportError(
             f"What '{adapter}' predicts is not finite: its training has diverged. Export an "
-            "earlier checkpoint (--step N)."
+            "earlier checkpoint (--checkpoint N)."
         )
     adapted = [name for name, network in publication.networks.items() if read_updates(network)]
     epsilon = _epsilon(model.denoiser, dtype, format)

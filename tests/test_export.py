@@ -399,7 +399,7 @@ def test_an_adapter_that_has_diverged_is_refused(
 ) -> None:
     case = cases("wan")
     broken = random_adapter(case.load(), tmp_path / "adapter", scale=math.nan)
-    with pytest.raises(ExportError, match=r"not finite: .* earlier checkpoint \(--step N\)"):
+    with pytest.raises(ExportError, match=r"not finite: .* earlier checkpoint \(--checkpoint N\)"):
         replace(case, adapter=broken).export("diffusers", tmp_path / "out")
     assert left(tmp_path) == ["adapter"]
 
