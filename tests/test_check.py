@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.check import Audit, Level, audit, held_out_accuracy, names, statistics
+from dpo_video.check import Audit, audit
+from dpo_video.findings import Level
 from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import Metric
+from dpo_video.summaries import held_out_accuracy, names, statistics
 from dpo_video.types import Pair
 
 COUNT = 24

@@ -1,0 +1,125 @@
+"""What is kept of a stored pair when a set is checked, and what simple numbers tell apart."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpo_video.types import PairBatch
+
+SIGNATURE = 4
+"""Cells a side, and at most that many frames, that a video is reduced to when pairs are compared
+with each other."""
+FOLDS = 5
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What is kept of a pair."""
+
+    index: int
+    finite: bool
+    winner: int
+    """+1 if most frames prefer the first, -1 the second, 0 where they are even."""
+    decided: float
+    """Share of frames that are no ties."""
+    distance: float
+    """Between the two videos inside the region, in standard deviations of the first."""
+    outside: float
+    """Largest difference outside the region."""
+    scale: float
+    hashes: tuple[str, str]
+    signature: Float[Tensor, " k"]
+    statistics: tuple[Array, Array]
+
+
+def summarize(index: int, batch: PairBatch) -> Summary:
+    """Reduce a pair, a batch of it alone, to what is kept of it."""
+    tensors = (batch.first, batch.second, batch.preference, batch.region, *batch.context.values())
+    first, second, region = batch.first[0].float(), batch.second[0].float(), batch.region[0]
+    scale = first.std().item()
+    difference = first - second
+    inside = (region > 0).expand_as(first)
+    apart = difference[inside].square().mean().sqrt().item() if inside.any() else 0.0
+    labels = batch.preference[0]
+    small = torch.nn.functional.adaptive_avg_pool3d(
+        torch.stack([first, second]), (min(SIGNATURE, first.shape[1]), SIGNATURE, SIGNATURE)
+    )
+    return Summary(
+        index=index,
+        finite=all(bool(tensor.isfinite().all()) for tensor in tensors),
+        winner=int(labels.nan_to_num().sum().sign()),
+        decided=(labels != 0).float().mean().item(),
+        distance=apart / scale if scale > 0 else 0.0,
+        outside=difference[~inside].abs().max().item() if not inside.all() else 0.0,
+        scale=scale,
+        hashes=(_hash(batch.first), _hash(batch.second)),
+        signature=small.flatten(),
+        statistics=(statistics(first), statistics(second)),
+    )
+
+
+def _hash(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def statistics(latents: Float[Tensor, "c f h w"]) -> Array:
+    """Simple numbers of one video, those of `names`: what a lazy judge might go by."""
+    channels = [latents.mean(dim=(1, 2, 3)), latents.std(dim=(1, 2, 3)).log()]
+    size = latents.std()
+    steps = [latents]
+    for _ in range(2):  # first and second differences over time
+        steps.append(steps[-1].diff(dim=1) if steps[-1].shape[1] > 1 else steps[-1][:, :0])
+    energies = [
+        steps[1],
+        steps[2],
+        torch.cat([latents.diff(dim=2).flatten(), latents.diff(dim=3).flatten()]),
+        latents.diff(n=2, dim=3),
+    ]
+    shares = [
+        (part.square().mean().sqrt() / size).clamp_min(1e-6).log() if part.numel() else size * 0
+        for part in energies
+    ]
+    return np.asarray(torch.cat([*channels, torch.stack([size.log(), *shares])]).double())
+
+
+def names(channels: int) -> list[str]:
+    """What `statistics` are of."""
+    each = [f"{what} of latent channel {c}" for what in ("mean", "spread") for c in range(channels)]
+    return [*each, "overall contrast", "change from frame to frame", "flicker (second difference "
+            "over time)", "fine detail (differences between neighbours)", "grain (second "
+            "difference in space)"]  # fmt: skip
+
+
+def held_out_accuracy(rows: Array) -> float:
+    """Share of pairs that a logistic regression fitted to the others ranks right.
+
+    `rows` are winners' statistics less losers', one row a pair: no intercept, since neither side
+    comes first. Folds are interleaved; ties count half.
+    """
+    size = np.sqrt((rows**2).mean(axis=0))
+    scaled = rows / np.where(size > 0, size, 1.0)
+    score = 0.0
+    for fold in range(FOLDS):
+        held = np.arange(len(rows)) % FOLDS == fold
+        weights = _logistic(scaled[~held])
+        score += float(((np.sign(scaled[held] @ weights) + 1) / 2).sum())
+    return score / len(rows)
+
+
+def _logistic(rows: Array, ridge: float = 1.0, steps: int = 8) -> Array:
+    """Weights of least `sum log(1 + exp(-rows w)) + ridge/2 |w|^2`, by Newton's method."""
+    weights = np.zeros(rows.shape[1])
+    for _ in range(steps):
+        wrong = 1 / (1 + np.exp(np.clip(rows @ weights, -30, 30)))
+        slope = ridge * weights - rows.T @ wrong
+        curve = (rows * (wrong * (1 - wrong))[:, None]).T @ rows + ridge * np.eye(len(weights))
+        weights = weights - np.linalg.solve(curve, slope)
+    return weights
