@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TypeVar, final
 
 from fsspec.core import url_to_fs
+from safetensors.torch import load, load_file
+from torch import Tensor
 
 from dpo_video.errors import StoreError
 
@@ -33,7 +35,11 @@ class Place(ABC):
         """A file from a byte on; FileNotFoundError if there is none, OSError if it is damaged."""
 
     @abstractmethod
-    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    def load(self, name: str) -> dict[str, Tensor]:
+        """A whole safetensors file; OSError or SafetensorError if it is none."""
+
+    @abstractmethod
+    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
         """The bytes of a file from each start to each stop; OSError if there are fewer."""
 
 
@@ -65,17 +71,22 @@ class Folder(Place):
             file.seek(start)
             return file.read()
 
-    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    def load(self, name: str) -> dict[str, Tensor]:
+        """See `Place`. The tensors are the mapped file."""
+        return load_file(self._folder / name)
+
+    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
         """See `Place`."""
-        found = []
         with (self._folder / name).open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if any(not 0 <= start <= stop <= size for start, stop in spans):
                 raise OSError("it is shorter than it says")  # and no memory is taken for it
-            for start, stop in spans:
+            found = [bytearray(stop - start) for start, stop in spans]
+            for part, (start, _) in zip(found, spans, strict=True):
                 file.seek(start)
-                found.append(file.read(stop - start))
-        return _whole(found, spans)
+                if file.readinto(part) != len(part):
+                    raise OSError("it has become shorter")
+        return found
 
 
 @final
@@ -106,13 +117,20 @@ class Elsewhere(Place):
         """See `Place`."""
         return self._patiently(name, lambda path: self._files.cat_file(path, start=start or None))
 
-    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    def load(self, name: str) -> dict[str, Tensor]:
+        """See `Place`."""
+        return load(self.read(name))
+
+    def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
         """See `Place`. All at once, where the protocol can."""
         starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
 
-        def fetch(path: str) -> list[bytes]:
-            paths = [path] * len(spans)
-            return _whole(self._files.cat_ranges(paths, starts, stops, on_error="raise"), spans)
+        def fetch(path: str) -> list[bytearray]:
+            found = self._files.cat_ranges([path] * len(spans), starts, stops, on_error="raise")
+            for data, (start, stop) in zip(found, spans, strict=True):
+                if len(data) != stop - start:
+                    raise OSError(f"{len(data)} bytes instead of {stop - start}")
+            return [bytearray(data) for data in found]
 
         return self._patiently(name, fetch)
 
@@ -132,13 +150,6 @@ class Elsewhere(Place):
                         "answers requests for parts of files, and run the same command again."
                     ) from error
                 time.sleep(pause)
-
-
-def _whole(found: Sequence[bytes], spans: Sequence[tuple[int, int]]) -> list[bytes]:
-    for data, (start, stop) in zip(found, spans, strict=True):
-        if len(data) != stop - start:
-            raise OSError(f"{len(data)} bytes instead of {stop - start}")
-    return list(found)
 
 
 def _said(error: Exception) -> str:

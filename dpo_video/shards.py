@@ -12,17 +12,23 @@ neither memory nor traffic grows with the shard.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, final
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
-from safetensors.torch import load
 from torch import Tensor
 
 from dpo_video.places import Place
 
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 INDEX = "shards.json"
 LONGEST = 1 << 16  # bytes of a header that names a few tensors
 
@@ -52,7 +58,7 @@ class ShardIndex(_Record):
 class _Tensor(_Record):
     """A tensor in a header, as the format describes it."""
 
-    dtype: str
+    dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
     shape: tuple[NonNegativeInt, ...]
     data_offsets: tuple[NonNegativeInt, NonNegativeInt]
 
@@ -61,17 +67,16 @@ _HEADER = TypeAdapter(dict[str, _Tensor])
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Where the bytes of some tensors, or of a row of each, are in a file."""
+class _Rows:
+    """Where the rows of a tensor are in a file, or the whole of it as one row."""
 
-    head: bytes
-    """What makes a safetensors file of them when their bytes follow."""
-    spans: Sequence[tuple[int, int]]
-    """Per tensor, the first row's first byte and a row's number of bytes."""
-
-    def read(self, place: Place, file: str, row: int = 0) -> dict[str, Tensor]:
-        spans = [(start + row * each, start + (row + 1) * each) for start, each in self.spans]
-        return load(b"".join([self.head, *place.parts(file, spans)]))
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """The first row's first byte."""
+    size: int
+    """Bytes of a row."""
 
 
 @final
@@ -83,7 +88,7 @@ class Shards:
         self._at = {
             name: (shard, row) for shard in index.shards for row, name in enumerate(shard.holds)
         }
-        self._layouts: dict[tuple[str, tuple[str, ...]], _Layout] = {}
+        self._layouts: dict[str, list[_Rows]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self._at
@@ -98,43 +103,52 @@ class Shards:
         Raises:
             OSError: if the shard is missing or damaged.
             ValueError: if it is not what the index says.
-            SafetensorError: if the tensors are none.
         """
         shard, row = self._at[name]
-        layout = self._layouts.get((shard.file, tuple(only)))
+        layout = self._layouts.get(shard.file)
         if layout is None:  # twice from two threads does no harm
-            layout = _layout(self._place, shard.file, only, len(shard.holds))
-            self._layouts[shard.file, tuple(only)] = layout
-        return layout.read(self._place, shard.file, row)
+            layout = _layout(self._place, shard.file, len(shard.holds))
+            self._layouts[shard.file] = layout
+        return _read(self._place, shard.file, layout, row, only)
 
 
 def read_some(place: Place, file: str, only: Sequence[str]) -> dict[str, Tensor]:
     """Some tensors of a safetensors file, without reading the others; errors as `Shards.read`."""
-    return _layout(place, file, only).read(place, file)
+    return _read(place, file, _layout(place, file), 0, only)
 
 
-def _layout(place: Place, file: str, only: Sequence[str], rows: int | None = None) -> _Layout:
-    """Of the tensors of these names, or of all; whole ones where no number of rows is given."""
+def _read(
+    place: Place, file: str, layout: Sequence[_Rows], row: int, only: Sequence[str]
+) -> dict[str, Tensor]:
+    wanted = [each for each in layout if not only or each.name in only]
+    starts = [each.start + row * each.size for each in wanted]
+    spans = [(start, start + each.size) for start, each in zip(starts, wanted, strict=True)]
+    return {
+        each.name: torch.frombuffer(part, dtype=each.dtype).view(each.shape)
+        for each, part in zip(wanted, place.parts(file, spans), strict=True)
+    }
+
+
+def _layout(place: Place, file: str, rows: int | None = None) -> list[_Rows]:
+    """What a safetensors file holds; whole tensors where no number of rows is given."""
     (length,) = struct.unpack("<Q", place.parts(file, [(0, 8)])[0])
     if length > LONGEST:
         raise ValueError("its header is too long")
-    told, spans, end = {}, [], 0
+    found = []
     for name, tensor in _parse_header(place.parts(file, [(8, 8 + length)])[0]).items():
-        start, stop = tensor.data_offsets
         if rows is not None and tensor.shape[:1] != (rows,):
             raise ValueError(f"'{name}' does not have the {rows} rows that {INDEX} tells")
-        if only and name not in only:
-            continue
-        each = (stop - start) // (rows or 1)
-        spans.append((8 + length + start, each))
+        dtype = DTYPES[tensor.dtype]
         shape = tensor.shape if rows is None else tensor.shape[1:]
-        told[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": (end, end + each)}
-        end += each
-    text = json.dumps(told).encode()  # safetensors checks that all of it fits together
-    return _Layout(struct.pack("<Q", len(text)) + text, spans)
+        size = math.prod(shape) * dtype.itemsize
+        start, stop = tensor.data_offsets
+        if stop - start != size * (1 if rows is None else rows) or not size:
+            raise ValueError(f"'{name}' is not as large as it says")
+        found.append(_Rows(name, dtype, shape, 8 + length + start, size))
+    return found
 
 
-def _parse_header(text: bytes) -> dict[str, _Tensor]:
+def _parse_header(text: bytes | bytearray) -> dict[str, _Tensor]:
     try:
         found = json.loads(text)
         if not isinstance(found, dict):

@@ -28,7 +28,7 @@ from filelock import FileLock
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from dpo_video.errors import StoreError
@@ -329,7 +329,7 @@ class PairStore:
         with self._reading(name):
             if name in self._shards:
                 return self._shards.read(name)
-            return load(self._place.read(f"{name}.safetensors"))
+            return self._place.load(f"{name}.safetensors")
 
     def _some(self, name: str, only: Sequence[str]) -> dict[str, Tensor]:
         if name in self._shards:
