@@ -323,4 +323,12 @@ def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model
 
 def _dump(model: BaseModel) -> dict[str, Any]:
     """Plain values, without the ones that are not set: TOML has no null."""
-    return model.model_dump(mode="json", exclude_none=True)
+    plain = model.model_dump(mode="json", exclude_none=True)
+    try:
+        tomli_w.dumps(plain)
+    except (TypeError, ValueError) as error:  # a stranger's options
+        raise UserError(
+            f"The options of {type(model).__name__} of {type(model).__module__} cannot be written "
+            f"down in a run.toml ({error}). Its author must use plain types."
+        ) from error
+    return plain

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 
 from dpo_video.labels import LabelBook, LabelRecipe
-from dpo_video.segments import SECONDS, split
+from dpo_video.segments import SECONDS, sound_labels, split
 from dpo_video.store import PairStore
 from dpo_video.strategies import (
     Judgement,
@@ -115,7 +115,7 @@ def label(
             continue
         started = time.monotonic()
         judgement = _judge(labeler, work, pair)
-        labels = judgement.labels[0].tolist()
+        labels = sound_labels(labeler, judgement.labels, len(work.segments))[0].tolist()
         book.record(pair, labels, note=judgement.notes[0])
         done.add(pair)
         yield LabelReport(

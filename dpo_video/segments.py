@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dpo_video.errors import UserError
 from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.types import Latents, VideoShape
 
@@ -36,6 +37,21 @@ def broadcast(
     return preference
 
 
+def sound_labels(labeler: Labeler, labels: Tensor, segments: int) -> Float[Tensor, "1 s"]:
+    """What a labeler has said of one pair, if it is what was asked for.
+
+    Raises:
+        UserError: if it is not, as a stranger's may not be.
+    """
+    if labels.shape != (1, segments) or not (labels.isfinite() & (labels.abs() <= 1)).all():
+        raise UserError(
+            f"The labeler {type(labeler).__name__} of {type(labeler).__module__} does not give one "
+            f"number in [-1, 1] for each of {segments} segments of a pair. "
+            "dpo_video.testing.check_labeler says more."
+        )
+    return labels.float().cpu()
+
+
 def preference(
     labeler: Labeler,
     model: VideoModel,
@@ -48,6 +64,6 @@ def preference(
     both: Latents = torch.stack([first, second]).to(model.device)
     videos = model.decode_videos(both).cpu()
     segments = split(model.shape, seconds)
-    labels = labeler([prompt], videos[:1], videos[1:], segments)[0]
+    labels = labeler([prompt], videos[:1], videos[1:], segments)
     parts = [model.latent_frames(segment) for segment in segments]
-    return broadcast(labels.float().cpu(), parts, first.shape[1])
+    return broadcast(sound_labels(labeler, labels, len(segments))[0], parts, first.shape[1])

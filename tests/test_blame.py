@@ -14,11 +14,14 @@ from dpo_video import registry
 from dpo_video.blame import blamed, plugin_of
 from dpo_video.checkpoint import check_seal
 from dpo_video.cli import main
-from dpo_video.errors import TrainingError
+from dpo_video.config import resolve
+from dpo_video.errors import TrainingError, UserError
 from dpo_video.evaluate import compare
+from dpo_video.labeler.recorded import Recorded
 from dpo_video.loss.global_ import Global
 from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.runs import latest_checkpoint
+from dpo_video.segments import sound_labels
 from dpo_video.settings import EvaluateSettings, TrainSettings
 from dpo_video.testing import random_errors
 from dpo_video.train import adapt
@@ -168,3 +171,20 @@ def test_a_loss_of_one_number_for_all_pairs_is_refused(faulty: Faulty) -> None:
     with pytest.raises(TrainingError, match="loss Mean of dpo_mean does not give one 'Tensor'"):
         loss_of(faulty("loss", "Mean")(), random_errors())
     assert loss_of(Global(), random_errors()).loss.shape == torch.Size([3])
+
+
+@pytest.mark.parametrize("labels", [torch.ones(2), torch.ones(1, 3), torch.full((1, 2), 2.0),
+                                    torch.full((1, 2), torch.nan)])  # fmt: skip
+def test_labels_that_nobody_asked_for_are_refused(labels: torch.Tensor) -> None:
+    labeler = Recorded(file="labels.jsonl")
+    assert sound_labels(labeler, torch.tensor([[1.0, -0.5]]), 2).tolist() == [[1.0, -0.5]]
+    with pytest.raises(UserError, match=r"labeler Recorded of .* does not give one number in"):
+        sound_labels(labeler, labels, 2)
+
+
+def test_options_that_no_file_can_hold_are_refused(install: Install) -> None:
+    source = FAULTY.replace("class Mean(strategies.Loss):\n", "class Mean(strategies.Loss):\n"
+                            "    levels: list[int | None] = [None]\n")  # fmt: skip
+    install("dpo-holes", source, "holes", "Mean")
+    with pytest.raises(UserError, match=r"options of Mean of dpo_holes cannot be written down"):
+        resolve(choices={"loss": "holes"})

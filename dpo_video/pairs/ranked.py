@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Generator
 
 from dpo_video.errors import UserError
-from dpo_video.segments import SECONDS, split
+from dpo_video.segments import SECONDS, sound_labels, split
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair, Videos
 from dpo_video.winner import OWN_SAMPLE
@@ -85,7 +85,8 @@ def rank(
     """Per video, meetings won less meetings lost, and the sum of its segments' labels."""
     won, total = [0] * len(videos), [0.0] * len(videos)
     for one, other in combinations(range(len(videos)), 2):
-        labels = labeler([prompt], videos[one : one + 1], videos[other : other + 1], segments)[0]
+        asked = [prompt], videos[one : one + 1], videos[other : other + 1], segments
+        labels = sound_labels(labeler, labeler(*asked), len(segments))[0]
         majority, summed = int(labels.sign().sum().sign()), labels.sum().item()
         won[one] += majority
         won[other] -= majority
