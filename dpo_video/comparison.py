@@ -75,11 +75,14 @@ class Comparison(Record):
     def of(cls, cells: Sequence[Cell], *, machine: str, versions: dict[str, str]) -> Comparison:
         """Pool the cells by recipe; cells of a recipe must be neighbours.
 
+        A metric that was left out of one evaluation is left out of all.
+
         Raises:
             ValueError: there are no cells, or those of a recipe disagree on the base's videos.
         """
         if not cells:
             raise ValueError("there is nothing to compare")
+        cells = _on_common_metrics(cells)
         groups = [list(group) for _, group in groupby(cells, key=lambda cell: cell.recipe)]
         return cls(
             rows=tuple(_row(group) for group in groups),
@@ -87,6 +90,16 @@ class Comparison(Record):
             machine=machine,
             versions=versions,
         )
+
+
+def _on_common_metrics(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with those metrics alone that all of them have, in the order of the first."""
+    measured = [{metric.name: metric for metric in cell.metrics} for cell in cells]
+    names = [name for name in measured[0] if all(name in each for each in measured)]
+    return [
+        cell.model_copy(update={"metrics": tuple(each[name] for name in names)})
+        for cell, each in zip(cells, measured, strict=True)
+    ]
 
 
 def _row(cells: Sequence[Cell]) -> Row:

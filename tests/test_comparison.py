@@ -81,6 +81,15 @@ def test_cells_of_other_videos_are_not_pooled() -> None:
         comparison()
 
 
+def test_a_metric_that_one_evaluation_lacks_is_left_out_of_all() -> None:
+    whole = cell("one", 0, 0.8)
+    lacking = whole.model_copy(update={"seed": 1, "metrics": whole.metrics[::2]})
+    found = comparison(whole, lacking, cell("two", 0, 1.2))
+    for row in found.rows:
+        assert [result.name for result in row.metrics] == ["warp_error", "caption_match"]
+        assert row.by_seed.keys() == {"warp_error", "caption_match"}
+
+
 def test_the_table_and_the_markdown_name_every_recipe_and_its_changes() -> None:
     found = comparison(cell("good", 0, 0.7), cell("frozen", 0, 0.5, motion=0.5))
     console = Console(file=StringIO(), width=160)
