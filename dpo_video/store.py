@@ -144,7 +144,9 @@ class PairStore:
         return self.folder / "previews" / f"{index:05d}.mp4"
 
     def refresh(self) -> None:
-        """See what other workers have appended."""
+        """See what other workers have appended; elsewhere nobody does while it is read."""
+        if self._read_to and not self.local:
+            return
         try:
             data = self._place.read("pairs.jsonl", self._read_to)
         except FileNotFoundError:
