@@ -10,8 +10,8 @@ import torch
 from small_cogvideox import OPTIONS, save_small_cogvideox
 
 from dpo_video.backbone.cogvideox import CogVideoX
-from dpo_video.budget import fewest_blocks
-from dpo_video.cli.fit import choose_blocks
+from dpo_video.budget import SHARE, fewest_blocks
+from dpo_video.cli.fit import choose_blocks, predict
 from dpo_video.config import Config, resolve
 from dpo_video.errors import UserError
 from dpo_video.fit import GIB, Checkpointing, Mode, Need, Rehearsed, forecast
@@ -19,6 +19,7 @@ from dpo_video.loss.global_ import Global
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Backbone
+from dpo_video.tiers import find_tier
 
 SETTINGS = TrainSettings(rank=2, alpha=4, accumulation=1)
 MODE = Mode(reference="toggle", checkpointing="blocks", backward="joint")
@@ -104,6 +105,18 @@ def test_a_run_writes_down_the_number(bench: Bench, capsys: pytest.CaptureFixtur
     written = tomllib.loads(settled.toml())["memory"]
     assert MemorySettings(**written) == settled.memory
     assert choose_blocks(settled) is settled
+
+
+def test_fit_shows_the_fewest_blocks_that_fit_a_card(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = [MODE.model_copy(update={"checkpointing": count}) for count in ("none", "blocks")]
+    monkeypatch.setattr("dpo_video.fit.ladder", lambda references, loss: ends)
+    config = configured(bench)
+    memory = bench.need(3).card / SHARE / GIB
+    card = find_tier("t4").model_copy(update={"memory_gib": memory})
+    rows = predict(config, card=card).needs
+    assert [need.mode.checkpointing for need in rows] == ["none", 3, "blocks"]
 
 
 def test_a_device_that_does_not_say_needs_a_budget(bench: Bench) -> None:
