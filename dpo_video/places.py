@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_video.errors import StoreError
 
 PAUSES = (0.5, 1.0, 2.0)  # seconds before a read from elsewhere is tried again
+MAPPED = 1 << 20  # bytes of a file from which on it is mapped
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 Result = TypeVar("Result")
 
@@ -72,8 +73,9 @@ class Folder(Place):
             return file.read()
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """See `Place`. The tensors are the mapped file."""
-        return load_file(self._folder / name)
+        """See `Place`. A large file is mapped, which costs more than copying a small one."""
+        path = self._folder / name
+        return load(path.read_bytes()) if path.stat().st_size < MAPPED else load_file(path)
 
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
         """See `Place`."""
