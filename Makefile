@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: help setup demo test check format tiny clean
+.PHONY: help setup demo test check format audit tiny clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -37,6 +37,10 @@ test: check ## All checks and all tests
 format: setup ## Put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+audit: setup ## Ask a public database for known faults of what is pinned (needs the network)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 tiny: setup ## Train the embedded model from scratch (about two hours on 2 cores; restartable)
 	$(BIN)/python -m dpo_video.tiny.recipe

@@ -87,6 +87,10 @@ def _explain(error: BaseException) -> None:
 
         if refused := refusal(error):
             _refuse(refused)
+    from dpo_video.shortage import shortage
+
+    if short := shortage(error):
+        _refuse(short)
     from dpo_video.blame import blamed
 
     if sentence := blamed(error):
