@@ -475,18 +475,18 @@ def _identity(model: VideoModel, store: PairStore, policy: PeftModel, precision:
 def _usable(store: PairStore, loss: Loss) -> list[int]:
     """The pairs to draw from: all but those that are ties throughout."""
     if not len(store):
-        raise TrainingError(f"'{store.folder}' holds no pairs. Build some first.")
+        raise TrainingError(f"'{store.where}' holds no pairs. Build some first.")
     if loss.needs_region and all(row.region_share == 1 for row in store.rows):
         raise TrainingError(
-            f"The pairs in '{store.folder}' have no regions: their two videos may differ "
+            f"The pairs in '{store.where}' have no regions: their two videos may differ "
             "everywhere. Train them with --loss global, or build pairs that have regions "
             "(--pairs local)."
         )
     if pairs := store.decided():
         return pairs
     raise TrainingError(
-        f"All {len(store)} pairs in '{store.folder}' are ties, from which there is nothing to "
-        f"learn. Label them (dpo-video label {store.folder} --labeler NAME, then train with "
+        f"All {len(store)} pairs in '{store.where}' are ties, from which there is nothing to "
+        f"learn. Label them (dpo-video label {store.where} --labeler NAME, then train with "
         "--labels NAME), or build them with a --labeler."
     )
 
