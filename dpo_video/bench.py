@@ -15,7 +15,7 @@ from typing import Any, Literal, final
 
 from pydantic import ValidationError
 
-from dpo_video.errors import UserError
+from dpo_video.errors import UserError, first_fault
 from dpo_video.files import write_text
 from dpo_video.statistics import Record
 
@@ -187,7 +187,7 @@ def read_results(where: Path) -> dict[str, SuiteResult]:
                 continue  # other results may lie beside them
             raise UserError(
                 f"'{path}' holds no results of `dpo-video bench` "
-                f"({error.errors()[0]['msg']}). Name a file that it wrote."
+                f"({first_fault(error)}). Name a file that it wrote."
             ) from error
         found[result.suite] = result
     if not found:

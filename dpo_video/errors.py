@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 _LONGEST = 2000  # characters; a file's whole content in its place tells nobody more
 
@@ -25,6 +29,14 @@ def one_line(text: str) -> str:
         text = f"{text[:half]} ... {text[-half:]}"
     words = " ".join(text.split()) if any(c in text for c in "\n\r\t\v\f") else text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+
+
+def first_fault(error: ValidationError) -> str:
+    """What is wrong with what was read, and where in it."""
+    detail = error.errors()[0]
+    place = ".".join(str(part) for part in detail["loc"])
+    reason = detail["msg"].removeprefix("Value error, ")
+    return f"{place}: {reason}" if place else reason
 
 
 class PluginError(UserError):

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dpo_video.errors import UserError
+from dpo_video.errors import UserError, first_fault
 from dpo_video.numerals import brief, percent
 from dpo_video.outcome import EvaluationVerdict, MetricResult
 from dpo_video.statistics import Record
@@ -67,10 +67,8 @@ class Evaluation(Record):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the whole"
             raise UserError(
-                f"This is not an evaluation that this version can read ({where}: {first['msg']}). "
+                f"This is not an evaluation that this version can read ({first_fault(error)}). "
                 "Run dpo-video evaluate again to write a new one."
             ) from error
 

@@ -22,9 +22,8 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from dpo_video.errors import StoreError, UserError, unknown
+from dpo_video.errors import StoreError, UserError, first_fault, unknown
 from dpo_video.files import append_line, write_text, writing
-from dpo_video.rows import first_fault
 from dpo_video.segments import broadcast
 from dpo_video.statistics import cohen_kappa
 from dpo_video.types import Mark

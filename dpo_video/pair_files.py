@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from dpo_video.clips import find_videos, read_beginning, read_caption
-from dpo_video.errors import UserError
+from dpo_video.errors import UserError, first_fault
 from dpo_video.segments import split
 from dpo_video.strategies import VideoModel
 from dpo_video.triples import read_triple
@@ -272,9 +272,7 @@ def _read_line(line: str, name: str, root: Path, prompt: str | None, segments: i
     try:
         read = _Line.model_validate_json(line)
     except ValidationError as error:
-        detail = error.errors()[0]
-        place = ".".join(str(part) for part in detail["loc"])
-        raise UserError(f"{place}: {detail['msg']}" if place else detail["msg"]) from error
+        raise UserError(first_fault(error)) from error
     if read.labels is not None and len(read.labels) != segments:
         raise UserError(f"it has {len(read.labels)} labels, and a video has {segments} segments")
     win, lose = root / read.win, root / read.lose

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from dpo_video.errors import StoreError
+from dpo_video.errors import StoreError, first_fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +140,3 @@ class Rows:
 
     def _at(self, index: int) -> PairRow:
         return self.ready[index] if index < len(self.ready) else self.waiting[index]
-
-
-def first_fault(error: ValidationError) -> str:
-    """What is wrong with a file, and where in it."""
-    detail = error.errors()[0]
-    place = ".".join(str(part) for part in detail["loc"])
-    return f"{place}: {detail['msg']}" if place else detail["msg"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dpo_video.errors import RunError
+from dpo_video.errors import RunError, first_fault
 from dpo_video.files import write_bytes
 from dpo_video.verdict import StepReport
 
@@ -44,7 +44,7 @@ def read_log(out: Path) -> list[StepReport]:
         return [StepReport.model_validate_json(line) for line in lines]
     except ValidationError as error:
         raise RunError(
-            f"'{path}' cannot be read ({error.errors()[0]['msg']}). Delete it to go on without the "
+            f"'{path}' cannot be read ({first_fault(error)}). Delete it to go on without the "
             "training curves."
         ) from error
 

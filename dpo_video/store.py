@@ -31,10 +31,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from dpo_video.errors import StoreError
+from dpo_video.errors import StoreError, first_fault
 from dpo_video.files import append_line, write_bytes, write_tensors, write_text, writing
 from dpo_video.places import Elsewhere, Folder, Place, folder_of, is_url
-from dpo_video.rows import PairRow, Rows, checked, first_fault, parse
+from dpo_video.rows import PairRow, Rows, checked, parse
 from dpo_video.shards import INDEX, ShardIndex, Shards, read_some
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.types import Context, Pair, PairBatch

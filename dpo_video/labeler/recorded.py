@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpo_video.errors import UserError
+from dpo_video.errors import UserError, first_fault
 from dpo_video.strategies import LabelWork, SetLabeler
 from dpo_video.types import Mark
 
@@ -121,6 +121,4 @@ def _reason(error: Exception) -> str:
         return error.msg
     if not isinstance(error, ValidationError):
         return str(error)
-    detail = error.errors()[0]
-    place = str(detail["loc"][0]) if detail["loc"] else ""
-    return f"{place}: {detail['msg']}" if place else detail["msg"].removeprefix("Value error, ")
+    return first_fault(error)
