@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
-from dpo_video.errors import UserError
+from dpo_video.errors import BudgetError
 from dpo_video.fit import CHUNKS, GIB, Checkpointing, Forecast, Mode, Need, Rehearsed, forecast
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference
@@ -68,7 +68,7 @@ def fewest_blocks(
         rehearsed: What a forecast of the same configuration has run, which spares it.
 
     Raises:
-        UserError: if it does not even fit with all, with what else would help.
+        BudgetError: if it does not even fit with all, with what else would help.
     """
     before = rehearsed or Rehearsed()
 
@@ -90,7 +90,7 @@ def fewest_blocks(
     if least.card <= budget:
         return choice(need=least)
     if need.card > budget:
-        raise UserError(
+        raise BudgetError(
             f"memory.checkpointing=auto finds no number that fits: with all {ends.blocks} blocks "
             f"checkpointed, a step needs {need.card / GIB:.2f} GiB, and the budget is "
             f"{budget / GIB:.2f} (predicted). {_what_else(mode)}"

@@ -55,6 +55,10 @@ class TrainingError(UserError):
     """Training stopped itself, and says why."""
 
 
+class BudgetError(UserError):
+    """No number of checkpointed blocks fits the memory that there is."""
+
+
 class ExportError(UserError):
     """An export that does not load back as what was exported; nothing of it is left."""
 

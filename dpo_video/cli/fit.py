@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dpo_video.cli.options import (
@@ -21,7 +22,7 @@ from dpo_video.cli.options import (
     console,
     resolve,
 )
-from dpo_video.errors import UserError
+from dpo_video.errors import BudgetError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,11 @@ def fit(
         file, assignments, backbone=backbone, loss=loss, reference=reference, tier=tier
     )
     card = find_tier(tier) if tier else None
-    config = choose_blocks(config, tier=tier)
+    try:
+        config, fits = choose_blocks(config, tier=tier), True
+    except BudgetError as error:  # the table shows what would fit
+        console.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
+        fits = False
     found = predict(config, card=card)
     asked = found.of(mode_of(config))
     assert asked is not None
@@ -72,7 +77,7 @@ def fit(
         typer.echo(json.dumps(_report(found, asked, best, card, cards, efficiency), indent=2))
     else:
         _show(config, found, asked, best, card, cards, efficiency)
-    if card and not _holds(card, asked):
+    if not fits or (card and not _holds(card, asked)):
         raise typer.Exit(DOES_NOT_FIT)
 
 

@@ -34,7 +34,7 @@ def arguments(
 
     def ends(references: Sequence[str], loss: Loss) -> list[Mode]:
         modes = ladder(references, loss)
-        return [*modes[:3], *modes[-2:]]
+        return [*modes[:3], modes[4], *modes[-2:]]  # [4]: all blocks, what auto falls back to
 
     monkeypatch.setattr("dpo_video.fit.ladder", ends)
     monkeypatch.setattr("dpo_video.cli.fit.predict", once)
@@ -53,8 +53,8 @@ def test_it_says_in_json_what_every_mode_needs_and_which_card_holds_it(
     assert done.exit_code == 0, done.exception
     found = json.loads(done.stdout)
     assert found["predicted"] is True and found["tier"] == "t4" and found["fits"] is True
-    asked = {"reference": "toggle", "checkpointing": "blocks", "backward": "split", "chunks": 1,
-             "offload": [], "base": "native"}  # fmt: skip
+    asked = {"reference": "toggle", "checkpointing": "none", "backward": "joint", "chunks": 1,
+             "offload": [], "base": "native", "shard": 1}  # fmt: skip
     assert found["asked"] == asked
     assert {need["mode"]["base"] for need in found["needs"]} == {"native", "nf4"}
     assert any(need["host"] for need in found["needs"])
