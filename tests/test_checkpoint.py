@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dpo_video.checkpoint import SEAL, Identity, check_seal, seal
+from dpo_video.errors import RunError
 from dpo_video.state import load_state, save_state
 
 PACKAGE = Path(__file__).parents[1] / "dpo_video"
@@ -103,3 +106,27 @@ def test_no_pickle_is_read_or_written_anywhere() -> None:
             if call in ("torch.load", "torch.save", "np.load", "np.save"):
                 assert path.name == "triples.py", path
                 assert call != "torch.load" or "weights_only=True" in ast.unparse(node), path
+
+
+# --- seals -------------------------------------------------------------------------------------
+
+IDENTITY = Identity(
+    base="a", adapter="b", weights="float32", precision="no", pairs="c", count=1, labels=""
+)
+
+
+@pytest.mark.parametrize("name", ["é" * 300, "a\0b", "missing", "adapter", "../outside"])
+def test_a_seal_that_names_what_is_no_file_of_the_checkpoint_is_damage(
+    tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "step_000001"
+    (folder / "adapter").mkdir(parents=True)
+    for file in (folder / "adapter" / "weights", tmp_path / "outside"):
+        file.write_text("bytes")
+    seal(folder, 1, IDENTITY)
+    check_seal(folder, IDENTITY)
+    told = json.loads((folder / SEAL).read_text())
+    (digest,) = told["files"].values()
+    (folder / SEAL).write_text(json.dumps({**told, "files": {name: digest}}))
+    with pytest.raises(RunError, match=r"is damaged.* is not what was written"):
+        check_seal(folder, IDENTITY)

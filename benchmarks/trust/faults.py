@@ -255,6 +255,7 @@ class Campaign:
         since = time.monotonic()
         if fault == "power":
             finish(*second, since)
+            time.sleep(0.1)  # the cut tells by its time what the first has written
         found = self._disturb(stage, fault, command, place, random)
         if fault != "power":
             finish(*second, since)

@@ -27,14 +27,20 @@ class TerminatedError(BaseException):
 @contextmanager
 def at_once() -> Iterator[None]:
     """Let SIGTERM end what is done inside: every `finally` on the way is passed."""
+    asked = False
 
     def end(*_: object) -> None:
+        nonlocal asked
+        asked = True
         raise TerminatedError
 
     with _handling(end):
         try:
             yield
-        except TerminatedError:
+        except (TerminatedError, Exception):
+            if not asked:
+                raise
+            # A library may have taken it for an error of its own, as safetensors does.
             go_on_with(" ".join(["dpo-video", *map(shlex.quote, sys.argv[1:])]), "Stopped.")
 
 
