@@ -213,6 +213,8 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
         config = json.loads((folder / "adapter_config.json").read_bytes())
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
             raise ValueError("adapter_config.json describes no LoRA")
+        if config.get("lora_bias"):  # a layer without a bias has nothing to merge it into
+            raise ValueError("its LoRA has biases, which none of dpo-video's has")
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError("it has no adapter_model.safetensors")
         return PeftModel.from_pretrained(network, str(folder))

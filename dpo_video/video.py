@@ -35,6 +35,7 @@ VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv", ".g
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 FOLDER_FPS = 8.0  # of a folder of frames, which does not say
 MAX_BYTES = 1 << 30  # of decoded frames in one read
+MAX_PIXELS = 1 << 26  # of a frame: twice 8K
 SEEK_FROM = 1.0  # seconds; less is decoded through sooner than sought
 CRF = "12"  # x264's quality: visually lossless
 BT709 = 1  # the colours that browsers expect, as H.264 numbers them
@@ -259,7 +260,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path), metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise VideoError(f"{path} holds no video. Remove or replace it.")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            # A frame may say that it is larger than the file does.
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            yield container, stream
     except av.FFmpegError as error:
         raise VideoError(_damaged(path, f"({error.strerror})")) from error
 

@@ -397,6 +397,10 @@ def test_behind_a_seal_that_holds_only_a_bug_is_left(
     (folder / SEAL).unlink()  # a stranger's
     with pytest.raises(RunError, match=r"does not fit this backbone .* Do something\."):
         load()
+    text = config.read_text().replace('"r": {}', '"r": 2')
+    config.write_text(text.replace('"lora_bias": false', '"lora_bias": true'))
+    with pytest.raises(RunError, match="its LoRA has biases"):
+        load()
 
 
 def test_an_adapter_of_another_shape_is_not_resumed(

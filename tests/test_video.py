@@ -413,3 +413,14 @@ def test_two_sides_of_a_pair_come_out_alike() -> None:
     assert first.fps != second.fps
     fitted = [fit_video(*footage, shape) for footage in (first, second)]
     assert fitted[0].shape == fitted[1].shape == (3, 16, 64, 96)
+
+
+def test_a_frame_that_is_too_large_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(tmp_path / "a.mp4", stamped(2, 32, 48), fps=8.0)
+    monkeypatch.setattr("dpo_video.video.MAX_PIXELS", 32 * 48 - 1)
+    with pytest.raises(UserError, match="is damaged or no video"):
+        read_video(tmp_path / "a.mp4")
+    monkeypatch.setattr("dpo_video.video.MAX_PIXELS", 64 * 64)
+    assert read_video(tmp_path / "a.mp4").frames.shape == (3, 2, 32, 48)

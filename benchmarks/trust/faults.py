@@ -193,6 +193,7 @@ class Campaign:
         self.wanted: dict[str, dict[str, str]] = {}
         self.operations: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.endings: dict[str, str] = {}
         needs = {
             **dict.fromkeys(("pack", "label", "train", "cached"), "build"),
             **dict.fromkeys(("evaluate", "export"), "train"),
@@ -217,6 +218,7 @@ class Campaign:
             if stage == "workers" and self.wanted[stage] != self.wanted["build"]:
                 raise RuntimeError("two workers make another set than one")
             self.seconds[stage] = ended.seconds
+            self.endings[stage] = ended.output.rstrip().splitlines()[-1]
             told = json.loads((place / "work.synced").read_text())
             self.operations[stage] = told["count"]
 
@@ -228,7 +230,7 @@ class Campaign:
         command = arguments(stage, self.checkpoint, False)
         disturb = self._disturb_two if stage == "workers" else self._disturb
         at, ended = disturb(stage, fault, command, place, random)
-        wrong = _said(ended, fault)
+        wrong = _said(ended, fault, self.endings[stage])
         again = stage == "workers" or (place / "work/run/run.toml").exists()
         last = run(arguments(stage, self.checkpoint, again), place)
         if stage == "export" and ended.code == 0:
@@ -290,14 +292,16 @@ def _cut_power(place: Path, began: float, random: Random) -> None:
             os.truncate(path, random.choice((0, random.randrange(size + 1))))
 
 
-def _said(ended: Ended, fault: str) -> str:
-    """What is wrong with how a disturbed command ended."""
+def _said(ended: Ended, fault: str, ending: str) -> str:
+    """What is wrong with how a disturbed command ended; `ending` is its last line undisturbed."""
     if "Traceback" in ended.output:
         return f"a traceback: {ended.output[-1500:]}"
     allowed = {"SIGKILL": (0, -9), "SIGTERM": (0, STOPPED), "full": (0, 2), "broken": (0, 2)}
     if ended.code not in allowed.get(fault, (0, -9)):
-        if fault == "SIGTERM" and ended.code == -signal.SIGTERM and not ended.output:
-            return ""  # before the program had begun
+        # Nobody catches it before the program has begun, nor once it is through.
+        outside = not ended.output or ended.output.rstrip().endswith(ending)
+        if fault == "SIGTERM" and ended.code == -signal.SIGTERM and outside:
+            return ""
         return f"exit code {ended.code}: {ended.output[-600:]}"
     if ended.code == 2 and ended.output.count("Error:") != 1:
         return f"not one sentence: {ended.output[-600:]}"
