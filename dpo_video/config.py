@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from dpo_video import registry
 from dpo_video.errors import UserError, unknown
 from dpo_video.settings import (
+    LARGEST_RANK,
     BuildSettings,
     EvaluateSettings,
     MemorySettings,
@@ -155,7 +156,9 @@ def _trained(given: Any, defaults: Mapping[str, Any]) -> Any:
         return given
     options = {**defaults, **given}
     rank = options.get("rank")
-    if "rank" in given and "alpha" not in given and isinstance(rank, int | float):
+    if not isinstance(rank, int | float) or not 0 < rank <= LARGEST_RANK:
+        return options  # it will be refused
+    if "rank" in given and "alpha" not in given:
         # An adapter's update is scaled by alpha / rank: another rank keeps that scale.
         usual = TrainSettings(**defaults)
         options["alpha"] = rank * usual.alpha / usual.rank

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+LARGEST_RANK = 1 << 16  # wider than any layer
+
 
 class Settings(BaseModel):
     """What all tables share."""
@@ -43,7 +45,7 @@ class TrainSettings(Settings):
     """The last share of the steps, in which the learning rate falls linearly to 0."""
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=LARGEST_RANK)
     """LoRA's rank. This and all else here may have other values for some backbones, as their papers
     have them, where you set none: see `dpo-video config --backbone NAME`."""
     alpha: float = Field(default=32.0, gt=0)

@@ -261,6 +261,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise VideoError(f"{path} holds no video. Remove or replace it.")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError(_damaged(path, "(nothing here decodes it)"))
             # A frame may say that it is larger than the file does.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             yield container, stream

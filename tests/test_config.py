@@ -227,3 +227,9 @@ def test_alpha_follows_a_rank_that_is_set_alone(backbone: str) -> None:
     assert resolve(choices=chosen, flags={"train.rank": 8}).train.alpha == 16
     both = resolve(choices=chosen, assignments=["train.rank=8", "train.alpha=8"]).train
     assert (both.rank, both.alpha) == (8, 8)
+
+
+@pytest.mark.parametrize("rank", [10**400, 2**16 + 1, 0])
+def test_a_rank_that_no_layer_has_is_refused(rank: int) -> None:
+    with pytest.raises(UserError, match=r"^train\.rank = "):
+        resolve(assignments=[f"train.rank={rank}"])

@@ -424,3 +424,11 @@ def test_a_frame_that_is_too_large_is_not_decoded(
         read_video(tmp_path / "a.mp4")
     monkeypatch.setattr("dpo_video.video.MAX_PIXELS", 64 * 64)
     assert read_video(tmp_path / "a.mp4").frames.shape == (3, 2, 32, 48)
+
+
+def test_a_codec_that_nobody_knows_is_said(tmp_path: Path) -> None:
+    write_any(tmp_path / "a.webm", stamped(2), 8)
+    data = (tmp_path / "a.webm").read_bytes()
+    (tmp_path / "a.webm").write_bytes(data.replace(b"V_VP9", b"V_XYZ"))
+    with pytest.raises(VideoError, match="nothing here decodes it"):
+        read_video(tmp_path / "a.webm")

@@ -101,6 +101,7 @@ def start(
     It is killed, as if by SIGKILL, after so many seconds if it is told to.
     """
     output = place / said
+    output.unlink(missing_ok=True)  # of the command that made what this one works on
     child = os.fork()
     if child:
         return child, output
@@ -284,12 +285,12 @@ class Campaign:
 def _cut_power(place: Path, began: float, random: Random) -> None:
     """Take from every file written since what was not synced: all of it, or a part."""
     told = place / "work.synced"
-    synced = set(json.loads(told.read_text())["synced"]) if told.exists() else set()
+    synced = json.loads(told.read_text())["synced"] if told.exists() else {}
     for path in sorted((place / "work").rglob("*")):
-        fresh = path.is_file() and path.stat().st_mtime >= began - 0.05
-        if fresh and os.path.realpath(path) not in synced:
+        if path.is_file() and path.stat().st_mtime >= began - 0.05:
             size = path.stat().st_size
-            os.truncate(path, random.choice((0, random.randrange(size + 1))))
+            kept = min(synced.get(os.path.realpath(path), 0), size)
+            os.truncate(path, random.choice((kept, random.randint(kept, size))))
 
 
 def _said(ended: Ended, fault: str, ending: str) -> str:

@@ -28,7 +28,8 @@ class Disk:
     def __init__(self, root: Path, kind: str = "", at: int = -1) -> None:
         self.root, self.kind, self.at = os.path.realpath(root), kind, at
         self.count = 0
-        self.synced: set[str] = set()
+        self.synced: dict[str, int] = {}
+        """Bytes of each file that outlive a power cut."""
 
     def install(self) -> None:
         """Put it under this process, which must be one of its own."""
@@ -42,7 +43,7 @@ class Disk:
     def report(self, path: Path) -> None:
         """What outlives a power cut, for whoever cuts it."""
         with self._open(path, "w") as file:
-            json.dump({"count": self.count, "synced": sorted(self.synced)}, file)
+            json.dump({"count": self.count, "synced": self.synced}, file)
 
     def operation(self, path: Any, torn: Callable[[], Any] | None = None) -> None:
         """One operation; it may be the last."""
@@ -74,6 +75,8 @@ class Disk:
         if isinstance(file, int) or not writes or not self._inside(file):
             return self._open(file, mode, buffering, *rest, **more)
         self.operation(file)
+        if set("wx") & set(mode):
+            self.synced.pop(os.path.realpath(file), None)
         raw = _File(self, os.fspath(file), mode.replace("b", "").replace("t", ""))
         if buffering == 0:
             return raw
@@ -87,7 +90,7 @@ class Disk:
         path = str(Path(f"/proc/self/fd/{descriptor}").readlink())
         self.operation(path)
         self._fsync(descriptor)
-        self.synced.add(path)
+        self.synced[path] = os.fstat(descriptor).st_size
 
     def _moving(self, real: Callable[..., Any], name: str) -> Callable[..., Any]:
         def move(source: Any, *rest: Any, **more: Any) -> Any:
@@ -99,8 +102,7 @@ class Disk:
                 before, after = (os.path.realpath(os.fspath(p)) for p in (source, rest[0]))
                 for path in list(self.synced):
                     if path == before or path.startswith(before + os.sep):
-                        self.synced.remove(path)
-                        self.synced.add(after + path[len(before) :])
+                        self.synced[after + path[len(before) :]] = self.synced.pop(path)
             return done
 
         return move
@@ -117,5 +119,4 @@ class _File(io.FileIO):
         """Write it, half of it, or nothing."""
         view = memoryview(data).cast("B")
         self._disk.operation(self._path, lambda: super(_File, self).write(view[: len(view) // 2]))
-        self._disk.synced.discard(self._path)
         return super().write(view) or 0
