@@ -21,6 +21,7 @@ from dpo_video.determinism import settle
 from dpo_video.errors import StoreError, UserError
 from dpo_video.frozen import check_base, freeze, frozen_weights
 from dpo_video.labels import open_books, pinned, preferences
+from dpo_video.launcher import wishes
 from dpo_video.pretrained import arranged
 from dpo_video.sharding import Shard
 from dpo_video.store import Manifest, PairStore
@@ -228,24 +229,21 @@ def apply_labels(config: Config, store: PairStore) -> Labelled:
 def as_launched(config: Config) -> Config:
     """The configuration as the launcher's own settings change it.
 
-    FSDP becomes `memory.shard`, which holds nothing in full but what is trained: that is small.
+    What FSDP and DeepSpeed would do to a model is done by `memory` here: only frozen weights are
+    large, and they have no gradients to be reduced.
 
     Raises:
-        UserError: if DeepSpeed is asked for, or weights are to be shared among other processes than
-            there are.
+        UserError: if weights are to be shared among other processes than there are, or DeepSpeed's
+            file cannot be read.
     """
-    asked = {name: os.environ.pop(f"ACCELERATE_USE_{name}", "false") == "true"
-             for name in ("FSDP", "DEEPSPEED")}  # fmt: skip
-    if asked["DEEPSPEED"]:
-        raise UserError(
-            "DeepSpeed is not used here. Launch without it: what ZeRO-3 does to frozen weights, "
-            "--set memory.shard=PROCESSES does, and --set memory.offload=optimizer what it does to "
-            "AdamW's state."
-        )
+    asked = wishes()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     memory = config.memory
-    if asked["FSDP"] and memory.shard == 1 and world > 1:
-        memory = memory.model_copy(update={"shard": world})
+    changes = {
+        "shard": world if asked.shared and memory.shard == 1 else memory.shard,
+        "offload": tuple(dict.fromkeys((*memory.offload, *asked.waits))),
+    }
+    memory = memory.model_copy(update=changes)
     if world % memory.shard:
         raise UserError(
             f"memory.shard={memory.shard} does not divide this run's number of processes, {world}. "
@@ -258,7 +256,8 @@ def as_launched(config: Config) -> Config:
             "model. Build them first (dpo-video build, with memory.offload=blocks where the model "
             "is too large), then train with --pairs FOLDER/."
         )
-    tables = {**config.tables, "memory": {**config.tables["memory"], "shard": memory.shard}}
+    told = {"shard": memory.shard, "offload": list(memory.offload)}
+    tables = {**config.tables, "memory": {**config.tables["memory"], **told}}
     return replace(config, memory=memory, tables=tables)
 
 

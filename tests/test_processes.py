@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,51 @@ def test_a_launcher_that_asks_for_fsdp_shares_the_weights(monkeypatch: pytest.Mo
     assert among.memory.shard == 2
 
 
+OPTIMIZER = {"offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("zero", "shard", "offload"),
+    [
+        ({"stage": 1}, 1, ()),
+        ({"stage": 2, **OPTIMIZER}, 1, ("optimizer",)),
+        ({"stage": 3, "offload_param": {"device": "none"}}, 4, ()),
+        (
+            {"stage": 3, "offload_param": {"device": "nvme"}, **OPTIMIZER},
+            4,
+            ("blocks", "optimizer"),
+        ),
+    ],
+)
+def test_what_a_launcher_asks_of_deepspeed_is_done_by_memory_modes(
+    zero: dict[str, Any],
+    shard: int,
+    offload: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
+    plain = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "4"}
+    by_name = {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero["stage"]),
+        **{
+            f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE": zero[part]["device"]
+            for part in zero.keys() - {"stage"}
+        },
+    }
+    for asks in ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}, by_name):
+        config = launched({**plain, **asks}, monkeypatch)
+        assert (config.memory.shard, config.memory.offload) == (shard, offload)
+        assert config.tables["memory"]["offload"] == list(offload)
+        assert not any("DEEPSPEED" in name for name in os.environ)
+
+
+def test_fsdp_may_keep_weights_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    asks = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true", "WORLD_SIZE": "2"}
+    assert launched(asks, monkeypatch).memory.offload == ("blocks",)
+
+
 @pytest.mark.parametrize(
     ("environment", "more", "said"),
     [
@@ -84,7 +131,11 @@ def test_a_launcher_that_asks_for_fsdp_shares_the_weights(monkeypatch: pytest.Mo
             "does not divide this run's number of proc",
         ),
         ({}, "memory.shard=2", "launch as many"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "train.steps=1", "Launch without it"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere"},
+            "train.steps=1",
+            "'nowhere' cannot be read",
+        ),
     ],
 )
 def test_what_cannot_be_launched_is_said(

@@ -143,9 +143,15 @@ def train(
 
     check_backward(config.loss, config.memory)
     check_labeler(config)
-    config = as_launched(config)
+    asked, config = config.memory, as_launched(config)
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process
+    if config.memory != asked:
+        console.print(
+            f"As the launcher asks for: memory.shard={config.memory.shard}, "
+            f"memory.offload={','.join(config.memory.offload) or 'none'}.",
+            highlight=False,
+        )
     if config.memory.checkpointing == "auto":
         config = choose_blocks(config, tier=tier, device=accelerator.device)
     elif accelerator.is_main_process:
