@@ -12,8 +12,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
+from dpo_video import rendezvous
 from dpo_video.build import Source, cycle_prompts, in_order
 from dpo_video.clips import open_clips
 from dpo_video.config import Config, Tables
@@ -265,8 +266,10 @@ def accelerator_for(config: Config, folder: Path) -> Accelerator:
     """Accelerate's object for a run: device, precision, tracker."""
     device = pick_device(config.run.device)
     name = config.train.tracker
+    meeting = rendezvous.url()
     try:
         accelerator = Accelerator(
+            kwargs_handlers=[InitProcessGroupKwargs(init_method=meeting)] if meeting else [],
             cpu=device.type == "cpu",
             mixed_precision=config.train.precision,
             log_with=None if name == "none" else name,
