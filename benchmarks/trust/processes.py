@@ -7,8 +7,9 @@ each and average their gradients by gloo. A half of each gradient is exact in bi
 point and so is the order of two summands, so that the adapters must be equal to the bit; with more
 processes, or other libraries for the exchange, they are so to rounding. Besides: two processes that
 hold the frozen weights together, asked for as a launcher asks for FSDP; two of which one is killed
-after the second step, and which the launcher starts again (--max-restarts); and two that are killed
-there, with one that goes on alone.
+after the second step, and which the launcher starts again (--max-restarts); two under launchers of
+their own, as on two nodes, of which one is lost with its launcher and replaced; and two that are
+killed there, with one that goes on alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,20 @@ def command(processes: int, arguments: Sequence[str], restarts: int = 0) -> list
     return [sys.executable, *launch, "-m", "dpo_video", *arguments]
 
 
+def node(port: int, arguments: Sequence[str]) -> list[str]:
+    """The command of one of two nodes, with one process each, that meet at a port."""
+    launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=nodes",
+              "--max-restarts=2", "--rdzv-backend=c10d",
+              f"--rdzv-endpoint=localhost:{port}"]  # fmt: skip
+    return [sys.executable, *launch, "-m", "dpo_video", *arguments]
+
+
+def free_port() -> int:
+    with socket.socket() as it:
+        it.bind(("localhost", 0))
+        return int(it.getsockname()[1])
+
+
 def adapter(run: Path) -> str:
     folder = run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
     data = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -46,6 +62,26 @@ def workers(launcher: int) -> list[int]:
     """The processes that a launcher started, by rank; it numbers them in that order."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return sorted(map(int, children))
+
+
+def kill(launcher: subprocess.Popen[bytes]) -> None:
+    """As a power cut does: the launcher first, so that it cannot say anything about the others."""
+    started = workers(launcher.pid)
+    for process in (launcher.pid, *started):
+        os.kill(process, signal.SIGKILL)
+    launcher.wait()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as it:
+        return it.connect_ex(("localhost", port)) == 0
+
+
+def until(reached: Callable[[], bool], launcher: subprocess.Popen[bytes]) -> None:
+    while not reached():
+        if launcher.poll() is not None:
+            raise RuntimeError("it ended before it was to be killed")
+        time.sleep(0.005)
 
 
 class Runs:
@@ -75,37 +111,53 @@ class Runs:
         self.run(1, [*self.train, "--set=train.accumulation=2", f"--out={name}"])
 
     def two(self, name: str) -> None:
-        self.run(2, [*self.train, "--set=train.accumulation=1", f"--out={name}"])
+        self.run(2, self.arguments(name))
 
     def sharded(self, name: str) -> None:
-        arguments = [*self.train, "--set=train.accumulation=1", f"--out={name}"]
-        self.run(2, arguments, {"ACCELERATE_USE_FSDP": "true"})
+        self.run(2, self.arguments(name), {"ACCELERATE_USE_FSDP": "true"})
         if "shard = 2" not in (self.folder / name / "run.toml").read_text():
             raise RuntimeError("FSDP was asked for, and the weights were not shared")
 
     def restarted(self, name: str) -> None:
-        process = self.started(name, ["--auto-resume"], restarts=1)
-        os.kill(workers(process.pid)[1], signal.SIGKILL)
-        if process.wait():
+        launcher = self.start(command(2, self.arguments(name, "--auto-resume"), restarts=1))
+        until(lambda: self.saved(name), launcher)
+        os.kill(workers(launcher.pid)[1], signal.SIGKILL)
+        if launcher.wait():
             raise RuntimeError("the launcher gave up")
 
+    def replaced(self, name: str) -> None:
+        port = free_port()
+        one = node(port, self.arguments(name, "--auto-resume"))
+        # Else a node that comes later waits for an address that its launcher's torch never tells.
+        apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        host = self.start(one, apart)
+        until(lambda: listens(port), host)
+        lost = self.start(one, apart)
+        until(lambda: self.saved(name), host)
+        kill(lost)
+        replacement = self.start(one, apart)
+        if host.wait() or replacement.wait():
+            raise RuntimeError("a launcher gave up")
+
     def killed(self, name: str) -> None:
-        process = self.started(name, [])
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        launcher = self.start(command(2, self.arguments(name)))
+        until(lambda: self.saved(name), launcher)
+        kill(launcher)
         self.run(1, ["train", f"--out={name}", "--resume", "--set=train.accumulation=2"])
 
-    def started(self, name: str, more: Sequence[str], restarts: int = 0) -> subprocess.Popen[bytes]:
-        """Two processes that have just saved."""
-        arguments = [*self.train, "--set=train.accumulation=1", f"--out={name}", *more]
-        process = subprocess.Popen(
-            command(2, arguments, restarts), cwd=self.folder, env=self.environment,
+    def arguments(self, name: str, *more: str) -> list[str]:
+        return [*self.train, "--set=train.accumulation=1", f"--out={name}", *more]
+
+    def start(
+        self, command: Sequence[str], more: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, cwd=self.folder, env={**self.environment, **(more or {})},
             start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        pointer = self.folder / name / "checkpoints/latest"
-        while not pointer.exists() and process.poll() is None:
-            time.sleep(0.005)
-        return process
+
+    def saved(self, name: str) -> bool:
+        return (self.folder / name / "checkpoints/latest").exists()
 
 
 WAYS: Mapping[str, tuple[str, Callable[[Runs, str], None]]] = {
@@ -113,6 +165,7 @@ WAYS: Mapping[str, tuple[str, Callable[[Runs, str], None]]] = {
     "two processes": ("two", Runs.two),
     "two that hold the frozen weights together": ("sharded", Runs.sharded),
     "two, one is killed, the launcher restarts them": ("restarted", Runs.restarted),
+    "two nodes, one is lost and replaced": ("replaced", Runs.replaced),
     "two, both are killed, one goes on": ("killed", Runs.killed),
 }
 
