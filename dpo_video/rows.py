@@ -33,9 +33,8 @@ class PairRow:
     strength: float
     region_share: float
     """The region's share of the latent elements."""
-    preference: tuple[Annotated[float, Field(allow_inf_nan=True)], ...] | None = None
-    """The pair's own, per latent frame; None in stores of version 1, which have it beside the
-    latents only. What is not finite is for `dpo-video check` to find."""
+    preference: tuple[Annotated[float, Field(allow_inf_nan=True)], ...]
+    """The pair's own, per latent frame. What is not finite is for `dpo-video check` to find."""
 
     @property
     def key(self) -> str:
@@ -44,7 +43,7 @@ class PairRow:
 
     def line(self) -> bytes:
         """As it is written, without the line break."""
-        return _ONE.dump_json(self, exclude_none=True)
+        return _ONE.dump_json(self)
 
 
 AT_ONCE = 5000  # lines, for which pydantic needs memory of its own

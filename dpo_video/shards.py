@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, final
 
@@ -68,7 +67,7 @@ _HEADER = TypeAdapter(dict[str, _Tensor])
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the rows of a tensor are in a file, or the whole of it as one row."""
+    """Where the rows of a tensor are in a file."""
 
     name: str
     dtype: torch.dtype
@@ -97,8 +96,8 @@ class Shards:
         """The shard that holds it."""
         return self._at[name][0].file
 
-    def read(self, name: str, only: Sequence[str] = ()) -> dict[str, Tensor]:
-        """The tensors of a pair or a prompt, all or some.
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a pair or a prompt.
 
         Raises:
             OSError: if the shard is missing or damaged.
@@ -109,40 +108,28 @@ class Shards:
         if layout is None:  # twice from two threads does no harm
             layout = _layout(self._place, shard.file, len(shard.holds))
             self._layouts[shard.file] = layout
-        return _read(self._place, shard.file, layout, row, only)
+        starts = [each.start + row * each.size for each in layout]
+        spans = [(start, start + each.size) for start, each in zip(starts, layout, strict=True)]
+        return {
+            each.name: torch.frombuffer(part, dtype=each.dtype).view(each.shape)
+            for each, part in zip(layout, self._place.parts(shard.file, spans), strict=True)
+        }
 
 
-def read_some(place: Place, file: str, only: Sequence[str]) -> dict[str, Tensor]:
-    """Some tensors of a safetensors file, without reading the others; errors as `Shards.read`."""
-    return _read(place, file, _layout(place, file), 0, only)
-
-
-def _read(
-    place: Place, file: str, layout: Sequence[_Rows], row: int, only: Sequence[str]
-) -> dict[str, Tensor]:
-    wanted = [each for each in layout if not only or each.name in only]
-    starts = [each.start + row * each.size for each in wanted]
-    spans = [(start, start + each.size) for start, each in zip(starts, wanted, strict=True)]
-    return {
-        each.name: torch.frombuffer(part, dtype=each.dtype).view(each.shape)
-        for each, part in zip(wanted, place.parts(file, spans), strict=True)
-    }
-
-
-def _layout(place: Place, file: str, rows: int | None = None) -> list[_Rows]:
-    """What a safetensors file holds; whole tensors where no number of rows is given."""
+def _layout(place: Place, file: str, rows: int) -> list[_Rows]:
+    """What a shard of so many rows holds."""
     (length,) = struct.unpack("<Q", place.parts(file, [(0, 8)])[0])
     if length > LONGEST:
         raise ValueError("its header is too long")
     found = []
     for name, tensor in _parse_header(place.parts(file, [(8, 8 + length)])[0]).items():
-        if rows is not None and tensor.shape[:1] != (rows,):
+        if tensor.shape[:1] != (rows,):
             raise ValueError(f"'{name}' does not have the {rows} rows that {INDEX} tells")
         dtype = DTYPES[tensor.dtype]
-        shape = tensor.shape if rows is None else tensor.shape[1:]
+        shape = tensor.shape[1:]
         size = math.prod(shape) * dtype.itemsize
         start, stop = tensor.data_offsets
-        if stop - start != size * (1 if rows is None else rows) or not size:
+        if stop - start != size * rows or not size:
             raise ValueError(f"'{name}' is not as large as it says")
         found.append(_Rows(name, dtype, shape, 8 + length + start, size))
     return found

@@ -35,7 +35,7 @@ from dpo_video.errors import StoreError, first_fault
 from dpo_video.files import append_line, write_bytes, write_tensors, write_text, writing
 from dpo_video.places import Elsewhere, Folder, Place, folder_of, is_url
 from dpo_video.rows import PairRow, Rows, checked, parse
-from dpo_video.shards import INDEX, ShardIndex, Shards, read_some
+from dpo_video.shards import INDEX, ShardIndex, Shards
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.types import Context, Pair, PairBatch
 
@@ -50,8 +50,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format: Literal["dpo-video pairs"] = "dpo-video pairs"
-    version: Literal[1, 2] = 2
-    """In version 2, lines come in any order and have the pairs' preferences."""
+    version: Literal[2] = 2
     recipe: dict[str, Any]
     """The resolved tables [backbone], [pairs] and [labeler], the seed and the clips' hash."""
     identity: str
@@ -62,8 +61,8 @@ class Manifest(BaseModel):
 
     @property
     def key(self) -> str:
-        """A hash of everything that the pairs depend on, in whatever version: 10 hex digits."""
-        text = json.dumps({**self.model_dump(mode="json"), "version": 1}, sort_keys=True)
+        """A hash of everything that the pairs depend on: 10 hex digits."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
@@ -189,7 +188,7 @@ class PairStore:
                 source=pair.source,
                 strength=pair.strength,
                 region_share=pair.region.mean().item(),
-                preference=None if self.manifest.version == 1 else tuple(pair.preference.tolist()),
+                preference=tuple(pair.preference.tolist()),
             )
             context_file = self.folder / f"{_context_of(row)}.safetensors"
             if _context_of(row) not in self._shards and not context_file.exists():
@@ -228,18 +227,9 @@ class PairStore:
 
     def preference(self, index: int) -> Float[Tensor, " f"]:
         """Who is better where in a pair, read without its latents."""
-        frames = self.manifest.latent_shape[1]
-        if self._preferences is not None:
-            return self._preferences.get(index, torch.zeros(frames))
-        row = self.rows[index]
-        if row.preference is not None:
-            return torch.tensor(row.preference)
-        name = _latents_of(row)
-        with self._reading(name):
-            found = self._some(name, ["preference"])
-        if {key: part.shape for key, part in found.items()} != {"preference": (frames,)}:
-            raise self._foreign(name)
-        return found["preference"]
+        if self._preferences is None:
+            return torch.tensor(self.rows[index].preference)
+        return self._preferences.get(index, torch.zeros(self.manifest.latent_shape[1]))
 
     def beginning(self, count: int) -> PairStore:
         """The first pairs alone; all where there are no more."""
@@ -271,8 +261,8 @@ class PairStore:
 
     def decided(self) -> list[int]:
         """The pairs that there is something to learn from; the others are ties throughout."""
-        if self._preferences is None and self.manifest.version > 1:
-            return [row.index for row in self.rows if any(row.preference or ())]
+        if self._preferences is None:  # of very many, no tensors
+            return [row.index for row in self.rows if any(row.preference)]
         return [index for index in range(len(self)) if self.preference(index).any()]
 
     def check_fits(self, model: VideoModel) -> None:
@@ -333,11 +323,6 @@ class PairStore:
                 return self._shards.read(name)
             return self._place.load(f"{name}.safetensors")
 
-    def _some(self, name: str, only: Sequence[str]) -> dict[str, Tensor]:
-        if name in self._shards:
-            return self._shards.read(name, only)
-        return read_some(self._place, f"{name}.safetensors", only)
-
     def _path(self, name: str) -> str:
         shard = self._shards.file(name) if name in self._shards else f"{name}.safetensors"
         return self._place.path(shard)
@@ -391,9 +376,9 @@ class PairStore:
         if lines:
             path, before = self._place.path("pairs.jsonl"), self._rows.lines
             rows = parse(lines, path, before)
-            frames = self.manifest.latent_shape[1] if self.manifest.version > 1 else 0
+            frames = self.manifest.latent_shape[1]
             for number, row in enumerate(rows, start=before + 1):
-                if len(row.preference or ()) != frames:
+                if len(row.preference) != frames:
                     raise StoreError(
                         f"Line {number} of '{path}' does not have one preference a latent frame. "
                         "Delete that line and build again: the rest is kept."

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_pairs import MANIFEST, SHAPE, context_of, random_pair
+from small_pairs import MANIFEST, context_of, random_pair
 from test_build import small_build
 
 from dpo_video import files
@@ -186,26 +186,6 @@ def test_workers_that_append_at_once_lose_nothing(store: PairStore) -> None:
     assert torch.equal(opened.batch(range(30)).first[20], random_pair(20).first)
     lines = (store.folder / "pairs.jsonl").read_bytes().splitlines()
     assert len(lines) == len(set(lines)) == opened.made
-
-
-# --- an older version ------------------------------------------------------------------------
-
-
-def test_a_store_of_version_1_is_read_and_gone_on_with(store: PairStore, tmp_path: Path) -> None:
-    old = PairStore.create(tmp_path / "old", MANIFEST.model_copy(update={"version": 1}))
-    tie = replace(random_pair(1), preference=torch.zeros(SHAPE[1]))
-    for each in (store, old):
-        each.append(random_pair(0), context_of(random_pair(0).prompt))
-        each.append(tie, context_of(tie.prompt))
-    assert b"preference" not in (old.folder / "pairs.jsonl").read_bytes()
-    old, new = PairStore(old.folder), PairStore(store.folder)
-    assert old.manifest.version == 1 and new.manifest.version == 2
-    assert old.manifest.key == new.manifest.key  # the same recipe finds the old folder
-    assert old.decided() == new.decided() == [0]
-    assert torch.equal(old.preference(0), new.preference(0))
-    # As that version wrote and hashed it: runs on such a store can be gone on with.
-    text = (old.folder / "pairs.jsonl").read_bytes().replace(b"\n", b"")
-    assert old.digest == hashlib.sha256(old.manifest.key.encode() + text).hexdigest()[:16]
 
 
 # --- damage ----------------------------------------------------------------------------------
