@@ -34,7 +34,6 @@ from dpo_video.layouts import (
     remove_adapter,
 )
 from dpo_video.pretrained import weight_files
-from dpo_video.runs import latest_checkpoint
 from dpo_video.seeds import generator
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Context, Latents, Publication
@@ -71,24 +70,6 @@ class Check:
     """How far the exported one's predictions are off, relative to them."""
     adapted: tuple[str, ...]
     """The networks that the adapter is on, by the pipeline's names."""
-
-
-def checkpoint_at(run: Path, step: int | None) -> Path:
-    """A run's checkpoint of a step, the last one if None; a RunError if there is none."""
-    latest = latest_checkpoint(run)
-    if step is None:
-        return latest
-    folder = latest.with_name(f"step_{step:06d}")
-    if not (folder / "adapter").is_dir():
-        steps = sorted(
-            int(path.parent.name.removeprefix("step_"))
-            for path in latest.parent.glob("step_*/adapter")
-        )
-        raise RunError(
-            f"'{run}' has no checkpoint of step {step}. It has those of "
-            f"{', '.join(map(str, steps))}."
-        )
-    return folder
 
 
 def export(

@@ -33,6 +33,24 @@ def latest_checkpoint(out: Path) -> Path:
     return folder
 
 
+def checkpoint_at(run: Path, step: int | None) -> Path:
+    """A run's checkpoint of a step, the last one if None; a RunError if there is none."""
+    latest = latest_checkpoint(run)
+    if step is None:
+        return latest
+    folder = latest.with_name(f"step_{step:06d}")
+    if not (folder / "adapter").is_dir():
+        steps = sorted(
+            int(path.parent.name.removeprefix("step_"))
+            for path in latest.parent.glob("step_*/adapter")
+        )
+        raise RunError(
+            f"'{run}' has no checkpoint of step {step}. It has those of "
+            f"{', '.join(map(str, steps))}."
+        )
+    return folder
+
+
 def read_log(out: Path) -> list[StepReport]:
     """The steps that a run has made so far."""
     path = out / "log.jsonl"

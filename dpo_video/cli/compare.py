@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -225,7 +226,8 @@ def _measure(name: str, config: Config, folder: Path, out: Path) -> Evaluation:
         _check_same(folder, config)
     write_run(config, folder, accelerator)
     run_training(config, model, store, folder, accelerator, resume=resume)
-    return evaluate_run(folder, config, folder / "evaluation", base)
+    command = shlex.join(["dpo-video", "evaluate", str(folder)])
+    return evaluate_run(folder, config, folder / "evaluation", command=command, base=base)
 
 
 def _base_videos(config: Config, out: Path) -> Videos:

@@ -14,12 +14,14 @@ from rich.markup import escape
 from dpo_video.cli.build import progress_bar
 from dpo_video.cli.options import (
     Assignments,
+    Checkpoint,
     Deterministic,
     Device,
     Json,
     Metrics,
     console,
     resolve,
+    typed,
 )
 from dpo_video.cli.train import slope_of
 from dpo_video.errors import RunError
@@ -39,7 +41,11 @@ def evaluate(
     assignments: Assignments = None,
     device: Device = None,
     deterministic: Deterministic = None,
-    out: Annotated[Path | None, typer.Option("--out", help="RUN/evaluation if left out.")] = None,
+    checkpoint: Checkpoint = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="RUN/evaluation if left out; RUN/evaluation-STEP of a STEP."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare a run's tuned model with its base on identical prompts and seeds.
@@ -58,29 +64,47 @@ def evaluate(
     )
     from dpo_video.evaluation import evaluation_table
 
-    evaluation = evaluate_run(run, config, out or run / "evaluation")
+    folder = out or run / ("evaluation" if checkpoint is None else f"evaluation-{checkpoint}")
+    evaluation = evaluate_run(run, config, folder, checkpoint=checkpoint, command=typed())
     if as_json:
         typer.echo(evaluation.to_json())
         return
     Console().print(evaluation_table(evaluation))
     for detail in evaluation.verdict.details:
         console.print(f"[dim]-[/] {escape(detail)}", highlight=False)
-    console.print(f"\nLook at it: [bold]{(out or run / 'evaluation') / 'index.html'}[/]")
+    console.print(f"\nLook at it: [bold]{folder / 'index.html'}[/]")
 
 
-def evaluate_run(run: Path, config: Config, folder: Path, base: Videos | None = None) -> Evaluation:
-    """Measure a run and write its evaluation; `base` holds the base's videos if they are drawn."""
+def evaluate_run(
+    run: Path,
+    config: Config,
+    folder: Path,
+    *,
+    command: str,
+    checkpoint: int | None = None,
+    base: Videos | None = None,
+) -> Evaluation:
+    """Measure a run and write its evaluation.
+
+    Args:
+        run: Its folder.
+        config: How it is evaluated.
+        folder: Where that goes.
+        command: What repeats it.
+        checkpoint: The step of the run that is measured; None for the last checkpoint.
+        base: The base's videos, if they are drawn already.
+    """
     from dpo_video.evaluate import compare
     from dpo_video.evaluation import Evaluation
     from dpo_video.files import write_text, writing
     from dpo_video.outcome import judge_evaluation
     from dpo_video.report import render_evaluation
-    from dpo_video.runs import latest_checkpoint, read_log
+    from dpo_video.runs import checkpoint_at, read_log
     from dpo_video.session import load_model, pick_device
     from dpo_video.verdict import judge_training
     from dpo_video.video import video_bytes
 
-    adapter = latest_checkpoint(run) / "adapter"
+    adapter = checkpoint_at(run, checkpoint) / "adapter"
     model = load_model(config, pick_device(config.run.device))
     settings = config.evaluate
     prompts = config.backbone.prompts(settings.seeds)
@@ -113,7 +137,7 @@ def evaluate_run(run: Path, config: Config, folder: Path, base: Videos | None = 
         verdict=verdict.model_copy(update={"details": (*verdict.details, *left_out)}),
         training=tuple(reports),
         training_verdict=judge_training(reports, slope=slope_of(reports)) if reports else None,
-        command=f"dpo-video evaluate {run}",
+        command=command,
         run_toml=text,
         versions=tomllib.loads(text).get("versions", {}),
         facts={

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dpo_video.cli.options import Device, console, resolve
+from dpo_video.cli.options import Checkpoint, Device, console, resolve
 from dpo_video.cli.train import slope_of
 from dpo_video.errors import RunError, StoreError, UserError
 from dpo_video.settings import MemorySettings
@@ -50,9 +50,7 @@ def export(
             "comfyui: ComfyUI does. merged: a whole checkpoint with the adapter in it.",
         ),
     ] = Target.diffusers,
-    checkpoint: Annotated[
-        int | None, typer.Option("--checkpoint", help="Its step; the last one if left out.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="A new folder; RUN/export/FORMAT-STEP if left out."),
@@ -86,8 +84,9 @@ def export(
     import torch
 
     from dpo_video.card import loading_script, model_card
-    from dpo_video.export import Format, checkpoint_at
+    from dpo_video.export import Format
     from dpo_video.export import export as export_adapter
+    from dpo_video.runs import checkpoint_at
     from dpo_video.session import load_model, pick_device
 
     folder = checkpoint_at(run, checkpoint)
@@ -154,7 +153,9 @@ def _story(run: Path, config: Config, checkpoint: str) -> Story:
 
     step = int(checkpoint.removeprefix("step_"))
     reports = read_log(run)[:step]
-    found = run / "evaluation" / "evaluation.json"
+    found = run / f"evaluation-{step}" / "evaluation.json"
+    if not found.is_file():
+        found = run / "evaluation" / "evaluation.json"
     return Story(
         name=run.resolve().name,
         tables=config.tables,

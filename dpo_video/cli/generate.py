@@ -10,6 +10,7 @@ import typer
 from dpo_video.cli.options import (
     Assignments,
     Backbone,
+    Checkpoint,
     Deterministic,
     Device,
     File,
@@ -24,6 +25,7 @@ def generate(
     run: Annotated[
         Path | None, typer.Argument(help="A run, for its tuned model; the base if left out.")
     ] = None,
+    checkpoint: Checkpoint = None,
     prompt: Prompt = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the first video.")] = 0,
     count: Annotated[
@@ -45,6 +47,8 @@ def generate(
     """Generate videos with a run's tuned model, or with the base."""
     if out.suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"Cannot write '{out}': videos end in .mp4 or .gif. Change --out.")
+    if checkpoint is not None and run is None:
+        raise UserError("Whose checkpoint? Name the run: dpo-video generate RUN --checkpoint N")
     if run is not None and file is None:
         file = run / "run.toml"
     config = resolve(
@@ -57,12 +61,12 @@ def generate(
     from dpo_video.diffusion import initial_noise
     from dpo_video.evaluate import merged
     from dpo_video.files import writing
-    from dpo_video.runs import latest_checkpoint
+    from dpo_video.runs import checkpoint_at
     from dpo_video.sampling import check_drawn
     from dpo_video.session import load_model, pick_device
     from dpo_video.video import write_video
 
-    adapter = latest_checkpoint(run) / "adapter" if run is not None else None
+    adapter = checkpoint_at(run, checkpoint) / "adapter" if run is not None else None
     model = load_model(config, pick_device(config.run.device))
     denoiser = merged(model, adapter) if adapter else model.denoiser
     prompts = [prompt] * count if prompt else config.backbone.prompts(count)

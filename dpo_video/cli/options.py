@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +71,16 @@ Tier = Annotated[
                  rich_help_panel=_RUN),
 ]  # fmt: skip
 Count = Annotated[int | None, typer.Option("--count", help="Pairs to build.", rich_help_panel=_RUN)]
+Checkpoint = Annotated[
+    int | None,
+    typer.Option("--checkpoint", help="The checkpoint of this step; the last one if left out."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def typed() -> str:
+    """The command that is running, to be typed again."""
+    return shlex.join(["dpo-video", *sys.argv[1:]])
 
 
 def resolve(

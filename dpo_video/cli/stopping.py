@@ -7,7 +7,6 @@ as if nobody had caught the signal.
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import threading
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dpo_video.cli.options import console
+from dpo_video.cli.options import console, typed
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -41,7 +40,7 @@ def at_once() -> Iterator[None]:
             if not asked:
                 raise
             # A library may have taken it for an error of its own, as safetensors does.
-            go_on_with(" ".join(["dpo-video", *map(shlex.quote, sys.argv[1:])]), "Stopped.")
+            go_on_with(typed(), "Stopped.")
 
 
 @contextmanager

@@ -284,6 +284,7 @@ WRONG = {
     "missing run": (["evaluate", "none"], "it has no run.toml"),
     "missing run to resume": (["train", "--out=none", "--resume"], "Start it without --resume."),
     "resume what": (["train", "--resume"], "Which run goes on?"),
+    "whose checkpoint": (["generate", "--checkpoint=1"], "Whose checkpoint? Name the run:"),
     "wrong suffix": (["generate", "--out=video.avi"], "videos end in .mp4 or .gif"),
     "unknown device": (["build", "--device=gpu9"], "'gpu9' is no device. Choose among"),
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -116,6 +118,31 @@ def test_the_card_tells_the_runs_story(run: Run, trained: Path) -> None:
     (script,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "torch_dtype=torch.bfloat16" in script
     assert 'AutoencoderKLWan.from_pretrained("' in script  # in fp32, as the run had it
+
+
+def test_any_checkpoint_is_evaluated_drawn_and_described(run: Run, trained: Path) -> None:
+    folder, whole = trained / "twice", ["--device=cpu", "--seeds=2", "--set=evaluate.steps=1"]
+    shutil.copytree(trained / "run", folder)
+    assert run("evaluate", folder, "--checkpoint=1", *whole).code == 0
+    found = json.loads((folder / "evaluation-1" / "evaluation.json").read_text())
+    assert found["facts"]["Checkpoint"] == "step_000001"
+    assert found["command"].startswith("dpo-video evaluate ")
+    assert found["command"].endswith("--checkpoint=1 --device=cpu --seeds=2 --set=evaluate.steps=1")
+    last = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    tuned = {metric["name"]: metric["tuned"] for metric in last["metrics"]}
+    assert any(metric["tuned"] != tuned[metric["name"]] for metric in found["metrics"])
+    assert run(*EXPORT, folder, "--checkpoint=1", "--out", trained / "of 1").code == 0
+    card = (trained / "of 1" / "README.md").read_text()
+    assert "2 videos of each, same prompts and seeds." in card
+
+    videos = []
+    for step in ("1", "2"):
+        out = trained / f"{step}.gif"
+        done = run("generate", folder, f"--checkpoint={step}", "--device=cpu", "--steps=1",
+                   "--prompt=a red square", "--out", out)  # fmt: skip
+        assert done.code == 0, done.err
+        videos.append(out.read_bytes())
+    assert videos[0] != videos[1]
 
 
 @pytest.mark.parametrize(
