@@ -73,6 +73,8 @@ class BankManifest(Record):
         precision: str,
         videos_at_once: Literal[1, 2] = 2,
         chunks: int = 1,
+        *,
+        compiled: bool = False,
     ) -> Self:
         """What a run would make its predictions with, here and now."""
         device = model.device
@@ -86,7 +88,7 @@ class BankManifest(Record):
             precision=precision,
             videos_at_once=videos_at_once,
             chunks=chunks,
-            kernels=f"torch {torch.__version__}, {kernels}",
+            kernels=f"torch {torch.__version__}, {kernels}{', compiled' if compiled else ''}",
         )
 
     @property

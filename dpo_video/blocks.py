@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from types import MethodType
 from typing import Any
@@ -204,7 +205,7 @@ def _queries_in_chunks(
 
 def _part(layer: Any, part: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     run = _again if torch.is_grad_enabled() else _called_now
-    result: Tensor = run(MethodType(type(layer).forward, layer), part, *args, **kwargs)
+    result: Tensor = run(partial(type(layer).forward, layer), part, *args, **kwargs)
     return result
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dpo_video.compiled import without_graph
 from dpo_video.errors import TrainingError
 from dpo_video.seeds import generator
 from dpo_video.strategies import Anchor, Loss, VideoModel
@@ -65,8 +66,8 @@ def noised(model: VideoModel, batch: PairBatch, noise: Latents, level: PerPair) 
 
 def reference_predictions(model: VideoModel, anchor: Anchor, inputs: Inputs) -> Latents:
     """What the reference predicts, without a graph."""
-    with torch.no_grad(), anchor.network() as reference:
-        return model.predict(reference, inputs.noisy, inputs.level, inputs.context)
+    with anchor.network() as reference, without_graph(reference):
+        return model.predict(reference, inputs.noisy, inputs.level, inputs.context).detach()
 
 
 def pair_errors(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_video.blocks import attend_by_kernel, checkpoint_blocks, run_in_chunks
+from dpo_video.compiled import compile_blocks, without_graph
 from dpo_video.diffusion import (
     Inputs,
     loss_of,
@@ -45,6 +46,8 @@ def arrange(network: nn.Module, memory: MemorySettings) -> None:
             "memory.checkpointing=auto is chosen before training: by `dpo-video train`, or by "
             "dpo_video.budget.fewest_blocks. Set the number of blocks."
         )
+    if memory.compile == "on" or _has(network, "_plain"):
+        compile_blocks(network, memory.compile == "on")
     asked = memory.checkpointing
     if asked != "none" or _has(network, "_computed"):
         count = asked if isinstance(asked, int) else {"none": 0, "blocks": None}[asked]
@@ -175,8 +178,8 @@ class Step:
         The loss lies between errors and gradients: `d loss / d errors` needs the errors of both
         videos, but no graph of theirs.
         """
-        with torch.no_grad():
-            first = self._signed(pair.inputs[0])
+        with without_graph(self.policy):
+            first = self._signed(pair.inputs[0]).detach()
         second = self._signed(pair.inputs[1])
         output, slopes = pair.slopes(self.loss, first, second.detach())
         self.backward((second.square() * slopes[1]).sum())

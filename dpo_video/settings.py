@@ -129,6 +129,21 @@ class MemorySettings(Settings):
     layer's when it runs, which takes time. It is what FSDP and ZeRO-3 do, and goes with any base
     and with offload=blocks. A launcher that asks for FSDP sets it to the number of processes."""
 
+    compile: Literal["off", "on"] = "off"
+    """Compile every residual and transformer block by torch.compile. The first step then takes
+    minutes, and the others less time on networks of many small operations; it may well not pay
+    for a short run. Numbers change in their last digits; samples are drawn without it. It needs a
+    C++ compiler on a CPU and Triton on a GPU, on which it has not been run yet."""
+
+    @model_validator(mode="after")
+    def _is_compiled_whole(self) -> Self:
+        if self.compile == "on" and (self.shard > 1 or "blocks" in self.offload):
+            raise ValueError(
+                "compile=on would fetch all weights of a block at once, where offload=blocks and "
+                "shard fetch them layer by layer; set compile=off, or leave those out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _has_checkpoints(self) -> Self:
         if "checkpoints" in self.offload and self.checkpointing == "none":

@@ -269,6 +269,7 @@ class _Run:
                     accelerator.mixed_precision,
                     self.step.videos_at_once,
                     memory.chunks,
+                    compiled=memory.compile == "on",
                 )
                 self.bank = Bank(store, manifest)
 
@@ -504,7 +505,8 @@ def _check_first_step(outputs: list[LossOutput]) -> None:
         raise TrainingError(
             f"At step 0 the policy must equal the reference, but the margin is {margin:.3g}. The "
             "two are not run alike: check for dropout, other precision or other kernels in the "
-            "backbone, or an adapter that does not start at zero."
+            "backbone, or an adapter that does not start at zero. Where blocks are compiled, set "
+            "memory.compile=off."
         )
 
 

@@ -132,6 +132,7 @@ def train(
     folder = out or _free_folder(config)
 
     from dpo_video.build import Worker
+    from dpo_video.compiled import check_compiler
     from dpo_video.memory import check_backward
     from dpo_video.session import (
         accelerator_for,
@@ -152,6 +153,8 @@ def train(
             f"memory.offload={','.join(config.memory.offload) or 'none'}.",
             highlight=False,
         )
+    if config.memory.compile == "on":
+        check_compiler(accelerator.device)
     if config.memory.checkpointing == "auto":
         config = choose_blocks(config, tier=tier, device=accelerator.device)
     elif accelerator.is_main_process:
@@ -222,6 +225,8 @@ def run_training(
             f"[yellow]The base is packed in {config.memory.base}[/]: policy and reference are "
             "another model than the published one, and what is learned is measured on it."
         )
+    if config.memory.compile == "on":
+        console.print("The first step compiles the blocks, which may take minutes.")
     _say_what_is_left_out(store)
     reports: list[StepReport] = []
     verdict: TrainingVerdict | None = None

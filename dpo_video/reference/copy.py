@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import final
+from typing import Any, final
 
 from torch import nn
 
+from dpo_video.compiled import is_compiled, last_weights
 from dpo_video.strategies import Anchor, Reference
 
 
@@ -20,9 +21,16 @@ class Copy(Reference):
     """
 
     def follow(self, policy: nn.Module) -> Anchor:
-        """Copy the policy, take the adapter off the copy, freeze it."""
-        bare = copy.deepcopy(policy).unload()  # type: ignore[operator]
-        return _Frozen(bare.requires_grad_(False).train(policy.training))
+        """Copy the policy, take the adapter off the copy, freeze it.
+
+        The copy of a compiled one keeps it, adding zeros: else it would round in its own way.
+        """
+        copied: Any = copy.deepcopy(policy)
+        if is_compiled(policy):
+            for weight in last_weights(copied):
+                weight.data.zero_()
+            return _Frozen(copied)
+        return _Frozen(copied.unload().requires_grad_(False).train(policy.training))
 
 
 @final

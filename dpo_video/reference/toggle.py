@@ -9,6 +9,7 @@ from typing import final
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from dpo_video.compiled import is_compiled, silenced
 from dpo_video.strategies import Anchor, Reference
 
 
@@ -40,8 +41,13 @@ class Toggled(Anchor):
 
         By the flag that every adapted layer reads. peft's own `disable_adapter` also takes
         `requires_grad` from all weights and gives it back, which costs more than a hundredth of a
-        step and changes nothing where no graph is made.
+        step and changes nothing where no graph is made. A compiled network keeps it on, and adds
+        zeros.
         """
+        if is_compiled(self._policy):
+            with silenced(self._policy):
+                yield self._policy
+            return
         before = [layer._disable_adapters for layer in self._layers]
         try:
             for layer in self._layers:
