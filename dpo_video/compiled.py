@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 
 from dpo_video.blocks import blocks
 from dpo_video.errors import TrainingError, UserError
+from dpo_video.settings import MemorySettings
 
 BACKEND = "inductor"
 GRAPHS = 256  # of one class of blocks: as many as it has shapes, some of them twice
@@ -34,8 +35,16 @@ GRAPHS = 256  # of one class of blocks: as many as it has shapes, some of them t
 _cuts: ContextVar[bool] = ContextVar("_cuts", default=False)
 
 
-def check_compiler(device: torch.device) -> None:
-    """A UserError if nothing here can compile for a device."""
+def check_compile(memory: MemorySettings, device: torch.device) -> None:
+    """A UserError if it is asked for, and does not go with the other modes or the device."""
+    if memory.compile == "off":
+        return
+    if memory.shard > 1 or "blocks" in memory.offload:
+        raise UserError(
+            "memory.compile=on might fetch all weights of a block at once, where "
+            "memory.offload=blocks and memory.shard fetch them layer by layer. Set "
+            "memory.compile=off, or leave those out."
+        )
     if device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 

@@ -136,15 +136,6 @@ class MemorySettings(Settings):
     C++ compiler on a CPU and Triton on a GPU, on which it has not been run yet."""
 
     @model_validator(mode="after")
-    def _is_compiled_whole(self) -> Self:
-        if self.compile == "on" and (self.shard > 1 or "blocks" in self.offload):
-            raise ValueError(
-                "compile=on would fetch all weights of a block at once, where offload=blocks and "
-                "shard fetch them layer by layer; set compile=off, or leave those out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _has_checkpoints(self) -> Self:
         if "checkpoints" in self.offload and self.checkpointing == "none":
             raise ValueError(

@@ -30,6 +30,7 @@ from dpo_video.checkpoint import (
     sealed_count,
     write_checkpoint,
 )
+from dpo_video.compiled import check_compile
 from dpo_video.diffusion import initial_noise
 from dpo_video.digests import tensors_digest
 from dpo_video.errors import TrainingError
@@ -119,14 +120,15 @@ def train(
 
     Raises:
         TrainingError: if the pairs are all ties or lack what the loss needs, if the loss does not
-            suit `memory.backward`, at a first step whose margin is not exactly 0, and when more
-            than `settings.skips` steps were not finite.
+            suit `memory.backward`, if a block cannot be compiled, at a first step whose margin is
+            not exactly 0, and when more than `settings.skips` steps were not finite.
         RunError: if there is nothing to resume, or the reference or the pairs have changed.
     """
     store.check_fits(model)
     if resume and (count := sealed_count(latest_checkpoint(out))) is not None:
         store = store.beginning(count)  # another run may have built more since
     check_backward(loss, memory)
+    check_compile(memory, accelerator.device)
     pairs = _usable(store, loss)
     model.release()  # what encoded the pairs
     bare = adapt(model, settings, seed)

@@ -132,7 +132,7 @@ def train(
     folder = out or _free_folder(config)
 
     from dpo_video.build import Worker
-    from dpo_video.compiled import check_compiler
+    from dpo_video.compiled import check_compile
     from dpo_video.memory import check_backward
     from dpo_video.session import (
         accelerator_for,
@@ -153,8 +153,7 @@ def train(
             f"memory.offload={','.join(config.memory.offload) or 'none'}.",
             highlight=False,
         )
-    if config.memory.compile == "on":
-        check_compiler(accelerator.device)
+    check_compile(config.memory, accelerator.device)
     if config.memory.checkpointing == "auto":
         config = choose_blocks(config, tier=tier, device=accelerator.device)
     elif accelerator.is_main_process:
