@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import load_small
 from small_cogvideox import load_small_cogvideox
 from small_wan import OPTIONS, load_small_wan, save_small_wan
 from test_memory import FIRST, Bench, Mode, a_batch, apart
@@ -18,6 +19,7 @@ from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor
 
 from dpo_video import compiled
+from dpo_video.blocks import blocks
 from dpo_video.cli import main
 from dpo_video.compiled import check_compile, compile_blocks, last_weights, without_graph
 from dpo_video.errors import TrainingError, UserError
@@ -63,6 +65,16 @@ def test_every_mode_takes_the_same_step(wan_folder: Path) -> None:
         # video and for two. A checkpointed block, the reference and what needs no backward pass
         # have the same ones.
         assert graphs() - before == (4 if memory == ON else 0)
+
+
+def test_a_unet_takes_the_same_step(small_folder: Path) -> None:
+    bench = Bench(load_small(small_folder))
+    batch = a_batch(bench.model, FIRST)
+    plain = bench.gradient("split", batch, Global(beta=100))
+    arrange(bench.policy, ON)
+    before = graphs()
+    assert apart(plain, bench.gradient("split", batch, Global(beta=100))) < 1e-5
+    assert graphs() - before < len(list(blocks(bench.policy)))  # those that are alike share one
 
 
 @pytest.mark.parametrize("reference", [Toggle(), Copy()], ids=repr)
