@@ -162,9 +162,18 @@ def choose_blocks(
         config.backbone, config.reference, config.loss, config.train, mode_of(config), gib * 2**30
     )
     console.print(str(choice), highlight=False)
+    _say_of_compiling(config, console)
     chosen = {"checkpointing": choice.need.mode.checkpointing}
     tables = {**config.tables, "memory": {**config.tables["memory"], **chosen}}
     return replace(config, memory=config.memory.model_copy(update=chosen), tables=tables)
+
+
+def _say_of_compiling(config: Config, to: Console) -> None:
+    if config.memory.compile == "on":
+        to.print(
+            "Predicted without memory.compile: what compiled blocks keep may be more or less.",
+            highlight=False,
+        )
 
 
 def _memory_of(device: torch.device | None, tier: str | None) -> float:
@@ -337,6 +346,7 @@ def _show(
         "predictions are made ahead, and its draws repeat.[/]",
         highlight=False,
     )
+    _say_of_compiling(config, out)
     if card is None:
         out.print(
             "Name a card to be told what to choose: --tier " + "|".join(c.name for c in cards)
