@@ -23,7 +23,7 @@ from torch import nn
 from dpo_video.digests import file_digest
 from dpo_video.errors import RunError
 from dpo_video.files import sync, write_text
-from dpo_video.runs import LATEST, latest_checkpoint
+from dpo_video.runs import LATEST, checkpoints, latest_checkpoint
 from dpo_video.seeds import global_states, set_global_states
 from dpo_video.state import load_state, save_state
 
@@ -164,6 +164,23 @@ def write_checkpoint(
     partial.rename(folder)
     sync(folder.parent)
     write_text(folder.parent / LATEST, folder.name + "\n")
+
+
+def drop_checkpoints(out: Path, step: int, keep: int | None) -> None:
+    """Delete a run's checkpoints before a step, but for as many of the newest as are to be kept.
+
+    The step's own is one of these. Those after it, of a run that went back, are left alone. None
+    keeps all.
+    """
+    if keep is None:
+        return
+    for gone in (out / "checkpoints").glob(".partial-step_*"):  # of a call that was killed
+        shutil.rmtree(gone)
+    before = [folder for other, folder in checkpoints(out).items() if other < step]
+    for folder in before[: max(0, len(before) + 1 - keep)]:
+        gone = folder.with_name(f".partial-{folder.name}")  # nobody finds half of it
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def restore(out: Path, policy: PeftModel, optimizer: Any, identity: Identity, scaler: Any) -> Place:

@@ -33,20 +33,23 @@ def latest_checkpoint(out: Path) -> Path:
     return folder
 
 
+def checkpoints(run: Path) -> dict[int, Path]:
+    """A run's checkpoints by their steps, in that order."""
+    found = (run / "checkpoints").glob("step_*/adapter")
+    folders = [path.parent for path in found if _STEP.fullmatch(path.parent.name)]
+    return dict(sorted((int(folder.name.removeprefix("step_")), folder) for folder in folders))
+
+
 def checkpoint_at(run: Path, step: int | None) -> Path:
     """A run's checkpoint of a step, the last one if None; a RunError if there is none."""
     latest = latest_checkpoint(run)
     if step is None:
         return latest
-    folder = latest.with_name(f"step_{step:06d}")
-    if not (folder / "adapter").is_dir():
-        steps = sorted(
-            int(path.parent.name.removeprefix("step_"))
-            for path in latest.parent.glob("step_*/adapter")
-        )
+    folder = checkpoints(run).get(step)
+    if folder is None:
         raise RunError(
             f"'{run}' has no checkpoint of step {step}. It has those of "
-            f"{', '.join(map(str, steps))}."
+            f"{', '.join(map(str, checkpoints(run)))}."
         )
     return folder
 

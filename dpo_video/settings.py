@@ -57,6 +57,9 @@ class TrainSettings(Settings):
     more stops it and names the pairs. Steps that fp16's loss scaler skips do not count."""
     save_every: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
+    keep: int | None = Field(default=None, ge=1)
+    """Newest checkpoints that are kept, and older ones deleted; all of them when not set. One is
+    three times the size of its adapter."""
     samples: int = Field(default=2, ge=0)
     """Videos drawn at every checkpoint, with seeds that never change."""
     labels: tuple[str, ...] = ()

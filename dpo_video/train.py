@@ -26,6 +26,7 @@ from dpo_video.casts import spare_casts
 from dpo_video.checkpoint import (
     Identity,
     Place,
+    drop_checkpoints,
     restore,
     sealed_count,
     write_checkpoint,
@@ -164,6 +165,7 @@ def train(
                     sync(out / "log.jsonl")
                 place = Place(step=step, place=run.place(step), skipped=run.skipped)
                 write_checkpoint(folder, bare, optimizer, place, identity, accelerator.scaler)
+                drop_checkpoints(out, step, settings.keep)
         return folder
 
     def draw_samples(name: str) -> None:
@@ -187,6 +189,7 @@ def train(
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             truncate_log(out / "log.jsonl", start)
+            drop_checkpoints(out, start, settings.keep)  # it was stopped while it did so
     started = time.monotonic()
     for step in range(start, settings.steps):
         for group in optimizer.param_groups:

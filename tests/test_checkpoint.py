@@ -5,15 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as some
 from safetensors import safe_open
 
-from dpo_video.checkpoint import SEAL, Identity, check_seal, seal
+from dpo_video.checkpoint import SEAL, Identity, check_seal, drop_checkpoints, seal
 from dpo_video.errors import RunError
+from dpo_video.runs import checkpoints
 from dpo_video.state import load_state, save_state
 
 PACKAGE = Path(__file__).parents[1] / "dpo_video"
@@ -130,3 +135,47 @@ def test_a_seal_that_names_what_is_no_file_of_the_checkpoint_is_damage(
     (folder / SEAL).write_text(json.dumps({**told, "files": {name: digest}}))
     with pytest.raises(RunError, match=r"is damaged.* is not what was written"):
         check_seal(folder, IDENTITY)
+
+
+# --- how many are kept -------------------------------------------------------------------------
+
+
+def some_checkpoints(out: Path, steps: Iterable[int]) -> list[int]:
+    for step in steps:
+        (out / "checkpoints" / f"step_{step:06d}" / "adapter").mkdir(parents=True)
+    return list(checkpoints(out))
+
+
+@given(
+    steps=some.sets(some.integers(1, 10**9), min_size=1),
+    keep=some.integers(1, 5),
+    data=some.data(),
+)
+def test_the_newest_up_to_a_step_are_kept_and_all_after_it(
+    steps: set[int], keep: int, data: some.DataObject
+) -> None:
+    with TemporaryDirectory() as folder:
+        out = Path(folder)
+        assert some_checkpoints(out, steps) == sorted(steps)
+        step = data.draw(some.sampled_from(sorted(steps)))
+        drop_checkpoints(out, step, keep)
+        left = list(checkpoints(out))
+        assert left == sorted(left) and step in left
+        assert [other for other in left if other > step] == sorted(x for x in steps if x > step)
+        assert [x for x in left if x <= step] == sorted(x for x in steps if x <= step)[-keep:]
+        assert len(list((out / "checkpoints").iterdir())) == len(left)
+
+
+def test_one_that_was_half_deleted_is_found_by_nobody_and_goes(tmp_path: Path) -> None:
+    def stop(path: Path) -> None:
+        (path / "adapter").rmdir()
+        raise KeyboardInterrupt
+
+    some_checkpoints(tmp_path, [1, 2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_video.checkpoint.shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            drop_checkpoints(tmp_path, 2, 1)
+    assert list(checkpoints(tmp_path)) == [2]
+    drop_checkpoints(tmp_path, 2, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000002"]

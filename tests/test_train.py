@@ -22,7 +22,7 @@ from dpo_video.errors import RunError, StoreError, TrainingError
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
-from dpo_video.runs import latest_checkpoint, read_log
+from dpo_video.runs import checkpoints, latest_checkpoint, read_log
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.state import save_state
 from dpo_video.store import Manifest, PairStore
@@ -130,16 +130,19 @@ def test_a_resumed_run_ends_in_the_same_bytes(
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
     run(small_folder, store, tmp_path / "whole")
-    half = SETTINGS.model_copy(update={"steps": 3})
-    run(small_folder, store, tmp_path / "halves", half)
-    resumed = run(small_folder, store, tmp_path / "halves", resume=True)
+    one = SETTINGS.model_copy(update={"keep": 1})
+    run(small_folder, store, tmp_path / "halves", one.model_copy(update={"steps": 3}))
+    assert list(checkpoints(tmp_path / "halves")) == [3]
+    resumed = run(small_folder, store, tmp_path / "halves", one, resume=True)
     assert [p.report.step for p in resumed] == [4, 5, 6]
     assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
+    found = [list(checkpoints(tmp_path / name)) for name in ("whole", "halves")]
+    assert found == [[2, 4, 6], [6]]
     logs = [
         (tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "halves")
     ]
-    for one, other in zip(*logs, strict=True):
-        a, b = json.loads(one), json.loads(other)
+    for lines in zip(*logs, strict=True):
+        a, b = map(json.loads, lines)
         timing = {"seconds", "eta_seconds", "pairs_per_second", "memory_gib"}
         assert {k: a[k] for k in a.keys() - timing} == {k: b[k] for k in b.keys() - timing}
 

@@ -70,8 +70,9 @@ def arguments(stage: str, checkpoint: Path, again: bool) -> list[str]:
              f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
              f"--set=backbone.width={SHAPE.width}", "--device=cpu"]  # fmt: skip
     train = ["train", "--pairs=work/pairs/", "--loss=global", *model, "--steps=2",
-             "--set=train.save_every=1", "--set=train.accumulation=1", "--set=train.rank=2",
-             "--set=train.tracker=none", "--metric=frame_difference"]  # fmt: skip
+             "--set=train.save_every=1", "--set=train.keep=1", "--set=train.accumulation=1",
+             "--set=train.rank=2", "--set=train.tracker=none",
+             "--metric=frame_difference"]  # fmt: skip
     go_on = ["train", "--out=work/run", "--resume"]
     build = ["build", "--pairs=jitter", "--set=pairs.steps=2", "--prompt=a red square", *model,
              "--count=4", "--out=work/pairs"]  # fmt: skip
