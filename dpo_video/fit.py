@@ -17,6 +17,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from dpo_video.blocks import passes
@@ -25,12 +26,12 @@ from dpo_video.experts import Experts
 from dpo_video.frozen import Base, freeze, frozen_weights
 from dpo_video.memory import Step, arrange
 from dpo_video.offload import HostAdamW
-from dpo_video.peak import BLOCK, Peak, as_on_cuda, peak_bytes
+from dpo_video.peak import BLOCK, Peak, choosing_as_cuda, peak_bytes
 from dpo_video.pretrained import outlined
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.sharding import Shard
 from dpo_video.statistics import Record
-from dpo_video.strategies import Anchor, Backbone, Loss, Reference, VideoModel
+from dpo_video.strategies import Backbone, Loss, Reference, VideoModel
 from dpo_video.train import adapt
 from dpo_video.types import PairBatch
 
@@ -210,7 +211,8 @@ def forecast(
     Raises:
         UserError: if the model's configuration cannot be read or the backbone cannot be outlined.
     """
-    model, _ = _outline(backbone, settings)
+    ran = Rehearsed() if rehearsed is None else rehearsed
+    model = ran.outline(backbone, settings)
     parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
     asked = modes or [
         Mode(reference=name, checkpointing=checkpointing, backward=backward)
@@ -221,15 +223,14 @@ def forecast(
     asked = [mode for mode in asked if mode.backward != "linear" or loss.uniform]
     stack = _stack(model.denoiser)
     plans = [_plan(mode, None if stack is None else len(stack)) for mode in asked]
-    ran = Rehearsed() if rehearsed is None else rehearsed
-    terms = {(term.layers, term.mode): None for plan in plans for term in plan}
-    for layers in dict.fromkeys(layers for layers, _ in terms):
-        wanted = [mode for depth, mode in terms if depth == layers and (depth, mode) not in ran.of]
-        if wanted:
-            ran.trainable[layers], needs = _rehearse(
-                backbone, references, loss, settings, wanted, layers
-            )
-            ran.of.update({(layers, need.mode): need for need in needs})
+    wanted: dict[tuple[int | None, _Weights], list[Mode]] = {}
+    for layers, mode in dict.fromkeys((term.layers, term.mode) for plan in plans for term in plan):
+        if (layers, mode) not in ran.of:
+            wanted.setdefault((layers, _weights_of(mode)), []).append(mode)
+    for (layers, weights), missing in wanted.items():
+        stage = ran.stage(backbone, references, settings, layers, weights)
+        needs = stage.rehearse(missing, loss, settings)
+        ran.of.update({(layers, mode): need for mode, need in needs.items()})
     return Forecast(
         parameters=parameters,
         trainable=ran.adapter(None if stack is None else len(stack)),
@@ -241,20 +242,45 @@ def forecast(
     )
 
 
+_Weights = tuple[Base, bool, int]
+
+
 class Rehearsed:
-    """What was run on shapes: by layers (None: all that there are) and mode."""
+    """What was run on shapes for one configuration, and on what: what is known is not run again."""
 
     def __init__(self) -> None:
         self.of: dict[tuple[int | None, Mode], Need] = {}
-        self.trainable: dict[int | None, int] = {}
+        """By layers (None: all that there are) and mode."""
+        self._model: VideoModel | None = None
+        self._stages: dict[tuple[int | None, _Weights], _Stage] = {}
+
+    def outline(self, backbone: Backbone, settings: TrainSettings) -> VideoModel:
+        """The model without weights."""
+        if self._model is None:
+            self._model, _ = _outline(backbone, settings)
+        return self._model
+
+    def stage(
+        self,
+        backbone: Backbone,
+        references: Mapping[str, Reference],
+        settings: TrainSettings,
+        layers: int | None,
+        weights: _Weights,
+    ) -> _Stage:
+        """What steps with those references run on."""
+        stage = self._stages.get((layers, weights))
+        if stage is None or not references.keys() <= stage.anchors.keys():
+            stage = _Stage(backbone, references, settings, layers, weights)
+            self._stages[layers, weights] = stage
+        return stage
 
     def adapter(self, layers: int | None) -> int:
         """Parameters of an adapter, which grows by the same with every layer; 0 if none ran."""
-        if layers is None or not self.trainable:
-            return next(iter(self.trainable.values()), 0)
-        (few, adapter), (more, larger) = [
-            (depth or 0, size) for depth, size in self.trainable.items()
-        ][:2]
+        sizes = {depth: stage.trainable for (depth, _), stage in self._stages.items()}
+        if layers is None or not sizes:
+            return next(iter(sizes.values()), 0)
+        (few, adapter), (more, larger) = [(depth or 0, sizes[depth]) for depth in list(sizes)[:2]]
         return adapter + (layers - few) * (larger - adapter) // (more - few)
 
 
@@ -338,76 +364,87 @@ def _stack(network: nn.Module) -> nn.ModuleList | None:
     return None
 
 
-def _rehearse(
-    backbone: Backbone,
-    references: Mapping[str, Reference],
-    loss: Loss,
-    settings: TrainSettings,
-    modes: Sequence[Mode],
-    layers: int | None,
-) -> tuple[int, list[Need]]:
-    """The adapter's parameters and what each mode needs, with so many layers or all."""
-    needs: dict[Mode, Need] = {}
-    trainable = 0
-    for weights in dict.fromkeys(map(_weights_of, modes)):
+def _weights_of(mode: Mode) -> _Weights:
+    """How a mode holds the frozen weights: base, on the host or not, how many share them."""
+    return mode.base, "blocks" in mode.offload, mode.shard
+
+
+class _Stage:
+    """A model on tensors without memory, with an adapter and references, for many rehearsals."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        references: Mapping[str, Reference],
+        settings: TrainSettings,
+        layers: int | None,
+        weights: _Weights,
+    ) -> None:
         base, on_host, processes = weights
-        model, prompt = _outline(backbone, settings, layers)
+        self.model, self.prompt = _outline(backbone, settings, layers)
         with torch.device("meta"):
-            policy = adapt(model, settings, seed=0)
-            anchors = {name: reference.follow(policy) for name, reference in references.items()}
-        trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-        mine = [mode for mode in modes if _weights_of(mode) == weights]
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            give_tensors(policy, CPU)
+            self.policy = adapt(self.model, settings, seed=0)
+            self.anchors = {name: each.follow(self.policy) for name, each in references.items()}
+        self._optimizers: dict[bool, Optimizer] = {}
+        self._tensors = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._tensors:
+            give_tensors(self.policy, CPU)
+            self.trained = [p for p in self.policy.parameters() if p.requires_grad]
             if base != "native" or on_host or processes > 1:
                 shard = Shard(rank=0, count=processes) if processes > 1 else None
-                freeze(policy, CPU, base, on_host=on_host, shard=shard)
-            for memory in dict.fromkeys(mode.memory for mode in mine):
-                arrange(policy, memory)
+                freeze(self.policy, CPU, base, on_host=on_host, shard=shard)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters of the adapter."""
+        return sum(parameter.numel() for parameter in self.trained)
+
+    def optimizer(self, *, on_host: bool) -> Optimizer:
+        """One whose state is there already from the second time on."""
+        if on_host not in self._optimizers:
+            kind = HostAdamW if on_host else torch.optim.AdamW
+            self._optimizers[on_host] = kind(self.trained)
+        return self._optimizers[on_host]
+
+    def rehearse(
+        self, modes: Sequence[Mode], loss: Loss, settings: TrainSettings
+    ) -> dict[Mode, Need]:
+        """What each mode needs."""
+        needs: dict[Mode, Need] = {}
+        with self._tensors:
+            for memory in dict.fromkeys(mode.memory for mode in modes):
+                arrange(self.policy, memory)
                 done: list[_Rehearsal] = []
-                for name, anchor in anchors.items():
-                    for mode in mine:
+                for name in self.anchors:
+                    for mode in modes:
                         if mode.reference != name or mode.memory != memory:
                             continue
-                        rehearsal = _Rehearsal(model, policy, anchor, loss, mode, settings, prompt)
+                        rehearsal = _Rehearsal(self, loss, mode, settings)
                         needs[mode] = rehearsal.like(done) or rehearsal.run()
                         done.append(rehearsal)
-    return trainable, [needs[mode] for mode in modes]
-
-
-def _weights_of(mode: Mode) -> tuple[Base, bool, int]:
-    """How a mode holds the frozen weights."""
-    return mode.base, "blocks" in mode.offload, mode.shard
+        return needs
 
 
 class _Rehearsal:
     """One step on tensors without memory."""
 
-    def __init__(
-        self,
-        model: VideoModel,
-        policy: nn.Module,
-        anchor: Anchor,
-        loss: Loss,
-        mode: Mode,
-        settings: TrainSettings,
-        prompt: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        self.model, self.policy, self.anchor, self.mode = model, policy, anchor, mode
-        self.settings, self.prompt = settings, prompt
+    def __init__(self, stage: _Stage, loss: Loss, mode: Mode, settings: TrainSettings) -> None:
+        self.model, self.policy, self.prompt = stage.model, stage.policy, stage.prompt
+        self.anchor, self.mode, self.settings = stage.anchors[mode.reference], mode, settings
         self.step = Step(
-            model=model,
-            policy=policy,
-            anchor=anchor,
+            model=self.model,
+            policy=self.policy,
+            anchor=self.anchor,
             loss=loss,
             mode=mode.backward,
             # Tensor.backward takes function modes off, and what is computed again needs them.
             backward=torch.autograd.backward,
+            autocast=self._autocast,
         )
-        with anchor.network() as reference:
+        with self.anchor.network() as reference:
             give_tensors(reference, CPU)
-        self.own = nn.Module() if reference is policy else reference
-        self.trained = [p for p in policy.parameters() if p.requires_grad]
+        self.own = nn.Module() if reference is self.policy else reference
+        self.trained, self.optimizer = stage.trained, stage.optimizer
         self.done: Need | None = None
 
     @property
@@ -471,7 +508,7 @@ class _Rehearsal:
     def reference_alone(self) -> Peak:
         """Of the reference's forward passes of a pair, and of nothing else."""
         batch, noise, level = empty_pairs(self.model, self.prompt, 1, self.dtype)
-        with self._precision():
+        with self._choices():
             return peak_bytes(
                 lambda: _discard(self.step.reference(batch, noise, level)),
                 networks=[self.policy, self.own],
@@ -480,13 +517,14 @@ class _Rehearsal:
     def run(self) -> Need:
         """Run it."""
         on_host = "optimizer" in self.mode.offload
-        optimizer = (HostAdamW if on_host else torch.optim.AdamW)(self.trained)
+        optimizer = self.optimizer(on_host=on_host)
         gradients = self._gradients_before()
         count = self.settings.batch
         batch, noise, level = empty_pairs(self.model, self.prompt, count, self.dtype)
         known = None if self.anchor.draws is None else torch.cat([noise, noise])
 
-        with self._precision(), _Believing() if self.mode.backward == "linear" else nullcontext():
+        checks = _Believing() if self.mode.backward == "linear" else nullcontext()
+        with self._choices(), checks:
             peak = peak_bytes(
                 lambda: _discard(self.step(batch, noise, level, known=known)),
                 networks=[self.policy, self.own, gradients],
@@ -517,8 +555,16 @@ class _Rehearsal:
         """Of the forward passes."""
         return DTYPES[self.settings.precision]
 
-    def _precision(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.dtype == torch.float32 else as_on_cuda(self.dtype)
+    @property
+    def _mixed(self) -> bool:
+        return self.dtype != torch.float32
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Of each forward pass, as in training."""
+        return torch.autocast("cpu", self.dtype, enabled=self._mixed)
+
+    def _choices(self) -> AbstractContextManager[None]:
+        return choosing_as_cuda() if self._mixed else nullcontext()
 
     def _gradients_before(self) -> nn.Module:
         """Gradients of the batches before this one in an optimizer step, if there are any."""

@@ -330,17 +330,19 @@ def _lines(frame: FrameType | None) -> str:
 
 @contextmanager
 def as_on_cuda(dtype: torch.dtype) -> Iterator[None]:
-    """The CPU's autocast with the choices of CUDA's, to count on a CPU what a GPU would hold.
-
-    They differ in what runs in fp32: on a GPU the norms do, and the nearest-neighbour upsampling.
-    """
-    with torch.autocast("cpu", dtype), _in_every_module(_InFp32()):
+    """The CPU's autocast with the choices of CUDA's, to count on a CPU what a GPU would hold."""
+    with torch.autocast("cpu", dtype), choosing_as_cuda():
         yield
 
 
 @contextmanager
-def _in_every_module(mode: TorchFunctionMode) -> Iterator[None]:
-    """Hold a mode here, and in what checkpointing runs again, where torch has taken it off."""
+def choosing_as_cuda() -> Iterator[None]:
+    """Any autocast of the CPU's inside makes the choices of CUDA's.
+
+    They differ in what runs in fp32: on a GPU the norms do, and the nearest-neighbour upsampling.
+    That holds here, and in what checkpointing runs again, where torch has taken modes off.
+    """
+    mode: TorchFunctionMode = _InFp32()
     entered: list[bool] = []
 
     def enter(module: nn.Module, inputs: Any) -> None:

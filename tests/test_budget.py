@@ -10,7 +10,7 @@ import torch
 from small_cogvideox import OPTIONS, save_small_cogvideox
 
 from dpo_video.backbone.cogvideox import CogVideoX
-from dpo_video.budget import SHARE, fewest_blocks
+from dpo_video.budget import SHARE, _guess, fewest_blocks
 from dpo_video.cli.fit import choose_blocks, predict
 from dpo_video.config import Config, resolve
 from dpo_video.errors import UserError
@@ -68,6 +68,28 @@ def test_none_all_or_a_refusal_where_no_number_between_is_right(bench: Bench) ->
     assert bench.choose(MODE, least).need.mode.checkpointing == "blocks"
     with pytest.raises(UserError, match=r"with all 5 blocks.*Set memory\.backward=split, .*=8, "):
         bench.choose(MODE, least - 1)
+
+
+@pytest.mark.parametrize("left", [0.98, 0.8, 0.5])
+@pytest.mark.parametrize("budget", [0.999, 0.3, 0.11, 0.02])
+def test_where_each_block_takes_the_same_share_the_first_guess_is_right(
+    left: float, budget: float
+) -> None:
+    few, enough = 3, 40
+    while left ** (enough - few - 1) > budget:
+        enough += 7
+    right = next(count for count in range(few + 1, enough) if left ** (count - few) <= budget)
+    guess = _guess(few, enough, 1 / budget, left ** (enough - few) / budget)
+    assert guess == right
+
+
+@pytest.mark.parametrize("above", [1 + 1e-12, 2.0, 1e6])
+@pytest.mark.parametrize("below", [1.0, 1 - 1e-12, 1e-6])
+@pytest.mark.parametrize("enough", [2, 3, 60])
+def test_a_guess_is_always_a_number_that_was_not_tried(
+    above: float, below: float, enough: int
+) -> None:
+    assert 0 < _guess(0, enough, above, below) < enough
 
 
 def test_what_waits_on_the_host_is_of_a_checkpointed_block(bench: Bench) -> None:

@@ -63,12 +63,18 @@ def fit(
         file, assignments, backbone=backbone, loss=loss, reference=reference, tier=tier
     )
     card = find_tier(tier) if tier else None
+    from dpo_video.fit import Rehearsed
+
+    ran = Rehearsed()
+    if config.memory.checkpointing == "auto":
+        _budget_of(config, None, tier)  # an error, if nobody says
+        predict(config, rehearsed=ran)  # what the choice and the table have in common
     try:
-        config, fits = choose_blocks(config, tier=tier), True
+        config, fits = choose_blocks(config, tier=tier, rehearsed=ran), True
     except BudgetError as error:  # the table shows what would fit
         console.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
         fits = False
-    found = predict(config, card=card)
+    found = predict(config, card=card, rehearsed=ran)
     asked = found.of(mode_of(config))
     assert asked is not None
     best = found.best(card.memory_gib * 2**30) if card else None
@@ -81,10 +87,17 @@ def fit(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def predict(config: Config, *, alone: bool = False, card: Card | None = None) -> Forecast:
+def predict(
+    config: Config,
+    *,
+    alone: bool = False,
+    card: Card | None = None,
+    rehearsed: Rehearsed | None = None,
+) -> Forecast:
     """The forecast of a configuration: of all modes, or of its own alone.
 
     For a card also of the one that checkpoints the fewest blocks, if that is neither none nor all.
+    What was rehearsed for the same configuration, its checkpointing aside, is spared.
     """
     import diffusers
 
@@ -102,7 +115,7 @@ def predict(config: Config, *, alone: bool = False, card: Card | None = None) ->
             for mode in ladder(list(references), config.loss)
         ]
         modes = [*shown, *(mode for mode in modes if mode not in shown)]
-    ran = Rehearsed()
+    ran = rehearsed or Rehearsed()
     found = forecast(
         config.backbone, references, config.loss, config.train, modes=modes, rehearsed=ran
     )
@@ -141,7 +154,11 @@ def _fewest(config: Config, found: Forecast, card: Card, ran: Rehearsed) -> Need
 
 
 def choose_blocks(
-    config: Config, *, tier: str | None = None, device: torch.device | None = None
+    config: Config,
+    *,
+    tier: str | None = None,
+    device: torch.device | None = None,
+    rehearsed: Rehearsed | None = None,
 ) -> Config:
     """The configuration with a number in the place of checkpointing=auto; said in a line.
 
@@ -149,23 +166,36 @@ def choose_blocks(
         config: As it was asked for.
         tier: Whose card it is for, if the device does not say what it has.
         device: That it will run on, if that is known.
+        rehearsed: What was run for the same configuration, which spares it.
 
     Raises:
         UserError: if nobody says how much memory there is, or no number fits.
     """
     if config.memory.checkpointing != "auto":
         return config
-    from dpo_video.budget import SHARE, fewest_blocks
+    from dpo_video.budget import fewest_blocks
 
-    gib = config.memory.budget or SHARE * _memory_of(device, tier)
     choice = fewest_blocks(
-        config.backbone, config.reference, config.loss, config.train, mode_of(config), gib * 2**30
+        config.backbone,
+        config.reference,
+        config.loss,
+        config.train,
+        mode_of(config),
+        _budget_of(config, device, tier) * 2**30,
+        rehearsed=rehearsed,
     )
     console.print(str(choice), highlight=False)
     _say_of_compiling(config, console)
     chosen = {"checkpointing": choice.need.mode.checkpointing}
     tables = {**config.tables, "memory": {**config.tables["memory"], **chosen}}
     return replace(config, memory=config.memory.model_copy(update=chosen), tables=tables)
+
+
+def _budget_of(config: Config, device: torch.device | None, tier: str | None) -> float:
+    """GiB that training may fill."""
+    from dpo_video.budget import SHARE
+
+    return config.memory.budget or SHARE * _memory_of(device, tier)
 
 
 def _say_of_compiling(config: Config, to: Console) -> None:
