@@ -79,3 +79,10 @@ def test_what_does_not_fit_the_card_is_exit_code_3(
     assert head.split() == ["mode", "GiB", "host", "TFLOP", "h", "(t4)", "fits", "from"]
     assert any(line.startswith("toggle blocks split /8 host:cob ") for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+def test_it_says_that_a_compiled_step_is_not_predicted(arguments: list[str]) -> None:
+    told = "Predicted without memory.compile"
+    compiled = CliRunner().invoke(app, [*arguments, "--set=memory.compile=on"])
+    assert compiled.exit_code == 0 and told in compiled.stdout
+    assert told not in CliRunner().invoke(app, arguments).stdout
