@@ -145,9 +145,10 @@ def judge_evaluation(
         headline = f"{gain}, but nothing measured whether it still moves."
     elif better:
         outcome = Outcome.IMPROVED
-        headline = f"Improved: {gain.lower()}, and it moves as much as before."
-        if any((metric.difference.relative or 0) > tolerance for metric in motions):
-            headline = f"Improved: {gain.lower()}, and it moves more than before."
+        risen = [m for m in motions if (m.difference.relative or 0) > tolerance]
+        clearly = any(metric.improved for metric in risen)
+        how = "more than" if clearly else "no less than" if risen else "as much as"
+        headline = f"Improved: {gain.lower()}, and it moves {how} before."
     else:
         # Nothing was gained. For a loss of motion, too, ask for more than chance here.
         fallen = [*worse, *lost, *(metric for metric in stiller if metric.worsened)]

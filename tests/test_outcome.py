@@ -40,6 +40,18 @@ def judge(
     return verdict.outcome, verdict.headline
 
 
+@pytest.mark.parametrize(("noise", "words"), [(0.1, "more than"), (1.0, "no less than")])
+def test_that_it_moves_more_is_said_only_where_the_interval_says_so(
+    noise: float, words: str
+) -> None:
+    warp = metric("warp_error", Role.TARGET, -0.2)
+    motion = metric("dynamic_degree", Role.MOTION, 0.1, noise=noise)
+    assert motion.improved == (words == "more than")
+    verdict = judge_evaluation([warp, motion])
+    assert verdict.outcome is Outcome.IMPROVED
+    assert verdict.headline == f"Improved: smoother, and it moves {words} before."
+
+
 @pytest.mark.parametrize(
     ("changes", "outcome", "headline"),
     [
