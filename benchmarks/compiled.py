@@ -7,7 +7,7 @@ and compiled ones take turns, so that whatever else the machine does meets both.
 step makes the graphs and compiles their kernels, in one process and from an empty cache; then once
 more from the cache, as a run does that goes on. Seconds are of one core, compilers included, and
 not of the clock. Printed too are the margin of an adapter that is still zero, which must stay
-exactly 0, how far the gradient of one that is not moves, and what is kept for the backward pass.
+exactly 0, and how far the gradient of one that is not moves.
 """
 
 from __future__ import annotations
@@ -116,19 +116,10 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
         step(batch, noise, level)
         return used() - before
 
-    def gradient(memory: MemorySettings) -> tuple[torch.Tensor, int]:
-        """And the bytes that are kept for it."""
-        kept: dict[int, int] = {}
-
-        def keep(value: torch.Tensor) -> torch.Tensor:
-            if not isinstance(value, torch.nn.Parameter):
-                kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-            return value
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            seconds(memory)
+    def gradient(memory: MemorySettings) -> torch.Tensor:
+        seconds(memory)
         found = [weight.grad.flatten() for weight in policy.parameters() if weight.grad is not None]
-        return torch.cat(found), sum(kept.values())
+        return torch.cat(found)
 
     seconds(AS_IT_IS)
     made = torch._dynamo.utils.counters["stats"]
@@ -141,7 +132,7 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
     ratios = sorted(each[1] / each[0] for each in turns)
     for weight in last_weights(policy):
         weight.data.normal_(std=0.01, generator=generator)
-    (exact, held), (found, holds) = gradient(AS_IT_IS), gradient(COMPILED)
+    exact, found = gradient(AS_IT_IS), gradient(COMPILED)
     torch._dynamo.reset()
     warm = seconds(COMPILED)
 
@@ -156,7 +147,6 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
         "steps until it pays": pays(cold), "steps until it pays, cached": pays(warm),
         "margin before training": margin,
         "gradient moves by": float((exact - found).norm() / exact.norm()),
-        "kept, MiB": held / 2**20, "kept compiled, MiB": holds / 2**20,
     }  # fmt: skip
 
 

@@ -39,10 +39,11 @@ def check_compile(memory: MemorySettings, device: torch.device) -> None:
     """A UserError if it is asked for, and does not go with the other modes or the device."""
     if memory.compile == "off":
         return
-    if memory.shard > 1 or "blocks" in memory.offload:
+    if memory.base != "native" or memory.shard > 1 or "blocks" in memory.offload:
+        # Of int8, a compiled block was seen to keep what it had unpacked.
         raise UserError(
-            "memory.compile=on might fetch all weights of a block at once, where "
-            "memory.offload=blocks and memory.shard fetch them layer by layer. Set "
+            "memory.compile=on would keep whole weights for the backward pass, where memory.base, "
+            "memory.offload=blocks and memory.shard hold a layer's at a time. Set "
             "memory.compile=off, or leave those out."
         )
     if device.type == "cpu":

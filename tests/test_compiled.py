@@ -180,10 +180,10 @@ def test_no_compiler_is_told_before_anything_is_loaded() -> None:
     check_compile(MemorySettings(), torch.device("mps"))
 
 
-@pytest.mark.parametrize("other", [{"offload": "blocks"}, {"shard": 2}], ids=repr)
+@pytest.mark.parametrize("other", [{"offload": "blocks"}, {"shard": 2}, {"base": "int8"}], ids=repr)
 def test_weights_that_come_layer_by_layer_are_refused(other: dict[str, object]) -> None:
     memory = MemorySettings.model_validate({"compile": "on", **other})
-    with pytest.raises(UserError, match="might fetch all weights of a block at once"):
+    with pytest.raises(UserError, match="would keep whole weights"):
         check_compile(memory, torch.device("cpu"))
 
 
