@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
 DEMO := runs/demo
 
-.PHONY: help setup demo test check format audit tiny clean
+.PHONY: help setup demo test test-oldest check format audit tiny clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 setup: $(STAMP) ## Make .venv and install the package with everything needed to develop it
 
@@ -34,6 +35,19 @@ check: setup ## Lint, formatting and types
 test: check ## All checks and all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable --durations 15
 
+# The old versions, and for everything else the pins of constraints.txt.
+$(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	awk -F== '/^(#|$$)/ { next } NR == FNR { old[$$1]; print; next } !($$1 in old)' \
+	    constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt \
+	    --editable '.[dev]' ftfy
+	@touch $@
+
+# Old libraries warn of newer ones, so that warnings are no errors here.
+test-oldest: $(OLDEST)/.installed ## All tests on the oldest libraries allowed (half an hour or more)
+	$(OLDEST)/bin/python -m pytest -W default --numprocesses 2 --dist loadfile --benchmark-disable
+
 format: setup ## Put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -46,4 +60,4 @@ tiny: setup ## Train the embedded model from scratch (about two hours on 2 cores
 	$(BIN)/python -m dpo_video.tiny.recipe
 
 clean: ## Delete what set-up made; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
