@@ -133,10 +133,11 @@ class MemorySettings(Settings):
     and with offload=blocks. A launcher that asks for FSDP sets it to the number of processes."""
 
     compile: Literal["off", "on"] = "off"
-    """Compile every residual and transformer block by torch.compile. The first step then takes
-    minutes, and the others less time on networks of many small operations; it may well not pay
-    for a short run. Numbers change in their last digits; samples are drawn without it. It needs a
-    C++ compiler on a CPU and Triton on a GPU, on which it has not been run yet."""
+    """Compile every residual and transformer block by torch.compile. On a CPU small transformers
+    gain 3 to 6% of a step and half a minute or more is spent before the first: it pays after
+    hundreds of steps (benchmarks/compiled.py). Only the last digits change; samples are drawn
+    without it. Not for a packed `base`, `shard` or offload=blocks. It needs a C++ compiler on a CPU
+    and Triton on a GPU, on which it has not been run yet."""
 
     @model_validator(mode="after")
     def _has_checkpoints(self) -> Self:
