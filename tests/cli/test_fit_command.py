@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from dpo_video.cli import app
 from dpo_video.cli.fit import DOES_NOT_FIT, predict
 from dpo_video.config import Config
-from dpo_video.fit import Forecast, Mode, ladder
+from dpo_video.fit import Forecast, Mode, Rehearsed, ladder
 from dpo_video.strategies import Loss
 
 
@@ -27,9 +27,9 @@ def predicted() -> dict[str, Forecast]:
 def arguments(
     small_folder: Path, predicted: dict[str, Forecast], monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    def once(config: Config, *, card: object) -> Forecast:
+    def once(config: Config, *, rehearsed: Rehearsed, card: object = None) -> Forecast:
         if "all" not in predicted:
-            predicted["all"] = predict(config)
+            predicted["all"] = predict(config, rehearsed=rehearsed)
         return predicted["all"]
 
     def ends(references: Sequence[str], loss: Loss) -> list[Mode]:
