@@ -130,6 +130,7 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
     turns = [(seconds(AS_IT_IS), seconds(COMPILED)) for _ in range(1 if quick else STEPS)]
     plain, compiled = (median(times) for times in zip(*turns, strict=True))
     ratios = sorted(each[1] / each[0] for each in turns)
+    ratio = median(ratios)
     for weight in last_weights(policy):
         weight.data.normal_(std=0.01, generator=generator)
     exact, found = gradient(AS_IT_IS), gradient(COMPILED)
@@ -138,10 +139,10 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
 
     def pays(first: float) -> int | None:
         """Steps until a run is done sooner; None where it never is."""
-        return round((first - compiled) / (plain - compiled)) if compiled < plain else None
+        return round(1 + (first - plain) / (plain * (1 - ratio))) if ratio < 1 else None
 
     return {
-        "as it is": plain, "compiled": compiled, "ratio": median(ratios),
+        "as it is": plain, "compiled": compiled, "ratio": ratio,
         "quartiles": quantiles(ratios, n=4)[::2] if len(ratios) > 1 else ratios * 2,
         "graphs": graphs, "first step": cold, "first step, cached": warm,
         "steps until it pays": pays(cold), "steps until it pays, cached": pays(warm),
