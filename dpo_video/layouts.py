@@ -149,7 +149,9 @@ class Diffusers(Layout):
         place = str(folder / subfolder(publication, name))
         with _quiet():
             pipeline = stock_pipeline(publication)
-            pipeline.load_lora_weights(place, **load_options(publication, name))
+            options = load_options(publication, name)
+            # Without the name, an older diffusers asks the hub, or refuses where it is offline.
+            pipeline.load_lora_weights(place, weight_name=DIFFUSERS_FILE, **options)
 
     def unload(self, network: Any) -> None:
         """As the pipeline does it."""
