@@ -133,9 +133,9 @@ class MemorySettings(Settings):
     and with offload=blocks. A launcher that asks for FSDP sets it to the number of processes."""
 
     compile: Literal["off", "on"] = "off"
-    """Compile every residual and transformer block by torch.compile. On a CPU small transformers
-    gain 3 to 6% of a step and half a minute or more is spent before the first: it pays after
-    hundreds of steps (benchmarks/compiled.py). Only the last digits change; samples are drawn
+    """Compile every residual and transformer block by torch.compile. On a CPU small networks gain 3
+    to 8% of a step, and half a minute to three are spent before the first: it pays after hundreds
+    or thousands of steps (benchmarks/compiled.py). Only the last digits change; samples are drawn
     without it. Not for a packed `base`, `shard` or offload=blocks. It needs a C++ compiler on a CPU
     and Triton on a GPU, on which it has not been run yet."""
 
