@@ -41,7 +41,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	awk -F== '/^(#|$$)/ { next } NR == FNR { old[$$1]; print; next } !($$1 in old)' \
 	    constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt \
-	    --editable '.[dev]' ftfy
+	    --editable '.[dev]' ftfy 'setuptools>=77'
 	@touch $@
 
 # Old libraries warn of newer ones, so that warnings are no errors here.
