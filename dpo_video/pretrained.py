@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from torch import nn
+from transformers import PreTrainedModel
 
 from dpo_video.digests import file_digest
 from dpo_video.errors import UserError
@@ -141,7 +142,12 @@ class Checkpoint:
         return full
 
     def load(self, load: Callable[..., Loaded], part: str = "", **options: Any) -> Loaded:
-        """Call a `from_pretrained` on the part's folder; a UserError if that fails."""
+        """Call a `from_pretrained` on the part's folder.
+
+        Raises:
+            UserError: if that fails, or the network would have weights that no file gives, which
+                libraries draw at random and only warn of.
+        """
         if _OUTLINED.get() and not _is_scheduler(load):
             outline: Loaded = self._outline(load, part, **options)
             return outline
@@ -155,9 +161,19 @@ class Checkpoint:
             with warnings.catch_warnings():
                 # diffusers gives the hub's client an argument that it has no use for any more.
                 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-                return load(str(folder), **options)
+                if not _is_network(load):
+                    return load(str(folder), **options)
+                told: Any = load(str(folder), output_loading_info=True, **options)
         except (OSError, ValueError, ImportError) as error:
             raise self._missing(part, str(error).strip().splitlines()[0].rstrip(".")) from error
+        loaded: Loaded = told[0]
+        if absent := sorted(told[1]["missing_keys"]):
+            raise self._missing(
+                part,
+                f"its files lack {len(absent)} of its weights, '{absent[0]}' first, so they are "
+                "damaged or were written for another version of the library",
+            )
+        return loaded
 
     def _outline(self, load: Any, part: str, **options: Any) -> Any:
         network = load.__self__
@@ -308,6 +324,11 @@ def settled(network: Network, device: torch.device) -> Network:
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.clone()
     return network
+
+
+def _is_network(load: Callable[..., Any]) -> bool:
+    network = getattr(load, "__self__", None)
+    return isinstance(network, type) and issubclass(network, (ModelMixin, PreTrainedModel))
 
 
 def _is_scheduler(load: Any) -> bool:

@@ -4,7 +4,9 @@ import gc
 import hashlib
 import importlib.util
 import json
+import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPTextModel
 
 from dpo_video import pretrained
 from dpo_video.errors import UserError
 from dpo_video.pretrained import Checkpoint, Lazy, free, identity, weight_files
+from dpo_video.tiny import WEIGHTS as TINY
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -197,6 +200,54 @@ def test_a_damaged_part_is_named(tmp_path: Path, break_it: Any, words: str) -> N
     break_it(folder)
     with pytest.raises(UserError, match=rf"Cannot load the vae of .*{words}.*backbone\.model"):
         at(tmp_path).config("vae")
+
+
+def vae_with(folder: Path, names: Callable[[str], str | None]) -> Path:
+    """A small autoencoder whose file has its weights under other names, or not at all."""
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=2).save_pretrained(folder / "vae")
+    file = folder / "vae" / WEIGHTS
+    weights = {names(name): weight for name, weight in load_file(file).items()}
+    weights = {name: weight for name, weight in weights.items() if name}
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_network_with_weights_that_no_file_gives_is_refused(tmp_path: Path) -> None:
+    lost = "decoder.conv_out.bias"
+    vae_with(tmp_path, lambda name: None if name == lost else name)
+    with pytest.raises(UserError, match=rf"the vae of .* lack 1 of its weights, '{lost}' first"):
+        at(tmp_path).load(AutoencoderKL.from_pretrained, "vae")
+    shutil.copytree(TINY / "text_encoder", tmp_path / "text_encoder")
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    save_file({f"another.{name}": weight for name, weight in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"the text_encoder of .* lack 36 of its weights"):
+        at(tmp_path).load(CLIPTextModel.from_pretrained, "text_encoder")
+
+
+def test_the_names_that_stable_diffusions_autoencoder_was_published_with_are_known(
+    tmp_path: Path,
+) -> None:
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def published(name: str) -> str:
+        for new, before in old.items():
+            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
+        return name
+
+    new, other = tmp_path / "new", tmp_path / "old"
+    torch.manual_seed(0)
+    vae_with(new, lambda name: name)
+    torch.manual_seed(0)
+    vae_with(other, published)
+    assert any(".query." in name for name in load_file(other / "vae" / WEIGHTS))
+    one, same = (at(each).load(AutoencoderKL.from_pretrained, "vae") for each in (new, other))
+    for weight, again in zip(one.parameters(), same.parameters(), strict=True):
+        assert torch.equal(weight, again)
+
+
+def test_tinys_text_encoder_has_the_names_that_every_version_of_transformers_reads() -> None:
+    names = load_file(TINY / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)
 
 
 def test_a_part_without_weights_and_a_folder_that_is_none_are_named(tmp_path: Path) -> None:

@@ -422,6 +422,18 @@ def export(
         motion_adapter=None,
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, timestep_spacing="trailing"),
     ).save_pretrained(folder)
+    _name_for_all_versions(folder / "text_encoder" / "model.safetensors")
+
+
+def _name_for_all_versions(file: Path) -> None:
+    """Give a CLIP text encoder's weights the names of the published ones.
+
+    Late versions of transformers leave the prefix out, and read both; earlier ones do not know the
+    short names, and would draw an encoder at random.
+    """
+    prefix = "text_model."
+    weights = {prefix + name.removeprefix(prefix): each for name, each in load_file(file).items()}
+    write_tensors(file, weights, metadata={"format": "pt"})
 
 
 def main(arguments: Iterator[str] | None = None) -> None:
