@@ -44,9 +44,12 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 	    --editable '.[dev]' ftfy 'setuptools>=77'
 	@touch $@
 
-# Old libraries warn of newer ones, so that warnings are no errors here.
-test-oldest: $(OLDEST)/.installed ## All tests on the oldest libraries allowed (half an hour or more)
-	$(OLDEST)/bin/python -m pytest -W default --numprocesses 2 --dist loadfile --benchmark-disable
+# Old libraries warn of newer ones, so that warnings are no errors here. Left out: what is said of the
+# pins, and how far one draw of random weights gets, which other versions draw otherwise.
+test-oldest: $(OLDEST)/.installed ## Nearly all tests on the oldest libraries allowed
+	$(OLDEST)/bin/python -m pytest -W default --numprocesses 2 --dist loadfile --benchmark-disable \
+	    --ignore tests/test_supply.py \
+	    --deselect tests/test_train.py::test_it_starts_at_zero_margin_and_learns
 
 format: setup ## Put the code into shape
 	$(BIN)/ruff check --fix .

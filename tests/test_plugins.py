@@ -106,10 +106,13 @@ def test_plugins_of_three_kinds_mix(installed: Path, small_folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_own_tests_pass(name: str, installed: Path, tmp_path: Path) -> None:
+def test_its_own_tests_pass(
+    name: str, installed: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     own = shutil.copytree(PLUGINS / name / "tests", tmp_path / "tests")
+    (filters,) = pytestconfig.getoption("pythonwarnings") or ["error"]
     done = program(
-        "-q", "-W", "error", "-p", "no:cacheprovider", own,
+        "-q", "-W", filters, "-p", "no:cacheprovider", own,
         path=installed, cwd=tmp_path, module="pytest",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
