@@ -110,7 +110,7 @@ def test_its_own_tests_pass(
     name: str, installed: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     own = shutil.copytree(PLUGINS / name / "tests", tmp_path / "tests")
-    (filters,) = pytestconfig.getoption("pythonwarnings") or ["error"]
+    filters = (pytestconfig.getoption("pythonwarnings") or ["error"])[-1]
     done = program(
         "-q", "-W", filters, "-p", "no:cacheprovider", own,
         path=installed, cwd=tmp_path, module="pytest",
