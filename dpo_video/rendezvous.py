@@ -60,7 +60,7 @@ def apart(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store
     return PrefixStore(name, store)
 
 
-def _meet(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
+def _meet(_url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Store, int, int]]:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a hub
@@ -26,10 +27,12 @@ import diffusers
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from small_animatediff import CPU, SHAPE, load_small, save_small_animatediff
 
 from dpo_video import entries
 from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.cli import main
 from dpo_video.testing import small_videos
 from dpo_video.types import Clip
 
@@ -40,6 +43,7 @@ transformers.utils.logging.disable_progress_bar()
 __all__ = ["CPU", "SHAPE", "load_small"]  # imported from here by the tests
 
 Install = Callable[..., None]
+Said = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +77,29 @@ def clip() -> Clip:
     """A random texture at the small model's shape."""
     video = small_videos(1, SHAPE.frames, SHAPE.height, SHAPE.width)[0]
     return Clip(name="random", caption="a red square moving left slowly", video=video)
+
+
+@pytest.fixture
+def said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Said:
+    """Run a command that ends with this code; what it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def command(code: int, *arguments: str | Path) -> str:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", ["dpo-video", *map(str, arguments)])
+        try:
+            main()
+            ended = 0
+        except SystemExit as stop:
+            ended = int(stop.code or 0)
+        told = capfd.readouterr().err
+        assert ended == code, told
+        return told
+
+    return command
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import load_small
+from conftest import Said, load_small
 from small_cogvideox import load_small_cogvideox
 from small_wan import OPTIONS, load_small_wan, save_small_wan
 from test_memory import FIRST, Bench, Mode, a_batch, apart
@@ -20,7 +18,6 @@ from torch._inductor import config as inductor
 
 from dpo_video import compiled
 from dpo_video.blocks import blocks
-from dpo_video.cli import main
 from dpo_video.compiled import check_compile, compile_blocks, last_weights, without_graph
 from dpo_video.errors import TrainingError, UserError
 from dpo_video.loss.global_ import Global
@@ -189,25 +186,12 @@ def test_weights_that_come_layer_by_layer_are_refused(other: dict[str, object]) 
 
 
 def test_a_run_is_compiled_and_goes_on_in_another_mode(
-    wan_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    wan_folder: Path, tmp_path: Path, said: Said
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def said(code: int, *command: str | Path) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", ["dpo-video", *map(str, command), "--device=cpu"])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        told = capfd.readouterr().err
-        assert (stop.value.code or 0) == code, told
-        return told
-
     run, quick = tmp_path / "run", ["rank=2", "accumulation=1", "samples=1", "tracker=none"]
     command = ["train", "--backbone=wan", f"--set=backbone.model={wan_folder}", "--pairs=jitter",
-               "--set=pairs.steps=1", "--loss=global", "--reference=cached", "--count=2",
+               "--set=pairs.steps=1", "--loss=global", "--reference=cached",
+               "--count=2", "--device=cpu",
                *(f"--set=backbone.{name}={value}" for name, value in OPTIONS.items()),
                *(f"--set=train.{option}" for option in quick), f"--out={run}"]  # fmt: skip
     said(0, *command, "--steps=2", "--set=memory.compile=on")

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-from accelerate.state import AcceleratorState
+from conftest import Said
 from small_wan import OPTIONS, save_small_wan
 
-from dpo_video.cli import main
 from dpo_video.store import PairStore
 
 MODES = ["base=int8", "offload=blocks, checkpoints, optimizer", "checkpointing=blocks",
@@ -18,22 +15,13 @@ MODES = ["base=int8", "offload=blocks, checkpoints, optimizer", "checkpointing=b
 QUICK = ["rank=2", "accumulation=1", "samples=0", "lr=0.1", "tracker=none", "warmup=0"]
 
 
-def test_a_packed_base_is_named_wherever_the_run_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def said(code: int, *command: str | Path) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", ["dpo-video", *map(str, command), "--device=cpu"])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        error = capfd.readouterr().err
-        assert (stop.value.code or 0) == code, error
-        return error
-
+def test_a_packed_base_is_named_wherever_the_run_is(tmp_path: Path, said: Said) -> None:
     model = [f"--set=backbone.{name}={value}" for name, value in OPTIONS.items()]
-    model += ["--backbone=wan", f"--set=backbone.model={save_small_wan(tmp_path / 'wan')}"]
+    model += [
+        "--backbone=wan",
+        f"--set=backbone.model={save_small_wan(tmp_path / 'wan')}",
+        "--device=cpu",
+    ]
     said(0, "build", "--pairs=jitter", "--count=2", "--set=pairs.steps=1", *model,
          "--out", tmp_path / "pairs")  # fmt: skip
     assert "+" not in PairStore(tmp_path / "pairs").manifest.identity

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
-from accelerate.state import AcceleratorState
-from conftest import SHAPE
+from conftest import SHAPE, Said
 
-from dpo_video.cli import main
 from dpo_video.store import PairStore
 
-Said = Callable[..., str]
 TRAIN = ["--loss=global", "--metric=frame_difference", "--set=train.accumulation=1",
          "--set=train.samples=0", "--set=train.tracker=none", "--set=train.rank=2",
          "--set=train.save_every=1"]  # fmt: skip
-
-
-@pytest.fixture
-def said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Said:
-    """Run a command that ends with this code; what it says."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def command(code: int, *arguments: str | Path) -> str:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(sys, "argv", ["dpo-video", *map(str, arguments)])
-        try:
-            main()
-            ended = 0
-        except SystemExit as stop:
-            ended = int(stop.code or 0)
-        told = capfd.readouterr().err
-        assert ended == code, told
-        return told
-
-    return command
 
 
 @pytest.fixture
