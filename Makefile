@@ -60,7 +60,7 @@ audit: setup ## Ask a public database for known faults of what is pinned (needs 
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 tiny: setup ## Train the embedded model from scratch (about two hours on 2 cores; restartable)
-	$(BIN)/python -m dpo_video.tiny.recipe
+	$(BIN)/python -m benchmarks.tiny.recipe
 
 clean: ## Delete what set-up made; runs/ stays
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -25,16 +25,16 @@ from rich.table import Table
 
 import dpo_video
 from dpo_video.backbone.tiny import Tiny
-from dpo_video.bank import Bank, BankManifest, Visit
-from dpo_video.build import build, in_order
-from dpo_video.diffusion import noised, pair_errors, reference_predictions
+from dpo_video.data.build import build, in_order
+from dpo_video.data.store import Manifest, PairStore
 from dpo_video.loss.global_ import Global
 from dpo_video.pairs.jitter import Jitter
 from dpo_video.reference.toggle import Toggle
-from dpo_video.seeds import generator
 from dpo_video.settings import BuildSettings, TrainSettings
-from dpo_video.store import Manifest, PairStore
-from dpo_video.train import adapt
+from dpo_video.support.rng import generator
+from dpo_video.training.lora import adapt
+from dpo_video.training.objective import noised, pair_errors, reference_predictions
+from dpo_video.training.reference_cache import Bank, BankManifest, Visit
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 SEED, SIZES, BANKS = 0, (1, 4, 16), 400

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Turn
 
-from dpo_video.masks import draw_region
+from dpo_video.pairs._masks import draw_region
 
 SHAPES = {
     "tiny, 16x16x16 latents of 64x64": ((16, 16, 16), (64, 64)),

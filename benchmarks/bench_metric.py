@@ -26,7 +26,7 @@ from conftest import Turn, needs
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from dpo_video.flow import dense_flow
+from dpo_video.metric._flow import dense_flow
 from dpo_video.metric.warp_error import WarpError
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601

@@ -31,12 +31,13 @@ from transformers import UMT5Config, UMT5EncoderModel
 from dpo_video import registry
 from dpo_video.backbone.tiny import Tiny
 from dpo_video.backbone.wan import Wan
-from dpo_video.diffusion import noised
-from dpo_video.peak import Peak, peak_bytes
+from dpo_video.data.store import Manifest, PairStore
+from dpo_video.memory.peak import Peak, peak_bytes
 from dpo_video.settings import MemorySettings, TrainSettings
-from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import Loss, Reference, VideoModel
-from dpo_video.train import adapt, train
+from dpo_video.training.loop import train
+from dpo_video.training.lora import adapt
+from dpo_video.training.objective import noised
 from dpo_video.types import Pair, PairBatch
 
 PAIRS = 4

@@ -22,7 +22,7 @@ import torch
 from conftest import Turn
 from safetensors.torch import load_file
 
-from dpo_video.store import Manifest, PairStore
+from dpo_video.data.store import Manifest, PairStore
 from dpo_video.types import Pair
 
 

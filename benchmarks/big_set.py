@@ -43,7 +43,7 @@ def make(folder: Path, count: int, synced: bool) -> float:
     """Append pairs; pairs per second. Without syncing each to the disk unless asked for."""
     import torch
 
-    from dpo_video.store import Manifest, PairStore
+    from dpo_video.data.store import Manifest, PairStore
     from dpo_video.types import Pair
 
     if not synced:
@@ -66,7 +66,7 @@ def make(folder: Path, count: int, synced: bool) -> float:
 
 def opened(folder: Path) -> dict[str, Any]:
     """What opening takes and how much memory."""
-    from dpo_video.store import PairStore
+    from dpo_video.data.store import PairStore
 
     before = resident()
     started = time.perf_counter()
@@ -87,7 +87,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Every pair once in random order, then some again: the memory must not grow."""
     import torch
 
-    from dpo_video.store import PairStore
+    from dpo_video.data.store import PairStore
 
     store = PairStore(folder)
     order = torch.randperm(len(store), generator=torch.Generator().manual_seed(1)).tolist()
@@ -107,7 +107,7 @@ def bare(folder: Path) -> dict[str, Any]:
     """The files of each pair, read and forgotten."""
     import torch
 
-    from dpo_video.store import PairStore
+    from dpo_video.data.store import PairStore
 
     store = PairStore(folder)
     order = torch.randperm(len(store), generator=torch.Generator().manual_seed(1)).tolist()
@@ -128,8 +128,8 @@ def in_a_process(what: str, folder: Path) -> dict[str, Any]:
 
 
 def measure(place: Path, count: int) -> dict[str, Any]:
-    from dpo_video.pack import pack
-    from dpo_video.store import PairStore
+    from dpo_video.data.pack import pack
+    from dpo_video.data.store import PairStore
 
     found: dict[str, Any] = {"count": count, "latents": SHAPE, "prompts": PROMPTS}
     found["append, synced, pairs/s"] = make_apart(place / "synced", min(1000, count), True)

@@ -31,13 +31,14 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from dpo_video.backbone.cogvideox import CogVideoX
-from dpo_video.compiled import last_weights
 from dpo_video.loss.global_ import Global
-from dpo_video.memory import Step, arrange
+from dpo_video.memory.compile import last_weights
+from dpo_video.memory.modes import arrange
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import VideoModel
-from dpo_video.train import adapt
+from dpo_video.training.lora import adapt
+from dpo_video.training.step import Step
 from dpo_video.types import PairBatch
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0" / "compiled.json"

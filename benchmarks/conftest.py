@@ -8,8 +8,8 @@ contestants' names:
         turn("optical flow", CALLS[contestant], unit="frame pair", work=15, yardstick="theirs")
 
 Every test is one turn of one contestant, and the rounds are the outer loop, so that the order is
-ours, theirs, ours, theirs. pytest-benchmark times the call; dpo_video.bench puts the turns
-together.
+ours, theirs, ours, theirs. pytest-benchmark times the call; benchmarks.support.results puts the
+turns together.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.support.plots import Panel, Spot, peaks
 from dpo_video import registry
-from dpo_video.bench_plot import Panel, Spot, peaks
-from dpo_video.blocks import checkpoint_blocks
-from dpo_video.fit import (
+from dpo_video.diffusion.pretrained import outlined
+from dpo_video.estimation.forecast import (
     BACKWARDS,
     CHECKPOINTINGS,
     DTYPES,
@@ -38,13 +38,13 @@ from dpo_video.fit import (
     forecast,
     give_tensors,
 )
-from dpo_video.memory import Step
-from dpo_video.peak import peak_bytes
-from dpo_video.pretrained import outlined
+from dpo_video.estimation.tiers import find_tier, tiers
+from dpo_video.memory.blocks import checkpoint_blocks
+from dpo_video.memory.peak import peak_bytes
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference
-from dpo_video.tiers import find_tier, tiers
-from dpo_video.train import adapt
+from dpo_video.training.lora import adapt
+from dpo_video.training.step import Step
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

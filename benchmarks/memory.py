@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py            # a table, memory.json, memory.svg
     OMP_NUM_THREADS=1 python benchmarks/memory.py --keep     # only what the file lacks
 
-The step is the one that trains, on tensors without memory (dpo_video.fit), so the figures are the
-same on any machine. Nothing here was measured on a GPU: its context, its libraries' workspaces and
-what its allocator loses to fragments come on top; "on a card" adds what fit assumes of them.
+The step is the one that trains, on tensors without memory (dpo_video.estimation.forecast), so the
+figures are the same on any machine. Nothing here was measured on a GPU: its context, its libraries'
+workspaces and what its allocator loses to fragments come on top; "on a card" adds what fit assumes
+of them.
 Beside the modes of `dpo-video fit` stands, for each card, what fits it with the fewest checkpointed
 blocks.
 Half precision is autocast, as `train.precision` has it: norms run in fp32, and what they are given
@@ -26,19 +27,19 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.support.plots import Panel, Spot, peaks
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
-from dpo_video.bench_plot import Panel, Spot, peaks
-from dpo_video.budget import SHARE, fewest_blocks
 from dpo_video.cli.fit import brief
-from dpo_video.fit import GIB, Mode, Need, Rehearsed, forecast, ladder
+from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
+from dpo_video.estimation.forecast import GIB, Mode, Need, Rehearsed, forecast, ladder
+from dpo_video.estimation.tiers import tiers
 from dpo_video.loss.global_ import Global
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Reference
-from dpo_video.tiers import tiers
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 REFERENCES: dict[str, Reference] = {"toggle": Toggle(), "copy": Copy()}

@@ -124,14 +124,14 @@ CASES = {
 def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     """SD1.5 with AnimateDiff v1.5.2, 16 frames of 512x512, fp16 autocast, LoRA of rank 32."""
     from dpo_video.backbone.animatediff import AnimateDiff
-    from dpo_video.fit import empty_pairs, give_tensors
+    from dpo_video.diffusion.pretrained import outlined
+    from dpo_video.estimation.forecast import empty_pairs, give_tensors
     from dpo_video.loss.global_ import Global
-    from dpo_video.memory import Step, checkpoint_blocks
-    from dpo_video.peak import as_on_cuda, peak_bytes
-    from dpo_video.pretrained import outlined
+    from dpo_video.memory.peak import as_on_cuda, peak_bytes
     from dpo_video.reference.toggle import Toggle
     from dpo_video.settings import TrainSettings
-    from dpo_video.train import adapt
+    from dpo_video.training.lora import adapt
+    from dpo_video.training.step import Step, checkpoint_blocks
 
     cpu, half = torch.device("cpu"), torch.float16
     with outlined():

@@ -21,14 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
-from dpo_video.fit import DTYPES, Mode, empty_pairs, forecast, give_tensors
+from dpo_video.diffusion.pretrained import outlined
+from dpo_video.estimation.forecast import DTYPES, Mode, empty_pairs, forecast, give_tensors
 from dpo_video.loss.global_ import Global
-from dpo_video.peak import as_on_cuda, peak_bytes
-from dpo_video.pretrained import outlined
+from dpo_video.memory.peak import as_on_cuda, peak_bytes
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone
-from dpo_video.train import adapt
+from dpo_video.training.lora import adapt
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 MODELS: dict[str, tuple[Backbone, str]] = {

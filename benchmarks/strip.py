@@ -16,8 +16,8 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dpo_video.files import publishing
-from dpo_video.video import read_video
+from dpo_video.data.video import read_video
+from dpo_video.support.atomic import publishing
 
 GAIN = 6.0  # of the differences
 ZOOM, LINE, MARGIN = 2, 16, 60  # times, pixels, pixels

@@ -18,11 +18,11 @@ from typing import Any
 import diffusers
 import torch
 
-from dpo_video.budget import SHARE, fewest_blocks
 from dpo_video.cli.fit import brief, mode_of, predict
-from dpo_video.config import resolve
-from dpo_video.fit import GIB
-from dpo_video.tiers import Tier, tiers
+from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
+from dpo_video.estimation.forecast import GIB
+from dpo_video.estimation.tiers import Tier, tiers
+from dpo_video.workflows.config import resolve
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 MODELS = {

@@ -173,7 +173,8 @@ class Anchor(ABC):
 
     draws: int | None = None
     """How many noises and levels a pair has; its visits then take them in turn, and the loop keeps
-    the predictions for them (dpo_video/bank.py). None for a fresh draw at every visit."""
+    the predictions for them (dpo_video/training/reference_cache.py). None for a fresh draw at every
+    visit."""
 
     @abstractmethod
     def network(self) -> AbstractContextManager[nn.Module]:

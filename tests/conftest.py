@@ -30,9 +30,9 @@ import transformers
 from accelerate.state import AcceleratorState
 from small_animatediff import CPU, SHAPE, load_small, save_small_animatediff
 
-from dpo_video import entries
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.cli import main
+from dpo_video.registry import entry_points as entries
 from dpo_video.testing import small_videos
 from dpo_video.types import Clip
 

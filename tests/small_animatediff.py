@@ -14,10 +14,10 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.tiny.recipe import SCHEDULE, TEXT_LENGTH, new_tokenizer
 from dpo_video.backbone.animatediff import AnimateDiffModel, load_checkpoint
-from dpo_video.pretrained import Checkpoint
+from dpo_video.diffusion.pretrained import Checkpoint
 from dpo_video.strategies import Sampling
-from dpo_video.tiny.recipe import SCHEDULE, TEXT_LENGTH, new_tokenizer
 from dpo_video.types import VideoShape
 
 SHAPE = VideoShape(frames=4, height=16, width=16, fps=8.0)

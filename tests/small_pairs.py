@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dpo_video.store import Manifest
+from dpo_video.data.store import Manifest
 from dpo_video.types import Context, Pair
 
 SHAPE = (2, 4, 3, 3)

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.data.video import write_video
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.segment import Segment
 from dpo_video.metric.frame_difference import FrameDifference
@@ -49,7 +50,6 @@ from dpo_video.testing import (
 )
 from dpo_video.tiny import WEIGHTS
 from dpo_video.types import Clip, LossOutput, Material, Pair, PairErrors
-from dpo_video.video import write_video
 
 
 def installed(kind: str) -> list[str]:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.build import build, in_order
+from dpo_video.data.build import build, in_order
+from dpo_video.data.store import Manifest, PairStore
+from dpo_video.data.video import write_video
 from dpo_video.errors import TrainingError
-from dpo_video.runs import latest_checkpoint
 from dpo_video.settings import BuildSettings, TrainSettings
-from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import Labeler, SuppliedPairs
 from dpo_video.testing import small_videos
-from dpo_video.train import train
+from dpo_video.training.loop import train
+from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.types import Clip
-from dpo_video.video import write_video
 
 SETTINGS = TrainSettings(
     steps=1, batch=2, accumulation=1, lr=1e-2, warmup=0, rank=2, alpha=4, samples=0, tracker="none"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import SHAPE
 
+from dpo_video.data.video import write_video
 from dpo_video.testing import small_videos
-from dpo_video.video import write_video
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 NAMES = sorted(path.parent.name for path in PLUGINS.glob("*/pyproject.toml"))

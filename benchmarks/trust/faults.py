@@ -362,9 +362,9 @@ def _warm_up(checkpoint: Path) -> None:
     import torch
 
     import dpo_video
-    from dpo_video.diffusion import initial_noise
+    from dpo_video.diffusion.initial_noise import initial_noise
     from dpo_video.settings import TrainSettings
-    from dpo_video.train import adapt
+    from dpo_video.training.lora import adapt
     from tests.small_animatediff import load_small
 
     for module in pkgutil.walk_packages(dpo_video.__path__, "dpo_video."):

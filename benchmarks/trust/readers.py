@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from benchmarks.trust import mutate
+from dpo_video.data.video import gif_bytes, video_bytes
 from dpo_video.errors import UserError
 from dpo_video.types import Pair
-from dpo_video.video import gif_bytes, video_bytes
 from tests.small_animatediff import SHAPE, load_small
 
 Damage = Callable[[Random, bytes, list[bytes]], bytes]
@@ -37,7 +37,7 @@ class Bench:
     """A folder, a small model and a store of its pairs, for the readers to stand on."""
 
     def __init__(self, folder: Path, checkpoint: Path) -> None:
-        from dpo_video.store import Manifest, PairStore
+        from dpo_video.data.store import Manifest, PairStore
 
         self.folder = folder
         self.checkpoint = checkpoint
@@ -62,7 +62,7 @@ class Bench:
 
 
 def run_toml(bench: Bench) -> Reading:
-    from dpo_video import config
+    from dpo_video.workflows import config
 
     path = bench.folder / "run.toml"
 
@@ -79,7 +79,7 @@ def run_toml(bench: Bench) -> Reading:
 
 
 def assignments(bench: Bench) -> Reading:
-    from dpo_video import config
+    from dpo_video.workflows import config
 
     def read(data: bytes) -> object:
         text = data.decode("utf-8", "surrogateescape")
@@ -127,7 +127,7 @@ def store_file(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     """A file of the pair store; the whole store is then read."""
 
     def make(bench: Bench) -> Reading:
-        from dpo_video.store import PairStore
+        from dpo_video.data.store import PairStore
 
         path = next(bench.store.folder.glob(name))
         whole = path.read_bytes()
@@ -156,9 +156,9 @@ def packed_file(name: str, damage: Damage, elsewhere: bool = False) -> Callable[
     def make(bench: Bench) -> Reading:
         import fsspec
 
-        from dpo_video import places
-        from dpo_video.pack import pack
-        from dpo_video.store import PairStore
+        from dpo_video.data import storage as places
+        from dpo_video.data.pack import pack
+        from dpo_video.data.store import PairStore
 
         places.PAUSES = ()  # what is damaged stays so
         folder = bench.folder / "packed"
@@ -196,9 +196,9 @@ def pairs_url(bench: Bench) -> Reading:
     """What somebody types for --pairs."""
     import fsspec
 
-    from dpo_video import places
-    from dpo_video.pack import pack
-    from dpo_video.store import PairStore
+    from dpo_video.data import storage as places
+    from dpo_video.data.pack import pack
+    from dpo_video.data.store import PairStore
 
     places.PAUSES = ()
     list(pack(bench.store, bench.folder / "packed"))
@@ -222,8 +222,8 @@ def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
     """A book of labels: its recipe or its lines."""
 
     def make(bench: Bench) -> Reading:
-        from dpo_video.label import recipe
-        from dpo_video.labels import LabelBook, open_books, pinned, preferences
+        from dpo_video.data.label import recipe
+        from dpo_video.data.labels import LabelBook, open_books, pinned, preferences
 
         where = bench.store.folder
         made = recipe(bench.store, bench.model, {"name": "recorded"}, 0.25)
@@ -249,9 +249,9 @@ def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
 
 
 def recorded(bench: Bench) -> Reading:
-    from dpo_video.label import StoreWork, recipe
+    from dpo_video.data.label import StoreWork, recipe
+    from dpo_video.data.labels import LabelBook
     from dpo_video.labeler.recorded import Recorded
-    from dpo_video.labels import LabelBook
 
     path = bench.folder / "recorded.jsonl"
     made = recipe(bench.store, bench.model, {"name": "recorded"}, 0.25)
@@ -274,7 +274,7 @@ def recorded(bench: Bench) -> Reading:
 
 
 def folder_lines(bench: Bench) -> Reading:
-    from dpo_video.pair_files import list_pairs
+    from dpo_video.pairs._formats import list_pairs
 
     root = bench.folder / "mine"
     root.mkdir(exist_ok=True)
@@ -297,7 +297,7 @@ def folder_lines(bench: Bench) -> Reading:
 
 
 def triple(bench: Bench) -> Reading:
-    from dpo_video.pair_files import list_pairs
+    from dpo_video.pairs._formats import list_pairs
 
     root = bench.folder / "triples"
     root.mkdir(exist_ok=True)
@@ -331,10 +331,10 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         from accelerate import Accelerator
 
         from dpo_video import train as engine
-        from dpo_video.checkpoint import restore
         from dpo_video.loss.global_ import Global
         from dpo_video.reference.toggle import Toggle
         from dpo_video.settings import TrainSettings
+        from dpo_video.training.checkpoint import restore
 
         settings = TrainSettings(
             steps=1, accumulation=1, rank=2, alpha=4, samples=0, tracker="none"
@@ -380,7 +380,7 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
 
 def _read_unsealed(path: Path) -> None:
     """The reader behind the seal, which lets nothing damaged through to it."""
-    from dpo_video.state import load_state
+    from dpo_video.support.tensor_tree import load_state
 
     try:
         load_state(path)
@@ -406,7 +406,7 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     """A file of an adapter's folder, as `evaluate` and `generate` load it."""
 
     def make(bench: Bench) -> Reading:
-        from dpo_video.evaluate import merged
+        from dpo_video.evaluation.evaluate import merged
 
         checkpoint("state.safetensors", mutate.damage)(bench)  # makes the run
         folder = next((bench.folder / "run").rglob("adapter"))
@@ -431,8 +431,8 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
 
 
 def log(bench: Bench) -> Reading:
-    from dpo_video.runs import read_log
-    from dpo_video.verdict import judge_training
+    from dpo_video.training.diagnosis import judge_training
+    from dpo_video.training.run_dir import read_log
 
     checkpoint("state.safetensors", mutate.damage)(bench)
     path = bench.folder / "run" / "log.jsonl"
@@ -455,7 +455,7 @@ def video(suffix: str) -> Callable[[Bench], Reading]:
     def make(bench: Bench) -> Reading:
         import av
 
-        from dpo_video.clips import open_clips
+        from dpo_video.data.clips import open_clips
 
         root = bench.folder / f"clips{suffix}"
         root.mkdir(exist_ok=True)
@@ -487,7 +487,7 @@ def video(suffix: str) -> Callable[[Bench], Reading]:
 
 
 def pictures(bench: Bench) -> Reading:
-    from dpo_video.clips import open_clips
+    from dpo_video.data.clips import open_clips
 
     root = bench.folder / "frames" / "one"
     root.mkdir(parents=True, exist_ok=True)
@@ -509,7 +509,7 @@ def pictures(bench: Bench) -> Reading:
 
 
 def captions(bench: Bench) -> Reading:
-    from dpo_video.clips import open_clips
+    from dpo_video.data.clips import open_clips
 
     root = bench.folder / "captioned"
     root.mkdir(exist_ok=True)
@@ -529,7 +529,7 @@ def bank(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     """A file of a bank of predictions, filled and read."""
 
     def make(bench: Bench) -> Reading:
-        from dpo_video.bank import Bank, BankManifest, Visit
+        from dpo_video.training.reference_cache import Bank, BankManifest, Visit
 
         manifest = BankManifest.of(bench.model, 0, "no")
         visits = [Visit(0, 0), Visit(1, 0)]

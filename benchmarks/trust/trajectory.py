@@ -24,12 +24,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dpo_video.build import build
-from dpo_video.config import resolve
-from dpo_video.session import load_model, open_source, open_store, pick_device
+from dpo_video.data.build import build
 from dpo_video.strategies import PairBuilder, VideoModel
-from dpo_video.train import train
-from dpo_video.verdict import StepReport
+from dpo_video.training.diagnosis import StepReport
+from dpo_video.training.loop import train
+from dpo_video.workflows.config import resolve
+from dpo_video.workflows.session import load_model, open_source, open_store, pick_device
 
 RECORD = Path(__file__).parent / "trajectory.json"
 STEPS = 3

@@ -18,11 +18,11 @@ from pydantic import Field
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dpo_video.ddim import DDIMModel
+from dpo_video.backbone._ddim import DDIMModel
+from dpo_video.backbone._prompts import diverse
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, assembling, identity, settled
+from dpo_video.diffusion.sampling import frame_by_frame
 from dpo_video.errors import UserError
-from dpo_video.pretrained import Checkpoint, Lazy, assembling, identity, settled
-from dpo_video.prompts import diverse
-from dpo_video.sampling import frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
     Clip,

@@ -10,9 +10,9 @@ from typing import ClassVar, final
 import torch
 
 from dpo_video.backbone.animatediff import load_checkpoint
-from dpo_video.pretrained import Checkpoint
-from dpo_video.seeds import generator
+from dpo_video.diffusion.pretrained import Checkpoint
 from dpo_video.strategies import Backbone, Sampling, VideoModel
+from dpo_video.support.rng import generator
 from dpo_video.tiny import WEIGHTS, scenes
 from dpo_video.types import Clip, VideoShape
 
@@ -24,7 +24,7 @@ class Tiny(Backbone):
     """A six-million-parameter AnimateDiff that ships in the package.
 
     It shows one coloured shape on a background, 16 frames at 64x64, and is run by the same code as
-    any AnimateDiff checkpoint. Its recipe is `python -m dpo_video.tiny.recipe`.
+    any AnimateDiff checkpoint. Its recipe is `python -m benchmarks.tiny.recipe`.
     """
 
     guards: ClassVar[tuple[str, ...]] = ("caption_match", "sharpness")

@@ -22,11 +22,11 @@ from pydantic import Field, field_validator
 from torch import Generator, Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from dpo_video.backbone._prompts import diverse
+from dpo_video.diffusion.experts import Experts
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, free, identity, settled
+from dpo_video.diffusion.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.errors import UserError
-from dpo_video.experts import Experts
-from dpo_video.pretrained import Checkpoint, Lazy, free, identity, settled
-from dpo_video.prompts import diverse
-from dpo_video.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
     Clip,

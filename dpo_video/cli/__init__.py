@@ -83,15 +83,15 @@ def _refuse(error: UserError) -> NoReturn:
 def _explain(error: BaseException) -> None:
     """Ends the program if something is known about an error that nobody raised on purpose."""
     if isinstance(error, RuntimeError):
-        from dpo_video.determinism import refusal
+        from dpo_video.support.reproducibility import refusal
 
         if refused := refusal(error):
             _refuse(refused)
-    from dpo_video.shortage import shortage
+    from dpo_video.support.oom import shortage
 
     if short := shortage(error):
         _refuse(short)
-    from dpo_video.blame import blamed
+    from dpo_video.registry.attribution import blamed
 
     if sentence := blamed(error):
         _say(sentence)

@@ -17,7 +17,7 @@ from dpo_video.cli.options import Tier, console
 from dpo_video.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from dpo_video.bench import SuiteResult
+    from benchmarks.support.results import SuiteResult
 
 REGRESSION = 3  # exit code
 MEMORY = "memory"
@@ -173,9 +173,9 @@ def _run_timed(
     """Run suites under pytest-benchmark in a process of its own, whose threads are pinned."""
     from importlib.util import find_spec
 
-    from dpo_video.bench import collect, markdown, write_result
-    from dpo_video.bench_plot import scatter
-    from dpo_video.files import write_text, writing
+    from benchmarks.support.plots import scatter
+    from benchmarks.support.results import collect, markdown, write_result
+    from dpo_video.support.atomic import write_text, writing
 
     if find_spec("pytest_benchmark") is None:
         raise UserError(
@@ -209,7 +209,7 @@ def _run_timed(
 
 
 def _compare(old: Path, new: Path, tolerance: float) -> None:
-    from dpo_video.bench import compared, read_results, regressions
+    from benchmarks.support.results import compared, read_results, regressions
 
     before, after = read_results(old), read_results(new)
     count = compared(before, after)

@@ -39,10 +39,10 @@ from dpo_video.cli.options import (
 from dpo_video.errors import UserError
 
 if TYPE_CHECKING:
-    from dpo_video.build import Worker
-    from dpo_video.config import Config
-    from dpo_video.store import PairStore
+    from dpo_video.data.build import Worker
+    from dpo_video.data.store import PairStore
     from dpo_video.strategies import VideoModel
+    from dpo_video.workflows.config import Config
 
 SKIPPED_SHOWN = 20  # by name; the rest are counted
 
@@ -91,7 +91,7 @@ def build(
         raise UserError(f"'{config.pairs}' holds pairs already. Name a strategy to build others.")
     sharing = _worker(worker)
     console.quiet = sharing.number > 0 and worker is None
-    from dpo_video.session import check_labeler, load_model, pick_device
+    from dpo_video.workflows.session import check_labeler, load_model, pick_device
 
     check_labeler(config)
     model = load_model(config, pick_device(config.run.device))
@@ -112,7 +112,7 @@ def _worker(given: str | None) -> Worker:
 
     `accelerate launch` and `torchrun` say so by RANK and WORLD_SIZE.
     """
-    from dpo_video.build import Worker
+    from dpo_video.data.build import Worker
 
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     launched = Worker()
@@ -144,10 +144,10 @@ def obtain_pairs(
 
     Of what is missing, a worker of several makes its own part alone.
     """
-    from dpo_video.build import Worker, wanted
-    from dpo_video.build import build as build_pairs
-    from dpo_video.session import open_source, open_store
-    from dpo_video.store import PairStore
+    from dpo_video.data.build import Worker, wanted
+    from dpo_video.data.build import build as build_pairs
+    from dpo_video.data.store import PairStore
+    from dpo_video.workflows.session import open_source, open_store
 
     if isinstance(config.pairs, str):
         store = PairStore(config.pairs)

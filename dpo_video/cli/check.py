@@ -12,7 +12,7 @@ from dpo_video.cli.build import progress_bar
 from dpo_video.cli.options import Assignments, Backbone, Device, File, Json, Metrics, resolve
 
 if TYPE_CHECKING:
-    from dpo_video.check import Audit
+    from dpo_video.data.audit import Audit
 
 MARKS = {"fine": "[green]ok[/]", "notice": "[yellow]look[/]", "problem": "[bold red]problem[/]"}
 
@@ -38,9 +38,9 @@ def check(
     Exit code 0 if there is no problem (what is only worth a look does not count), 1 if there is
     one, 2 if the command itself was wrong.
     """  # fmt: skip
-    from dpo_video.check import audit
-    from dpo_video.session import apply_labels, load_model, made_with, pick_device
-    from dpo_video.store import PairStore
+    from dpo_video.data.audit import audit
+    from dpo_video.data.store import PairStore
+    from dpo_video.workflows.session import apply_labels, load_model, made_with, pick_device
 
     store = PairStore(pairs)
     # Without a word on it, it is the one that the pairs were made with.

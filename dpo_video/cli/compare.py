@@ -24,9 +24,9 @@ from dpo_video.cli.train import run_training, write_run
 from dpo_video.errors import UserError
 
 if TYPE_CHECKING:
-    from dpo_video.config import Config
-    from dpo_video.evaluation import Evaluation
+    from dpo_video.evaluation.results import Evaluation
     from dpo_video.types import Videos
+    from dpo_video.workflows.config import Config
 
 _KEYS = {"pairs", "loss", "reference", "backbone", "labeler", "set", "seeds"}
 
@@ -70,14 +70,14 @@ def compare(
         for recipe in chosen
         for seed in training_seed or recipe.seeds
     ]
-    from dpo_video.comparison import (
+    from dpo_video.evaluation.compare import (
         Cell,
         Comparison,
         comparison_markdown,
         comparison_table,
         frontier,
     )
-    from dpo_video.files import write_text, writing
+    from dpo_video.support.atomic import write_text, writing
 
     cells = []
     for name, seed, config in work:
@@ -122,7 +122,7 @@ class _Recipe:
 
     def resolve(self, flags: Mapping[str, Any]) -> Config:
         """The run's configuration."""
-        from dpo_video import config
+        from dpo_video.workflows import config
 
         kinds = ("pairs", "loss", "reference", "backbone", "labeler")
         quiet = {"train.tracker": "none", "train.samples": 0, "build.previews": False}
@@ -142,7 +142,7 @@ def _settled(config: Config) -> Config:
     """With a number in the place of checkpointing=auto, as run.toml will have it."""
     if config.memory.checkpointing != "auto":
         return config
-    from dpo_video.session import pick_device
+    from dpo_video.workflows.session import pick_device
 
     return choose_blocks(config, device=pick_device(config.run.device))
 
@@ -152,10 +152,11 @@ def _texts(flags: Mapping[str, Any]) -> list[str]:
 
 
 def _read(paths: list[Path] | None) -> list[_Recipe]:
-    from dpo_video import config, registry
+    from dpo_video import registry
+    from dpo_video.workflows import config
 
     found: list[_Recipe] = []
-    for path in paths or [Path(str(files("dpo_video") / "templates" / "recipes.toml"))]:
+    for path in paths or [Path(str(files("dpo_video.workflows") / "recipes.toml"))]:
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -193,7 +194,7 @@ def _chosen(recipes: list[_Recipe], only: list[str] | None) -> list[_Recipe]:
 
 def _finished(folder: Path, config: Config) -> Evaluation | None:
     """The evaluation that is there, if it is of this very configuration."""
-    from dpo_video.evaluation import Evaluation
+    from dpo_video.evaluation.results import Evaluation
 
     path = folder / "evaluation" / "evaluation.json"
     if not path.exists():
@@ -213,7 +214,7 @@ def _check_same(folder: Path, config: Config) -> None:
 
 
 def _measure(name: str, config: Config, folder: Path, out: Path) -> Evaluation:
-    from dpo_video.session import accelerator_for, check_labeler, load_model
+    from dpo_video.workflows.session import accelerator_for, check_labeler, load_model
 
     console.rule(f"{name}, seed {config.run.seed}")
     check_labeler(config)
@@ -234,9 +235,9 @@ def _base_videos(config: Config, out: Path) -> Videos:
     """What the base draws: once for all recipes that ask for the same."""
     import torch
 
-    from dpo_video.evaluate import draw
-    from dpo_video.session import load_model, pick_device
-    from dpo_video.state import load_state, save_state
+    from dpo_video.evaluation.evaluate import draw
+    from dpo_video.support.tensor_tree import load_state, save_state
+    from dpo_video.workflows.session import load_model, pick_device
 
     model = load_model(config, pick_device(config.run.device))
     asked = [model.identity, config.tables["backbone"], config.tables["evaluate"]]

@@ -27,9 +27,9 @@ from dpo_video.cli.train import slope_of
 from dpo_video.errors import RunError
 
 if TYPE_CHECKING:
-    from dpo_video.config import Config
-    from dpo_video.evaluation import Evaluation
+    from dpo_video.evaluation.results import Evaluation
     from dpo_video.types import Videos
+    from dpo_video.workflows.config import Config
 
 
 def evaluate(
@@ -62,7 +62,7 @@ def evaluate(
         run_deterministic=deterministic,
         evaluate_seeds=seeds,
     )
-    from dpo_video.evaluation import evaluation_table
+    from dpo_video.evaluation.results import evaluation_table
 
     folder = out or run / ("evaluation" if checkpoint is None else f"evaluation-{checkpoint}")
     evaluation = evaluate_run(run, config, folder, checkpoint=checkpoint, command=typed())
@@ -94,15 +94,15 @@ def evaluate_run(
         checkpoint: The step of the run that is measured; None for the last checkpoint.
         base: The base's videos, if they are drawn already.
     """
-    from dpo_video.evaluate import compare
-    from dpo_video.evaluation import Evaluation
-    from dpo_video.files import write_text, writing
-    from dpo_video.outcome import judge_evaluation
-    from dpo_video.report import render_evaluation
-    from dpo_video.runs import checkpoint_at, read_log
-    from dpo_video.session import load_model, pick_device
-    from dpo_video.verdict import judge_training
-    from dpo_video.video import video_bytes
+    from dpo_video.data.video import video_bytes
+    from dpo_video.evaluation.evaluate import compare
+    from dpo_video.evaluation.report import render_evaluation
+    from dpo_video.evaluation.results import Evaluation
+    from dpo_video.evaluation.verdict import judge_evaluation
+    from dpo_video.support.atomic import write_text, writing
+    from dpo_video.training.diagnosis import judge_training
+    from dpo_video.training.run_dir import checkpoint_at, read_log
+    from dpo_video.workflows.session import load_model, pick_device
 
     adapter = checkpoint_at(run, checkpoint) / "adapter"
     model = load_model(config, pick_device(config.run.device))

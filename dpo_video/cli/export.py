@@ -16,15 +16,15 @@ from dpo_video.errors import RunError, StoreError, UserError
 from dpo_video.settings import MemorySettings
 
 if TYPE_CHECKING:
-    from dpo_video.card import Story
-    from dpo_video.config import Config
-    from dpo_video.export import Check
+    from dpo_video.exporting.export import Check
+    from dpo_video.exporting.model_card import Story
     from dpo_video.strategies import VideoModel
     from dpo_video.types import Publication
+    from dpo_video.workflows.config import Config
 
 
 class Target(StrEnum):
-    """`dpo_video.export.Format`, which would import torch."""
+    """`dpo_video.exporting.export.Format`, which would import torch."""
 
     diffusers = "diffusers"
     peft = "peft"
@@ -83,11 +83,11 @@ def export(
     config = dataclasses.replace(config, memory=MemorySettings())
     import torch
 
-    from dpo_video.card import loading_script, model_card
-    from dpo_video.export import Format
-    from dpo_video.export import export as export_adapter
-    from dpo_video.runs import checkpoint_at
-    from dpo_video.session import load_model, pick_device
+    from dpo_video.exporting.export import Format
+    from dpo_video.exporting.export import export as export_adapter
+    from dpo_video.exporting.model_card import loading_script, model_card
+    from dpo_video.training.run_dir import checkpoint_at
+    from dpo_video.workflows.session import load_model, pick_device
 
     folder = checkpoint_at(run, checkpoint)
     story = _story(run, config, folder.name)
@@ -146,10 +146,10 @@ def export(
 
 
 def _story(run: Path, config: Config, checkpoint: str) -> Story:
-    from dpo_video.card import Story
-    from dpo_video.evaluation import Evaluation
-    from dpo_video.runs import read_log
-    from dpo_video.verdict import judge_training
+    from dpo_video.evaluation.results import Evaluation
+    from dpo_video.exporting.model_card import Story
+    from dpo_video.training.diagnosis import judge_training
+    from dpo_video.training.run_dir import read_log
 
     step = int(checkpoint.removeprefix("step_"))
     reports = read_log(run)[:step]
@@ -172,7 +172,7 @@ def _story(run: Path, config: Config, checkpoint: str) -> Story:
 
 def _pairs(config: Config) -> str:
     """What the run was trained on, in words."""
-    from dpo_video.store import PairStore
+    from dpo_video.data.store import PairStore
 
     if not isinstance(config.pairs, str):
         count = f"{config.build.count} " if config.build.count else ""

@@ -25,9 +25,9 @@ def export_pairs(
     The format knows winners and losers only: ties are left out, labels that differ between frames
     become their majority, and regions are lost. What was lost is said.
     """
-    from dpo_video.session import apply_labels
-    from dpo_video.store import PairStore
-    from dpo_video.triples import export_triples
+    from dpo_video.data.store import PairStore
+    from dpo_video.data.videodpo import export_triples
+    from dpo_video.workflows.session import apply_labels
 
     config = resolve(None, None, train_labels=labels or None)
     done = export_triples(apply_labels(config, PairStore(pairs)).store, folder)

@@ -27,9 +27,9 @@ from dpo_video.errors import BudgetError, UserError
 if TYPE_CHECKING:
     import torch
 
-    from dpo_video.config import Config
-    from dpo_video.fit import Forecast, Mode, Need, Rehearsed
-    from dpo_video.tiers import Tier as Card
+    from dpo_video.estimation.forecast import Forecast, Mode, Need, Rehearsed
+    from dpo_video.estimation.tiers import Tier as Card
+    from dpo_video.workflows.config import Config
 
 DOES_NOT_FIT = 3  # exit code
 # Listed in this order, the first of equally fast ones is recommended.
@@ -57,13 +57,13 @@ def fit(
     and takes its presets. Exit code 0 if the configured mode fits that card, or none is named; 3 if
     it does not; 2 if the command itself was wrong.
     """  # fmt: skip
-    from dpo_video.tiers import find_tier, tiers
+    from dpo_video.estimation.tiers import find_tier, tiers
 
     config = resolve(
         file, assignments, backbone=backbone, loss=loss, reference=reference, tier=tier
     )
     card = find_tier(tier) if tier else None
-    from dpo_video.fit import Rehearsed
+    from dpo_video.estimation.forecast import Rehearsed
 
     ran = Rehearsed()
     if config.memory.checkpointing == "auto":
@@ -101,7 +101,7 @@ def predict(
     """
     import diffusers
 
-    from dpo_video.fit import Rehearsed, forecast, ladder
+    from dpo_video.estimation.forecast import Rehearsed, forecast, ladder
 
     diffusers.utils.logging.set_verbosity_error()  # remarks on configurations of older versions
     mine = config.tables["reference"]["name"]
@@ -131,8 +131,8 @@ def _fewest(config: Config, found: Forecast, card: Card, ran: Rehearsed) -> Need
 
     Of the first backward pass with which all of them would fit.
     """
-    from dpo_video.budget import SHARE, fewest_blocks
-    from dpo_video.fit import BACKWARDS, Mode
+    from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
+    from dpo_video.estimation.forecast import BACKWARDS, Mode
 
     name = REFERENCES[0]
     mine = config.reference if config.tables["reference"]["name"] == name else _reference(name)
@@ -173,7 +173,7 @@ def choose_blocks(
     """
     if config.memory.checkpointing != "auto":
         return config
-    from dpo_video.budget import fewest_blocks
+    from dpo_video.estimation.fewest_blocks import fewest_blocks
 
     choice = fewest_blocks(
         config.backbone,
@@ -193,7 +193,7 @@ def choose_blocks(
 
 def _budget_of(config: Config, device: torch.device | None, tier: str | None) -> float:
     """GiB that training may fill."""
-    from dpo_video.budget import SHARE
+    from dpo_video.estimation.fewest_blocks import SHARE
 
     return config.memory.budget or SHARE * _memory_of(device, tier)
 
@@ -210,7 +210,7 @@ def _memory_of(device: torch.device | None, tier: str | None) -> float:
     """GiB of the GPU that it will run on, or else of the card that is named."""
     import torch
 
-    from dpo_video.tiers import find_tier
+    from dpo_video.estimation.tiers import find_tier
 
     if device is None and tier is None and torch.cuda.is_available():
         device = torch.device("cuda")
@@ -227,8 +227,8 @@ def _memory_of(device: torch.device | None, tier: str | None) -> float:
 
 def mode_of(config: Config) -> Mode:
     """The mode that a configuration asks for."""
-    from dpo_video.fit import Mode
-    from dpo_video.memory import check_backward
+    from dpo_video.estimation.forecast import Mode
+    from dpo_video.training.step import check_backward
 
     check_backward(config.loss, config.memory)
     options = config.memory.model_dump(include=set(Mode.model_fields))
@@ -302,7 +302,7 @@ def _report(
     cards: list[Card],
     efficiency: float,
 ) -> dict[str, Any]:
-    from dpo_video.fit import CONTEXT, FRAGMENTS
+    from dpo_video.estimation.forecast import CONTEXT, FRAGMENTS
 
     def row(need: Need) -> dict[str, Any]:
         return {
@@ -333,7 +333,7 @@ def _show(
     cards: list[Card],
     efficiency: float,
 ) -> None:
-    from dpo_video.fit import CONTEXT, FRAGMENTS, GIB
+    from dpo_video.estimation.forecast import CONTEXT, FRAGMENTS, GIB
 
     out = Console()
     tables = config.tables

@@ -58,13 +58,13 @@ def generate(
         run_device=device,
         run_deterministic=deterministic,
     )
-    from dpo_video.diffusion import initial_noise
-    from dpo_video.evaluate import merged
-    from dpo_video.files import writing
-    from dpo_video.runs import checkpoint_at
-    from dpo_video.sampling import check_drawn
-    from dpo_video.session import load_model, pick_device
-    from dpo_video.video import write_video
+    from dpo_video.data.video import write_video
+    from dpo_video.diffusion.initial_noise import initial_noise
+    from dpo_video.diffusion.sampling import check_drawn
+    from dpo_video.evaluation.evaluate import merged
+    from dpo_video.support.atomic import writing
+    from dpo_video.training.run_dir import checkpoint_at
+    from dpo_video.workflows.session import load_model, pick_device
 
     adapter = checkpoint_at(run, checkpoint) / "adapter" if run is not None else None
     model = load_model(config, pick_device(config.run.device))

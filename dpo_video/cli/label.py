@@ -18,8 +18,8 @@ from dpo_video.cli.options import Assignments, Backbone, Device, File, Json, con
 from dpo_video.errors import UserError
 
 if TYPE_CHECKING:
-    from dpo_video.labels import Agreement, LabelBook
-    from dpo_video.store import PairStore
+    from dpo_video.data.labels import Agreement, LabelBook
+    from dpo_video.data.store import PairStore
 
 
 def label(
@@ -44,12 +44,12 @@ def label(
     Labels are kept in PAIRS/labels, one set a name, and never overwritten. Train on them with
     dpo-video train --pairs PAIRS --labels NAME.
     """  # fmt: skip
-    from dpo_video.label import label as label_pairs
-    from dpo_video.label import recipe
-    from dpo_video.labels import LabelBook
-    from dpo_video.session import load_model, made_with, pick_device
-    from dpo_video.store import PairStore
+    from dpo_video.data.label import label as label_pairs
+    from dpo_video.data.label import recipe
+    from dpo_video.data.labels import LabelBook
+    from dpo_video.data.store import PairStore
     from dpo_video.strategies import SetLabeler
+    from dpo_video.workflows.session import load_model, made_with, pick_device
 
     store = PairStore(pairs)
     if not store.local:
@@ -116,7 +116,7 @@ def _agreements(store: PairStore, book: LabelBook) -> dict[str, Agreement]:
     """Of this book with the store's others of the same segments, and among its raters."""
     from itertools import combinations
 
-    from dpo_video.labels import LabelBook, agreement, names
+    from dpo_video.data.labels import LabelBook, agreement, names
 
     found = {}
     for name in names(store.folder):

@@ -24,7 +24,7 @@ def list_strategies(
 ) -> None:
     """List what is installed, built in or by plugins; or the tiers of `--tier`."""
     from dpo_video import registry
-    from dpo_video.entries import unreadable
+    from dpo_video.registry.entry_points import unreadable
 
     if kind == "tier":
         _list_tiers(as_json)
@@ -53,7 +53,7 @@ def list_strategies(
 
 
 def _list_tiers(as_json: bool) -> None:
-    from dpo_video.tiers import tiers
+    from dpo_video.estimation.tiers import tiers
 
     if as_json:
         typer.echo(json.dumps([tier.model_dump() for tier in tiers().values()], indent=2))

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from dpo_video.config import Config
+    from dpo_video.workflows.config import Config
 
 console = Console(stderr=True)
 _CHOICE, _RUN = "Strategies", "Run"
@@ -101,7 +101,7 @@ def resolve(
     Keyword arguments beyond the kinds are options with flags of their own; `train_steps=5` stands
     for `train.steps`.
     """
-    from dpo_video import config
+    from dpo_video.workflows import config
 
     return config.resolve(
         file=file,

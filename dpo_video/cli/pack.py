@@ -22,8 +22,8 @@ def pack(
     Everything reads the copy as it reads the folder, and a run on the one goes on with the other.
     Labels go along, previews do not. An interrupted call goes on where it was.
     """
-    from dpo_video.pack import pack as pack_pairs
-    from dpo_video.store import PairStore
+    from dpo_video.data.pack import pack as pack_pairs
+    from dpo_video.data.store import PairStore
 
     store = PairStore(pairs)
     if not len(store):

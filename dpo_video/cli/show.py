@@ -27,7 +27,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a strategy: what it does, its source, and every option with type and default."""
-    from dpo_video import config, registry
+    from dpo_video import registry
+    from dpo_video.workflows import config
 
     if kind == "tier":
         _show_tier(name, as_json)
@@ -61,7 +62,7 @@ def show(
 
 
 def _show_tier(name: str | None, as_json: bool) -> None:
-    from dpo_video.tiers import find_tier
+    from dpo_video.estimation.tiers import find_tier
 
     if name is None:
         raise UserError("Which tier? See `dpo-video list tier`.")

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.progress import Progress, TaskID
 
-    from dpo_video.bank import BankReport
-    from dpo_video.config import Config
-    from dpo_video.store import PairStore
+    from dpo_video.data.store import PairStore
     from dpo_video.strategies import VideoModel
-    from dpo_video.verdict import StepReport, TrainingVerdict
+    from dpo_video.training.diagnosis import StepReport, TrainingVerdict
+    from dpo_video.training.reference_cache import BankReport
+    from dpo_video.workflows.config import Config
 
 
 def train(
@@ -131,10 +131,10 @@ def train(
     )
     folder = out or _free_folder(config)
 
-    from dpo_video.build import Worker
-    from dpo_video.compiled import check_compile
-    from dpo_video.memory import check_backward
-    from dpo_video.session import (
+    from dpo_video.data.build import Worker
+    from dpo_video.memory.compile import check_compile
+    from dpo_video.training.step import check_backward
+    from dpo_video.workflows.session import (
         accelerator_for,
         apply_labels,
         as_launched,
@@ -188,7 +188,7 @@ def _free_folder(config: Config) -> Path:
 
 def write_run(config: Config, folder: Path, accelerator: Accelerator) -> None:
     """Write the run's run.toml."""
-    from dpo_video.files import write_text, writing
+    from dpo_video.support.atomic import write_text, writing
 
     if accelerator.is_main_process:
         with writing(folder):
@@ -206,8 +206,8 @@ def run_training(
 ) -> None:
     """Train, show what happens, and end with the verdict."""
     from dpo_video.cli.stopping import go_on_with, later
-    from dpo_video.train import train as train_loop
-    from dpo_video.verdict import TrainingState, judge_training
+    from dpo_video.training.diagnosis import TrainingState, judge_training
+    from dpo_video.training.loop import train as train_loop
 
     tables, settings = config.tables, config.train
     slope = getattr(config.loss, "beta", None)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_video.errors import UserError
-from dpo_video.page.sitting import Sitting, Summary
+from dpo_video.labeler._page.sitting import Sitting, Summary
 from dpo_video.strategies import LabelWork, SetLabeler
 
 
@@ -40,7 +40,7 @@ class Page(SetLabeler):
     def label_set(self, work: LabelWork) -> None:
         """Serve the page until a rater ends it, or Ctrl-C does."""
         try:
-            from dpo_video.page.server import LOOPBACK, listen, serve
+            from dpo_video.labeler._page.server import LOOPBACK, listen, serve
         except ModuleNotFoundError as error:
             raise UserError(
                 f"The labelling page needs {error.name}. Install it: pip install 'dpo-video[page]'."

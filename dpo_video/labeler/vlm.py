@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from pydantic import ConfigDict, Field, field_validator
 
-from dpo_video.chat import Answer, Endpoint, MalformedError, open_chat
+from dpo_video.labeler._chat import Answer, Endpoint, MalformedError, open_chat
 from dpo_video.strategies import Judgement, ReasonedLabeler
 from dpo_video.types import Video, Videos
 

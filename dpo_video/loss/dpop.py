@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from dpo_video.diffusion import anchored, clip_loss
+from dpo_video.loss.functional import anchored, clip_loss
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors
 

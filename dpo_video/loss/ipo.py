@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from pydantic import Field
 
-from dpo_video.diffusion import anchored, clip_loss
+from dpo_video.loss.functional import anchored, clip_loss
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors
 

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from pydantic import Field
 
-from dpo_video.diffusion import anchored, chosen_error, clip_loss, masked_mean, sigmoid_loss
+from dpo_video.loss.functional import anchored, chosen_error, clip_loss, masked_mean, sigmoid_loss
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors, PerPair
 

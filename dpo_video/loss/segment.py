@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from dpo_video.diffusion import anchored
+from dpo_video.loss.functional import anchored
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors, PerPair, Preference
 

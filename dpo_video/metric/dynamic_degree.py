@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo_video.errors import UserError
-from dpo_video.flow import dense_flow, warp
+from dpo_video.metric._flow import dense_flow, warp
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_video.errors import UserError
-from dpo_video.flow import Flow, Frames, dense_flow, visible, warp
+from dpo_video.metric._flow import Flow, Frames, dense_flow, visible, warp
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator
 
+from dpo_video.data.segments import SECONDS, preference
 from dpo_video.errors import UserError
-from dpo_video.segments import SECONDS, preference
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair
 

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Generator, Tensor
 
+from dpo_video.data.segments import SECONDS, broadcast, split
 from dpo_video.errors import UserError
-from dpo_video.pair_files import LatentPair, VideoPair, list_pairs
-from dpo_video.segments import SECONDS, broadcast, split
+from dpo_video.pairs._formats import LatentPair, VideoPair, list_pairs
 from dpo_video.strategies import Labeler, SuppliedPairs, VideoModel
 from dpo_video.types import Clip, Material, Pair
 

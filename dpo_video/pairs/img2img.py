@@ -8,9 +8,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator
 
+from dpo_video.pairs._winner import OWN_SAMPLE, Winner, winning_video
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair
-from dpo_video.winner import OWN_SAMPLE, Winner, winning_video
 
 
 @final

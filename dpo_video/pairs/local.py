@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Generator
 
 from dpo_video.errors import UserError
-from dpo_video.masks import RegionOptions, draw_region
+from dpo_video.pairs._masks import RegionOptions, draw_region
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair
 

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Generator
 
+from dpo_video.data.segments import SECONDS, sound_labels, split
 from dpo_video.errors import UserError
-from dpo_video.segments import SECONDS, sound_labels, split
+from dpo_video.pairs._winner import OWN_SAMPLE
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair, Videos
-from dpo_video.winner import OWN_SAMPLE
 
 
 @final

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from torch import nn
 
-from dpo_video.compiled import is_compiled, last_weights
+from dpo_video.memory.compile import is_compiled, last_weights
 from dpo_video.strategies import Anchor, Reference
 
 

@@ -9,7 +9,7 @@ from typing import final
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from dpo_video.compiled import is_compiled, silenced
+from dpo_video.memory.compile import is_compiled, silenced
 from dpo_video.strategies import Anchor, Reference
 
 

@@ -16,7 +16,7 @@ from dpo_video.testing.contracts import check_options
 from dpo_video.testing.inputs import latent_noise, small_videos
 from dpo_video.testing.laws import close, in_unit, law, pure
 from dpo_video.tiny.scenes import spread_captions
-from dpo_video.train import adapt
+from dpo_video.training.lora import adapt
 
 
 def check_reference(reference: Reference, model: VideoModel) -> None:

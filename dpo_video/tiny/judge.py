@@ -1,6 +1,6 @@
 """An instrument that looks at `tiny`'s videos: what is shown, and whether the shape is whole.
 
-The recipe is `python -m dpo_video.tiny.judge_recipe`; with `--measure` it says how far the judge
+The recipe is `python -m benchmarks.tiny.judge_recipe`; with `--measure` it says how far the judge
 can be trusted.
 """
 

@@ -27,6 +27,8 @@ from torch import Generator, Tensor, nn
 
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX, CogVideoXModel
+from dpo_video.data.store import Manifest, PairStore
+from dpo_video.data.video import write_video
 from dpo_video.errors import UserError
 from dpo_video.loss.global_ import Global
 from dpo_video.pairs.dense import Dense
@@ -37,12 +39,10 @@ from dpo_video.pairs.local import Local
 from dpo_video.pairs.ranked import Ranked
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
-from dpo_video.store import Manifest, PairStore
 from dpo_video.strategies import PairBuilder
 from dpo_video.testing import check_backbone_model, check_pairs, small_videos
-from dpo_video.train import train
+from dpo_video.training.loop import train
 from dpo_video.types import Pair
-from dpo_video.video import write_video
 
 PROMPT = "a red square moving left slowly"
 

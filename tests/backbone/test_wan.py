@@ -19,9 +19,9 @@ from test_contracts import Brighter
 from torch import Generator, Tensor, nn
 
 from dpo_video.backbone.wan import Wan, WanModel
-from dpo_video.diffusion import initial_noise, noised
+from dpo_video.diffusion.experts import Experts
+from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import UserError
-from dpo_video.experts import Experts
 from dpo_video.pairs.dense import Dense
 from dpo_video.pairs.img2img import Img2Img
 from dpo_video.pairs.jitter import Jitter
@@ -31,6 +31,7 @@ from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
 from dpo_video.strategies import PairBuilder, Reference
 from dpo_video.testing import check_backbone_model, check_pairs, check_reference, small_videos
+from dpo_video.training.objective import noised
 from dpo_video.types import PairBatch
 
 PROMPTS = ["a red square moving left slowly", "a blue star"]

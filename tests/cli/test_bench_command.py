@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import dpo_video
-from dpo_video.bench import read_results
+from benchmarks.support.results import read_results
 from dpo_video.cli import app
 from dpo_video.cli.bench import benchmarks
 from dpo_video.errors import UserError

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from dpo_video import registry
 from dpo_video.cli import app, main
-from dpo_video.runs import latest_checkpoint
-from dpo_video.store import PairStore
+from dpo_video.data.store import PairStore
+from dpo_video.data.video import write_video
 from dpo_video.testing import small_videos
-from dpo_video.video import write_video
+from dpo_video.training.run_dir import latest_checkpoint
 
 METRIC = "--metric=frame_difference"
 QUICK = [

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from dpo_video.cli import app
 from dpo_video.cli.fit import DOES_NOT_FIT, predict
-from dpo_video.config import Config
-from dpo_video.fit import Forecast, Mode, Rehearsed, ladder
+from dpo_video.estimation.forecast import Forecast, Mode, Rehearsed, ladder
 from dpo_video.strategies import Loss
+from dpo_video.workflows.config import Config
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def arguments(
         modes = ladder(references, loss)
         return [*modes[:3], modes[4], *modes[-2:]]  # [4]: all blocks, what auto falls back to
 
-    monkeypatch.setattr("dpo_video.fit.ladder", ends)
+    monkeypatch.setattr("dpo_video.estimation.forecast.ladder", ends)
     monkeypatch.setattr("dpo_video.cli.fit.predict", once)
     monkeypatch.setenv("COLUMNS", "200")
     return [
@@ -67,7 +67,7 @@ def test_it_says_in_json_what_every_mode_needs_and_which_card_holds_it(
 def test_what_does_not_fit_the_card_is_exit_code_3(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_video.fit.CONTEXT", 1e12)
+    monkeypatch.setattr("dpo_video.estimation.forecast.CONTEXT", 1e12)
     monkeypatch.setenv("COLUMNS", "80")
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == DOES_NOT_FIT == 3

@@ -12,9 +12,9 @@ from test_label import random_store
 from typer.testing import CliRunner
 
 from dpo_video import cli
+from dpo_video.data.labels import LabelBook
+from dpo_video.data.store import Manifest
 from dpo_video.errors import UserError
-from dpo_video.labels import LabelBook
-from dpo_video.store import Manifest
 
 METRIC = ["--labeler=metric", "--set=labeler.weights.frame_difference=1", "--set=labeler.motion="]
 SEGMENTS = f"--seconds={2 / SHAPE.fps}"

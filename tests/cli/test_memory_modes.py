@@ -8,7 +8,7 @@ from pathlib import Path
 from conftest import Said
 from small_wan import OPTIONS, save_small_wan
 
-from dpo_video.store import PairStore
+from dpo_video.data.store import PairStore
 
 MODES = ["base=int8", "offload=blocks, checkpoints, optimizer", "checkpointing=blocks",
          "backward=split", "chunks=2"]  # fmt: skip

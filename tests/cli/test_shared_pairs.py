@@ -8,7 +8,7 @@ import fsspec
 import pytest
 from conftest import SHAPE, Said
 
-from dpo_video.store import PairStore
+from dpo_video.data.store import PairStore
 
 TRAIN = ["--loss=global", "--metric=frame_difference", "--set=train.accumulation=1",
          "--set=train.samples=0", "--set=train.tracker=none", "--set=train.rank=2",

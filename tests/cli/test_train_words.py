@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_video.cli.train import _say_what_is_left_out
-from dpo_video.store import Manifest, PairStore
+from dpo_video.data.store import Manifest, PairStore
 from dpo_video.types import Pair
 
 SHAPE = (1, 4, 2, 2)

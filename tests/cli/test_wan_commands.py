@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from small_wan import OPTIONS, save_small_wan
 
 from dpo_video.cli import main
-from dpo_video.runs import latest_checkpoint
+from dpo_video.data.video import write_video
 from dpo_video.testing import small_videos
-from dpo_video.video import write_video
+from dpo_video.training.run_dir import latest_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_video.config import resolve
 from dpo_video.errors import UserError
 from dpo_video.labeler.metric import ByMetric, Measuring, relative_lead
 from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.strategies import Metric
 from dpo_video.testing import small_videos
+from dpo_video.workflows.config import resolve
 
 SEGMENTS = [slice(0, 3), slice(3, 6)]
 PROMPTS = ["a", "b"]

@@ -13,9 +13,9 @@ import torch
 from chat_server import Question, Reply, Server, brighter, images, serving
 from torch import Tensor
 
-from dpo_video.config import resolve
 from dpo_video.errors import UserError
 from dpo_video.labeler.vlm import Vlm
+from dpo_video.workflows.config import resolve
 
 KEY = "sk-this-is-a-secret-0123456789"
 SEGMENTS = [slice(0, 2), slice(2, 4)]

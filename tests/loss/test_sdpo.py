@@ -7,14 +7,14 @@ from handmade import gradients
 from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.diffusion import pair_errors
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.sdpo import Sdpo
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss
 from dpo_video.testing import random_errors
-from dpo_video.train import adapt
+from dpo_video.training.lora import adapt
+from dpo_video.training.objective import pair_errors
 from dpo_video.types import PairBatch, PairErrors
 
 

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor
 
+from dpo_video.data.video import read_video
 from dpo_video.errors import UserError
-from dpo_video.flow import dense_flow, warp
+from dpo_video.metric._flow import dense_flow, warp
 from dpo_video.metric.dynamic_degree import DynamicDegree
 from dpo_video.tiny.scenes import MOTIONS, SIZE, SPEEDS, Scenes, draw_scenes, flicker, render
-from dpo_video.video import read_video
 
 CLIPS = Path(__file__).parents[3] / "shared" / "clips"
 DIAGONAL = math.hypot(SIZE, SIZE)

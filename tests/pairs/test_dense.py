@@ -14,9 +14,9 @@ from test_contracts import Brighter
 from torch import Generator, Tensor, nn
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.data.segments import preference
 from dpo_video.errors import UserError
 from dpo_video.pairs.dense import Dense
-from dpo_video.segments import preference
 from dpo_video.strategies import Labeler
 from dpo_video.testing import check_pairs
 from dpo_video.types import Clip, Pair

@@ -15,16 +15,16 @@ from test_contracts import Brighter
 from torch import Generator, Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.build import build, in_order
-from dpo_video.clips import read_beginning
+from dpo_video.data.build import build, in_order
+from dpo_video.data.clips import read_beginning
+from dpo_video.data.store import Manifest, PairStore
+from dpo_video.data.video import write_video
+from dpo_video.data.videodpo import export_triples
 from dpo_video.errors import UserError
 from dpo_video.pairs.folder import Folder, latent_region
 from dpo_video.settings import BuildSettings
-from dpo_video.store import Manifest, PairStore
 from dpo_video.testing import check_pairs, small_videos
-from dpo_video.triples import export_triples
 from dpo_video.types import Clip, Material, Pair
-from dpo_video.video import write_video
 
 
 def write(path: Path, seed: int, frames: int = SHAPE.frames, fps: float = SHAPE.fps) -> Path:

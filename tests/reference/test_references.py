@@ -9,13 +9,13 @@ from conftest import load_small
 from torch import Tensor, nn
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.diffusion import pair_errors
 from dpo_video.loss.global_ import Global
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Reference
-from dpo_video.train import adapt
+from dpo_video.training.lora import adapt
+from dpo_video.training.objective import pair_errors
 from dpo_video.types import PairBatch, PairErrors
 
 

@@ -8,21 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from dpo_video.errors import UserError
-from dpo_video.frechet import frechet_distance
-from dpo_video.metric.caption_match import CaptionMatch
-from dpo_video.seeds import generator
-from dpo_video.tiny import scenes
-from dpo_video.tiny.judge import (
-    BROKEN,
-    FEATURES,
-    WEIGHTS,
-    Judge,
-    judge_videos,
-    load_judge,
-    video_features,
-)
-from dpo_video.tiny.judge_recipe import (
+from benchmarks.tiny.frechet import frechet_distance
+from benchmarks.tiny.judge_recipe import (
     CORRUPTIONS,
     RUINED,
     WHOLE,
@@ -34,7 +21,20 @@ from dpo_video.tiny.judge_recipe import (
     real_clips,
     train,
 )
-from dpo_video.tiny.quality import breaks_up
+from benchmarks.tiny.quality import breaks_up
+from dpo_video.errors import UserError
+from dpo_video.metric.caption_match import CaptionMatch
+from dpo_video.support.rng import generator
+from dpo_video.tiny import scenes
+from dpo_video.tiny.judge import (
+    BROKEN,
+    FEATURES,
+    WEIGHTS,
+    Judge,
+    judge_videos,
+    load_judge,
+    video_features,
+)
 
 Clips = tuple[torch.Tensor, list[str]]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_video.seeds import generator
+from dpo_video.support.rng import generator
 from dpo_video.tiny import scenes
 from dpo_video.tiny.scenes import BACKGROUNDS, COLORS, MOTIONS, SHAPES, SIZE, SPEEDS
 

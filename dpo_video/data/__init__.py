@@ -1,0 +1,1 @@
+"""Videos, clips, prompts and the pair store: everything that is read from or written to disk."""

@@ -1,0 +1,152 @@
+"""Clips or prompts to a store of preference pairs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_video.data.store import PairStore
+from dpo_video.data.video import write_video
+from dpo_video.errors import UserError
+from dpo_video.settings import BuildSettings
+from dpo_video.strategies import Labeler, PairBuilder, VideoModel
+from dpo_video.support.rng import generator
+from dpo_video.types import Clip, Context, Pair, Video, VideoShape
+
+COUNT = 64  # pairs, where nobody says how many
+PROMPTS_KEPT = 64  # encoded ones, which may be megabytes each
+
+# The clip that the `i`-th pair is made of; None behind the last one.
+Source = Callable[[int], Clip | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """One of several that share a build, in processes or on machines of their own.
+
+    It makes the pairs whose index leaves the remainder `number` when divided by `count`.
+    """
+
+    number: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildReport:
+    """One pair was made."""
+
+    done: int
+    """Pairs that there are by now, of all workers."""
+    total: int
+    prompt: str
+    seconds: float
+    """For this pair."""
+    decided: bool
+    """Whether either video is preferred anywhere; otherwise the pair is a tie, or unlabelled."""
+
+
+def wanted(settings: BuildSettings, available: int | None) -> int:
+    """How many pairs to build, of as many as there is material for (None: without end)."""
+    if available is None:
+        return settings.count or COUNT
+    return min(settings.count or available, available)
+
+
+def build(
+    store: PairStore,
+    clips: Source,
+    builder: PairBuilder,
+    model: VideoModel,
+    settings: BuildSettings,
+    *,
+    seed: int,
+    labeler: Labeler | None = None,
+    available: int | None = None,
+    worker: Worker = Worker(),
+) -> Iterator[BuildReport]:
+    """Fill the store up to the number of pairs asked for, making what it lacks.
+
+    It ends earlier where `clips` does.
+
+    Pair `i` depends on the seed and on `i` alone, so it does not matter how often the build was
+    interrupted, nor how many workers share it.
+
+    Raises:
+        UserError: if a pair is not finite; it is not stored.
+    """
+    store.check_fits(model)
+
+    @lru_cache(maxsize=PROMPTS_KEPT)
+    def encode(prompt: str) -> Context:
+        return {name: value.cpu() for name, value in model.encode_prompts([prompt]).items()}
+
+    total = wanted(settings, available)
+    for index in range(worker.number, total, worker.count):
+        if index in store:
+            continue
+        started = time.monotonic()
+        clip = clips(index)
+        if clip is None:
+            return
+        pair = builder(clip, model, labeler, generator(seed, "pair", index))
+        context = encode(pair.prompt) if pair.context is None else pair.context
+        _check_finite(pair, context, index)
+        shown = preview(pair, model) if settings.previews else None
+        store.append(pair, context, index, partial(_write_preview, shown, model.shape))
+        yield BuildReport(
+            done=store.made,
+            total=total,
+            prompt=pair.prompt,
+            seconds=time.monotonic() - started,
+            decided=bool(pair.preference.any()),
+        )
+
+
+def _check_finite(pair: Pair, context: Mapping[str, Tensor], index: int) -> None:
+    parts = {
+        "first video": pair.first,
+        "second video": pair.second,
+        "preference": pair.preference,
+        **{f"encoded prompt ({name})": value for name, value in context.items()},
+    }
+    for part, value in parts.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"Pair {index} ('{pair.prompt}', of {pair.source}) was not stored: its {part} is "
+                "not finite. Where the model made it so, try another precision (--set "
+                'train.precision="bf16" or "no"); where it came so, leave that file out.'
+            )
+
+
+def _write_preview(video: Video | None, shape: VideoShape, path: Path) -> None:
+    if video is not None:
+        write_video(path, video, shape.fps, scale=max(1, 128 // shape.height))
+
+
+def preview(pair: Pair, model: VideoModel) -> Video:
+    """First, second and region side by side."""
+    first, second = model.decode_videos(torch.stack([pair.first, pair.second]).to(model.device))
+    region: Float[Tensor, "1 F H W"] = torch.nn.functional.interpolate(
+        pair.region[None], size=first.shape[1:]
+    )[0]
+    # The second video under its region, dimmed outside, shows at a glance what was repainted.
+    shown = second.cpu() * (0.3 + 0.7 * region)
+    return torch.cat([first.cpu(), second.cpu(), shown], dim=-1)
+
+
+def cycle_prompts(prompts: Sequence[str]) -> Source:
+    """Prompts alone, as clips without video, over and over."""
+    return lambda index: Clip(name="prompt", caption=prompts[index % len(prompts)])
+
+
+def in_order(clips: Iterator[Clip]) -> Source:
+    """A supply of clips, skipped ahead to the index asked for; indices must grow."""
+    numbered = enumerate(clips)
+    return lambda index: next((clip for number, clip in numbered if number == index), None)

@@ -1,0 +1,319 @@
+"""A folder of captioned videos, as clips of the backbone's shape.
+
+Opening counts frames and decodes one of each file; a clip is decoded when it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from dpo_video.data.video import (
+    VIDEO_SUFFIXES,
+    VideoError,
+    fit_video,
+    fits,
+    frame_files,
+    natural_key,
+    probe_video,
+    read_video,
+    too_short,
+)
+from dpo_video.errors import UserError
+from dpo_video.types import Clip, Skipped, Video, VideoShape
+
+METADATA = "metadata.jsonl"
+WINDOWS = 8  # clips cut from one file at most: a film must not crowd out the others
+CAPTIONING = (
+    f"Caption it by a line in {METADATA} ({{file_name, text}}), "
+    "by a text file of its name beside it, or give all clips one caption with --prompt."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """Where a clip is cut from its file."""
+
+    file: str
+    caption: str
+    size: int
+    """Bytes of the file."""
+    start: float
+    """Seconds."""
+    only: bool
+    """Whether the file gives no other clip."""
+    spread: bool
+    """Whether all frames are read, to be played faster: at the backbone's rate they are too few."""
+
+
+class ClipFolder(Sequence[Clip]):
+    """The clips of a folder by number; the order depends on names alone."""
+
+    def __init__(
+        self, root: Path, shape: VideoShape, windows: Sequence[_Window], skipped: list[Skipped]
+    ) -> None:
+        """Use `open_clips`."""
+        self.root = root
+        self.shape = shape
+        self.skipped = skipped
+        """Grows if a file turns out to be damaged when it is decoded by `cycle` or iteration."""
+        self._windows = tuple(windows)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> Clip:  # type: ignore[override] # no slices
+        """Decode a clip.
+
+        Raises:
+            VideoError: If the file is damaged further on than `open_clips` looked.
+        """
+        window, shape = self._windows[index], self.shape
+        video = _decode(self.root / window.file, shape, window.start, window.spread)
+        return Clip(name=self.name(index), caption=window.caption, video=video)
+
+    def __iter__(self) -> Iterator[Clip]:
+        """All clips that can be decoded; the others are added to `skipped`."""
+        clips = (self._try(index) for index in range(len(self)))
+        return (clip for clip in clips if clip is not None)
+
+    def cycle(self, index: int) -> Clip:
+        """Clip `index`, counting over and over: what training needs of a folder of any size.
+
+        In place of a clip that cannot be decoded, which is added to `skipped`, comes the next one
+        that can.
+
+        Raises:
+            VideoError: If no clip can be decoded.
+        """
+        for step in range(len(self)):
+            clip = self._try((index + step) % len(self))
+            if clip is not None:
+                return clip
+        raise VideoError(f"No clip of {self.root} can be decoded. {self.skipped[-1].reason}")
+
+    def _try(self, index: int) -> Clip | None:
+        try:
+            return self[index]
+        except VideoError as error:
+            damaged = Skipped(name=self.name(index), reason=str(error))
+            if damaged not in self.skipped:
+                self.skipped.append(damaged)
+            return None
+
+    def name(self, index: int) -> str:
+        """The file's path in the folder; with `#t=from,to` in seconds if it gives several clips."""
+        window = self._windows[index]
+        end = window.start + self.shape.frames / self.shape.fps
+        return window.file if window.only else f"{window.file}#t={window.start:g},{end:g}"
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the clips are made of: names, sizes, captions, windows and the shape.
+
+        It does not depend on where the folder lies. A file changed to the same size goes unnoticed.
+        """
+        shape = self.shape
+        content = {
+            "shape": [shape.frames, shape.height, shape.width, shape.fps],
+            "clips": [[w.file, w.size, w.caption, w.start] for w in self._windows],
+        }
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def open_clips(
+    folder: Path, shape: VideoShape, prompt: str | None = None, *, windows: int = WINDOWS
+) -> ClipFolder:
+    """List the clips of a folder, or of a single video.
+
+    Videos are found at any depth, and so are folders of frames (png or jpg, played at the shape's
+    rate). A caption is looked for in `metadata.jsonl`, then in `NAME.txt` beside the file, then in
+    `prompt`. Where there is a `metadata.jsonl` it says what belongs to the set: files without any
+    caption are skipped then, and not an error.
+
+    Args:
+        folder: Where they lie.
+        shape: What the backbone wants.
+        prompt: The caption of whatever has none of its own.
+        windows: A long file is cut into this many clips at most, one after the other.
+
+    Raises:
+        UserError: If there is no such folder, it gives no clip, a clip has no caption, or
+            `metadata.jsonl` is malformed.
+    """
+    if not folder.exists():
+        raise UserError(f"There is no folder {folder}. Check the path after --clips.")
+    single = folder.is_file()
+    if single and folder.suffix.lower() not in VIDEO_SUFFIXES:
+        raise UserError(
+            f"{folder} is no video that can be read. Name a folder of videos, or a file of: "
+            f"{', '.join(sorted(VIDEO_SUFFIXES))}."
+        )
+    root = folder.parent if single else folder
+    captions = _read_metadata(root / METADATA)
+    names = [folder.name] if single else find_videos(root)
+    skipped = [
+        Skipped(name=name, reason=f"{METADATA} names it, but there is no such video")
+        for name in captions or ()
+        if name not in names and not single
+    ]
+    found: list[_Window] = []
+    for name in names:
+        try:
+            cut = _cut(root / name, shape, windows)
+        except VideoError as error:
+            skipped.append(Skipped(name=name, reason=str(error)))
+            continue
+        caption = (captions or {}).get(name) or read_caption(root / name) or prompt
+        if not caption:
+            if captions is None or single:
+                raise UserError(f"{root / name} has no caption. {CAPTIONING}")
+            reason = f"neither {METADATA} nor a text file of its name has a caption for it"
+            skipped.append(Skipped(name=name, reason=reason))
+            continue
+        size = _bytes(root / name)
+        found += [
+            _Window(
+                file=name, caption=caption, size=size, start=start, only=len(cut.starts) == 1,
+                spread=cut.spread,
+            )
+            for start in cut.starts
+        ]  # fmt: skip
+    if not found:
+        why = f" For example {skipped[0].name}: {skipped[0].reason}" if skipped else ""
+        raise UserError(
+            f"{folder} gives no clip: {len(names)} videos found, all skipped.{why}"
+            if names
+            else f"{folder} holds no videos. Put some there, or folders of png or jpg frames."
+        )
+    return ClipFolder(root, shape, found, skipped)
+
+
+def read_beginning(path: Path, shape: VideoShape) -> Video:
+    """The beginning of a video, or of a folder of frames, as a clip is read.
+
+    Raises:
+        UserError: If there is no such file.
+        VideoError: If it is damaged or too short.
+    """
+    return _decode(path, shape, 0.0, _cut(path, shape, 1).spread)
+
+
+def _decode(path: Path, shape: VideoShape, start: float, spread: bool) -> Video:
+    footage = read_video(
+        path,
+        fps=None if spread else shape.fps,
+        start=start,
+        frames=None if spread else shape.frames,
+        cover=(shape.height, shape.width),
+        folder_fps=shape.fps,
+    )
+    try:
+        return fit_video(footage.frames, footage.fps, shape)
+    except UserError as error:
+        raise VideoError(f"{path.name}: {error}") from error
+
+
+def find_videos(root: Path) -> list[str]:
+    """Videos and folders of frames under `root`, as relative POSIX paths in natural order."""
+    names = []
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = Path(place)
+        videos = [
+            (here / name).relative_to(root).as_posix()
+            for name in files
+            if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
+        ]
+        # One picture is a thumbnail, and pictures beside videos are stills of them.
+        if not videos and len(frame_files(here)) > 1:
+            videos = [here.relative_to(root).as_posix()]
+        names += videos
+    return sorted(names, key=natural_key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    starts: list[float]
+    spread: bool = False
+
+
+def _cut(path: Path, shape: VideoShape, windows: int) -> _Cut:
+    """Where the clips of a file begin, in seconds.
+
+    Raises:
+        VideoError: If it is damaged or too short.
+    """
+    length = shape.frames / shape.fps
+    # One second more, so that the last window's end is seen, and the rate of a short file.
+    info = probe_video(path, seconds=windows * length + 1, folder_fps=shape.fps)
+    starts = [
+        k * length
+        for k in range(windows)
+        if k == 0 or info.seconds >= (k + 1) * length - 0.5 / shape.fps
+    ]
+    if fits(info.frames, info.fps, shape):
+        return _Cut(starts=starts)
+    if info.frames >= shape.frames:
+        return _Cut(starts=[0.0], spread=True)
+    raise VideoError(f"too short: {too_short(info.frames, info.fps, shape)}.")
+
+
+def _bytes(path: Path) -> int:
+    files = frame_files(path) if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def read_caption(path: Path) -> str | None:
+    """The text beside a video, if there is any."""
+    file = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
+    if not file.is_file():
+        return None
+    try:
+        return " ".join(file.read_text(encoding="utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text. Save it as UTF-8.") from error
+
+
+def _read_metadata(path: Path) -> dict[str, str] | None:
+    """Captions by relative path; None without a file."""
+    if not path.is_file():
+        return None
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
+    captions: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, text = _read_line(line, f"Line {number} of {path}")
+        if name in captions:
+            raise UserError(f"Line {number} of {path} names {name} again. Remove one of the two.")
+        captions[name] = text
+    return captions
+
+
+def _read_line(line: str, where: str) -> tuple[str, str]:
+    wanted = 'Write it as {"file_name": "clip.mp4", "text": "what it shows"}.'
+    try:
+        entry = json.loads(line)
+        json.dumps(entry, ensure_ascii=False).encode()  # half a character is no text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON. {wanted}") from error
+    name, text = (
+        (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
+    )
+    if not (isinstance(name, str) and name.strip() and isinstance(text, str) and text.strip()):
+        raise UserError(f"{where} lacks a file_name or a text. {wanted}")
+    relative = PurePosixPath(name.replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts or PureWindowsPath(name).drive:
+        raise UserError(
+            f"{where} names {name}, which is outside the folder. "
+            "Move the file into it, and name it relative to the folder."
+        )
+    return relative.as_posix(), " ".join(text.split())

@@ -1,0 +1,146 @@
+"""Many pairs in one file, so that a set can be copied and streamed.
+
+    shards.json                         which shard has which pair or prompt
+    shards/pairs-00000.safetensors      first, second, preference, region, of many pairs
+    shards/prompts-00000.safetensors    encoded prompts
+
+A shard is an ordinary safetensors file whose tensors have one axis more, in front: row 3 of each
+belongs to the fourth name that the shard holds. A row is read by its ranges of bytes alone, so that
+neither memory nor traffic grows with the shard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from typing import Annotated, Literal, final
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
+from torch import Tensor
+
+from dpo_video.data.storage import Place
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+INDEX = "shards.json"
+LONGEST = 1 << 16  # bytes of a header that names a few tensors
+
+Held = Annotated[str, Field(pattern=r"^(latents/[0-9]{5,12}|contexts/[0-9a-f]{16})$")]
+"""A pair or an encoded prompt, as its own file would be called without its ending."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Record):
+    """A file, and what its rows are."""
+
+    file: str = Field(pattern=r"^shards/[a-z]+-[0-9]{5,9}\.safetensors$")
+    holds: tuple[Held, ...]
+
+
+class ShardIndex(_Record):
+    """shards.json."""
+
+    format: Literal["dpo-video shards"] = "dpo-video shards"
+    version: Literal[1] = 1
+    shards: tuple[Shard, ...]
+
+
+class _Tensor(_Record):
+    """A tensor in a header, as the format describes it."""
+
+    dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+_HEADER = TypeAdapter(dict[str, _Tensor])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the rows of a tensor are in a file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """The first row's first byte."""
+    size: int
+    """Bytes of a row."""
+
+
+@final
+class Shards:
+    """The shards of a store, open for reading from any number of threads."""
+
+    def __init__(self, place: Place, index: ShardIndex) -> None:
+        self._place = place
+        self._at = {
+            name: (shard, row) for shard in index.shards for row, name in enumerate(shard.holds)
+        }
+        self._layouts: dict[str, list[_Rows]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._at
+
+    def file(self, name: str) -> str:
+        """The shard that holds it."""
+        return self._at[name][0].file
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a pair or a prompt.
+
+        Raises:
+            OSError: if the shard is missing or damaged.
+            ValueError: if it is not what the index says.
+        """
+        shard, row = self._at[name]
+        layout = self._layouts.get(shard.file)
+        if layout is None:  # twice from two threads does no harm
+            layout = _layout(self._place, shard.file, len(shard.holds))
+            self._layouts[shard.file] = layout
+        starts = [each.start + row * each.size for each in layout]
+        spans = [(start, start + each.size) for start, each in zip(starts, layout, strict=True)]
+        return {
+            each.name: torch.frombuffer(part, dtype=each.dtype).view(each.shape)
+            for each, part in zip(layout, self._place.parts(shard.file, spans), strict=True)
+        }
+
+
+def _layout(place: Place, file: str, rows: int) -> list[_Rows]:
+    """What a shard of so many rows holds."""
+    (length,) = struct.unpack("<Q", place.parts(file, [(0, 8)])[0])
+    if length > LONGEST:
+        raise ValueError("its header is too long")
+    found = []
+    for name, tensor in _parse_header(place.parts(file, [(8, 8 + length)])[0]).items():
+        if tensor.shape[:1] != (rows,):
+            raise ValueError(f"'{name}' does not have the {rows} rows that {INDEX} tells")
+        dtype = DTYPES[tensor.dtype]
+        shape = tensor.shape[1:]
+        size = math.prod(shape) * dtype.itemsize
+        start, stop = tensor.data_offsets
+        if stop - start != size * rows or not size:
+            raise ValueError(f"'{name}' is not as large as it says")
+        found.append(_Rows(name, dtype, shape, 8 + length + start, size))
+    return found
+
+
+def _parse_header(text: bytes | bytearray) -> dict[str, _Tensor]:
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("its header is no table")
+        found.pop("__metadata__", None)
+        return _HEADER.validate_python(found)
+    except (ValidationError, RecursionError) as error:
+        raise ValueError("its header is damaged") from error

@@ -1,0 +1,1 @@
+"""Loading diffusion models, and the one sampling primitive."""

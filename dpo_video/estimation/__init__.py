@@ -1,0 +1,1 @@
+"""Peak memory and time of a run, predicted before a weight is loaded."""

@@ -1,0 +1,99 @@
+"""Presets by card: what to train with on it, and what it can do. No torch before `auto`."""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any, final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dpo_video.diffusion.known_models import find_model
+from dpo_video.errors import UserError, unknown
+
+AUTO = "auto"
+# A card reports a little more or less memory with the driver and with error correction on.
+_SLACK = 0.03
+
+
+@final
+class Tier(BaseModel):
+    """A card, and the options to train with on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """What `--tier` calls it."""
+    card: str
+    """The card's name."""
+    memory_gib: float = Field(gt=0)
+    """Its memory, as torch reports it."""
+    tflops: float = Field(gt=0)
+    """Dense fp16 or bf16 operations per second with fp32 accumulation, in 10^12."""
+    source: str
+    """Where the operations per second are published."""
+    options: dict[str, Any]
+    """Option path to value, for every backbone."""
+    backbone: dict[str, dict[str, Any]] = {}
+    """The same for one backbone, by its name."""
+    model: dict[str, dict[str, Any]] = {}
+    """The same for one model, by the name that its configuration ships under."""
+
+    def preset(self, backbone: str, model: str | None = None) -> dict[str, Any]:
+        """Option path to value for a backbone, and for one of its models by any of its names."""
+        known = find_model(model) if model is not None else None
+        own = self.model.get(known.name, {}) if known and known.backbone == backbone else {}
+        return {**self.options, **self.backbone.get(backbone, {}), **own}
+
+
+@cache
+def tiers() -> dict[str, Tier]:
+    """All tiers by name, the smallest card first."""
+    text = Path(__file__).with_name("tiers.toml").read_text(encoding="utf-8")
+    found = [Tier(name=name, **table) for name, table in tomllib.loads(text).items()]
+    return {tier.name: tier for tier in sorted(found, key=lambda tier: (tier.tflops, tier.name))}
+
+
+def find_tier(name: str) -> Tier:
+    """The tier of a name; "auto" is that of the GPU that is here.
+
+    Raises:
+        UserError: for an unknown name, and for "auto" without a GPU or with too small a one.
+    """
+    if name == AUTO:
+        return _of_this_gpu()
+    if name not in tiers():
+        raise unknown("tier", name, [*tiers(), AUTO])
+    return tiers()[name]
+
+
+def tier_of_card(card: str, memory_gib: float) -> Tier | None:
+    """The tier of that card, or the best one that asks for no more memory; None if all do."""
+    held = [tier for tier in tiers().values() if tier.memory_gib <= memory_gib * (1 + _SLACK)]
+    words = card.upper().replace("-", " ").split()
+    for tier in held:
+        if tier.name.upper() in words:
+            return tier
+    return max(held, key=lambda tier: (round(tier.memory_gib), tier.tflops), default=None)
+
+
+def _of_this_gpu() -> Tier:
+    import torch
+
+    names = ", ".join(tiers())
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"--tier auto reads the memory of the GPU, and there is none here. Name one of {names}."
+        )
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    memory = properties.total_memory / 2**30
+    tier = tier_of_card(properties.name, memory)
+    if tier is None:
+        least = min(tiers().values(), key=lambda tier: tier.memory_gib)
+        raise UserError(
+            f"This GPU ({properties.name}) has {memory:.1f} GiB, less than the smallest tier, "
+            f"{least.name}, asks for ({least.memory_gib:.1f}). Name a tier and lower "
+            "backbone.frames, height or width until dpo-video fit says that it fits."
+        )
+    return tier

@@ -1,0 +1,1 @@
+"""Base against tuned: measuring, judging and showing."""

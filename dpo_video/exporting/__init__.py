@@ -1,0 +1,1 @@
+"""LoRA files that other programs load, and model cards."""

@@ -1,0 +1,220 @@
+"""Questions to a language model behind an OpenAI-compatible endpoint: kept, retried, counted.
+
+The key comes from the environment and goes to the client library alone: it is in no option, no file
+and no message of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
+
+from dpo_video.errors import UserError
+from dpo_video.support.atomic import write_text, writing
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+T = TypeVar("T")
+
+PASSING = (408, 409, 425, 429)  # besides 5xx: the same question may be answered a little later
+LONGEST_WAIT = 60.0  # seconds
+
+
+class MalformedError(Exception):
+    """An answer that is not of the form asked for; worth asking again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """Where to ask, and how patiently."""
+
+    base_url: str
+    model: str
+    key_variable: str
+    """The environment variable with the key; empty where none is needed."""
+    timeout: float
+    """Seconds for one answer."""
+    retries: int
+    """After the first attempt."""
+    wait: float
+    """Seconds before the first retry; doubled for each further one."""
+    cache: Path
+    """The folder of the answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Generic[T]):
+    """What was answered, and what it took this time."""
+
+    value: T
+    requests: int
+    """0 if it was in the cache."""
+    input_tokens: int
+    output_tokens: int
+
+
+@final
+class Chat:
+    """An open connection to an endpoint; may be used from several threads."""
+
+    def __init__(self, endpoint: Endpoint, client: OpenAI) -> None:
+        self.endpoint, self._client = endpoint, client
+
+    def ask(self, content: Sequence[dict[str, Any]], read: Callable[[str], T]) -> Answer[T]:
+        """Ask, or look the answer up by a hash of the question and the model.
+
+        Args:
+            content: the parts of one user message, in the protocol's form.
+            read: what the text means; a MalformedError where it means nothing.
+
+        Raises:
+            UserError: if the endpoint refuses, or keeps failing.
+        """
+        question = json.dumps([self.endpoint.model, content], sort_keys=True)
+        digest = hashlib.sha256(question.encode()).hexdigest()
+        path = self.endpoint.cache / digest[:2] / f"{digest}.json"
+        known = _cached(path)
+        if known is not None:
+            try:
+                return Answer(value=read(known), requests=0, input_tokens=0, output_tokens=0)
+            except MalformedError:
+                pass  # written by a version that read answers otherwise
+        return self._request(content, read, path)
+
+    def _request(
+        self, content: Sequence[dict[str, Any]], read: Callable[[str], T], path: Path
+    ) -> Answer[T]:
+        sent = received = 0
+        failures: list[str] = []
+        for attempt in range(self.endpoint.retries + 1):
+            wait = min(LONGEST_WAIT, self.endpoint.wait * 2**attempt)
+            try:
+                reply = self._complete(content)
+                sent, received = sent + reply.input_tokens, received + reply.output_tokens
+                value = read(reply.text)
+            except _FailureError as failure:
+                failures.append(str(failure))
+                wait = wait if failure.wait is None else min(LONGEST_WAIT, failure.wait)
+            except MalformedError as malformed:
+                failures.append(str(malformed))
+            else:
+                with writing(path):
+                    write_text(path, json.dumps({"answer": reply.text}) + "\n")
+                return Answer(
+                    value=value, requests=attempt + 1, input_tokens=sent, output_tokens=received
+                )
+            if attempt < self.endpoint.retries:
+                time.sleep(wait)
+        raise UserError(
+            f"'{self.endpoint.base_url}' gave no usable answer in {len(failures)} attempts, at "
+            f"last: {failures[-1]}. What is labelled is kept: run the same command again to go on."
+        )
+
+    def _complete(self, content: Sequence[dict[str, Any]]) -> _Reply:
+        """One request; a _FailureError if another may go better, a UserError if none will."""
+        import openai
+
+        messages: Any = [{"role": "user", "content": list(content)}]
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.endpoint.model, messages=messages
+            )
+        except openai.APIStatusError as error:
+            if error.status_code in PASSING or error.status_code >= 500:
+                asked = _seconds(error.response.headers.get("retry-after"))
+                raise _FailureError(f"status {error.status_code}", asked) from error
+            raise self._refused(error.status_code, error.message) from error
+        except openai.APITimeoutError as error:
+            raise _FailureError(f"no answer within {self.endpoint.timeout:g} s") from error
+        except openai.APIConnectionError as error:
+            raise _FailureError("no connection") from error
+        except (openai.APIError, ValueError) as error:
+            raise _FailureError("an answer that is not of the protocol") from error
+        choices = getattr(completion, "choices", None)
+        text = choices[0].message.content if choices else None
+        if not isinstance(text, str):
+            raise _FailureError("an answer without text")
+        usage = completion.usage
+        return _Reply(
+            text=text,
+            input_tokens=usage.prompt_tokens if usage else 0,
+            output_tokens=usage.completion_tokens if usage else 0,
+        )
+
+    def _refused(self, status: int, message: str) -> UserError:
+        where, variable = self.endpoint.base_url, self.endpoint.key_variable
+        if status in (401, 403):  # their messages repeat the key in parts
+            return UserError(
+                f"'{where}' refuses the key in the environment variable {variable or '(none)'} "
+                f"(status {status}). Put a valid key there."
+            )
+        said = " ".join(message.split())[:200]
+        if key := os.environ.get(variable):
+            said = said.replace(key, "***")
+        return UserError(
+            f"'{where}' refuses the request (status {status}: {said}). Check labeler.base_url and "
+            "labeler.model."
+        )
+
+
+@contextmanager
+def open_chat(endpoint: Endpoint) -> Iterator[Chat]:
+    """Connect; a UserError without the client library or the key."""
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise UserError(
+            "Asking a language model needs the openai package. Install it: "
+            "pip install 'dpo-video[vlm]'"
+        ) from error
+    variable = endpoint.key_variable
+    key = os.environ.get(variable) if variable else "none"
+    if not key:
+        raise UserError(
+            f"The environment variable {variable} has no key for '{endpoint.base_url}'. Set it, or "
+            'name another one (labeler.key_variable; "" where no key is needed).'
+        )
+    with OpenAI(
+        api_key=key, base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0
+    ) as client:
+        yield Chat(endpoint, client)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reply:
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
+class _FailureError(Exception):
+    """A request that failed and may be repeated."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+        """Seconds that the server asks for."""
+
+
+def _cached(path: Path) -> str | None:
+    """The text of an answer; None if there is none, or its file is damaged."""
+    try:
+        answer = json.loads(path.read_text(encoding="utf-8"))["answer"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return answer if isinstance(answer, str) else None
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return max(0.0, float(header or ""))
+    except ValueError:  # left out, or a date
+        return None

@@ -1,0 +1,300 @@
+"""The page's server: starlette and uvicorn, on the loopback, for those who have the link.
+
+Every request is answered 403 unless its path begins with the token, its Host names the loopback
+(else a page from elsewhere could reach this one by rebinding its own name to 127.0.0.1), and its
+Origin, where a browser sends one, is the page's own. Nothing allows other origins.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
+
+import uvicorn
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dpo_video.errors import UserError
+from dpo_video.labeler._page.sheets import Sheets
+from dpo_video.labeler._page.sitting import Answer, Side, Sitting
+
+LOOPBACK = "127.0.0.1"
+NAMES = {LOOPBACK, "localhost", "::1"}
+BODY = 4096  # bytes; no message of the page comes near
+HEADERS = {
+    "cache-control": "no-store",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "same-origin",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+}
+
+Name = Annotated[
+    str,
+    StringConstraints(
+        strip_whitespace=True, min_length=1, max_length=40, pattern=r"^[^\x00-\x1f\x7f]+$"
+    ),
+]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    rater: Name
+
+
+class AnswerRequest(_Request):
+    """A key was pressed."""
+
+    pair: int
+    segment: int
+    answer: Answer
+    rest: bool = False
+    """The same for the pair's other open segments."""
+
+
+class UndoRequest(_Request):
+    """Undo was pressed."""
+
+    revision: int
+
+
+class SheetRequest(_Request):
+    """Pictures are wanted."""
+
+    side: Side
+
+
+_R = TypeVar("_R", bound=_Request)
+
+
+def application(
+    sitting: Sitting, token: str, *, suggested: str = "", finish: Callable[[], None]
+) -> ASGIApp:
+    """The page and its interface.
+
+    Args:
+        sitting: The raters and the set.
+        token: What every path must begin with.
+        suggested: A rater's name to begin with.
+        finish: Called when a rater ends the session.
+    """
+    sheets = Sheets(sitting.work)
+
+    async def page(request: Request) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
+        )
+        setup = {
+            "fps": sitting.work.fps,
+            "segments": [[part.start, part.stop] for part in sitting.work.segments],
+            "total": len(sitting.work.pairs),
+            "raters": sitting.raters(),
+            "suggested": suggested,
+        }
+        html = _environment().get_template("page.html.j2").render(setup=setup, nonce=nonce)
+        return HTMLResponse(html, headers={"content-security-policy": policy})
+
+    async def view(request: Request) -> Response:
+        return _json(sitting.view(_rater(request)))
+
+    async def answer(request: Request) -> Response:
+        given = await _body(request, AnswerRequest)
+        try:
+            return _json(
+                sitting.answer(
+                    given.rater, given.pair, given.segment, given.answer, rest=given.rest
+                )
+            )
+        except KeyError as error:
+            raise HTTPException(404, str(error.args[0])) from error
+
+    async def undo(request: Request) -> Response:
+        given = await _body(request, UndoRequest)
+        return _json(sitting.undo(given.rater, given.revision))
+
+    async def summary(request: Request) -> Response:
+        return _json(sitting.summary(_rater(request)))
+
+    async def picture(request: Request) -> Response:
+        pair, segment = request.path_params["pair"], request.path_params["segment"]
+        if pair not in sitting.work.pairs or segment >= len(sitting.work.segments):
+            raise HTTPException(404, f"there is no segment {segment} of a pair {pair}")
+        asked = _valid(SheetRequest, side=request.path_params["side"], rater=_named(request))
+        first = sitting.is_first(asked.rater, pair, asked.side)
+        png = await sheets.get(pair, segment, first=first)
+        return Response(png, media_type="image/png")
+
+    async def end(request: Request) -> Response:
+        await _body(request, _Request)
+        finish()
+        return JSONResponse({})
+
+    def refused(request: Request, error: Exception) -> Response:
+        """What the user can put right, a full disk for one, in its sentence."""
+        return JSONResponse({"error": str(error)}, status_code=500)
+
+    def wrong(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse({"error": error.detail}, status_code=error.status_code)
+
+    routes = [
+        Route("/", page),
+        Route("/view", view),
+        Route("/answer", answer, methods=["POST"]),
+        Route("/undo", undo, methods=["POST"]),
+        Route("/summary", summary),
+        Route("/end", end, methods=["POST"]),
+        Route("/sheet/{pair:int}/{segment:int}/{side}.png", picture),
+    ]
+    app = Starlette(
+        routes=[Mount("/{token}", routes=routes)],
+        exception_handlers={UserError: refused, HTTPException: wrong},
+    )
+    return Gate(app, token)
+
+
+class Gate:
+    """Lets pass what has the token and comes from this machine's own page."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application."""
+        if scope["type"] != "http":
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        if self._may_pass(scope):
+            await self._app(scope, receive, send_guarded)
+        else:
+            refusal = PlainTextResponse("Open the link that the terminal shows.", status_code=403)
+            await refusal(scope, receive, send_guarded)
+
+    def _may_pass(self, scope: Scope) -> bool:
+        given = scope["path"].split("/")[1]
+        # All three are looked at, in constant time for the token, so that timing tells nothing.
+        known = secrets.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+        headers = Headers(scope=scope)
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        local = len(hosts) == 1 and _hostname(f"http://{hosts[0]}") in NAMES
+        own = all(local and origin == f"http://{hosts[0]}" for origin in origins)
+        return known and local and own
+
+
+def listen(port: int) -> socket.socket:
+    """A socket on the loopback; port 0 takes any that is free.
+
+    Raises:
+        UserError: If the port is taken.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((LOOPBACK, port))
+        listener.listen()  # so that the link works as soon as it is shown
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"Port {port} cannot be used here ({error.strerror}). Choose another: "
+            "--set labeler.port=0 takes any that is free."
+        ) from error
+    return listener
+
+
+def serve(sitting: Sitting, listener: socket.socket, token: str, *, suggested: str = "") -> None:
+    """Serve until a rater ends the session or a signal does.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C, once the server is down.
+    """
+
+    def finish() -> None:
+        server.should_exit = True
+
+    app = application(sitting, token, suggested=suggested, finish=finish)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            access_log=False,
+            http="h11",
+            lifespan="off",
+            loop="asyncio",
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=2,
+            ws="none",
+        )
+    )
+    server.run(sockets=[listener])
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("dpo_video.labeler._page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _hostname(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _named(request: Request) -> str:
+    return request.query_params.get("rater", "")
+
+
+def _rater(request: Request) -> str:
+    return _valid(_Request, rater=_named(request)).rater
+
+
+def _valid(expected: type[_R], **values: str) -> _R:
+    try:
+        return expected.model_validate(values)
+    except ValidationError as error:
+        raise HTTPException(400, error.errors()[0]["msg"]) from error
+
+
+async def _body(request: Request, expected: type[_R]) -> _R:
+    # Browsers ask before they send JSON to another origin, and here nobody says yes.
+    if request.headers.get("content-type") != "application/json":
+        raise HTTPException(415, "send application/json")
+    data = b""
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > BODY:
+            raise HTTPException(413, "too long")
+    try:
+        return expected.model_validate_json(data)
+    except ValidationError as error:
+        raise HTTPException(400, error.errors()[0]["msg"]) from error
+
+
+def _json(message: BaseModel) -> Response:
+    return Response(message.model_dump_json(), media_type="application/json")

@@ -1,0 +1,1 @@
+"""Memory modes of a training step, and counting what they save."""

@@ -1,0 +1,185 @@
+"""Names to strategies, through entry points: built-ins and plugins come in by the same door.
+
+Listing names imports none of them. Groups are `dpo_video.KIND`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+from dpo_video.errors import PluginError, unknown
+from dpo_video.registry.entry_points import Entry, entries
+
+if TYPE_CHECKING:
+    from dpo_video.strategies import Strategy
+
+_OURS = "dpo_video."
+# What the tables of run.toml and the command line mean by themselves.
+_RESERVED = {"name": "the strategy's name", "store": "a folder of finished pairs"}
+KINDS = ("pairs", "labeler", "loss", "reference", "metric", "backbone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """A strategy as far as it is known without importing it."""
+
+    kind: str
+    name: str
+    distribution: str
+    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a strategy or of an engine."""
+
+    path: str
+    type: str
+    default: str
+    meaning: str
+
+
+def listings(kind: str) -> list[Listing]:
+    """What is installed of a kind, by name."""
+    return [
+        Listing(kind=kind, name=name, distribution=entry.distribution, summary=_summary(entry))
+        for name, same in sorted(_by_name(kind).items())
+        for entry in same
+    ]
+
+
+def load(kind: str, name: str) -> type[Strategy]:
+    """The class behind a name; a UserError for an unknown name or a broken plugin."""
+    found = _by_name(kind)
+    if name not in found:
+        raise unknown(kind, name, found)
+    entry, *others = found[name]
+    if others:
+        raise PluginError(
+            f"Several packages call a {kind} '{name}': "
+            f"{', '.join(each.distribution for each in found[name])}. Uninstall all but one; "
+            "everything else goes on working."
+        )
+    try:
+        loaded = entry.load()
+    except (Exception, SystemExit) as error:  # a plugin's import may do anything
+        raise PluginError(
+            f"The {kind} '{name}' of {entry.distribution} cannot be imported "
+            f"({type(error).__name__}: {error}). Repair or uninstall that package; everything else "
+            "goes on working."
+        ) from error
+    if fault := _fault(loaded, kind, entry):
+        raise PluginError(f"The {kind} '{name}' of {entry.distribution} {fault}")
+    strategy: type[Strategy] = loaded
+    return strategy
+
+
+def options(model: type[Any], path: str) -> list[Option]:
+    """The options of a pydantic class, nested ones by their dotted path."""
+    found = []
+    for name, field in model.model_fields.items():
+        here = f"{path}.{name}"
+        nested = field.annotation
+        if isinstance(nested, type) and hasattr(nested, "model_fields"):
+            found += options(nested, here)
+            continue
+        value = field.get_default(call_default_factory=True, validated_data={})
+        default = "required" if field.is_required() else repr(value)
+        meaning = " ".join((field.description or "").split())
+        found.append(Option(path=here, type=_type(nested), default=default, meaning=meaning))
+    return found
+
+
+def check_kind(kind: str) -> str:
+    """The kind itself; a UserError for an unknown one."""
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    return kind
+
+
+def _by_name(kind: str) -> dict[str, list[Entry]]:
+    """A name has several entries only where packages disagree about it."""
+    check_kind(kind)
+    found: dict[str, list[Entry]] = {}
+    for entry in entries():
+        if entry.kind == kind:
+            same = found.setdefault(entry.name, [])
+            if entry.value not in {other.value for other in same}:
+                same.append(entry)
+    return found
+
+
+def _fault(loaded: Any, kind: str, entry: Entry) -> str:
+    """What is wrong with a class, so far as it can be said without running it; "" for nothing."""
+    base = _base(kind)
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        return f"is not a {base.__name__}. Derive it from dpo_video.strategies.{base.__name__}."
+    if not entry.can_be_typed:
+        return "has a name that cannot be typed. Names are of letters, digits, _ and -."
+    if inspect.isabstract(loaded):
+        missing = ", ".join(sorted(loaded.__abstractmethods__))
+        return f"is not finished: it lacks {missing}. See dpo_video.strategies.{base.__name__}."
+    if silent := sorted(name for name in loaded.__class_vars__ if not hasattr(loaded, name)):
+        return f"does not say its {silent[0]}. See dpo_video.strategies.{base.__name__}."
+    if not (loaded.model_config.get("frozen") and loaded.model_config.get("extra") == "forbid"):
+        return (
+            "is not frozen, or takes options that it does not have: a run could not be repeated. "
+            "Leave its model_config as it is."
+        )
+    reserved = {"name", "store"} if kind == "pairs" else {"name"}
+    if clash := sorted(reserved & loaded.model_fields.keys()):
+        return (
+            f"has an option '{clash[0]}', which means {_RESERVED[clash[0]]} in a run.toml. Call "
+            "it something else."
+        )
+    return ""
+
+
+def _summary(entry: Entry) -> str:
+    """The first line of a built-in's docstring, read from its source without importing it."""
+    if not entry.module.startswith(_OURS):
+        return ""
+    spec = importlib.util.find_spec(entry.module)
+    if spec is None or spec.origin is None:
+        return ""
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == entry.attr:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    return ""
+
+
+def _base(kind: str) -> type[Strategy]:
+    from dpo_video import strategies
+
+    bases = {
+        "pairs": strategies.PairBuilder,
+        "labeler": strategies.Labeler,
+        "loss": strategies.Loss,
+        "reference": strategies.Reference,
+        "metric": strategies.Metric,
+        "backbone": strategies.Backbone,
+    }
+    return bases[kind]
+
+
+def _type(annotation: Any) -> str:
+    """As in a signature, a Literal as its values, without what pydantic checks besides."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is NoneType:
+        return "None"
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(repr, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type, arguments))
+    name = getattr(origin or annotation, "__name__", str(annotation))
+    inner = ("..." if each is Ellipsis else _type(each) for each in arguments)
+    return f"{name}[{', '.join(inner)}]" if arguments else name

@@ -1,0 +1,39 @@
+"""Putting the LoRA on a denoiser."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from dpo_video.errors import TrainingError
+from dpo_video.memory.peft_autocast import spare_casts
+from dpo_video.settings import TrainSettings
+from dpo_video.strategies import VideoModel
+from dpo_video.support.rng import derive
+
+
+def adapt(model: VideoModel, settings: TrainSettings, seed: int) -> PeftModel:
+    """Put a LoRA on the model's denoiser; nothing else may be trainable.
+
+    `B` starts at zero, so the policy starts as the reference. No dropout: it would make the two
+    differ at step 0.
+    """
+    torch.manual_seed(derive(seed, "lora"))
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=model.lora_targets(),
+    )
+    policy: PeftModel = get_peft_model(model.denoiser, config)
+    stray = [n for n, p in policy.named_parameters() if p.requires_grad and ".lora_" not in n]
+    if stray:
+        raise TrainingError(
+            f"{len(stray)} weights outside the adapter are trainable, '{stray[0]}' first. This is "
+            "a fault of the backbone: it must load frozen."
+        )
+    for name, parameter in policy.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    spare_casts(policy)
+    return policy

@@ -1,0 +1,77 @@
+"""A run's folder: its log, and its newest checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from dpo_video.errors import RunError, first_fault
+from dpo_video.support.atomic import write_bytes
+from dpo_video.training.diagnosis import StepReport
+
+LATEST = "latest"
+_STEP = re.compile(r"step_[0-9]{6,12}")  # no folder elsewhere
+
+
+def latest_checkpoint(out: Path) -> Path:
+    """The newest whole checkpoint of a run; a RunError if there is none."""
+    pointer = out / "checkpoints" / LATEST
+    if not pointer.is_file():
+        raise RunError(
+            f"'{out}' has no checkpoint yet. Train it first: dpo-video train --config "
+            f"{out / 'run.toml'} --out {out}"
+        )
+    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    folder = pointer.parent / name
+    if not (_STEP.fullmatch(name) and (folder / "state.safetensors").is_file()):
+        raise RunError(
+            f"'{pointer}' names '{folder.name}', which holds no checkpoint. Write the name of "
+            "another folder beside it into that file, or train again."
+        )
+    return folder
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """A run's checkpoints by their steps, in that order."""
+    found = (run / "checkpoints").glob("step_*/adapter")
+    folders = [path.parent for path in found if _STEP.fullmatch(path.parent.name)]
+    return dict(sorted((int(folder.name.removeprefix("step_")), folder) for folder in folders))
+
+
+def checkpoint_at(run: Path, step: int | None) -> Path:
+    """A run's checkpoint of a step, the last one if None; a RunError if there is none."""
+    latest = latest_checkpoint(run)
+    if step is None:
+        return latest
+    folder = checkpoints(run).get(step)
+    if folder is None:
+        raise RunError(
+            f"'{run}' has no checkpoint of step {step}. It has those of "
+            f"{', '.join(map(str, checkpoints(run)))}."
+        )
+    return folder
+
+
+def read_log(out: Path) -> list[StepReport]:
+    """The steps that a run has made so far."""
+    path = out / "log.jsonl"
+    if not path.exists():
+        return []
+    # What follows the last line break was cut off while it was written.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [StepReport.model_validate_json(line) for line in lines]
+    except ValidationError as error:
+        raise RunError(
+            f"'{path}' cannot be read ({first_fault(error)}). Delete it to go on without the "
+            "training curves."
+        ) from error
+
+
+def truncate_log(path: Path, steps: int) -> None:
+    """Keep the lines of the steps that the checkpoint holds; the others will be written again."""
+    if path.exists():
+        whole = path.read_bytes().split(b"\n")[:-1]  # what follows was cut off
+        write_bytes(path, b"".join(line + b"\n" for line in whole[:steps]))

@@ -1,0 +1,236 @@
+"""What is made of timings: ratios within a run, and regressions between runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from benchmarks.support.plots import Panel, Spot, peaks, scatter
+from benchmarks.support.results import (
+    Contestant,
+    Race,
+    SuiteResult,
+    collect,
+    compared,
+    markdown,
+    read_results,
+    regressions,
+    write_result,
+)
+from dpo_video.cli import app
+from dpo_video.errors import UserError
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def result(
+    ours: list[float], theirs: list[float], suite: str = "metric", race: str = "flow"
+) -> SuiteResult:
+    return SuiteResult(
+        suite=suite, machine="2 cores", device="cpu", threads=1, clock="wall",
+        versions={"torch": "2"}, commit="abc", quick=False,
+        races=(
+            Race(
+                name=race, unit="pair", yardstick="theirs",
+                contestants=(
+                    Contestant(name="ours", seconds=tuple(ours), flops=3e9),
+                    Contestant(name="theirs", seconds=tuple(theirs), flops=1e9),
+                ),
+            ),
+        ),
+    )  # fmt: skip
+
+
+def timing(contestant: str, seconds: float, work: float = 1.0, **more: Any) -> dict[str, Any]:
+    about = {
+        "suite": "metric", "race": "flow", "contestant": contestant, "unit": "pair",
+        "yardstick": "theirs", "work": work, "flops": None, "figures": {}, **more,
+    }  # fmt: skip
+    return {"extra_info": about, "stats": {"median": seconds}}
+
+
+def report(*timings: dict[str, Any]) -> dict[str, Any]:
+    common = {
+        "machine": "2 cores", "device": "cpu", "threads": 1, "clock": "wall", "versions": {},
+        "quick": False, "missing": {"metric/flow": {"absent": "it is not installed"}},
+    }  # fmt: skip
+    commit = {"id": "0123456789abcdef", "dirty": True}
+    return {"benchmarks": list(timings), "commit_info": commit, "dpo_video": common}
+
+
+def test_turns_are_put_together_per_unit_of_work() -> None:
+    found = collect(
+        report(
+            timing("ours", 6.0, work=3), timing("theirs", 1.0),
+            timing("ours", 9.0, work=3), timing("theirs", 2.0),
+        )
+    )  # fmt: skip
+    (race,) = found["metric"].races
+    assert [(each.name, each.seconds) for each in race.contestants] == [
+        ("ours", (2.0, 3.0)), ("theirs", (1.0, 2.0)),
+    ]  # fmt: skip
+    assert race.relative("ours") == (2.0 + 1.5) / 2
+    assert race.missing == {"absent": "it is not installed"}
+    assert found["metric"].commit == "012345678+"
+
+
+@given(
+    turns=st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=9),
+    load=st.lists(st.floats(1, 100), min_size=9, max_size=9),
+)
+def test_what_slows_whole_turns_down_changes_no_ratio(
+    turns: list[tuple[float, float]], load: list[float]
+) -> None:
+    calm = result([a for a, _ in turns], [b for _, b in turns])
+    busy = result(
+        [a * n for (a, _), n in zip(turns, load, strict=False)],
+        [b * n for (_, b), n in zip(turns, load, strict=False)],
+    )
+    assert calm.races[0].relative("ours") == pytest.approx(busy.races[0].relative("ours"))
+    assert regressions({"metric": calm}, {"metric": busy}, 1e-6) == []
+
+
+@given(ratio=st.floats(0.5, 2), tolerance=st.floats(0, 0.5))
+def test_a_regression_is_a_ratio_that_rose_beyond_the_tolerance(
+    ratio: float, tolerance: float
+) -> None:
+    old, new = {"metric": result([1.0], [1.0])}, {"metric": result([ratio], [1.0])}
+    found = regressions(old, new, tolerance)
+    assert bool(found) == (ratio > 1 + tolerance)
+    assert all(each.contestant == "ours" for each in found)
+
+
+def test_what_one_side_lacks_is_not_compared() -> None:
+    old = {"metric": result([1.0], [1.0])}
+    for other in (
+        {"store": result([9.0], [1.0], suite="store")},
+        {"metric": result([9.0], [1.0], race="another")},
+    ):
+        assert regressions(old, other, 0.1) == []
+        assert compared(old, other) == 0
+
+
+def test_a_table_by_hand() -> None:
+    text = re.sub(" +", " ", markdown(result([0.2, 0.4, 0.3], [0.1, 0.1, 0.1])))
+    # 0.3 s a pair, quartiles 0.25 and 0.35; three times as long for three times the operations.
+    assert "| ours | 300 | 33% | 3.33 | 3 | 3 | 100% |" in text
+    assert "| **theirs** (yardstick) | 100 | 0% | 10 | 1 | 1 | 100% |" in text
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0, 1000)), min_size=2, max_size=12))
+def test_a_picture_names_every_contestant_apart(found: list[tuple[float, float]]) -> None:
+    race = Race(
+        name="race", unit="pair", yardstick="0",
+        contestants=tuple(
+            Contestant(name=str(index), seconds=(time,), figures={"MiB": 1 + size})
+            for index, (time, size) in enumerate(found)
+        ),
+    )  # fmt: skip
+    picture = scatter(race)
+    assert picture is not None
+    assert picture.count("<circle") == len(found)
+    names = re.findall(r'<text x="438" y="([-\d.]+)" fill="#1f2328">(\d+)</text>', picture)
+    assert sorted(int(name) for _, name in names) == list(range(len(found)))
+    lines = sorted(float(line) for line, _ in names)
+    assert all(b - a > 16.9 for a, b in pairwise(lines))
+    assert lines[0] > 0 and lines[-1] < 400
+
+
+def test_no_picture_without_figures_or_without_the_yardstick() -> None:
+    (race,) = result([1.0], [1.0]).races
+    assert scatter(race) is None
+    known = [each.model_copy(update={"figures": {"px": 1.0}}) for each in race.contestants]
+    assert scatter(race.model_copy(update={"contestants": tuple(known)})) is not None
+    assert scatter(race.model_copy(update={"contestants": tuple(known[:1])})) is None
+
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    one, other = result([1.0], [2.0]), result([1.0], [2.0], suite="store")
+    for each in (one, other):
+        write_result(tmp_path, each)
+    (tmp_path / "else.json").write_text("{}")
+    assert read_results(tmp_path) == {"metric": one, "store": other}
+    assert read_results(tmp_path / "store.json") == {"store": other}
+    with pytest.raises(UserError, match="holds no results"):
+        read_results(tmp_path / "else.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_results(tmp_path / "none.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no results"):
+        read_results(tmp_path / "empty")
+
+
+def compare(folder: Path, new: SuiteResult, *more: str) -> tuple[int, str]:
+    write_result(folder / "old", result([1.0, 1.1, 1.0], [1.0, 1.0, 1.0]))
+    write_result(folder / "new", new)
+    arguments = ["bench", "--compare", str(folder / "old"), str(folder / "new"), *more]
+    done = CliRunner().invoke(app, arguments)
+    return done.exit_code, done.output
+
+
+def test_the_command_fails_on_a_planted_regression(tmp_path: Path) -> None:
+    planted = result([1.3, 1.3, 1.4], [1.0, 1.0, 1.0])
+    code, said = compare(tmp_path, planted)
+    assert code == 3
+    assert "ours took 1 times the yardstick's time, now 1.3 (+30%)" in said
+    assert compare(tmp_path, planted, "--tolerance", "0.5")[0] == 0
+    # On a machine at a third of the speed, the same code is no regression.
+    assert compare(tmp_path, result([3.0, 3.3, 3.0], [3.0, 3.0, 3.0]))[0] == 0
+
+
+def test_a_quick_trial_and_another_machine_are_pointed_out(tmp_path: Path) -> None:
+    other = result([1.0], [1.0]).model_copy(update={"quick": True, "threads": 4})
+    code, said = compare(tmp_path, other)
+    assert code == 0
+    assert "times mean nothing" in said
+    assert "another threads: 1, now 4" in said
+
+
+def test_the_published_results_are_readable() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "0.1.0"
+    for path in folder.glob("bench/**/*.json"):
+        (found,) = read_results(path).values()
+        assert not found.quick
+        assert path.with_suffix(".md").read_text() == markdown(found)
+        for number, race in enumerate(found.races, start=1):
+            if (picture := scatter(race)) is not None:
+                assert path.with_name(f"{path.stem}-{number}.svg").read_text() == picture
+        assert json.loads(path.read_text())["commit"]
+
+
+# --- the picture of memory -----------------------------------------------------------------------
+
+
+def test_memory_modes_stand_among_the_cards_and_no_names_touch() -> None:
+    modes = [
+        Spot(name=f"mode {n}", cost=100.0 + n // 3, gib=10 + n / 100, hollow=n == 7)
+        for n in range(20)
+    ]
+    few = [Spot(name="large <one>", cost=7, gib=700), Spot(name="small", cost=9, gib=0.4)]
+    panels = [Panel(name="one", cost="s", spots=modes), Panel(name="other", cost="s", spots=few)]
+    picture = peaks("Peaks", panels, {"a": 14.6, "b": 22.0, "c": 23.5})
+    root = ElementTree.fromstring(picture)
+    groups = [each for each in root if each.get("transform")]
+    assert len(groups) == 2
+    for group, spots in zip(groups, (modes, few), strict=True):
+        places = {text.text: float(text.get("y", 0)) for text in group.iter(f"{SVG}text")}
+        assert {"a: 15 GiB", "b, c: 22 GiB"} <= places.keys()
+        named = sorted(places[spot.name] for spot in spots)
+        assert all(low - high > 16.9 for high, low in pairwise(named))
+        marks = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in group.iter(f"{SVG}circle")]
+        (frame,) = {line.get("x2") for line in group.iter(f"{SVG}line") if line.get("stroke")}
+        assert all(0 < x < float(frame or 0) and 0 < y < 480 for x, y in marks)
+        by_size = sorted(spots, key=lambda spot: -spot.gib)
+        assert sorted((spot.name for spot in spots), key=places.__getitem__) == [
+            spot.name for spot in by_size
+        ]
+    assert picture.count('fill="#ffffff"') == 2  # the ground, and the one that is hollow

@@ -1,0 +1,183 @@
+"""Labelling a stored set: every pair once, whatever stopped it; and what training sees of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPE
+from test_build import new_store
+from torch import Tensor
+
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.data.label import StoreWork, label, recipe
+from dpo_video.data.labels import LabelBook, preferences
+from dpo_video.data.store import Manifest, PairStore
+from dpo_video.errors import StoreError
+from dpo_video.strategies import Judgement, Labeler, LabelWork, ReasonedLabeler, SetLabeler
+from dpo_video.types import Pair
+
+COUNT = 3
+SECONDS = 2 / SHAPE.fps  # two frames a segment, so two segments
+
+
+def random_store(
+    folder: Path, model: AnimateDiffModel, count: int = COUNT, manifest: Manifest | None = None
+) -> PairStore:
+    store = PairStore.create(folder, manifest) if manifest else new_store(folder, model)
+    for index in range(len(store), count):
+        generator = torch.Generator().manual_seed(index)
+        first, second = torch.randn(2, *model.latent_shape, generator=generator)
+        frames = model.latent_shape[1]
+        pair = Pair(
+            first=first, second=second, preference=torch.ones(frames),
+            region=torch.ones(1, *model.latent_shape[1:]), prompt=f"prompt {index}", source="none",
+        )  # fmt: skip
+        context = model.encode_prompts([pair.prompt])
+        store.append(pair, {name: value.cpu() for name, value in context.items()})
+    return store
+
+
+class Brighter(Labeler):
+    """Prefers what is brighter."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        lead = (first - second).mean(dim=(1, 3, 4))
+        return torch.stack([lead[:, part].mean(dim=1).sign() for part in segments], dim=1)
+
+
+class Reasoned(ReasonedLabeler):
+    """Says the same, and talks."""
+
+    def judge(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Judgement:
+        labels = Brighter()(prompts, first, second, segments)
+        return Judgement(labels=labels, notes=[f"of {prompts[0]}"], figures={"requests": 2})
+
+
+class Everything(SetLabeler):
+    """Ties all, and keeps what it was given."""
+
+    def label_set(self, work: LabelWork) -> None:
+        for pair in work.pairs:
+            if pair not in work.marks("me"):
+                first, second = work.videos(pair)
+                assert first.shape == second.shape == (3, SHAPE.frames, SHAPE.height, SHAPE.width)
+                work.record(pair, [0.0] * len(work.segments), rater="me", note=work.prompt(pair))
+
+
+@pytest.fixture
+def store(small_model: AnimateDiffModel, tmp_path: Path) -> PairStore:
+    return random_store(tmp_path / "pairs", small_model)
+
+
+def open_book(store: PairStore, model: AnimateDiffModel, name: str = "mine") -> LabelBook:
+    made = recipe(store, model, {"name": name}, SECONDS)
+    return LabelBook.open_or_create(store.folder, name, made)
+
+
+def test_every_pair_is_labelled_on_its_decoded_videos(
+    store: PairStore, small_model: AnimateDiffModel
+) -> None:
+    book = open_book(store, small_model)
+    reports = list(label(store, small_model, Brighter(), book))
+    assert [report.done for report in reports] == [1, 2, 3]
+    assert {report.total for report in reports} == {3}
+    batch = store.batch(range(COUNT))
+    first, second = (small_model.decode_videos(part) for part in (batch.first, batch.second))
+    expected = Brighter()(["a"] * COUNT, first, second, [slice(0, 2), slice(2, 4)])
+    assert torch.equal(torch.stack(list(book.labels().values())), expected)
+    assert [list(report.labels) for report in reports] == expected.tolist()
+    assert book.recipe.segments == ((0, 2), (2, 4)) == book.recipe.latents
+
+
+def test_it_goes_on_where_it_was_stopped(store: PairStore, small_model: AnimateDiffModel) -> None:
+    stopped = label(store, small_model, Brighter(), open_book(store, small_model, "cut"))
+    next(stopped)
+    stopped.close()
+    again = open_book(store, small_model, "cut")
+    assert [report.pair for report in label(store, small_model, Brighter(), again)] == [1, 2]
+    whole = open_book(store, small_model, "whole")
+    list(label(store, small_model, Brighter(), whole))
+    assert whole.path.read_bytes() == again.path.read_bytes()
+    assert list(label(store, small_model, Brighter(), whole)) == []
+
+
+def test_pairs_built_later_are_labelled_later(
+    store: PairStore, small_model: AnimateDiffModel
+) -> None:
+    list(label(store, small_model, Brighter(), open_book(store, small_model)))
+    longer = random_store(store.folder, small_model, COUNT + 2)
+    reports = label(longer, small_model, Brighter(), open_book(longer, small_model))
+    assert [(report.pair, report.done) for report in reports] == [(3, 4), (4, 5)]
+
+
+def test_reasons_are_kept_and_figures_reported(
+    store: PairStore, small_model: AnimateDiffModel
+) -> None:
+    book = open_book(store, small_model)
+    reports = list(label(store, small_model, Reasoned(), book))
+    assert [line.note for line in book.lines] == [f"of prompt {i}" for i in range(COUNT)]
+    assert [report.figures for report in reports] == [{"requests": 2}] * COUNT
+
+
+def test_a_labeler_of_whole_sets_goes_through_them_itself(
+    store: PairStore, small_model: AnimateDiffModel
+) -> None:
+    book = open_book(store, small_model)
+    assert list(label(store, small_model, Everything(), book)) == []
+    again = LabelBook(store.folder, "mine")
+    assert again.raters == ["me"] == list(StoreWork(store, small_model, again).raters)
+    assert {line.note for line in again.lines} == {f"prompt {i}" for i in range(COUNT)}
+    assert all(line.time is not None for line in again.lines)
+    list(label(store, small_model, Everything(), again))
+    assert len(again.lines) == COUNT
+
+
+def test_another_model_cannot_decode_them(store: PairStore, small_model: AnimateDiffModel) -> None:
+    book = open_book(store, small_model)
+    small_model.identity = "another"
+    with pytest.raises(StoreError, match="made with other weights"):
+        next(label(store, small_model, Brighter(), book))
+
+
+# --- what training sees ----------------------------------------------------------------------
+
+
+def test_labels_take_the_place_of_preferences(
+    store: PairStore, small_model: AnimateDiffModel
+) -> None:
+    book = open_book(store, small_model)
+    book.record(0, [1, -0.5])
+    book.record(2, [0, 0])
+    view = store.relabelled(preferences([book], frames=4))
+    assert view.batch([0, 1, 2]).preference.tolist() == [[1, 1, -0.5, -0.5], [0] * 4, [0] * 4]
+    assert view.decided() == [0], "unlabelled pairs and ties train nothing"
+    assert store.batch([0, 1, 2]).preference.eq(1).all() and store.decided() == [0, 1, 2]
+    for part in ("first", "second", "region", "strength"):
+        both = (getattr(each.batch([0, 1, 2]), part) for each in (store, view))
+        assert torch.equal(*both), part
+
+
+def test_several_books_vote_per_latent_frame(
+    store: PairStore, small_model: AnimateDiffModel
+) -> None:
+    """The third one's only segment covers all frames."""
+    books = [open_book(store, small_model, name) for name in ("a", "b")]
+    whole = recipe(store, small_model, {"name": "c"}, seconds=1.0)
+    books.append(LabelBook.open_or_create(store.folder, "c", whole))
+    books[0].record(0, [1, 1])
+    books[1].record(0, [-1, 0.5])
+    books[2].record(0, [-0.2])
+    books[1].record(1, [-0.5, "skip"])
+    found = {pair: value.tolist() for pair, value in preferences(books, frames=4).items()}
+    assert found == {0: [-1, -1, 1, 1], 1: [-1, -1, 0, 0]}
+    flipped = preferences(books[::-1], frames=4)
+    assert {pair: value.tolist() for pair, value in flipped.items()} == found
+    assert preferences(books[:1], frames=4)[0].tolist() == [1, 1, 1, 1]
+    assert preferences(books[1:2], frames=4)[1].tolist() == [-0.5, -0.5, 0, 0]

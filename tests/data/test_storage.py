@@ -1,0 +1,161 @@
+"""Pairs on another machine are the pairs that were copied there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from fsspec.registry import known_implementations
+from small_pairs import MANIFEST, context_of, random_pair
+from test_pack import check_same
+from test_store import add
+
+from dpo_video.data import storage as places
+from dpo_video.data.pack import pack
+from dpo_video.data.store import PairStore
+from dpo_video.errors import StoreError
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PairStore:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(places, "PAUSES", (0.0, 0.0))
+    made = PairStore.create(tmp_path / "pairs", MANIFEST)
+    add(made, 0, 1, 2)
+    add(made, 3, prompt="a blue star")
+    return made
+
+
+def copy_to_memory(folder: Path, name: str) -> str:
+    url = f"memory://{name}"
+    files = fsspec.filesystem("memory")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files.pipe_file(f"/{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return url
+
+
+@contextmanager
+def served(folder: Path, refusals: int = 0, parts: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """A folder by HTTP, and what was asked for; the first answers may be refusals."""
+    pytest.importorskip("aiohttp", reason="the extra http is not installed")
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wanted = self.headers.get("Range", "")
+            asked.append(f"{self.path} {wanted}")
+            path = folder / self.path.lstrip("/")
+            code, data = 200, path.read_bytes() if path.is_file() else b""
+            if len(asked) <= refusals:
+                code, data = 503, b""
+            elif not path.is_file():
+                code = 404
+            elif wanted and parts:
+                start, _, stop = wanted.removeprefix("bytes=").partition("-")
+                code, data = 206, data[int(start) : int(stop) + 1 if stop else None]
+                if not data:
+                    code = 416  # there is no such part
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pairs_elsewhere_are_the_same_pairs(store: PairStore, tmp_path: Path, packed: bool) -> None:
+    folder = store.folder
+    if packed:
+        folder = tmp_path / "packed"
+        list(pack(store, folder))
+    for where in (copy_to_memory(folder, f"same-{packed}"), f"file://{folder}"):
+        check_same(store, PairStore(where))
+    with served(folder) as (url, asked):
+        opened = PairStore(url + "/")
+        opened.refresh()
+        check_same(store, opened)
+        # Of a shard its header, once, and the rows that were asked for.
+        whole = [line for line in asked if "shards/" in line and "bytes=" not in line]
+        assert not whole
+
+
+def test_threads_may_share_a_store(store: PairStore, tmp_path: Path) -> None:
+    list(pack(store, tmp_path / "packed"))
+    opened = PairStore(copy_to_memory(tmp_path / "packed", "threads"))
+    with ThreadPoolExecutor(4) as pool:
+        for index, batch in zip([0, 1, 2, 3] * 8, pool.map(opened.batch, [[0], [1], [2], [3]] * 8),
+                                strict=True):  # fmt: skip
+            assert torch.equal(batch.first[0], random_pair(index).first)
+
+
+def test_a_connection_that_breaks_is_tried_again(store: PairStore) -> None:
+    with served(store.folder, refusals=2) as (url, _):
+        assert len(PairStore(url)) == 4
+    with pytest.raises(StoreError, match=r"cannot be read .*tried 3 times\. Check the connection"):
+        PairStore(url)  # the server is gone
+    with served(store.folder, refusals=99) as (url, _), pytest.raises(StoreError, match="tried 3"):
+        PairStore(url)
+
+
+def test_a_server_that_sends_whole_files_for_parts_is_named(
+    store: PairStore, tmp_path: Path
+) -> None:
+    list(pack(store, tmp_path / "packed"))
+    with served(tmp_path / "packed", parts=False) as (url, _):
+        opened = PairStore(url)
+        with pytest.raises(StoreError, match="answers requests for parts of files"):
+            opened.batch([0])
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("nonsense://bucket/pairs", "cannot be read .*Check the address"),
+        ("memory://nothing-here", "is not a pair store: it has no store.json"),
+        ("hdfs://bucket/pairs", "cannot be read"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_one_sentence(url: str, words: str) -> None:
+    with pytest.raises(StoreError, match=words) as caught:
+        PairStore(url)
+    assert "\n" not in str(caught.value) and url in str(caught.value)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        known_implementations, "bucket",
+        {"class": "no_such_package.Files", "err": "Install no_such_package to access buckets"},
+    )  # fmt: skip
+    with pytest.raises(StoreError, match=r"Install no_such_package to .*\. Install that with pip"):
+        PairStore("bucket://pairs")
+
+
+def test_pairs_elsewhere_are_only_read(store: PairStore, tmp_path: Path) -> None:
+    opened = PairStore(copy_to_memory(store.folder, "read-only"))
+    with pytest.raises(StoreError, match=r"can be read only\. Build pairs in a folder"):
+        opened.append(random_pair(9), context_of(random_pair(9).prompt))
+    # What belongs to them is kept here, whoever wrote it.
+    assert not opened.folder.is_absolute() and opened.folder != store.folder
+    fsspec.filesystem("memory").pipe_file("/read-only/labels/ann.json", b"{}")
+    opened.fetch_labels("ann")
+    assert (tmp_path / opened.folder / "labels" / "ann.json").read_bytes() == b"{}"

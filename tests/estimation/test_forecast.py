@@ -1,0 +1,232 @@
+"""Predictions against what real tensors take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, SHAPE
+
+from dpo_video import registry
+from dpo_video.backbone.animatediff import AnimateDiff
+from dpo_video.backbone.wan import Wan
+from dpo_video.diffusion.known_models import FOLDER, known_models
+from dpo_video.diffusion.pretrained import outlined
+from dpo_video.errors import UserError
+from dpo_video.estimation.forecast import (
+    BACKWARDS,
+    CHECKPOINTINGS,
+    CONTEXT,
+    GIB,
+    Backward,
+    Checkpointing,
+    Forecast,
+    Mode,
+    Need,
+    forecast,
+)
+from dpo_video.estimation.tiers import tiers
+from dpo_video.loss.global_ import Global
+from dpo_video.memory.blocks import checkpoint_blocks
+from dpo_video.memory.packed_weights import freeze, frozen_weights
+from dpo_video.memory.peak import peak_bytes
+from dpo_video.reference.cached import Cached
+from dpo_video.reference.copy import Copy
+from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import TrainSettings
+from dpo_video.training.lora import adapt
+from dpo_video.training.step import Step
+from dpo_video.types import PairBatch
+
+SETTINGS = TrainSettings(rank=2, alpha=4, accumulation=1, batch=2, steps=10)
+REFERENCES = {"toggle": Toggle(), "copy": Copy(), "cached": Cached()}
+
+
+@pytest.fixture(scope="module")
+def backbone(small_folder: Path) -> AnimateDiff:
+    return AnimateDiff(
+        model=str(small_folder), frames=SHAPE.frames, height=SHAPE.height, width=SHAPE.width
+    )
+
+
+@pytest.fixture(scope="module")
+def found(backbone: AnimateDiff) -> Forecast:
+    return forecast(backbone, REFERENCES, Global(), SETTINGS)
+
+
+def need_of(found: Forecast, mode: Mode) -> Need:
+    need = found.of(mode)
+    assert need is not None
+    return need
+
+
+def test_an_outline_is_the_model_without_its_weights(backbone: AnimateDiff) -> None:
+    loaded = backbone.load(CPU, torch.float16)
+    with outlined():
+        outline = backbone.load(CPU, torch.float16)
+    described = {name: (p.shape, p.dtype) for name, p in loaded.denoiser.state_dict().items()}
+    assert described == {
+        name: (p.shape, p.dtype) for name, p in outline.denoiser.state_dict().items()
+    }
+    assert all(parameter.is_meta for parameter in outline.denoiser.parameters())
+    assert not any(parameter.requires_grad for parameter in outline.denoiser.parameters())
+    assert outline.latent_shape == loaded.latent_shape
+    prompt = loaded.encode_prompts(["a red square"])
+    assert outline.prompt_shapes() == {name: value.shape[1:] for name, value in prompt.items()}
+
+
+@pytest.mark.parametrize("model", [m for m in known_models() if m.backbone in ("wan", "cogvideox")])
+def test_a_known_model_is_outlined_offline_by_its_name(model: object) -> None:
+    chosen = registry.load("backbone", model.backbone)(model=model.name)  # type: ignore[attr-defined]
+    with outlined():
+        outline = chosen.load(CPU, torch.bfloat16)  # type: ignore[attr-defined]
+        assert outline.prompt_shapes()["prompt_embeds"][1] == 4096
+    parameters = sum(parameter.numel() for parameter in outline.denoiser.parameters())
+    assert parameters == model.parameters  # type: ignore[attr-defined]
+    assert outline.lora_targets()
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+def test_it_predicts_what_the_step_takes_on_real_tensors(
+    backbone: AnimateDiff, found: Forecast, checkpointing: Checkpointing, backward: Backward
+) -> None:
+    model = backbone.load(CPU, torch.float32)
+    policy = adapt(model, SETTINGS, seed=0)
+    if checkpointing == "blocks":
+        checkpoint_blocks(policy)
+    anchor = Toggle().follow(policy)
+    step = Step(model=model, policy=policy, anchor=anchor, loss=Global(), mode=backward)
+    shape = (SETTINGS.batch, *model.latent_shape)
+    batch = PairBatch(
+        first=torch.randn(shape),
+        second=torch.randn(shape),
+        preference=torch.ones(SETTINGS.batch, shape[2]),
+        region=torch.ones(SETTINGS.batch, 1, *shape[2:]),
+        strength=torch.ones(SETTINGS.batch),
+        context=model.encode_prompts(["a red square"] * SETTINGS.batch),
+        keys=["a", "b"],
+    )
+    optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
+    noise, level = torch.randn(shape), torch.full((SETTINGS.batch,), 500.0)
+
+    def run() -> None:
+        step(batch, noise, level)
+
+    taken = peak_bytes(run, networks=[policy], optimizer=optimizer)
+    mode = Mode(reference="toggle", checkpointing=checkpointing, backward=backward)
+    need = need_of(found, mode)
+    assert need.tensors == pytest.approx(taken.total, rel=0.002)
+    assert need.flops == taken.flops // SETTINGS.batch
+    adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert found.trainable == adapter and need.gradients == 4 * adapter
+
+
+# A run with cached predictions holds those as well, which the derivation leaves out.
+@pytest.mark.parametrize(("name", "apart"), [("copy", 0.001), ("cached", 0.01)])
+def test_what_is_derived_from_another_reference_is_what_its_own_run_gives(
+    backbone: AnimateDiff, found: Forecast, name: str, apart: float
+) -> None:
+    alone = forecast(
+        backbone, {name: REFERENCES[name]}, Global(), SETTINGS, backwards=["joint", "split"],
+        checkpointings=["none"],
+    )  # fmt: skip
+    for need in alone.needs:
+        derived = need_of(found, need.mode)
+        assert derived.tensors == pytest.approx(need.tensors, rel=apart)
+        assert derived.weights == need.weights and derived.flops == need.flops
+        assert derived.fresh == need.fresh == (name != "cached")
+
+
+def test_every_mode_spares_what_it_is_there_for(found: Forecast) -> None:
+    def tensors(reference: str, checkpointing: Checkpointing, backward: Backward) -> int:
+        mode = Mode(reference=reference, checkpointing=checkpointing, backward=backward)
+        return need_of(found, mode).tensors
+
+    assert tensors("toggle", "none", "joint") < tensors("copy", "none", "joint")
+    assert tensors("toggle", "none", "split") < tensors("toggle", "none", "joint")
+    assert tensors("toggle", "blocks", "split") < tensors("toggle", "none", "split")
+
+
+def test_a_loss_without_one_slope_a_video_is_not_offered_the_linear_backward(
+    backbone: AnimateDiff,
+) -> None:
+    loss = registry.load("loss", "segment")()
+    found = forecast(backbone, {"toggle": Toggle()}, loss, SETTINGS, checkpointings=["none"])  # type: ignore[arg-type]
+    assert [need.mode.backward for need in found.needs] == ["joint", "split"]
+
+
+def test_the_best_mode_is_the_fastest_with_fresh_noises_that_fits(found: Forecast) -> None:
+    best = found.best(1e15)
+    assert best is not None and best.mode.checkpointing == "none" and best.fresh
+    assert best.flops == min(need.flops for need in found.needs if need.fresh)
+    assert found.best(CONTEXT) is None
+    tight = min(need.card for need in found.needs if need.fresh)
+    chosen = found.best(tight)
+    assert chosen is not None and chosen.card == tight
+
+
+def test_hours_follow_from_operations_and_efficiency(found: Forecast) -> None:
+    need = found.needs[0]
+    assert found.pairs == SETTINGS.steps * SETTINGS.batch
+    assert found.hours(need, 1e-6, 0.5) == pytest.approx(found.pairs * need.flops / 0.5e6 / 3600)
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Cannot load the unet"):
+        forecast(AnimateDiff(model=str(tmp_path)), REFERENCES, Global(), SETTINGS)
+
+
+# Blocks checkpointed: all; at one end alone; more in front than behind.
+@pytest.mark.parametrize("counts", [("blocks",), (1, 5)], ids=str)
+def test_a_transformer_of_many_layers_is_what_its_first_layers_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[Checkpointing, ...]
+) -> None:
+    folder = tmp_path / "thin"
+    shutil.copytree(FOLDER / "wan2.1-t2v-1.3b", folder)
+    path = folder / "transformer" / "config.json"
+    thin = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 13}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **thin, "text_dim": 8}))
+    backbone = Wan(model=str(folder), frames=33, height=128, width=128, text_length=4)
+    references = {"toggle": Toggle()}
+    settings = SETTINGS.model_copy(update={"precision": "bf16"})
+
+    def found() -> Forecast:
+        return forecast(
+            backbone, references, Global(), settings,
+            checkpointings=counts, backwards=["split" if counts == ("blocks",) else "joint"],
+        )  # fmt: skip
+
+    short = found()
+    monkeypatch.setattr("dpo_video.estimation.forecast._stack", lambda network: None)
+    assert short == found()
+
+
+def test_wan_at_full_size_fits_the_smallest_card() -> None:
+    settings = TrainSettings(rank=64, precision="bf16", accumulation=1)
+    found = forecast(
+        Wan(), {"toggle": Toggle()}, Global(), settings,
+        checkpointings=["blocks"], backwards=["split"],
+    )  # fmt: skip
+    (need,) = found.needs
+    assert found.parameters == 1_418_996_800 and found.latent_shape == (16, 21, 60, 104)
+    assert 8 < need.tensors / GIB < 12
+    assert need.card < tiers()["t4"].memory_gib * GIB
+
+
+def test_processes_that_share_the_weights_hold_their_part_each(
+    backbone: AnimateDiff, found: Forecast
+) -> None:
+    alone = need_of(found, Mode(reference="toggle", checkpointing="none", backward="joint"))
+    shared = alone.mode.model_copy(update={"shard": 4})
+    (need,) = forecast(
+        backbone, {"toggle": REFERENCES["toggle"]}, Global(), SETTINGS, modes=[shared]
+    ).needs
+    model = backbone.load(CPU, torch.float32)
+    freeze(model.denoiser, CPU, "native")
+    parts = [part.nbytes for each in frozen_weights(model.denoiser) for part in each.parts]
+    # Memory is given in blocks of 512 bytes.
+    assert alone.weights - need.weights == pytest.approx(sum(parts) * 3 / 4, abs=512 * len(parts))

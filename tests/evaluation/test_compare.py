@@ -1,0 +1,206 @@
+"""The comparison: pooled over seeds, shown as a table, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from dpo_video.cli import app
+from dpo_video.errors import UserError
+from dpo_video.evaluation.compare import (
+    Cell,
+    Comparison,
+    comparison_markdown,
+    comparison_table,
+    frontier,
+)
+from dpo_video.evaluation.verdict import MetricResult, Role
+
+BASE = (10.0, 12.0, 8.0, 11.0, 9.0, 10.0)
+
+
+def metric(name: str, factor: float, role: Role = Role.TARGET) -> MetricResult:
+    # Not one factor for all: an interval needs some spread.
+    tuned = [value * (factor + 0.01 * (i % 3 - 1)) for i, value in enumerate(BASE)]
+    return MetricResult.measured(
+        name, BASE, tuned, unit="", higher_is_better=role is not Role.TARGET, role=role
+    )
+
+
+def cell(recipe: str, seed: int, error: float, motion: float = 1.0, guard: float = 1.0) -> Cell:
+    return Cell(
+        recipe=recipe,
+        seed=seed,
+        steps=60,
+        seconds=10.0 * (seed + 1),
+        training="healthy",
+        metrics=(
+            metric("warp_error", error),
+            metric("dynamic_degree", motion, Role.MOTION),
+            metric("caption_match", guard, Role.GUARD),
+        ),
+        tolerance=0.03,
+    )
+
+
+def comparison(*cells: Cell) -> Comparison:
+    return Comparison.of(cells, machine="a machine", versions={"torch": "0"})
+
+
+def test_a_row_is_the_mean_over_the_seeds_and_keeps_each_of_them() -> None:
+    found = comparison(cell("one", 0, 0.8), cell("one", 1, 0.6), cell("two", 0, 1.2))
+    one, two = found.rows
+    assert (one.recipe, one.seeds, one.seconds) == ("one", (0, 1), 15.0)
+    assert one.metrics[0].difference.relative == pytest.approx(-0.3, abs=1e-3)
+    assert one.by_seed["warp_error"] == pytest.approx((-0.2, -0.4), abs=1e-3)
+    assert one.metrics[0].improved
+    assert two.metrics[0].worsened
+    assert Comparison.model_validate_json(found.model_dump_json()) == found
+
+
+def test_cells_of_other_videos_are_not_pooled() -> None:
+    other = cell("one", 1, 0.6)
+    moved = MetricResult.measured(
+        "warp_error",
+        [value + 1 for value in BASE],
+        BASE,
+        unit="",
+        higher_is_better=False,
+        role=Role.TARGET,
+    )
+    other = other.model_copy(update={"metrics": (moved, *other.metrics[1:])})
+    with pytest.raises(ValueError, match="other videos"):
+        comparison(cell("one", 0, 0.8), other)
+    with pytest.raises(ValueError, match="nothing"):
+        comparison()
+
+
+def test_a_metric_that_one_evaluation_lacks_is_left_out_of_all() -> None:
+    whole = cell("one", 0, 0.8)
+    lacking = whole.model_copy(update={"seed": 1, "metrics": whole.metrics[::2]})
+    found = comparison(whole, lacking, cell("two", 0, 1.2))
+    for row in found.rows:
+        assert [result.name for result in row.metrics] == ["warp_error", "caption_match"]
+        assert row.by_seed.keys() == {"warp_error", "caption_match"}
+
+
+def test_the_table_and_the_markdown_name_every_recipe_and_its_changes() -> None:
+    found = comparison(cell("good", 0, 0.7), cell("frozen", 0, 0.5, motion=0.5))
+    console = Console(file=StringIO(), width=160)
+    console.print(comparison_table(found))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in (shown, comparison_markdown(found)):
+        good, frozen = (
+            next(line for line in text.splitlines() if name in line.split("verdict")[0])
+            for name in ("good", "frozen")
+        )
+        assert "30" in good
+        assert "50" in frozen
+    rows = comparison_markdown(found).splitlines()
+    assert len({row.count("|") for row in rows}) == 1
+    assert "Improved" in rows[3]
+    assert "Improved" not in rows[4]
+
+
+def test_the_picture_places_recipes_by_motion_and_error() -> None:
+    found = comparison(
+        cell("a<b", 0, 0.7), cell("frozen", 0, 0.5, motion=0.5), cell("broken", 0, 0.9, guard=0.5)
+    )
+    root = ET.fromstring(frontier(found))
+    space = "{http://www.w3.org/2000/svg}"
+    marks = [
+        (float(c.attrib["cx"]), float(c.attrib["cy"]), c.attrib["fill"])
+        for c in root.iter(f"{space}circle")
+    ]
+    names = [text.text for text in root.iter(f"{space}text")]
+    assert {"a<b", "frozen", "broken"} <= set(names)
+    still, frozen, broken = marks
+    assert frozen[0] < still[0]  # moves less: further left
+    assert frozen[1] > still[1] > broken[1]  # a smaller error: further down
+    assert broken[2] != still[2] == frozen[2]  # paid for in fidelity: a ring
+
+
+def test_names_of_recipes_that_did_alike_stand_below_each_other() -> None:
+    recipes = ("one", "two", "three")
+    root = ET.fromstring(frontier(comparison(*(cell(name, 0, 0.7) for name in recipes))))
+    lines = sorted(
+        float(text.attrib["y"])
+        for text in root.iter("{http://www.w3.org/2000/svg}text")
+        if text.text in recipes
+    )
+    assert len(lines) == 3 and all(b - a >= 12 for a, b in pairwise(lines))
+
+
+def test_the_picture_needs_both_of_its_axes() -> None:
+    only = cell("one", 0, 0.8)
+    only = only.model_copy(update={"metrics": only.metrics[:1]})
+    with pytest.raises(ValueError, match="motion"):
+        frontier(comparison(only))
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("[one]\npair = 'local'", [], "has 'pair'"),
+        ("one = 3", [], "no table"),
+        ("", [], "name no recipe"),
+        ("[one", [], "not valid TOML"),
+        ("[one]\npairs = 'local'", ["--only", "oen"], "Did you mean 'one'"),
+        ("[one]\nset = ['loss.bta=3']", [], "Recipe 'one'.*loss.beta"),
+        ("[one]\npairs = 'local'\nseeds = []", [], "seeds is a list"),
+        ("[one]\npairs = 'local'\nseeds = ['0']", [], "seeds is a list"),
+    ],
+)
+def test_a_wrong_recipe_is_told_before_anything_runs(
+    tmp_path: Path, text: str, options: list[str], said: str
+) -> None:
+    path = tmp_path / "recipes.toml"
+    path.write_text(text)
+    result = CliRunner().invoke(
+        app, ["compare", str(path), "--out", str(tmp_path / "out"), *options]
+    )
+    assert isinstance(result.exception, UserError)
+    with pytest.raises(UserError, match=said):
+        raise result.exception
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_must_not_share_a_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.toml").write_text("[one]\npairs = 'local'")
+    result = CliRunner().invoke(app, ["compare", *(str(p) for p in tmp_path.glob("*.toml"))])
+    assert "Two recipes are named 'one'" in str(result.exception)
+
+
+def test_it_measures_once_and_goes_on(tmp_path: Path) -> None:
+    """Two recipes on the embedded model, in miniature; asked again, nothing runs twice."""
+    path, out = tmp_path / "recipes.toml", tmp_path / "out"
+    small = "'build.count=1', 'train.batch=1', 'train.accumulation=1', 'evaluate.steps=2'"
+    path.write_text(
+        f"[own]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, 'pairs.steps=2']\n"
+        f"[clips]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, \"pairs.winner='clip'\"]\n"
+        "seeds = [1]\n"
+    )
+    command = ["compare", str(path), "--out", str(out), "--steps", "1", "--videos", "2"]
+    command += ["--device", "cpu"]
+    first = CliRunner().invoke(app, [*command, "--only", "own"], catch_exceptions=False)
+    assert first.exit_code == 0
+    assert "own" in first.stdout
+    log = out / "own" / "seed-0" / "log.jsonl"
+    stamp = log.stat().st_mtime_ns
+    both = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert both.exit_code == 0
+    assert log.stat().st_mtime_ns == stamp
+    found = Comparison.model_validate_json((out / "comparison.json").read_text())
+    assert [(row.recipe, row.seeds) for row in found.rows] == [("own", (0,)), ("clips", (1,))]
+    assert found.rows[0].metrics[0].base == found.rows[1].metrics[0].base
+    assert len(list(out.glob("base-*.safetensors"))) == 1
+    ET.fromstring((out / "frontier.svg").read_text())
+    other = CliRunner().invoke(app, [*command, "--steps", "2"])
+    assert "other settings" in str(other.exception)

@@ -1,0 +1,196 @@
+"""Strategies are found by name, ours and strangers' alike; a broken one breaks nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Install
+from typer.testing import CliRunner
+
+from dpo_video import registry, strategies
+from dpo_video.cli import app
+from dpo_video.errors import PluginError, UserError
+from dpo_video.pairs._masks import RegionOptions
+from dpo_video.registry import entry_points as entries
+
+SOUND = '''
+from dpo_video.loss.global_ import Global
+from dpo_video.strategies import Loss
+
+class Sound(Loss):
+    """Works."""
+
+    def __call__(self, errors):
+        return Global()(errors)
+'''
+
+
+def test_built_ins_come_in_by_entry_points_of_our_own() -> None:
+    for kind in registry.KINDS:
+        for listing in registry.listings(kind):
+            assert listing.kind == kind
+            if listing.distribution.startswith("dpo-video "):
+                assert listing.summary, f"{kind} {listing.name} has no first line"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "base"),
+    [
+        ("loss", "region", strategies.Loss),
+        ("pairs", "local", strategies.PairBuilder),
+        ("reference", "toggle", strategies.Reference),
+        ("backbone", "tiny", strategies.Backbone),
+    ],
+)
+def test_a_name_gives_a_class_of_its_kind(kind: str, name: str, base: type) -> None:
+    loaded = registry.load(kind, name)
+    assert issubclass(loaded, base) and loaded.kind == kind
+
+
+def test_an_unknown_name_is_met_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match=r"Unknown loss 'regoin'\. Did you mean 'region'\? Avail"):
+        registry.load("loss", "regoin")
+    with pytest.raises(UserError, match=r"Unknown kind 'los'\. Did you mean 'loss'\?"):
+        registry.load("los", "region")
+
+
+def test_a_plugin_is_listed_and_loaded_like_our_own(install: Install) -> None:
+    install("dpo-sound", SOUND, "sound", "Sound")
+    listed = {listing.name: listing for listing in registry.listings("loss")}
+    assert listed["sound"].distribution == "dpo-sound 1.0"
+    assert {"global", "region"} <= listed.keys()
+    assert registry.load("loss", "sound").__doc__ == "Works."
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("import nothing_like_this", r"cannot be imported \(ModuleNotFoundError: No module named"),
+        ("raise RuntimeError('no licence')", r"cannot be imported \(RuntimeError: no licence\)"),
+        ("import sys; sys.exit(3)", r"cannot be imported \(SystemExit: 3\)"),
+        ("def Broken(", r"cannot be imported \(SyntaxError"),
+        ("Other = 1", r"cannot be imported \(AttributeError"),
+        ("class Broken: pass", r"is not a Loss\. Derive it from dpo_video\.strategies\.Loss"),
+        ("Broken = 5", r"is not a Loss"),
+        ("from dpo_video.strategies import Metric as Broken", r"is not a Loss"),
+    ],
+)
+def test_a_broken_plugin_is_named_with_its_package(
+    install: Install, source: str, sentence: str
+) -> None:
+    install("dpo-broken", source, "broken", "Broken")
+    names = [listing.name for listing in registry.listings("loss")]
+    assert "broken" in names and "region" in names
+    with pytest.raises(PluginError, match=rf"loss 'broken' of dpo-broken 1\.0 {sentence}"):
+        registry.load("loss", "broken")
+    assert registry.load("loss", "region").__name__ == "Region"
+    sys.modules.pop("dpo_broken", None)
+
+
+def test_a_name_that_two_packages_claim_is_refused_and_the_others_go_on(install: Install) -> None:
+    install("dpo-one", SOUND, "sound", "Sound")
+    install("dpo-two", SOUND, "sound", "Sound")
+    install("dpo-three", SOUND, "region", "Sound")
+    rows = [(listing.name, listing.distribution) for listing in registry.listings("loss")]
+    assert ("sound", "dpo-one 1.0") in rows and ("sound", "dpo-two 1.0") in rows
+    with pytest.raises(PluginError, match=r"'sound': (dpo-one 1.0, dpo-two|dpo-two 1.0, dpo-one)"):
+        registry.load("loss", "sound")
+    with pytest.raises(PluginError, match=r"'region': .*dpo-three 1\.0.*Uninstall all but one"):
+        registry.load("loss", "region")
+    assert registry.load("loss", "global").__name__ == "Global"
+
+
+def test_listing_imports_no_strategy(install: Install) -> None:
+    install("dpo-loud", "raise SystemExit('imported')", "loud", "Loud")
+    assert "loud" in [listing.name for listing in registry.listings("loss")]
+
+
+def test_options_come_with_path_type_default_and_meaning() -> None:
+    found = {option.path: option for option in registry.options(registry.load("loss", "region"),
+                                                                "loss")}  # fmt: skip
+    assert found["loss.beta"].type == "float" and found["loss.beta"].default == "2500.0"
+    assert found["loss.beta"].meaning.startswith("Slope of both terms")
+    pairs = {option.path for option in registry.options(registry.load("pairs", "local"), "pairs")}
+    assert "pairs.alphas" in pairs
+    assert {f"pairs.mask.{name}" for name in RegionOptions.model_fields} <= pairs
+
+
+def strategy(body: str, base: str = "Loss") -> str:
+    """A module with one sound class but for `body`."""
+    return f"""
+from typing import Any, ClassVar
+from pydantic import ConfigDict
+from dpo_video import strategies
+
+class Odd(strategies.{base}):
+    '''An odd one.'''
+
+    {body}
+
+    def __call__(self, *arguments: Any) -> Any: ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "sentence"),
+    [
+        ("loss", strategy("name: str = 'a'"), "has an option 'name', which means the strategy's"),
+        ("loss", strategy("model_config = ConfigDict(frozen=False)"), "is not frozen, or takes"),
+        ("loss", strategy("model_config = ConfigDict(extra='allow')"), "is not frozen, or takes"),
+        ("loss", "from dpo_video.strategies import Loss as Odd", "is not finished: it lacks __c"),
+        ("metric", strategy("unit: ClassVar[str] = ''", "Metric"), "does not say its higher_is_b"),
+        ("pairs", strategy("needs_video: ClassVar[bool] = True; store: str = ''", "PairBuilder"),
+         "has an option 'store', which means a folder"),
+    ],
+)  # fmt: skip
+def test_a_class_that_could_break_a_run_is_refused(
+    install: Install, kind: str, source: str, sentence: str
+) -> None:
+    install("dpo-odd", source, "odd", "Odd", kind)
+    with pytest.raises(PluginError, match=rf"The {kind} 'odd' of dpo-odd 1\.0 .*{sentence}"):
+        registry.load(kind, "odd")
+    sys.modules.pop("dpo_odd", None)
+
+
+@pytest.mark.parametrize("name", ["a b", "a.b", "[/red]", "\x1b[31m", "a/b", "ünlaut", "-x"])
+def test_a_name_that_cannot_be_typed_is_listed_and_refused(install: Install, name: str) -> None:
+    install("dpo-odd", SOUND, name, "Sound")
+    assert name in [listing.name for listing in registry.listings("loss")]
+    with pytest.raises(PluginError, match="has a name that cannot be typed"):
+        registry.load("loss", name)
+    result = CliRunner().invoke(app, ["list", "loss"])
+    assert result.exit_code == 0 and "region" in result.output and "\x1b" not in result.output
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"[dpo_video.loss]\nno value here\n", b"[dpo_video.loss]\n\xff\xfe = a:B\n"],
+    ids=["no value", "no text"],
+)
+def test_a_distribution_with_broken_metadata_is_named_and_left_out(
+    install: Install, tmp_path: Path, damage: bytes
+) -> None:
+    install("dpo-sound", SOUND, "sound", "Sound")
+    install("dpo-odd", SOUND, "odd", "Sound")
+    (tmp_path / "dpo_odd-1.0.dist-info/entry_points.txt").write_bytes(damage)
+    entries.forget()
+    assert registry.load("loss", "sound") and registry.load("loss", "region")
+    (sentence,) = entries.unreadable()
+    assert sentence.startswith("dpo-odd 1.0 offers strategies, but its entry points cannot be read")
+    assert "dpo-odd 1.0" in CliRunner().invoke(app, ["list", "loss"]).output
+
+
+@pytest.mark.parametrize("value", ["", "no module!", ":Sound", "dpo_odd:"])
+def test_a_value_that_names_nothing_breaks_nothing(
+    install: Install, tmp_path: Path, value: str
+) -> None:
+    install("dpo-odd", SOUND, "odd", "Sound")
+    info = tmp_path / "dpo_odd-1.0.dist-info"
+    (info / "entry_points.txt").write_text(f"[dpo_video.loss]\nodd = {value}\n")
+    (info / "METADATA").unlink()
+    entries.forget()
+    assert "odd" in [listing.name for listing in registry.listings("loss")]
+    with pytest.raises(PluginError, match="loss 'odd' of a package without a name"):
+        registry.load("loss", "odd")

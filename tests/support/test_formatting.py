@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dpo_video.support.formatting import brief, option, percent
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (150.32, "150.3"), (7.2, "7.20"), (math.log(2), "0.693"), (-0.00012, "\u22120.00012"),
+        (1.24e-5, "1.2e-5"), (2500.0, "2500"), (123456.0, "1.2e5"), (0.0, "0"), (math.nan, "nan"),
+        (None, "n/a"),
+    ],
+)  # fmt: skip
+def test_numbers_are_brief(value: float | None, text: str) -> None:
+    assert brief(value) == text
+
+
+def test_shares_and_options_read_as_typed() -> None:
+    assert (percent(-0.2574), percent(0.042)) == ("\u221225.7%", "+4.2%")
+    assert (option(3e-5), option(1e-3), option(2500.0)) == ("3e-5", "0.001", "2500")

@@ -1,0 +1,545 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import SHAPE, load_small
+from safetensors.torch import load_file
+
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.data.store import Manifest, PairStore
+from dpo_video.errors import RunError, StoreError, TrainingError
+from dpo_video.loss.global_ import Global
+from dpo_video.loss.region import Region
+from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import MemorySettings, TrainSettings
+from dpo_video.strategies import Loss
+from dpo_video.support.tensor_tree import save_state
+from dpo_video.training.checkpoint import SEAL, Seal, load_adapter, seal
+from dpo_video.training.diagnosis import StepReport
+from dpo_video.training.loop import Progress, train
+from dpo_video.training.lora import adapt
+from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log
+from dpo_video.types import LossOutput, Pair, PairErrors
+
+SETTINGS = TrainSettings(
+    steps=6, batch=1, accumulation=2, lr=1e-2, warmup=2, rank=2, alpha=4, save_every=2, samples=1,
+    tracker="none",
+)  # fmt: skip
+
+
+def make_store(folder: Path, model: AnimateDiffModel, pairs: int = 5) -> PairStore:
+    """Random pairs with half the picture as their region."""
+    manifest = Manifest(
+        recipe={"made": "at random"},
+        identity=model.identity,
+        latent_shape=model.latent_shape,
+        fps=SHAPE.fps,
+    )
+    store = PairStore.create(folder, manifest)
+    generator = torch.Generator().manual_seed(7)
+    region = torch.zeros(1, *model.latent_shape[1:])
+    region[..., : model.latent_shape[3] // 2] = 1
+    for i in range(len(store), pairs):
+        first, other = torch.randn(2, *model.latent_shape, generator=generator)
+        pair = Pair(
+            first=first,
+            second=torch.where(region > 0, other, first),
+            preference=torch.ones(model.latent_shape[1]),
+            region=region,
+            prompt=f"a red square moving {('left', 'right')[i % 2]} slowly",
+            source="random",
+            strength=0.8,
+        )
+        store.append(pair, model.encode_prompts([pair.prompt]))
+    return store
+
+
+def run(
+    folder: Path,
+    store: PairStore,
+    out: Path,
+    settings: TrainSettings = SETTINGS,
+    *,
+    loss: Loss | None = None,
+    resume: bool = False,
+) -> list[Progress]:
+    return list(
+        train(
+            load_small(folder),
+            store,
+            loss or Region(),
+            Toggle(),
+            settings,
+            seed=0,
+            out=out,
+            accelerator=Accelerator(cpu=True),
+            resume=resume,
+        )
+    )
+
+
+def adapter_hash(out: Path) -> str:
+    weights = latest_checkpoint(out) / "adapter" / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_it_starts_at_zero_margin_and_learns(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=2)
+    # AdamW moves a weight by about lr a step, whatever the gradient. 30 steps of 3e-4 on random
+    # weights of about 0.1 keep the logits near 1, where the loss falls evenly. One step's margin is
+    # mostly its noise levels: ten are judged together, the last against the first.
+    settings = SETTINGS.model_copy(update={"steps": 30, "save_every": 30, "lr": 3e-4})
+    progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
+    first = progress[0].report
+    assert first.margin == 0 and first.logits == 0
+    assert first.loss == pytest.approx(0.693147, abs=1e-6)
+    assert first.gradient_factor == 0.5 and first.accuracy == 0.5
+    assert first.grad_norm > 0
+    margins = [p.report.margin for p in progress]
+    thirds = [sum(margins[i : i + 10]) for i in (0, 10, 20)]
+    assert 0 < 2 * thirds[0] < thirds[2]
+    assert sum(p.report.loss for p in progress[20:]) / 10 < 0.55
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 31))
+
+
+def test_the_learning_rate_rises_stays_and_falls(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 8, "decay": 0.5})
+    progress = run(small_folder, store, tmp_path / "run", settings)
+    shares = [p.report.lr / settings.lr for p in progress]
+    assert shares == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_a_resumed_run_ends_in_the_same_bytes(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    run(small_folder, store, tmp_path / "whole")
+    one = SETTINGS.model_copy(update={"keep": 1})
+    run(small_folder, store, tmp_path / "halves", one.model_copy(update={"steps": 3}))
+    assert list(checkpoints(tmp_path / "halves")) == [3]
+    resumed = run(small_folder, store, tmp_path / "halves", one, resume=True)
+    assert [p.report.step for p in resumed] == [4, 5, 6]
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
+    found = [list(checkpoints(tmp_path / name)) for name in ("whole", "halves")]
+    assert found == [[2, 4, 6], [6]]
+    logs = [
+        (tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "halves")
+    ]
+    for lines in zip(*logs, strict=True):
+        a, b = map(json.loads, lines)
+        timing = {"seconds", "eta_seconds", "pairs_per_second", "memory_gib"}
+        assert {k: a[k] for k in a.keys() - timing} == {k: b[k] for k in b.keys() - timing}
+
+
+def test_kill_9_at_any_step_then_resume_gives_the_same_bytes(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    run(small_folder, store, tmp_path / "whole")
+    script = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        import os, test_train
+        from dpo_video.data.store import PairStore
+        from accelerate import Accelerator
+        store = PairStore(Path({str(tmp_path / "pairs")!r}))
+        for progress in test_train.train(
+            test_train.load_small(Path({str(small_folder)!r})), store, test_train.Region(),
+            test_train.Toggle(), test_train.SETTINGS, seed=0, out=Path({str(tmp_path / "cut")!r}),
+            accelerator=Accelerator(cpu=True), resume=False,
+        ):
+            print(progress.report.step, flush=True)
+    """)
+    # Random, but not by the clock: which step is hit varies with the machine, the law does not.
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 3:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    assert latest_checkpoint(tmp_path / "cut").is_dir()
+    run(small_folder, store, tmp_path / "cut", resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "cut")
+
+
+def test_the_pointer_is_valid_when_a_save_is_cut_off(
+    small_folder: Path,
+    small_model: AnimateDiffModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    from dpo_video.training import checkpoint as module
+
+    saved: list[int] = []
+    original = module.save_state
+
+    def fail_at_the_second(path: Path, state: object) -> None:
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        original(path, state)
+
+    monkeypatch.setattr(module, "save_state", fail_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(small_folder, store, tmp_path / "run")
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path / "run").name == "step_000002"
+    run(small_folder, store, tmp_path / "whole")
+    run(small_folder, store, tmp_path / "run", resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
+
+
+def test_every_pair_is_seen_once_per_epoch(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    from dpo_video.training.loop import _Run
+
+    store = make_store(tmp_path / "pairs", small_model, pairs=5)
+    policy = adapt(small_model, SETTINGS, seed=0)
+    anchor = Toggle().follow(policy)
+    parts = _Run(
+        small_model,
+        store,
+        [0, 2, 3],
+        Global(),
+        anchor,
+        policy,
+        SETTINGS,
+        0,
+        Accelerator(cpu=True),
+        MemorySettings(),
+    )
+    epochs = [[parts._visit_at(3 * epoch + i) for i in range(3)] for epoch in range(4)]
+    pairs = [[visit.pair for visit in epoch] for epoch in epochs]
+    assert all(sorted(epoch) == [0, 2, 3] for epoch in pairs)
+    assert len({tuple(epoch) for epoch in pairs}) > 1
+    assert [{visit.draw for visit in epoch} for epoch in epochs] == [{0}, {1}, {2}, {3}]
+    anchor.draws = 2
+    again = [{parts._visit_at(3 * epoch + i).draw for i in range(3)} for epoch in range(4)]
+    assert again == [{0}, {1}, {0}, {1}]
+
+
+def test_ties_are_never_drawn_and_change_nothing_else(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    whole = make_store(tmp_path / "whole", small_model, pairs=3)
+    store = PairStore.create(tmp_path / "some", whole.manifest)
+    for index in range(3):
+        batch = whole.batch([index])
+        pair = Pair(
+            first=batch.first[0], second=batch.second[0], preference=batch.preference[0],
+            region=batch.region[0], prompt=whole.rows[index].prompt, source="random", strength=0.8,
+        )  # fmt: skip
+        store.append(pair, batch.context)
+    store.append(replace(pair, preference=torch.zeros_like(pair.preference)), batch.context)
+    assert store.decided() == [0, 1, 2]
+    run(small_folder, whole, tmp_path / "run", loss=Global())
+    run(small_folder, store, tmp_path / "run-some", loss=Global())
+    assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "run-some")
+
+
+def test_a_store_of_ties_says_how_to_label_it(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=0)
+    latents = torch.zeros(small_model.latent_shape)
+    pair = Pair(
+        first=latents, second=latents + 1, preference=torch.zeros(SHAPE.frames),
+        region=torch.ones(1, *latents.shape[1:]), prompt="a", source="random",
+    )  # fmt: skip
+    store.append(pair, small_model.encode_prompts(["a"]))
+    with pytest.raises(TrainingError, match=r"All 1 pairs .* are ties.*dpo-video label .*pairs"):
+        run(small_folder, store, tmp_path / "run", loss=Global())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_of_regions_refuses_pairs_without_them(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=0)
+    pair = Pair(
+        first=torch.zeros(small_model.latent_shape), second=torch.ones(small_model.latent_shape),
+        preference=torch.ones(SHAPE.frames), region=torch.ones(1, *small_model.latent_shape[1:]),
+        prompt="a", source="random", strength=0.8,
+    )  # fmt: skip
+    store.append(pair, small_model.encode_prompts(["a"]))
+    with pytest.raises(TrainingError, match=r"have no regions.*--loss global"):
+        run(small_folder, store, tmp_path / "run", loss=Region())
+
+
+def test_the_adapter_is_peft_and_nothing_else(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    run(small_folder, store, tmp_path / "run")
+    folder = latest_checkpoint(tmp_path / "run") / "adapter"
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(".lora_" in name and "motion_modules" in name for name in weights)
+    assert all(weight.dtype == torch.float32 for weight in weights.values())
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
+    samples = list((tmp_path / "run" / "samples").rglob("*.mp4"))
+    assert {path.parent.name for path in samples} == {"step_000002", "step_000004", "step_000006"}
+
+
+def test_a_policy_that_differs_at_step_0_is_refused(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+
+    class Lopsided(Loss):
+        def __call__(self, errors: PairErrors) -> LossOutput:
+            output = Global()(errors)
+            return LossOutput(**{**vars(output), "margin": output.margin + 1e-9})
+
+    with pytest.raises(TrainingError, match="margin is 1e-09"):
+        run(small_folder, store, tmp_path / "run", loss=Lopsided())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    broken = store.batch([2])
+    path = store.folder / "latents" / "00002.safetensors"
+    tensors = load_file(path)
+    tensors["first"] = torch.full_like(broken.first[0], float("nan"))
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    strict = SETTINGS.model_copy(update={"skips": 0})
+    with pytest.raises(TrainingError, match=r"not finite.* were 00002\. .*train\.skips allows 0"):
+        run(small_folder, store, tmp_path / "run", strict, loss=Global())
+
+
+def test_nothing_to_resume_is_said(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    with pytest.raises(RunError, match="has no checkpoint yet"):
+        run(small_folder, store, tmp_path / "run", resume=True)
+
+
+def test_pairs_of_another_backbone_are_refused(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    other = load_small(small_folder)
+    other.identity = "0123456789abcdef"
+    with pytest.raises(StoreError, match="made with other weights"):
+        store.check_fits(other)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_earlier_ones_are_kept(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 2, "save_every": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    newest = latest_checkpoint(tmp_path / "run")
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"step_000002' is damaged.*earlier one"):
+        run(small_folder, store, tmp_path / "run", settings, resume=True)
+    state.unlink()
+    with pytest.raises(RunError, match="'step_000002', which holds no checkpoint"):
+        latest_checkpoint(tmp_path / "run")
+    (newest.parent / "latest").write_text("step_000001\n")
+    resumed = run(small_folder, store, tmp_path / "run", settings, resume=True)
+    assert [p.report.step for p in resumed] == [2]
+
+
+def test_behind_a_seal_that_holds_only_a_bug_is_left(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 2, "save_every": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    folder = latest_checkpoint(tmp_path / "run")
+    (folder.parent / "latest").write_text("step_000001\n")
+    folder = latest_checkpoint(tmp_path / "run")
+    sealed = Seal.model_validate_json((folder / SEAL).read_bytes())
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r": {}'))
+    save_state(folder / "state.safetensors", {"step": 1, "place": 1, "skipped": 0})
+
+    def load() -> object:
+        return load_adapter(load_small(small_folder).denoiser, folder / "adapter", "Do something.")
+
+    with pytest.raises(RunError, match="is damaged"):
+        run(small_folder, store, tmp_path / "run", settings, resume=True)
+    with pytest.raises(RunError, match="is damaged"):
+        load()
+    (folder / SEAL).unlink()
+    seal(folder, 1, sealed.identity)
+    with pytest.raises(KeyError, match="optimizer"):  # not a sentence about damage
+        run(small_folder, store, tmp_path / "run", settings, resume=True)
+    with pytest.raises(TypeError):
+        load()
+    (folder / SEAL).unlink()  # a stranger's
+    with pytest.raises(RunError, match=r"does not fit this backbone .* Do something\."):
+        load()
+    text = config.read_text().replace('"r": {}', '"r": 2')
+    config.write_text(text.replace('"lora_bias": false', '"lora_bias": true'))
+    with pytest.raises(RunError, match="its LoRA has biases"):
+        load()
+
+
+def test_an_adapter_of_another_shape_is_not_resumed(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    wider = settings.model_copy(update={"rank": 4, "steps": 2})
+    with pytest.raises(RunError, match="of an adapter of another shape") as caught:
+        run(small_folder, store, tmp_path / "run", wider, resume=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_log_is_read_up_to_what_was_cut_off(tmp_path: Path) -> None:
+    assert read_log(tmp_path) == []
+    fields = {name: 0.5 for name in StepReport.model_fields}
+    line = StepReport(**{**fields, "step": 1, "skipped": False}).model_dump_json()  # type: ignore[arg-type]
+    (tmp_path / "log.jsonl").write_text(f"{line}\n{line[:20]}")
+    assert [report.step for report in read_log(tmp_path)] == [1]
+    (tmp_path / "log.jsonl").write_text(f"{line[:20]}\n{line}\n")
+    with pytest.raises(RunError, match=r"log\.jsonl' cannot be read"):
+        read_log(tmp_path)
+
+
+# --- what a run may not be gone on without -----------------------------------------------------
+
+
+def test_a_run_is_not_gone_on_with_on_other_pairs_labels_or_seed(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=2)
+    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    lines = (store.folder / "pairs.jsonl").read_text()
+    (store.folder / "pairs.jsonl").write_text(lines.replace('"strength":0.8', '"strength":0.7'))
+    with pytest.raises(RunError, match=r"What has changed: the set of pairs \(then [0-9a-f]{16}"):
+        run(small_folder, PairStore(store.folder), tmp_path / "run", settings, resume=True)
+    (store.folder / "pairs.jsonl").write_text(lines)
+    labelled = store.relabelled({0: torch.ones(SHAPE.frames), 1: -torch.ones(SHAPE.frames)})
+    with pytest.raises(RunError, match=r"What has changed: the labels \(then none, now [0-9a-f]"):
+        run(small_folder, labelled, tmp_path / "run", settings, resume=True)
+
+
+def test_pairs_built_since_change_nothing_for_a_run_that_goes_on(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=3)
+    settings = SETTINGS.model_copy(update={"steps": 3, "samples": 0})
+    run(small_folder, store, tmp_path / "whole", settings)
+    run(small_folder, store, tmp_path / "run", settings.model_copy(update={"steps": 2}))
+    more = make_store(tmp_path / "pairs", small_model, pairs=5)
+    assert len(more) == 5
+    run(small_folder, more, tmp_path / "run", settings, resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
+
+
+def test_a_file_that_is_not_what_was_written_is_damage_whatever_it_loads_as(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=2)
+    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    weights = latest_checkpoint(tmp_path / "run") / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # the last bit of a weight
+    weights.write_bytes(data)
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors is not what was written"):
+        run(small_folder, store, tmp_path / "run", settings, resume=True)
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bytes(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 4, "samples": 0, "save_every": 4})
+    run(small_folder, store, tmp_path / "whole", settings)
+    asked = iter([False] * 3 + [True])  # in the middle of the second step's two passes
+    progress = list(
+        train(
+            load_small(small_folder), store, Region(), Toggle(), settings, seed=0,
+            out=tmp_path / "run", accelerator=Accelerator(cpu=True), stop=lambda: next(asked),
+        )
+    )  # fmt: skip
+    assert [p.report.step for p in progress] == [1]
+    assert latest_checkpoint(tmp_path / "run").name == "step_000001"
+    run(small_folder, store, tmp_path / "run", settings, resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    store = make_store(tmp_path / "pairs", small_model, pairs=1)
+    path = store.folder / "latents" / "00000.safetensors"
+    tensors = load_file(path)
+    tensors["first"][0, 0, 0, 0] = float("inf")
+    save_file(tensors, path)
+    settings = SETTINGS.model_copy(update={"steps": 2, "samples": 0, "skips": 2})
+    progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
+    assert [(p.report.skipped, p.unsound) for p in progress] == [(True, ["00000"])] * 2
+    weights = load_file(latest_checkpoint(tmp_path / "run") / "adapter/adapter_model.safetensors")
+    assert all(not weight.any() for name, weight in weights.items() if "lora_B" in name)
+    assert [report.skipped for report in read_log(tmp_path / "run")] == [True, True]
+    # The count goes on with the run.
+    longer = settings.model_copy(update={"steps": 3})
+    with pytest.raises(TrainingError, match=r"pairs were 00000\. Steps like it so far: 3;"):
+        run(small_folder, store, tmp_path / "run", longer, loss=Global(), resume=True)
+
+
+def test_another_number_of_processes_goes_on_at_the_same_place(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=5)
+    settings = SETTINGS.model_copy(update={"steps": 2, "samples": 0, "accumulation": 4})
+    run(small_folder, store, tmp_path / "run", settings)  # as many as four processes take at once
+    drawn: list[str] = []
+    original = PairStore.batch
+
+    def watched(self: PairStore, indices: list[int]) -> object:
+        drawn.extend(f"{index:05d}" for index in indices)
+        return original(self, indices)
+
+    alone = settings.model_copy(update={"steps": 4, "accumulation": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairStore, "batch", watched)
+        run(small_folder, store, tmp_path / "run", alone, resume=True)
+    # Places 8 and 9: what is left of the second epoch. All but these two were seen twice already.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairStore, "batch", watched)
+        visited = list(drawn)
+        drawn.clear()
+        whole = settings.model_copy(update={"steps": 10, "accumulation": 1})
+        run(small_folder, store, tmp_path / "whole", whole)
+    assert visited == drawn[8:10]
+    assert all(sorted(drawn[i : i + 5]) == [f"{n:05d}" for n in range(5)] for i in (0, 5))

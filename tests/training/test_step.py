@@ -1,0 +1,399 @@
+"""Every memory mode takes the same step, and holds less while it does."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import load_small
+from safetensors.torch import load_file
+from small_cogvideox import load_small_cogvideox
+from test_train import SETTINGS, make_store
+from torch import Tensor, nn
+
+from dpo_video import registry
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.data.store import PairStore
+from dpo_video.errors import TrainingError
+from dpo_video.loss.global_ import Global
+from dpo_video.loss.region import Region
+from dpo_video.loss.segment import Segment
+from dpo_video.memory.blocks import blocks, checkpoint_blocks
+from dpo_video.memory.peak import peak_bytes
+from dpo_video.reference.cached import Cached
+from dpo_video.reference.copy import Copy
+from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import MemorySettings, TrainSettings
+from dpo_video.strategies import Loss, Reference, VideoModel
+from dpo_video.training.diagnosis import StepReport
+from dpo_video.training.loop import train
+from dpo_video.training.lora import adapt
+from dpo_video.training.run_dir import latest_checkpoint
+from dpo_video.training.step import Step
+from dpo_video.types import LossOutput, PairBatch, PairErrors
+
+Mode = Literal["joint", "split", "linear"]
+
+FIRST, SECOND = torch.ones(4), -torch.ones(4)
+MIXED, EVEN = torch.tensor([1.0, 0, -1, -1]), torch.tensor([1.0, -1, 1, -1])
+TIES = torch.zeros(4)
+SHARE = 1 / 3
+
+
+def a_batch(model: VideoModel, *preferences: Tensor) -> PairBatch:
+    """Random pairs with half the picture as their region."""
+    generator = torch.Generator().manual_seed(1)
+    pairs, (_, frames, height, width) = len(preferences), model.latent_shape
+    first, second = torch.randn(2, pairs, *model.latent_shape, generator=generator)
+    region = torch.zeros(pairs, 1, frames, height, width)
+    region[..., : width // 2] = 1
+    return PairBatch(
+        first=first,
+        second=torch.where(region > 0, second, first),
+        preference=torch.stack([labels[:frames] for labels in preferences]),
+        region=region,
+        strength=torch.full((pairs,), 0.8),
+        context=model.encode_prompts(["a red square", "a blue circle moving"][:pairs]),
+        keys=[str(pair) for pair in range(pairs)],
+    )
+
+
+class Bench:
+    """A model with an adapter that has moved, and one draw for each of its pairs."""
+
+    def __init__(self, model: VideoModel, reference: Reference | None = None) -> None:
+        self.model = model
+        self.policy = adapt(model, TrainSettings(rank=2, alpha=4), seed=0)
+        generator = torch.Generator().manual_seed(2)
+        for name, parameter in self.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator)
+        self.anchor = (reference or Toggle()).follow(self.policy)
+        self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
+
+    def draw(self, pairs: int) -> tuple[Tensor, Tensor]:
+        """Noise and level."""
+        generator = torch.Generator().manual_seed(3)
+        noise = torch.randn(pairs, *self.model.latent_shape, generator=generator)
+        return noise, self.model.sample_levels(pairs, generator)
+
+    def step(
+        self,
+        mode: Mode,
+        batch: PairBatch,
+        loss: Loss,
+        *,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+    ) -> LossOutput:
+        run = Step(
+            model=self.model, policy=self.policy, anchor=self.anchor, loss=loss, mode=mode,
+            backward=backward,
+        )  # fmt: skip
+        return run(batch, *self.draw(len(batch.first)), share=SHARE)
+
+    def plain(self, batch: PairBatch, loss: Loss) -> LossOutput:
+        """All graphs alive and one backward pass, by the textbook; one video a forward pass."""
+        noise, level = self.draw(len(batch.first))
+
+        def signed(network: nn.Module, video: Tensor) -> Tensor:
+            rows = [slice(pair, pair + 1) for pair in range(len(video))]
+            noisy = self.model.add_noise(video, noise, level)
+            predictions = [
+                self.model.predict(
+                    network, noisy[row], level[row],
+                    {name: value[row] for name, value in batch.context.items()},
+                )
+                for row in rows
+            ]  # fmt: skip
+            return torch.cat(predictions) - self.model.target(video, noise, level)
+
+        with torch.no_grad(), self.anchor.network() as network:
+            reference = [signed(network, video) for video in (batch.first, batch.second)]
+        policy = [signed(self.policy, video) for video in (batch.first, batch.second)]
+        output = loss(
+            PairErrors(
+                policy_first=policy[0].square(),
+                policy_second=policy[1].square(),
+                reference_first=reference[0].square(),
+                reference_second=reference[1].square(),
+                policy_product=(policy[0] * policy[1]).detach(),
+                preference=batch.preference,
+                region=batch.region,
+                strength=batch.strength,
+            )
+        )
+        (SHARE * output.loss.mean()).backward()
+        return output
+
+    def gradient(self, mode: Mode, batch: PairBatch, loss: Loss, **options: object) -> Tensor:
+        self.policy.zero_grad()
+        self.step(mode, batch, loss, **options)  # type: ignore[arg-type]
+        return self.flat()
+
+    def flat(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+
+
+@pytest.fixture(scope="module")
+def bench(small_folder: Path) -> Bench:
+    return Bench(load_small(small_folder))
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """Relative distance."""
+    return float((one - other).norm() / one.norm())
+
+
+def losses() -> list[Loss]:
+    """All that are installed, and those with options that change what they see."""
+    plain = [registry.load("loss", listing.name)() for listing in registry.listings("loss")]
+    return [*plain, Global(anchor_weight=0.1), Segment(per="clip", anchor_weight=0.1)]
+
+
+# --- backward --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", losses(), ids=repr)
+@pytest.mark.parametrize("batch", [(SECOND,), (FIRST, MIXED)], ids=["one pair", "two pairs"])
+def test_all_modes_give_the_same_gradient_and_figures(
+    bench: Bench, loss: Loss, batch: tuple[Tensor, ...]
+) -> None:
+    pairs = a_batch(bench.model, *batch)
+    bench.policy.zero_grad()
+    expected = vars(bench.plain(pairs, loss))
+    gradient = bench.flat()
+    assert gradient.norm() > 0
+    # In one forward pass, the two videos' errors round differently by 1e-8, and so do the margins.
+    # The slope makes of that up to 3e-4 of the gradient.
+    modes: dict[Mode, float] = {"split": 1e-6, "joint": 1e-3}
+    if loss.uniform:
+        modes["linear"] = 1e-4  # it subtracts two gradients that are nearly equal
+    for mode, tolerance in modes.items():
+        bench.policy.zero_grad()
+        output = vars(bench.step(mode, pairs, loss))
+        assert apart(gradient, bench.flat()) < tolerance, mode
+        assert not any(value.requires_grad for value in output.values())
+        for name, value in output.items():
+            rounding = {"rtol": 0, "atol": 1e-7}
+            if mode == "joint":
+                of_errors = name in ("margin", "chosen_change", "rejected_change")
+                rounding = {"rtol": 1e-3, "atol": 1e-6 if of_errors else 1e-3}
+            assert torch.allclose(value, expected[name], **rounding), (mode, name)
+
+
+@pytest.mark.parametrize("mode", ["split", "linear"])
+def test_what_has_no_winner_adds_nothing(bench: Bench, mode: Mode) -> None:
+    batch = a_batch(bench.model, TIES, EVEN)
+    bench.policy.zero_grad()
+    assert bench.step(mode, batch, Global()).loss.tolist() == pytest.approx([0.693147] * 2)
+    assert not any(p.grad is not None and p.grad.any() for p in bench.parameters)
+
+
+@pytest.mark.parametrize("mode", ["joint", "split", "linear"])
+def test_gradients_add_up_over_batches(bench: Bench, mode: Mode) -> None:
+    batch = a_batch(bench.model, FIRST)
+    part = bench.gradient(mode, batch, Global())
+    bench.step(mode, batch, Global())
+    assert apart(2 * part, bench.flat()) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["joint", "split", "linear"])
+def test_a_loss_scaler_scales_once(bench: Bench, mode: Mode) -> None:
+    batch = a_batch(bench.model, FIRST)
+    plain = bench.gradient(mode, batch, Global())
+    scaled = bench.gradient(mode, batch, Global(), backward=lambda loss: (64 * loss).backward())
+    assert apart(64 * plain, scaled) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["split", "linear"])
+def test_under_autocast_the_gradient_reaches_the_adapter(bench: Bench, mode: Mode) -> None:
+    batch, found = a_batch(bench.model, FIRST), {}
+    for how in ("joint", mode):
+        bench.policy.zero_grad()
+        Step(
+            model=bench.model, policy=bench.policy, anchor=bench.anchor, loss=Global(beta=10),
+            mode=how, autocast=partial(torch.autocast, "cpu", torch.bfloat16),
+        )(batch, *bench.draw(1))  # fmt: skip
+        found[how] = bench.flat()
+    assert len(found["joint"]) == len(found[mode])
+    assert torch.cosine_similarity(found["joint"], found[mode], dim=0) > 0.9
+
+
+def test_a_loss_that_is_not_uniform_is_refused(
+    bench: Bench, small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    class Boastful(Region):  # type: ignore[misc]  # it is final for good reasons
+        uniform = True
+
+    with pytest.raises(TrainingError, match=r"Boastful says .*memory\.backward=split"):
+        bench.step("linear", a_batch(bench.model, FIRST), Boastful())
+    store = make_store(tmp_path / "pairs", small_model, pairs=1)
+    with pytest.raises(TrainingError, match=r"Region does not. Set memory\.backward=split"):
+        trained(small_folder, store, tmp_path / "run", Region(), MemorySettings(backward="linear"))
+    assert not (tmp_path / "run").exists()
+
+
+# --- checkpointing ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", [Toggle(), Copy()], ids=repr)
+@pytest.mark.parametrize("mode", ["joint", "split", "linear"])
+def test_checkpointing_changes_no_bit(small_folder: Path, reference: Reference, mode: Mode) -> None:
+    bench = Bench(load_small(small_folder), reference)
+    batch = a_batch(bench.model, FIRST, SECOND)
+    plain = bench.gradient(mode, batch, Global())
+    assert checkpoint_blocks(bench.policy) == 18
+    assert torch.equal(plain, bench.gradient(mode, batch, Global()))
+
+
+def test_a_copy_of_a_checkpointed_network_is_on_its_own(bench: Bench, small_folder: Path) -> None:
+    one = Bench(load_small(small_folder))
+    checkpoint_blocks(one.policy)
+    other = copy.deepcopy(one.policy)
+    for parameter in other.parameters():
+        parameter.data.mul_(2)
+    batch = a_batch(one.model, FIRST)
+    assert torch.equal(
+        one.gradient("joint", batch, Global()), bench.gradient("joint", batch, Global())
+    )
+    assert all(parameter.grad is None for parameter in other.parameters())
+
+
+def kinds(network: nn.Module) -> set[str]:
+    return {type(block).__name__ for block in blocks(network)}
+
+
+def test_the_blocks_of_every_family_are_found(
+    bench: Bench, small_cogvideox: Path, small_model: AnimateDiffModel
+) -> None:
+    found = {"ResnetBlock2D", "Transformer2DModel", "AnimateDiffTransformer3D"}
+    assert kinds(small_model.denoiser) == kinds(bench.policy) == found
+    cogvideox = load_small_cogvideox(small_cogvideox)
+    assert kinds(cogvideox.denoiser) == {"CogVideoXBlock"}
+    layers = len(cogvideox.denoiser.transformer_blocks)
+    assert checkpoint_blocks(adapt(cogvideox, TrainSettings(rank=2), seed=0)) == layers
+
+
+def test_a_stack_is_opened_and_a_single_layer_left_alone() -> None:
+    def stack(depth: int) -> nn.Module:
+        stack = nn.Module()
+        stack.norm = nn.LayerNorm(4)
+        stack.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(depth)
+        )
+        return stack
+
+    network = nn.Module()
+    network.stages = nn.ModuleList([stack(1), stack(3), nn.Linear(4, 4)])
+    assert [type(block).__name__ for block in blocks(network)] == ["Module", *["Sequential"] * 3]
+    with pytest.raises(TrainingError, match=r"A Linear has no blocks.*checkpointing=none"):
+        checkpoint_blocks(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("mode", ["joint", "split"])
+def test_the_whole_step_is_the_same_on_a_transformer(small_cogvideox: Path, mode: Mode) -> None:
+    bench = Bench(load_small_cogvideox(small_cogvideox))
+    batch = a_batch(bench.model, FIRST)
+    bench.policy.zero_grad()
+    bench.plain(batch, Region())
+    plain = bench.flat()
+    assert plain.norm() > 0
+    checkpoint_blocks(bench.policy)
+    tolerance = 1e-6 if mode == "split" else 1e-3
+    assert apart(plain, bench.gradient(mode, batch, Region())) < tolerance
+
+
+def test_each_mode_holds_less(small_folder: Path) -> None:
+    bench = Bench(load_small(small_folder))
+    batch = a_batch(bench.model, FIRST)
+
+    def activations(mode: Mode) -> int:
+        run = partial(bench.gradient, mode, batch, Global())
+        return peak_bytes(run, networks=[bench.policy]).activations
+
+    joint, split, linear = (activations(mode) for mode in ("joint", "split", "linear"))
+    assert split < 0.6 * joint and linear < 0.6 * joint
+    checkpoint_blocks(bench.policy)
+    assert activations("joint") < 0.6 * joint
+    assert activations("split") < 0.6 * split
+
+
+def test_split_holds_no_more_for_a_larger_batch(bench: Bench) -> None:
+    peaks = [
+        peak_bytes(
+            partial(bench.gradient, "split", a_batch(bench.model, *labels), Global()),
+            networks=[bench.policy],
+        ).activations
+        for labels in ([FIRST], [FIRST, SECOND])
+    ]
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+# --- whole runs ------------------------------------------------------------------------------
+
+
+def trained(
+    folder: Path,
+    store: PairStore,
+    out: Path,
+    loss: Loss,
+    memory: MemorySettings,
+    *,
+    reference: Reference | None = None,
+    steps: int = 2,
+    resume: bool = False,
+) -> list[StepReport]:
+    settings = SETTINGS.model_copy(
+        update={"steps": steps, "batch": 2, "accumulation": 1, "lr": 1e-4, "samples": 0}
+    )
+    progress = train(
+        load_small(folder), store, loss, reference or Toggle(), settings, seed=0, out=out,
+        accelerator=Accelerator(cpu=True), resume=resume, memory=memory,
+    )  # fmt: skip
+    return [step.report for step in progress]
+
+
+def weights(out: Path) -> Tensor:
+    file = load_file(latest_checkpoint(out) / "adapter" / "adapter_model.safetensors")
+    return torch.cat([value.flatten() for _, value in sorted(file.items())])
+
+
+@pytest.mark.parametrize("reference", [Toggle(), Cached(draws=1)], ids=repr)
+def test_runs_of_all_modes_report_the_same(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path, reference: Reference
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=3)
+    run = partial(trained, small_folder, store, loss=Global(), reference=reference)
+    plain = run(tmp_path / "plain", memory=MemorySettings())
+    for backward in ("split", "linear"):
+        memory = MemorySettings(
+            backward=backward, checkpointing="blocks", chunks=2, offload="checkpoints, optimizer"
+        )
+        reports = run(tmp_path / backward, memory=memory)
+        assert reports[0].margin == 0
+        for one, other in zip(plain, reports, strict=True):
+            for name in ("loss", "grad_norm", "chosen_change", "rejected_change", "accuracy"):
+                assert getattr(other, name) == pytest.approx(getattr(one, name), 1e-2, abs=1e-7)
+
+
+def test_a_run_goes_on_in_another_mode_and_is_exact_in_its_own(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=3)
+    run = partial(trained, small_folder, store, loss=Region())
+    split = MemorySettings(backward="split", checkpointing="blocks")
+    run(tmp_path / "whole", memory=split)
+    run(tmp_path / "same", memory=split, steps=1)
+    shutil.copytree(tmp_path / "same", tmp_path / "other")
+    run(tmp_path / "same", memory=split, resume=True)
+    run(tmp_path / "other", memory=MemorySettings(), resume=True)
+    whole = weights(tmp_path / "whole")
+    assert torch.equal(whole, weights(tmp_path / "same"))
+    assert 0 <= apart(whole, weights(tmp_path / "other")) < 1e-3

@@ -1,0 +1,235 @@
+"""Options from four places, and a run.toml that repeats itself."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_video.errors import UserError
+from dpo_video.loss.global_ import Global
+from dpo_video.loss.region import Region
+from dpo_video.workflows.config import Config, resolve
+
+METRIC = ("frame_difference",)
+
+
+def resolved(*assignments: str, **options: Any) -> Config:
+    """One metric that every backbone has; the defaults load all of them."""
+    return resolve(assignments=assignments, metrics=METRIC, **options)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "some.toml"
+    path.write_text(text)
+    return path
+
+
+# --- precedence ------------------------------------------------------------------------------
+
+
+def test_without_a_word_it_is_the_main_job() -> None:
+    config = resolve()
+    names = {kind: config.tables[kind]["name"] for kind in ("backbone", "pairs", "loss")}
+    assert names == {"backbone": "tiny", "pairs": "local", "loss": "region"}
+    assert config.tables["reference"] == {"name": "toggle"}
+    assert {"warp_error", "frame_difference", "dynamic_degree"} <= config.metrics.keys()
+    assert config.labeler is None and "labeler" not in config.tables
+
+
+def test_each_place_overrides_the_one_before(tmp_path: Path) -> None:
+    file = written(tmp_path, '[loss]\nname = "global"\nbeta = 100.0\n[run]\nseed = 1\n')
+    assert resolved().loss == Region() and resolved().run.seed == 0
+    config = resolved(file=file)
+    assert config.loss == Global(beta=100) and config.run.seed == 1
+    config = resolved(file=file, flags={"run.seed": 2, "train.steps": None})
+    assert config.run.seed == 2 and config.train.steps == 200
+    config = resolved("run.seed=3", "loss.beta=7", file=file, flags={"run.seed": 2})
+    assert config.run.seed == 3 and config.loss == Global(beta=7)
+
+
+def test_options_belong_to_the_strategy_that_the_file_names(tmp_path: Path) -> None:
+    file = written(tmp_path, '[loss]\nname = "region"\nregion_weight = 3.0\n')
+    kept = resolved(file=file, choices={"loss": "region"})
+    assert kept.loss == Region(region_weight=3)
+    dropped = resolved(file=file, choices={"loss": "global"})
+    assert dropped.loss == Global()
+    assert resolved(file=file, choices={"loss": None}).loss == Region(region_weight=3)
+
+
+def test_metrics_that_are_named_again_keep_the_files_options(tmp_path: Path) -> None:
+    file = written(tmp_path, "[metric.frame_difference]\n")
+    assert list(resolve(file=file).metrics) == ["frame_difference"]
+    assert list(resolve(file=file, metrics=METRIC).metrics) == ["frame_difference"]
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("loss.beta=500", ("loss", "beta"), 500.0),
+        ("loss.beta = 5e2", ("loss", "beta"), 500.0),
+        ("loss.scale_by_strength=false", ("loss", "scale_by_strength"), False),
+        ("train.precision=bf16", ("train", "precision"), "bf16"),
+        ('train.precision="bf16"', ("train", "precision"), "bf16"),
+        ("train.betas=[0.8, 0.9]", ("train", "betas"), [0.8, 0.9]),
+        ("pairs.mask.max_blobs=2", ("pairs", "mask", "max_blobs"), 2),
+        ("run.prompt=a fox = red", ("run", "prompt"), "a fox = red"),
+    ],
+)
+def test_values_are_toml_or_a_bare_word(text: str, path: tuple[str, ...], value: object) -> None:
+    node: Any = resolved(text).tables
+    for part in path:
+        node = node[part]
+    assert node == value
+
+
+def test_a_folder_of_pairs_stands_for_a_strategy(tmp_path: Path) -> None:
+    store = tmp_path / "made"
+    store.mkdir()
+    (store / "store.json").write_text("{}")
+    config = resolved(choices={"pairs": str(store)})
+    assert config.pairs == str(store) and config.tables["pairs"] == {"store": str(store)}
+    file = written(tmp_path, config.toml())
+    assert resolve(file=file).pairs == str(store)
+    assert resolve(file=file, choices={"pairs": "local"}).tables["pairs"]["name"] == "local"
+
+
+def test_a_strategy_goes_before_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "store.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert resolved(choices={"pairs": "local"}).tables["pairs"]["name"] == "local"
+    assert resolved(choices={"pairs": "local/"}).pairs == "local"
+
+
+# --- repeating -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [(), ("loss.beta=0.1", "pairs.alphas=[0.5]", 'run.prompt=ünï "q" \\ code', "train.lr=3e-7")],
+)
+def test_run_toml_repeats_itself_to_the_letter(tmp_path: Path, assignments: tuple[str]) -> None:
+    text = resolved(*assignments).toml()
+    again = resolve(file=written(tmp_path, text))
+    assert again.toml() == text
+    assert tomllib.loads(text)["versions"].keys() >= {"dpo-video", "torch", "python"}
+
+
+def test_run_toml_holds_every_option_there_is() -> None:
+    tables = tomllib.loads(resolved().toml())
+    assert tables["loss"] == {"name": "region", **Region().model_dump()}
+    assert tables["train"]["weight_decay"] == 0.01
+    assert tables["pairs"]["mask"]["max_blobs"] == 5
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("loss.beat=1", r"Unknown option 'loss\.beat'\. Did you mean 'loss\.beta'\? Available: lo"),
+        ("los.beta=1", r"Unknown table 'los'\. Did you mean 'loss'\?"),
+        ("train.step=1", r"Unknown option 'train\.step'\. Did you mean 'train\.steps'\?"),
+        ("pairs.mask.blobs=1", r"Unknown option 'pairs\.mask\.blobs'\. Did you mean 'pairs\.mask"),
+        ("loss.beta=much", r"loss\.beta = 'much': .*valid number.*`dpo-video show loss region`"),
+        ("loss.beta=", r"loss\.beta = '': .*valid number"),
+        ("loss.beta=-1", r"loss\.beta = -1: .*greater than 0"),
+        ("loss.beta.x=1", r"loss\.beta = {'x': 1}: .*valid number"),
+        ("train.steps=2.5", r"train\.steps = 2\.5: .*See `dpo-video show train`"),
+        ("train.precision=int8", r"train\.precision = 'int8': .*'no', 'fp16' or 'bf16'"),
+        ("pairs.mask.max_blobs=0", r"pairs\.mask\.max_blobs = 0: .*`dpo-video show pairs local`"),
+        ("loss.beta", r"'loss\.beta' is not KIND\.OPTION=VALUE.*--set loss\.beta=500"),
+        ("beta=500", r"'beta=500' is not KIND\.OPTION=VALUE"),
+        ("loss.name=global", r"'loss\.name' is no option\. Choose a loss by --loss NAME"),
+        ("labeler.votes=3", r"but none is chosen\. Add --labeler NAME"),
+        ("metric.sharpnes.x=1", r"Unknown metric among those chosen 'sharpnes'"),
+        ("metric.frame_difference=1", r"'metric\.frame_difference' is 1, not a table"),
+        ("pairs.store=5", r"pairs\.store = 5 is no folder"),
+        ("pairs.store=here", r"pairs\.name is an option of a strategy, but pairs\.store names"),
+        ("backbone.model.x=1", r"backbone\.model = {'x': 1}: .*path"),
+    ],
+)
+def test_a_wrong_assignment_is_one_sentence_and_a_next_step(assignment: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as caught:
+        resolved(assignment)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["backbone", "pairs", "loss", "reference", "labeler"])
+def test_an_unknown_name_is_refused_for_every_kind(kind: str) -> None:
+    with pytest.raises(UserError, match=rf"Unknown {kind} 'qqq'\. Available: "):
+        resolved(choices={kind: "qqq"})
+
+
+def test_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'warp_eror'\. Did you mean 'warp_error'\?"):
+        resolve(metrics=["warp_eror"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("loss = ", r"is not valid TOML: .*Correct it and run again"),
+        ("[los]\n", r"Unknown table 'los'\. Did you mean 'loss'\?"),
+        ("loss = 5\n", r"'loss' in '.*' is not a table\. Write \[loss\]"),
+        ("[loss]\nbeta = 5.0\n", r"table \[loss\] names no strategy\. Add name = .*list loss`"),
+        ("[loss]\nname = 5\n", r"table \[loss\] names no strategy"),
+        ('[loss]\nname = "regoin"\n', r"Unknown loss 'regoin'\. Did you mean 'region'\?"),
+        ("[train]\nsteps = 0\n", r"train\.steps = 0: .*greater than or equal to 1"),
+        ("[metric]\nframe_difference = 3\n", r"'metric\.frame_difference' is 3, not a table"),
+        ('[pairs]\nstore = "x"\nsteps = 5\n', r"pairs\.steps is an option of a strategy"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_and_a_next_step(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(UserError, match=sentence) as caught:
+        resolve(file=file, metrics=METRIC if "metric" not in text else ())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot read '.*none\.toml': No such file.*Name an exist"):
+        resolve(file=tmp_path / "none.toml")
+    with pytest.raises(UserError, match=r"Cannot read '.*': Is a directory"):
+        resolve(file=tmp_path)
+    latin = tmp_path / "latin.toml"
+    latin.write_bytes(b'[run]\nprompt = "\xe9"\n')
+    with pytest.raises(UserError, match="is not valid TOML"):
+        resolve(file=latin)
+
+
+def test_a_family_trains_as_its_papers_do_where_nobody_says_otherwise(tmp_path: Path) -> None:
+    tables = resolve(choices={"backbone": "cogvideox"}).tables["train"]
+    assert (tables["rank"], tables["alpha"], tables["lr"]) == (64, 128, 1e-5)
+    assert (tables["betas"], tables["weight_decay"]) == ([0.9, 0.95], 1e-3)
+    assert resolve(choices={"backbone": "animatediff"}).train.lr == 1e-5
+    assert resolve().train.rank == 16 and resolve().train.lr == 1e-4
+    # What the command line or a file says goes before it.
+    said = resolve(choices={"backbone": "cogvideox"}, assignments=["train.lr=1e-4"]).train
+    assert (said.rank, said.lr) == (64, 1e-4)
+    file = tmp_path / "run.toml"
+    file.write_text('[backbone]\nname = "cogvideox"\n[train]\nrank = 4\nalpha = 4\n')
+    read = resolve(file=file).train
+    assert (read.rank, read.alpha, read.weight_decay) == (4, 4, 1e-3)
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "cogvideox"])
+def test_alpha_follows_a_rank_that_is_set_alone(backbone: str) -> None:
+    chosen = {"backbone": backbone}
+    assert resolve(choices=chosen, flags={"train.rank": 8}).train.alpha == 16
+    both = resolve(choices=chosen, assignments=["train.rank=8", "train.alpha=8"]).train
+    assert (both.rank, both.alpha) == (8, 8)
+
+
+@pytest.mark.parametrize("rank", [10**400, 2**16 + 1, 0])
+def test_a_rank_that_no_layer_has_is_refused(rank: int) -> None:
+    with pytest.raises(UserError, match=r"^train\.rank = "):
+        resolve(assignments=[f"train.rank={rank}"])
