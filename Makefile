@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## Local pairs, region loss, toggled reference on the embedded model; then the comparison
 	rm -rf $(DEMO)
 	$(BIN)/dpo-video train --pairs local --loss region --reference toggle --out $(DEMO) \
-	    --count 24 --steps 40 --set train.batch=3 --set train.accumulation=1 \
-	    --set train.lr=3e-4 --set train.save_every=40 --set loss.anchor_weight=1000
+	    --count 24 --steps 40 --set train.batch_size=3 --set train.gradient_accumulation_steps=1 \
+	    --set train.learning_rate=3e-4 --set train.save_steps=40 --set loss.sft_weight=1000
 	$(BIN)/dpo-video evaluate $(DEMO) --seeds 12
 
 check: setup ## Lint, formatting and types

@@ -34,7 +34,7 @@ from dpo_video.settings import BuildSettings, TrainSettings
 from dpo_video.support.rng import generator
 from dpo_video.training.lora import adapt
 from dpo_video.training.objective import noised, pair_errors, reference_predictions
-from dpo_video.training.reference_cache import Bank, BankManifest, Visit
+from dpo_video.training.reference_cache import PairDraw, ReferenceCache, ReferenceCacheManifest
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 SEED, SIZES, BANKS = 0, (1, 4, 16), 400
@@ -49,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), arguments.pairs, arguments.draws, arguments.steps)
+        result = measure(Path(folder), arguments.pairs, arguments.noise_draws, arguments.steps)
     versions = {"dpo-video": dpo_video.__version__} if hasattr(dpo_video, "__version__") else {}
     result = {
         "machine": arguments.machine,
@@ -64,7 +64,7 @@ def main() -> None:
     (RESULTS / "bank.txt").write_text(console.export_text())
 
 
-def measure(folder: Path, pairs: int, draws: int, steps: int) -> dict[str, object]:
+def measure(folder: Path, pairs: int, noise_draws: int, steps: int) -> dict[str, object]:
     model = Tiny().load(torch.device("cpu"), torch.float32)
     manifest = Manifest(
         recipe={}, identity=model.identity, latent_shape=model.latent_shape, fps=model.shape.fps
@@ -84,30 +84,32 @@ def measure(folder: Path, pairs: int, draws: int, steps: int) -> dict[str, objec
     )
     settings = TrainSettings(rank=4, alpha=8)
     policy = adapt(model, settings, SEED)
-    anchor = Toggle().follow(policy)
+    reference_model = Toggle().attach(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=3e-4)
     seconds: dict[str, list[float]] = {"reference": [], "policy": [], "bank": []}
-    bank = Bank(store, BankManifest.of(model, SEED, "no"))
+    bank = ReferenceCache(store, ReferenceCacheManifest.of(model, SEED, "no"))
 
     def draw(pair: int, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         source = generator(SEED, name, pair, number)
         noise = torch.randn(1, *model.latent_shape, generator=source)
-        return noise, model.sample_levels(1, source)
+        return noise, model.sample_timesteps(1, source)
 
     def gradient(pair: int, name: str, number: int) -> tuple[float, np.ndarray]:
         batch = store.batch([pair])
-        noise, level = draw(pair, name, number)
+        noise, timestep = draw(pair, name, number)
         start = time.process_time()
-        known = reference_predictions(model, anchor, noised(model, batch, noise, level))
+        known = reference_predictions(model, reference_model, noised(model, batch, noise, timestep))
         middle = time.process_time()
-        errors = pair_errors(model, policy, anchor, batch, noise, level, known=known)
+        errors = pair_errors(
+            model, policy, reference_model, batch, noise, timestep, reference_prediction=known
+        )
         loss = Global()(errors).loss.sum()
         optimizer.zero_grad()
         loss.backward()
         seconds["reference"].append(middle - start)
         seconds["policy"].append(time.process_time() - middle)
-        visit = Visit(pair, number)
+        visit = PairDraw(pair, number)
         bank.fill([visit], lambda _: known)
         start = time.process_time()
         bank.read([visit])
@@ -116,29 +118,31 @@ def measure(folder: Path, pairs: int, draws: int, steps: int) -> dict[str, objec
         return loss.item(), flat.numpy().copy()
 
     for step in range(steps):
-        gradient(step % pairs, "move", draws + step)
+        gradient(step % pairs, "move", noise_draws + step)
         optimizer.step()
-    losses = np.zeros((pairs, draws))
+    losses = np.zeros((pairs, noise_draws))
     rows: list[list[np.ndarray]] = []
     for pair in range(pairs):
         rows.append([])
-        for number in range(draws):
+        for number in range(noise_draws):
             losses[pair, number], row = gradient(pair, "draw", number)
             rows[-1].append(row)
         print(f"pair {pair + 1} of {pairs}: {time.process_time():.0f} s", flush=True)
     gradients = np.array(rows, dtype=np.float64)  # [pairs, draws, weights]
-    banked, fresh = gradients[:, : draws // 2], gradients[:, draws // 2 :]
+    banked, fresh = gradients[:, : noise_draws // 2], gradients[:, noise_draws // 2 :]
     truth = fresh.mean(axis=(0, 1))
     return {
         "pairs": pairs,
-        "draws": draws,
+        "draws": noise_draws,
         "steps_before": steps,
         "banks": BANKS,
         "seconds": {name: float(np.median(values)) for name, values in seconds.items()},
-        "bytes_per_prediction": sum(t.nbytes for t in bank.read([Visit(0, 0)])),
+        "bytes_per_prediction": sum(t.nbytes for t in bank.read([PairDraw(0, 0)])),
         "loss": {"mean": float(losses.mean()), "sd_over_draws": float(losses.std(axis=1).mean())},
         "all_banked": compare(banked.mean(axis=(0, 1)), truth),
-        "sizes": {str(k): statistics(banked, losses[:, : draws // 2], truth, k) for k in SIZES},
+        "sizes": {
+            str(k): statistics(banked, losses[:, : noise_draws // 2], truth, k) for k in SIZES
+        },
     }
 
 
@@ -153,10 +157,10 @@ def statistics(
 ) -> dict[str, float]:
     """Over many random banks of a size."""
     pick = np.random.default_rng(SEED)
-    pairs, draws = losses.shape
+    pairs, noise_draws = losses.shape
     found, means = [], []
     for _ in range(BANKS):
-        chosen = np.stack([pick.permutation(draws)[:size] for _ in range(pairs)])
+        chosen = np.stack([pick.permutation(noise_draws)[:size] for _ in range(pairs)])
         rows = np.arange(pairs)[:, None]
         found.append(compare(banked[rows, chosen].mean(axis=(0, 1)), truth))
         means.append(losses[rows, chosen].mean())

@@ -137,9 +137,9 @@ def pyramidal_lk(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     height, width = first.shape
     x, y = np.meshgrid(np.arange(0.5, width, 2), np.arange(0.5, height, 2))
     points = np.stack([x, y], axis=-1).reshape(-1, 1, 2).astype(np.float32)
-    levels = int(math.log2(min(height, width) / 12))
+    timesteps = int(math.log2(min(height, width) / 12))
     found, _, _ = cv2.calcOpticalFlowPyrLK(
-        first, second, points, None, winSize=(11, 11), maxLevel=levels
+        first, second, points, None, winSize=(11, 11), maxLevel=timesteps
     )
     coarse = (found - points).reshape(height // 2, width // 2, 2)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -195,7 +195,7 @@ def test_flow(turn: Turn, contestant: str, quick: bool) -> None:
     )
 
 
-VARIANTS = ("corrected", "lk", "farneback")
+VARIANTS = ("lucas_kanade", "videodpo_lk", "videodpo_farneback")
 
 
 @pytest.mark.contestants(*VARIANTS)

@@ -42,9 +42,16 @@ from dpo_video.types import Pair, PairBatch
 
 PAIRS = 4
 SETTINGS = TrainSettings(
-    steps=10**6, batch=1, accumulation=1, rank=16, alpha=16, lr=1e-5, save_every=10**6, samples=0,
-    tracker="none",
-)  # fmt: skip
+    steps=10**6,
+    batch_size=1,
+    gradient_accumulation_steps=1,
+    rank=16,
+    alpha=16,
+    learning_rate=1e-5,
+    save_steps=10**6,
+    validation_videos=0,
+    report_to="none",
+)
 # As wide beside its network as the published ones: 64 of Wan2.1-1.3B's 1536 channels.
 RANKS = {"tiny": 16, "a small Wan": 16}
 FLOOR = "operations at the matmul rate"
@@ -70,7 +77,7 @@ class Drawn:
 
     batch: PairBatch
     noise: Tensor
-    level: Tensor
+    timestep: Tensor
 
 
 def tiny(folder: Path, device: torch.device, quick: bool) -> VideoModel:
@@ -147,12 +154,12 @@ def pairs(name: str, model: VideoModel) -> PairStore:
     return store
 
 
-def draws(name: str, model: VideoModel) -> Drawn:
+def noise_draws(name: str, model: VideoModel) -> Drawn:
     generator = torch.Generator().manual_seed(0)
     return Drawn(
         pairs(name, model).batch([0]).to(model.device),
         torch.randn(1, *model.latent_shape, generator=generator).to(model.device),
-        model.sample_levels(1, generator).to(model.device),
+        model.sample_timesteps(1, generator).to(model.device),
     )
 
 
@@ -181,7 +188,7 @@ def ours(name: str, mode: str, device: torch.device, quick: bool) -> Callable[[]
 
 def theirs(name: str, which: str, device: torch.device, quick: bool) -> Callable[[], object]:
     model = load(name, device, quick)
-    drawn = draws(name, model)
+    drawn = noise_draws(name, model)
     policy = adapt(model, settings(name), 0)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
     if which == SCRIPT:
@@ -189,22 +196,22 @@ def theirs(name: str, which: str, device: torch.device, quick: bool) -> Callable
     else:
         passes = video_dpo(model, policy, frozen_copy(policy))
     whole = step(passes, policy, optimizer)
-    return lambda: whole(drawn.batch, drawn.noise, drawn.level)
+    return lambda: whole(drawn.batch, drawn.noise, drawn.timestep)
 
 
 def networks_alone(name: str, device: torch.device, quick: bool) -> Callable[[], object]:
     """The passes of a step, and no loss: what no step with these passes can be faster than."""
     model = load(name, device, quick)
-    drawn = draws(name, model)
+    drawn = noise_draws(name, model)
     policy = adapt(model, settings(name), 0)
-    inputs = noised(model, drawn.batch, drawn.noise, drawn.level)
-    shown = inputs.noisy, inputs.level, inputs.context
+    inputs = noised(model, drawn.batch, drawn.noise, drawn.timestep)
+    shown = inputs.noisy, inputs.timestep, inputs.context
     gradient = torch.ones_like(inputs.target)
     following: Reference = strategy("reference", "toggle")
-    anchor = following.follow(policy)
+    reference_model = following.attach(policy)
 
     def call() -> None:
-        with torch.no_grad(), anchor.network() as reference:
+        with torch.no_grad(), reference_model.network() as reference:
             model.predict(reference, *shown)
         model.predict(policy, *shown).backward(gradient)
         policy.zero_grad()

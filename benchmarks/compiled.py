@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.loss.global_ import Global
 from dpo_video.memory.compile import last_weights
-from dpo_video.memory.modes import arrange
+from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import VideoModel
@@ -98,7 +98,9 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = MODELS[name](Path(folder) / "model", CPU, quick)
     policy = adapt(model, TrainSettings(rank=16), seed=0)
-    step = Step(model=model, policy=policy, anchor=Toggle().follow(policy), loss=Global(beta=100))
+    step = Step(
+        model=model, policy=policy, reference_model=Toggle().attach(policy), loss=Global(beta=100)
+    )
     generator = torch.Generator().manual_seed(0)
     size, shapes = (1, *model.latent_shape), model.prompt_shapes()
     assert shapes is not None
@@ -108,13 +110,13 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
         region=torch.ones(1, 1, *size[2:]), strength=torch.ones(1), keys=["0"],
         context={n: torch.randn(1, *s, generator=generator) for n, s in shapes.items()},
     )  # fmt: skip
-    noise, level = torch.randn(size, generator=generator), model.sample_levels(1, generator)
+    noise, timestep = torch.randn(size, generator=generator), model.sample_timesteps(1, generator)
 
     def seconds(memory: MemorySettings) -> float:
-        arrange(policy, memory)
+        apply_memory_modes(policy, memory)
         policy.zero_grad()
         before = used()
-        step(batch, noise, level)
+        step(batch, noise, timestep)
         return used() - before
 
     def gradient(memory: MemorySettings) -> torch.Tensor:
@@ -127,7 +129,7 @@ def measured(name: str, quick: bool) -> dict[str, Any]:
     before = made["unique_graphs"]
     cold = seconds(COMPILED)
     graphs = made["unique_graphs"] - before
-    margin = step(batch, noise, level).margin.item()
+    margin = step(batch, noise, timestep).margin.item()
     turns = [(seconds(AS_IT_IS), seconds(COMPILED)) for _ in range(1 if quick else STEPS)]
     plain, compiled = (median(times) for times in zip(*turns, strict=True))
     ratios = sorted(each[1] / each[0] for each in turns)

@@ -26,14 +26,14 @@ from rich.table import Table
 
 from benchmarks.support.plots import Panel, Spot, peaks
 from dpo_video import registry
-from dpo_video.diffusion.pretrained import outlined
+from dpo_video.diffusion.pretrained import on_meta
 from dpo_video.estimation.forecast import (
     BACKWARDS,
     CHECKPOINTINGS,
     DTYPES,
     GIB,
     Forecast,
-    Mode,
+    MemoryMode,
     empty_pairs,
     forecast,
     give_tensors,
@@ -116,7 +116,7 @@ def check(case: str, device: torch.device) -> list[dict[str, Any]]:
     kind, options, training = CASES[case]
     backbone: Backbone = registry.load("backbone", kind)(**options)  # type: ignore[assignment]
     loss: Loss = registry.load("loss", "global")()  # type: ignore[assignment]
-    settings = TrainSettings(batch=1, accumulation=2, **training)
+    settings = TrainSettings(batch_size=1, gradient_accumulation_steps=2, **training)
     references: dict[str, Reference] = {
         name: registry.load("reference", name)()  # type: ignore[misc]
         for name in REFERENCES
@@ -134,7 +134,7 @@ def check(case: str, device: torch.device) -> list[dict[str, Any]]:
 
 def compare(
     predicted: Forecast,
-    mode: Mode,
+    mode: MemoryMode,
     backbone: Backbone,
     references: dict[str, Reference],
     loss: Loss,
@@ -165,19 +165,19 @@ def measure(
     reference: Reference,
     loss: Loss,
     settings: TrainSettings,
-    mode: Mode,
+    mode: MemoryMode,
     device: torch.device,
 ) -> dict[str, Any]:
     """Two steps on random weights."""
-    dtype = DTYPES[settings.precision]
-    with outlined():
+    dtype = DTYPES[settings.mixed_precision]
+    with on_meta():
         model = backbone.load(device, dtype)
         prompt = model.prompt_shapes()
     assert prompt is not None
     with torch.device("meta"):
         policy = adapt(model, settings, seed=0)
-        anchor = reference.follow(policy)
-    with anchor.network() as network:
+        reference_model = reference.attach(policy)
+    with reference_model.network() as network:
         for each in (policy, network):
             give_tensors(each, device)
             for tensor in (*each.parameters(), *each.buffers()):
@@ -188,18 +188,18 @@ def measure(
     step = Step(
         model=model,
         policy=policy,
-        anchor=anchor,
+        reference_model=reference_model,
         loss=loss,
         mode=mode.backward,
         autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     )
     optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
-    batch, noise, level = empty_pairs(model, prompt, settings.batch, dtype)
+    batch, noise, timestep = empty_pairs(model, prompt, settings.batch_size, dtype)
     noise.normal_()
 
     def accumulate() -> None:
-        for _ in range(settings.accumulation):
-            step(batch, noise, level, share=1 / settings.accumulation)
+        for _ in range(settings.gradient_accumulation_steps):
+            step(batch, noise, timestep, loss_scale=1 / settings.gradient_accumulation_steps)
 
     if device.type == "cpu":
         own = [network] if network is not policy else []
@@ -212,7 +212,9 @@ def measure(
     began = time.perf_counter()
     accumulate()
     torch.cuda.synchronize()
-    seconds = (time.perf_counter() - began) / (settings.accumulation * settings.batch)
+    seconds = (time.perf_counter() - began) / (
+        settings.gradient_accumulation_steps * settings.batch_size
+    )
     optimizer.step()
     return {
         "bytes": torch.cuda.max_memory_allocated(),

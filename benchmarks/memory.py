@@ -9,8 +9,8 @@ workspaces and what its allocator loses to fragments come on top; "on a card" ad
 of them.
 Beside the modes of `dpo-video fit` stands, for each card, what fits it with the fewest checkpointed
 blocks.
-Half precision is autocast, as `train.precision` has it: norms run in fp32, and what they are given
-is kept in fp32.
+Half precision is autocast, as `train.mixed_precision` has it: norms run in fp32, and their inputs
+are kept in fp32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,14 @@ from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
 from dpo_video.cli.fit import brief
 from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
-from dpo_video.estimation.forecast import GIB, Mode, Need, Rehearsed, forecast, ladder
+from dpo_video.estimation.forecast import (
+    GIB,
+    MemoryEstimate,
+    MemoryMode,
+    TraceCache,
+    candidate_modes,
+    forecast,
+)
 from dpo_video.estimation.tiers import tiers
 from dpo_video.loss.global_ import Global
 from dpo_video.reference.copy import Copy
@@ -51,19 +58,19 @@ WAN_14B = "Wan2.1-14B, 81 frames 480p, bf16, rank 32"
 MODELS: dict[str, tuple[Backbone, TrainSettings]] = {
     ANIMATEDIFF: (
         AnimateDiff(model="sd1.5", motion_adapter="animatediff-v1-5-2"),
-        TrainSettings(rank=32, precision="fp16", accumulation=1),
+        TrainSettings(rank=32, mixed_precision="fp16", gradient_accumulation_steps=1),
     ),
     WAN: (
         Wan(model="wan2.1-t2v-1.3b", frames=81, height=480, width=832),
-        TrainSettings(rank=64, precision="bf16", accumulation=1),
+        TrainSettings(rank=64, mixed_precision="bf16", gradient_accumulation_steps=1),
     ),
     COGVIDEOX: (
         CogVideoX(model="cogvideox-5b"),
-        TrainSettings(rank=32, precision="bf16", accumulation=1),
+        TrainSettings(rank=32, mixed_precision="bf16", gradient_accumulation_steps=1),
     ),
     WAN_14B: (
         Wan(model="wan2.1-t2v-14b", frames=81, height=480, width=832),
-        TrainSettings(rank=32, precision="bf16", accumulation=1),
+        TrainSettings(rank=32, mixed_precision="bf16", gradient_accumulation_steps=1),
     ),
 }
 
@@ -73,7 +80,7 @@ class Row(BaseModel):
 
     predicted: Literal[True] = True
     model: str
-    need: Need
+    need: MemoryEstimate
     seconds: float
     """That the prediction took."""
 
@@ -83,17 +90,17 @@ def rows(only: str, kept: list[Row]) -> Iterator[Row]:
     for model, (backbone, settings) in MODELS.items():
         if only not in model:
             continue
-        ran = Rehearsed()  # what was run already is not run again
+        ran = TraceCache()  # what was run already is not run again
         known = {row.need.mode: row for row in kept if row.model == model}
-        needs: dict[Mode, Need] = {}
-        for mode in ladder(list(REFERENCES), Global()):
+        needs: dict[MemoryMode, MemoryEstimate] = {}
+        for mode in candidate_modes(list(REFERENCES), Global()):
             began = time.monotonic()
             if mode in known:
                 needs[mode] = known.pop(mode).need
                 yield next(row for row in kept if row.model == model and row.need.mode == mode)
                 continue
             reference = {mode.reference: REFERENCES[mode.reference]}
-            found = forecast(backbone, reference, Global(), settings, modes=[mode], rehearsed=ran)
+            found = forecast(backbone, reference, Global(), settings, modes=[mode], traces=ran)
             needs[mode] = found.needs[0]
             yield Row(model=model, need=needs[mode], seconds=round(time.monotonic() - began, 1))
         if known:  # the fewest blocks
@@ -106,18 +113,21 @@ def rows(only: str, kept: list[Row]) -> Iterator[Row]:
 
 
 def partial(
-    backbone: Backbone, settings: TrainSettings, needs: dict[Mode, Need], ran: Rehearsed
-) -> set[Need]:
+    backbone: Backbone,
+    settings: TrainSettings,
+    needs: dict[MemoryMode, MemoryEstimate],
+    ran: TraceCache,
+) -> set[MemoryEstimate]:
     """Per card, the fewest checkpointed blocks with which a step of one graph or of two fits it."""
     found = set()
     for card in tiers().values():
         memory = SHARE * card.memory_gib * GIB
         for backward in ("joint", "linear"):
-            mode = Mode(reference="toggle", checkpointing="blocks", backward=backward)
+            mode = MemoryMode(reference="toggle", checkpointing="blocks", backward=backward)
             if needs[mode].card > memory:
                 continue
             choice = fewest_blocks(
-                backbone, REFERENCES["toggle"], Global(), settings, mode, memory, rehearsed=ran
+                backbone, REFERENCES["toggle"], Global(), settings, mode, memory, traces=ran
             )
             if isinstance(choice.need.mode.checkpointing, int):
                 found.add(choice.need)
@@ -136,7 +146,7 @@ def drawn(found: list[Row]) -> str:
                     name=brief(row.need.mode),
                     cost=row.need.flops / 1e12,
                     gib=row.need.card / GIB,
-                    hollow=row.need.mode.base != "native",
+                    hollow=row.need.mode.quantization != "native",
                 )
                 for row in found
                 if row.model == model

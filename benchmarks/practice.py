@@ -43,17 +43,20 @@ Passes = Callable[[PairBatch, Tensor, Tensor], list[Tensor]]
 
 
 def research_script(model: VideoModel, policy: PeftModel) -> Passes:
-    def passes(batch: PairBatch, noise: Tensor, level: Tensor) -> list[Tensor]:
+    def passes(batch: PairBatch, noise: Tensor, timestep: Tensor) -> list[Tensor]:
         clean = torch.cat([batch.first, batch.second])
-        noise, level = noise.repeat(2, 1, 1, 1, 1), level.repeat(2)
+        noise, timestep = noise.repeat(2, 1, 1, 1, 1), timestep.repeat(2)
         context = {name: torch.cat([value, value]) for name, value in batch.context.items()}
-        noisy, target = model.add_noise(clean, noise, level), model.target(clean, noise, level)
-        predicted = model.predict(policy, noisy, level, context)
+        noisy, target = (
+            model.add_noise(clean, noise, timestep),
+            model.target(clean, noise, timestep),
+        )
+        predicted = model.predict(policy, noisy, timestep, context)
         errors = F.mse_loss(predicted.float(), target.float(), reduction="none")
         of_policy = errors.mean(dim=(1, 2, 3, 4)).chunk(2)
         with policy.disable_adapter(), torch.no_grad():
-            anchored = model.predict(policy, noisy, level, context).detach()
-            errors = F.mse_loss(anchored.float(), target.float(), reduction="none")
+            with_sft = model.predict(policy, noisy, timestep, context).detach()
+            errors = F.mse_loss(with_sft.float(), target.float(), reduction="none")
             of_reference = errors.mean(dim=(1, 2, 3, 4)).chunk(2)
         inside = (of_reference[0] - of_reference[1]) - (of_policy[0] - of_policy[1])
         loss = -F.logsigmoid(SLOPE * inside).mean()
@@ -77,14 +80,17 @@ def frozen_copy(policy: PeftModel) -> nn.Module:
 
 
 def video_dpo(model: VideoModel, policy: PeftModel, reference: nn.Module) -> Passes:
-    def passes(batch: PairBatch, noise: Tensor, level: Tensor) -> list[Tensor]:
+    def passes(batch: PairBatch, noise: Tensor, timestep: Tensor) -> list[Tensor]:
         rewards = []
         for clean in (batch.first, batch.second):
-            noisy, target = model.add_noise(clean, noise, level), model.target(clean, noise, level)
+            noisy, target = (
+                model.add_noise(clean, noise, timestep),
+                model.target(clean, noise, timestep),
+            )
             with torch.no_grad():
-                anchored = model.predict(reference, noisy, level, batch.context)
-            predicted = model.predict(policy, noisy, level, batch.context)
-            of_reference = F.mse_loss(anchored.float(), target.float())
+                with_sft = model.predict(reference, noisy, timestep, batch.context)
+            predicted = model.predict(policy, noisy, timestep, batch.context)
+            of_reference = F.mse_loss(with_sft.float(), target.float())
             rewards.append(of_reference - F.mse_loss(predicted.float(), target.float()))
         loss = -F.logsigmoid(SLOPE * (rewards[0] - rewards[1]))
         loss.backward()
@@ -99,8 +105,8 @@ def step(
     """An optimizer step of one pair."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
 
-    def whole(batch: PairBatch, noise: Tensor, level: Tensor) -> None:
-        figures = passes(batch, noise, level)
+    def whole(batch: PairBatch, noise: Tensor, timestep: Tensor) -> None:
+        figures = passes(batch, noise, timestep)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -124,7 +130,7 @@ CASES = {
 def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     """SD1.5 with AnimateDiff v1.5.2, 16 frames of 512x512, fp16 autocast, LoRA of rank 32."""
     from dpo_video.backbone.animatediff import AnimateDiff
-    from dpo_video.diffusion.pretrained import outlined
+    from dpo_video.diffusion.pretrained import on_meta
     from dpo_video.estimation.forecast import empty_pairs, give_tensors
     from dpo_video.loss.global_ import Global
     from dpo_video.memory.peak import as_on_cuda, peak_bytes
@@ -134,7 +140,7 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     from dpo_video.training.step import Step, checkpoint_blocks
 
     cpu, half = torch.device("cpu"), torch.float16
-    with outlined():
+    with on_meta():
         backbone = AnimateDiff(model="sd1.5", motion_adapter="animatediff-v1-5-2")
         model = backbone.load(cpu, half)
         prompt = model.prompt_shapes()
@@ -160,7 +166,7 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
         else:
             mode: Any = which
             passes = Step(
-                model=model, policy=policy, anchor=Toggle().follow(policy), loss=Global(),
+                model=model, policy=policy, reference_model=Toggle().attach(policy), loss=Global(),
                 mode=mode, backward=torch.autograd.backward,
             )  # fmt: skip
         trained = [p for p in policy.parameters() if p.requires_grad]

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
-from dpo_video.diffusion.pretrained import outlined
-from dpo_video.estimation.forecast import DTYPES, Mode, empty_pairs, forecast, give_tensors
+from dpo_video.diffusion.pretrained import on_meta
+from dpo_video.estimation.forecast import DTYPES, MemoryMode, empty_pairs, forecast, give_tensors
 from dpo_video.loss.global_ import Global
 from dpo_video.memory.peak import as_on_cuda, peak_bytes
 from dpo_video.reference.toggle import Toggle
@@ -51,8 +51,8 @@ class _ReachedError(Exception):
 
 def counted(backbone: Backbone, precision: str) -> dict[str, float]:
     """Operations of one video: up to the first adapter, and of the whole pass."""
-    settings = TrainSettings(rank=16, precision=precision)  # type: ignore[arg-type]
-    with outlined():
+    settings = TrainSettings(rank=16, mixed_precision=precision)  # type: ignore[arg-type]
+    with on_meta():
         model = backbone.load(torch.device("cpu"), DTYPES[precision])
         prompt = model.prompt_shapes()
     assert prompt is not None
@@ -65,12 +65,12 @@ def counted(backbone: Backbone, precision: str) -> dict[str, float]:
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         give_tensors(policy, torch.device("cpu"))
-        batch, noise, level = empty_pairs(model, prompt, 1, DTYPES[precision])
+        batch, noise, timestep = empty_pairs(model, prompt, 1, DTYPES[precision])
 
         def forward() -> None:
             try:
                 with as_on_cuda(DTYPES[precision]):
-                    model.predict(policy, noise, level, batch.context)
+                    model.predict(policy, noise, timestep, batch.context)
             except _ReachedError:
                 pass
 
@@ -79,7 +79,7 @@ def counted(backbone: Backbone, precision: str) -> dict[str, float]:
         prefix = peak_bytes(forward).flops
         for hook in hooks:
             hook.remove()
-    mode = Mode(reference="toggle", checkpointing="none", backward="joint")
+    mode = MemoryMode(reference="toggle", checkpointing="none", backward="joint")
     step = forecast(backbone, {"toggle": Toggle()}, Global(), settings, modes=[mode]).needs[0].flops
     return {
         "prefix": prefix / 1e12,

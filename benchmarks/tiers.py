@@ -59,7 +59,7 @@ def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
         "model": model,
         **size,
         "rank": config.train.rank,
-        "precision": config.train.precision,
+        "precision": config.train.mixed_precision,
         "blocks": blocks,
         "mode": need.mode.model_dump(mode="json"),
         "brief": brief(need.mode),

@@ -29,43 +29,43 @@ class TrainSettings(Settings):
 
     steps: int = Field(default=200, ge=1)
     """Optimizer steps."""
-    batch: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=1, ge=1)
     """Pairs per forward pass and process."""
-    accumulation: int = Field(default=4, ge=1)
+    gradient_accumulation_steps: int = Field(default=4, ge=1)
     """Forward passes per optimizer step."""
-    lr: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """AdamW's learning rate, after warm-up and before decay."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's momenta."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's weight decay."""
-    warmup: int = Field(default=10, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
     """Steps of linear warm-up."""
     decay: float = Field(default=0.0, ge=0, le=1)
     """The last share of the steps, in which the learning rate falls linearly to 0."""
-    clip: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
     rank: int = Field(default=16, ge=1, le=LARGEST_RANK)
     """LoRA's rank. This and all else here may have other values for some backbones, as their papers
     have them, where you set none: see `dpo-video config --backbone NAME`."""
     alpha: float = Field(default=32.0, gt=0)
     """LoRA's alpha: its update is scaled by alpha / rank. It follows a rank that you set alone."""
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of the forward passes; errors and losses are always fp32."""
     skips: int = Field(default=3, ge=0)
     """Steps of the whole run that may be skipped because their loss or gradient is not finite; one
     more stops it and names the pairs. Steps that fp16's loss scaler skips do not count."""
-    save_every: int = Field(default=50, ge=1)
+    save_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints; the last step is always saved."""
-    keep: int | None = Field(default=None, ge=1)
+    save_total_limit: int | None = Field(default=None, ge=1)
     """Newest checkpoints that are kept, and older ones deleted; all of them when not set. One is
     three times the size of its adapter."""
-    samples: int = Field(default=2, ge=0)
+    validation_videos: int = Field(default=2, ge=0)
     """Videos drawn at every checkpoint, with seeds that never change."""
     labels: tuple[str, ...] = ()
     """Names of labels to train on instead of the pairs' own; a vote where there are several. Once a
     run has begun, NAME@HASH: other labels of that name are refused."""
-    tracker: str = "tensorboard"
+    report_to: str = "tensorboard"
     """Any tracker of Accelerate's; "none" for the JSON lines alone."""
 
 
@@ -112,7 +112,7 @@ class MemorySettings(Settings):
     one video without any more passes, for losses that look at means over whole videos (not region,
     not segment); the two gradients' difference costs it two digits, and the adapter's gradients are
     there three times."""
-    chunks: int = Field(default=1, ge=1)
+    forward_chunks: int = Field(default=1, ge=1)
     """Parts that feed-forward layers and cross-attentions run in, one after another, each computed
     again for its backward pass: their insides, the widest tensors of a transformer, are there for
     one part only. 8 is plenty; a few per cent more time."""
@@ -123,7 +123,7 @@ class MemorySettings(Settings):
     checkpointed blocks were given. blocks: the frozen weights of all blocks, fetched layer by
     layer, which takes time. optimizer: AdamW's state; it steps there. Tested without a GPU; on one
     it has not been run yet."""
-    base: Literal["native", "int8", "nf4", "fp8"] = "native"
+    quantization: Literal["native", "int8", "nf4", "fp8"] = "native"
     """The frozen weights of all blocks: as they are, or in 8 or 4 bits. That changes the numbers:
     policy and reference are then another model, and the run says so wherever its model is named.
     nf4 needs bitsandbytes: pip install 'dpo-video[nf4]'."""
@@ -155,11 +155,11 @@ class EvaluateSettings(Settings):
     """Videos of each, one prompt and one seed a video."""
     seed: int = Field(default=0, ge=0)
     """Seed of the noises; not the run's, so that runs with other seeds draw the same videos."""
-    batch: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=4, ge=1)
     """Videos sampled at once."""
-    steps: int | None = Field(default=None, ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1)
     """Sampling steps; the backbone's own number when not set."""
-    guidance: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     """Classifier-free guidance; the backbone's own when not set."""
     tolerance: float = Field(default=0.03, ge=0, lt=1)
     """Largest relative fall of the dynamic degree that still counts as keeping the motion."""

@@ -22,15 +22,15 @@ from dpo_video.errors import UserError
 from dpo_video.types import (
     Clip,
     Context,
+    ExportSpec,
     Latents,
     LossOutput,
-    Mark,
-    Material,
     Pair,
     PairErrors,
+    PairSource,
     PerPair,
-    Publication,
     Region,
+    SegmentLabel,
     Video,
     Videos,
     VideoShape,
@@ -51,8 +51,8 @@ class Strategy(BaseModel):
 class Sampling:
     """A family's own sampling settings, used wherever an option leaves them open."""
 
-    steps: int
-    guidance: float
+    num_inference_steps: int
+    guidance_scale: float
 
 
 PACKED = "+"  # in an identity, between the hash of the weights and what they were packed into
@@ -96,20 +96,20 @@ class VideoModel(ABC):
         """What the denoiser needs to know of the prompts."""
 
     @abstractmethod
-    def sample_levels(self, n: int, generator: Generator) -> PerPair:
+    def sample_timesteps(self, n: int, generator: Generator) -> PerPair:
         """Draw `n` training noise levels from the family's distribution, on the CPU."""
 
     @abstractmethod
-    def add_noise(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
+    def add_noise(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
         """The forward process at `level`, one level per video."""
 
     @abstractmethod
-    def target(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
+    def target(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
         """What the denoiser is trained to predict: epsilon, v or flow velocity."""
 
     @abstractmethod
     def predict(
-        self, denoiser: nn.Module, noisy: Latents, level: PerPair, context: Context
+        self, denoiser: nn.Module, noisy: Latents, timestep: PerPair, context: Context
     ) -> Latents:
         """Run a denoiser of this family (the model's own, adapted or not)."""
 
@@ -121,11 +121,11 @@ class VideoModel(ABC):
         *,
         denoiser: nn.Module | None = None,
         clean: Latents | None = None,
-        level: float = 1.0,
+        strength: float = 1.0,
         region: Region | None = None,
         per_frame: bool = False,
-        steps: int | None = None,
-        guidance: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Latents:
         """Draw videos' latents, deterministically given `noise`.
 
@@ -135,13 +135,13 @@ class VideoModel(ABC):
         every frame as a video of its own.
         """
 
-    def share_of_steps(self, noise_level: float, steps: int | None = None) -> float:
+    def strength_at(self, sigma: float, num_inference_steps: int | None = None) -> float:
         """The share of the schedule, as `sample` takes it, whose noise is at most `noise_level`.
 
         That is itself where steps are spread evenly over the noise levels, t / T in (0, 1]; not on
         a shifted schedule.
         """
-        return noise_level
+        return sigma
 
     @abstractmethod
     def latent_frames(self, segment: slice) -> slice:
@@ -163,15 +163,15 @@ class VideoModel(ABC):
         away from, is kept if it was there.
         """
 
-    def publication(self) -> Publication | None:
+    def publication(self) -> ExportSpec | None:
         """How other programs call its parts; None where none runs such models."""
         return None
 
 
-class Anchor(ABC):
+class ReferenceModel(ABC):
     """The frozen model that a policy is compared with, for the length of a run."""
 
-    draws: int | None = None
+    noise_draws: int | None = None
     """How many noises and levels a pair has; its visits then take them in turn, and the loop keeps
     the predictions for them (dpo_video/training/reference_cache.py). None for a fresh draw at every
     visit."""
@@ -200,7 +200,7 @@ class Labeler(Strategy, ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
+class LabelResult:
     """Labels, and what there is to say about them."""
 
     labels: Float[Tensor, "b s"]
@@ -216,7 +216,7 @@ class ReasonedLabeler(Labeler, ABC):
     @abstractmethod
     def judge(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
-    ) -> Judgement:
+    ) -> LabelResult:
         """Label, and explain."""
 
     @final
@@ -235,7 +235,7 @@ class MeasuringLabeler(Labeler, ABC):
     """
 
     options: dict[str, dict[str, Any]] = {}
-    """Options of the metrics by name, as in `--set labeler.options.warp_error.variant=lk`."""
+    """Options of the metrics by name: `--set labeler.options.warp_error.variant=videodpo_lk`."""
 
     @property
     @abstractmethod
@@ -277,11 +277,13 @@ class LabelWork(ABC):
         """Everyone who said something, in order of appearance."""
 
     @abstractmethod
-    def marks(self, rater: str = "") -> Mapping[int, Sequence[Mark]]:
+    def marks(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
         """What a rater says by now, one mark a segment; None in it where something is open."""
 
     @abstractmethod
-    def record(self, pair: int, marks: Sequence[Mark], *, rater: str = "", note: str = "") -> None:
+    def record(
+        self, pair: int, marks: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
+    ) -> None:
         """Save what a rater says of a pair; on the disk when this returns.
 
         It takes the place of what the rater said of that pair before, for relabelling and undoing.
@@ -331,7 +333,7 @@ class SuppliedPairs(PairBuilder, ABC):
     """A pair builder that brings what its pairs are made of, such as somebody's finished pairs."""
 
     @abstractmethod
-    def material(self, model: VideoModel, prompt: str | None) -> Material:
+    def material(self, model: VideoModel, prompt: str | None) -> PairSource:
         """Open it; `prompt` is for whatever has none of its own.
 
         The pairs are then made of its clips and of no others. A UserError if there is nothing to
@@ -345,7 +347,7 @@ class Loss(Strategy, ABC):
     kind: ClassVar[str] = "loss"
     needs_region: ClassVar[bool] = False
     """Whether it makes sense only for pairs whose videos are equal outside a region."""
-    uniform: ClassVar[bool] = False
+    linear_in_mean_error: ClassVar[bool] = False
     """Whether its gradient on a video's errors is one number for all of them, as it is where they
     enter by their mean alone. Such a loss can be trained with `memory.backward = linear`."""
 
@@ -360,7 +362,7 @@ class Reference(Strategy, ABC):
     kind: ClassVar[str] = "reference"
 
     @abstractmethod
-    def follow(self, policy: nn.Module) -> Anchor:
+    def attach(self, policy: nn.Module) -> ReferenceModel:
         """The anchor of a policy: a peft model whose only trainable part is its adapter."""
 
 

@@ -22,7 +22,7 @@ Region = Float[Tensor, "b 1 f h w"]
 Preference = Float[Tensor, "b f"]
 PerPair = Float[Tensor, " b"]
 # What a rater says of one segment: a label in [-1, 1], nothing on purpose, or nothing yet.
-Mark = float | Literal["skip"] | None
+SegmentLabel = float | Literal["skip"] | None
 # What the text encoder gives the denoiser: named tensors whose first axis is `b`.
 Context = Mapping[str, Tensor]
 
@@ -56,7 +56,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
+class PairSource:
     """What pairs are made of, where their builder brings it itself."""
 
     clips: Iterator[Clip]
@@ -184,7 +184,7 @@ class LoraNames:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Publication:
+class ExportSpec:
     """How diffusers and ComfyUI call a model's parts, for an adapter that loads there."""
 
     pipeline: str

@@ -80,7 +80,7 @@ def load_small(folder: Path) -> AnimateDiffModel:
         device=CPU,
         dtype=torch.float32,
         shape=SHAPE,
-        sampling=Sampling(steps=4, guidance=2.0),
+        sampling=Sampling(num_inference_steps=4, guidance_scale=2.0),
     )
     assert isinstance(model, AnimateDiffModel)
     return model

@@ -25,7 +25,6 @@ from dpo_video.loss.segment import Segment
 from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.pairs.jitter import Jitter
 from dpo_video.strategies import (
-    Anchor,
     Backbone,
     Labeler,
     Loss,
@@ -33,6 +32,7 @@ from dpo_video.strategies import (
     Metric,
     PairBuilder,
     Reference,
+    ReferenceModel,
     Strategy,
     SuppliedPairs,
     VideoModel,
@@ -49,7 +49,7 @@ from dpo_video.testing import (
     small_videos,
 )
 from dpo_video.tiny import WEIGHTS
-from dpo_video.types import Clip, LossOutput, Material, Pair, PairErrors
+from dpo_video.types import Clip, LossOutput, Pair, PairErrors, PairSource
 
 
 def installed(kind: str) -> list[str]:
@@ -262,8 +262,8 @@ def test_options_that_break_the_rules_are_caught(strategy: type[Strategy], sente
 class Same(Reference):
     """Forgets to take the adapter off."""
 
-    def follow(self, policy: nn.Module) -> Anchor:
-        class Bare(Anchor):
+    def attach(self, policy: nn.Module) -> ReferenceModel:
+        class Bare(ReferenceModel):
             @contextmanager
             def network(self) -> Iterator[nn.Module]:
                 yield policy
@@ -274,8 +274,8 @@ class Same(Reference):
 class LeftOff(Reference):
     """Does not put the adapter on again after an error."""
 
-    def follow(self, policy: nn.Module) -> Anchor:
-        class Bare(Anchor):
+    def attach(self, policy: nn.Module) -> ReferenceModel:
+        class Bare(ReferenceModel):
             @contextmanager
             def network(self) -> Iterator[nn.Module]:
                 policy.base_model.disable_adapter_layers()  # type: ignore[operator, union-attr]
@@ -374,10 +374,10 @@ class Shuffled(SuppliedPairs):
     def needs_video(self) -> bool:
         return False
 
-    def material(self, model: VideoModel, prompt: str | None) -> Material:
+    def material(self, model: VideoModel, prompt: str | None) -> PairSource:
         names = sorted("abcdefgh", key=lambda name: torch.rand(()).item())
         clips = (Clip(name=name, caption="a caption") for name in names)
-        return Material(clips=clips, count=8, fingerprint="", skipped=[])
+        return PairSource(clips=clips, count=8, fingerprint="", skipped=[])
 
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator

@@ -12,10 +12,19 @@ import pytest
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
 QUICK = [
-    "--set=train.accumulation=1", "--set=train.save_every=1", "--set=train.samples=1",
-    "--set=train.tracker=none", "--device=cpu",
-]  # fmt: skip
-LOCAL = ["--pairs=local", "--loss=region", "--set=pairs.steps=4", "--count=2", "--steps=2"]
+    "--set=train.gradient_accumulation_steps=1",
+    "--set=train.save_steps=1",
+    "--set=train.validation_videos=1",
+    "--set=train.report_to=none",
+    "--device=cpu",
+]
+LOCAL = [
+    "--pairs=local",
+    "--loss=region",
+    "--set=pairs.num_inference_steps=4",
+    "--count=2",
+    "--steps=2",
+]
 
 
 def dpo_video(
@@ -70,7 +79,13 @@ def test_a_config_repeats_a_run_to_the_byte(place: Path) -> None:
 
 def test_evaluate_writes_a_page_and_json(place: Path) -> None:
     done = dpo_video(
-        "evaluate", "runs/local-region", "--seeds", "2", "--set", "evaluate.steps=3", cwd=place
+        "evaluate",
+        "runs/local-region",
+        "--seeds",
+        "2",
+        "--set",
+        "evaluate.num_inference_steps=3",
+        cwd=place,
     )
     folder = place / "runs" / "local-region" / "evaluation"
     page = (folder / "index.html").read_text()

@@ -68,7 +68,7 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
+            assert node.timestep == 0, f"{path} has a relative import"
             # `from dpo_video import registry` names a module, `from dpo_video.x import y` a thing.
             here = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name.removeprefix("dpo_video.") in MODULES else str(node.module)

@@ -28,7 +28,15 @@ from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.types import Clip
 
 SETTINGS = TrainSettings(
-    steps=1, batch=2, accumulation=1, lr=1e-2, warmup=0, rank=2, alpha=4, samples=0, tracker="none"
+    steps=1,
+    batch_size=2,
+    gradient_accumulation_steps=1,
+    learning_rate=1e-2,
+    warmup_steps=0,
+    rank=2,
+    alpha=4,
+    validation_videos=0,
+    report_to="none",
 )
 
 

@@ -63,13 +63,27 @@ def test_it_is_listed_and_shown_like_our_own(installed: Path, tmp_path: Path) ->
 
 def test_it_trains(installed: Path, small_folder: Path, tmp_path: Path) -> None:
     done = program(
-        "train", "--pairs=jitter", "--loss=focal", "--set=loss.gamma=0.3", "--set=pairs.steps=2",
-        "--backbone=animatediff", f"--set=backbone.model={small_folder}",
-        f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
-        f"--set=backbone.width={SHAPE.width}", "--count=1", "--steps=1", "--device=cpu",
-        "--set=train.accumulation=1", "--set=train.rank=2", "--metric=frame_difference",
-        "--out", tmp_path / "run", path=installed, cwd=tmp_path,
-    )  # fmt: skip
+        "train",
+        "--pairs=jitter",
+        "--loss=focal",
+        "--set=loss.gamma=0.3",
+        "--set=pairs.num_inference_steps=2",
+        "--backbone=animatediff",
+        f"--set=backbone.model={small_folder}",
+        f"--set=backbone.frames={SHAPE.frames}",
+        f"--set=backbone.height={SHAPE.height}",
+        f"--set=backbone.width={SHAPE.width}",
+        "--count=1",
+        "--steps=1",
+        "--device=cpu",
+        "--set=train.gradient_accumulation_steps=1",
+        "--set=train.rank=2",
+        "--metric=frame_difference",
+        "--out",
+        tmp_path / "run",
+        path=installed,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert 'name = "focal"\nbeta = 2500.0\ngamma = 0.3' in (tmp_path / "run/run.toml").read_text()
     # At its first step a policy equals its reference: the loss is 0.5^0.3 ln 2.
@@ -87,8 +101,8 @@ def test_plugins_of_three_kinds_mix(installed: Path, small_folder: Path, tmp_pat
         f"--set=backbone.model={small_folder}", f"--set=backbone.frames={SHAPE.frames}",
         f"--set=backbone.height={SHAPE.height}", f"--set=backbone.width={SHAPE.width}",
         "--clips", tmp_path / "clips", "--prompt=a texture", "--count=2", "--steps=1",
-        "--device=cpu", "--set=train.accumulation=1", "--set=train.rank=2",
-        "--set=train.samples=0", "--set=train.tracker=none", "--out", run,
+        "--device=cpu", "--set=train.gradient_accumulation_steps=1", "--set=train.rank=2",
+        "--set=train.validation_videos=0", "--set=train.report_to=none", "--out", run,
         path=installed, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -96,7 +110,7 @@ def test_plugins_of_three_kinds_mix(installed: Path, small_folder: Path, tmp_pat
     rows = (store / "pairs.jsonl").read_text().splitlines()
     assert [json.loads(row)["region_share"] for row in rows] == [0.75, 0.75]
     done = program(
-        "evaluate", run, "--seeds=2", "--set=evaluate.steps=2", "--json",
+        "evaluate", run, "--seeds=2", "--set=evaluate.num_inference_steps=2", "--json",
         path=installed, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -68,10 +68,19 @@ def test_nothing_is_sent_anywhere(tmp_path: Path) -> None:
         ["--help"],
         ["list"],
         ["show", "loss", "region"],
-        ["train", "--pairs=jitter", "--set=pairs.winner=clip", "--loss=global", "--count=1",
-         "--steps=1", "--set=train.accumulation=1", "--set=train.samples=0", "--device=cpu",
-         f"--out={tmp_path / 'run'}"],
-    ]  # fmt: skip
+        [
+            "train",
+            "--pairs=jitter",
+            "--set=pairs.winner=clip",
+            "--loss=global",
+            "--count=1",
+            "--steps=1",
+            "--set=train.gradient_accumulation_steps=1",
+            "--set=train.validation_videos=0",
+            "--device=cpu",
+            f"--out={tmp_path / 'run'}",
+        ],
+    ]
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, json.dumps(commands)],
         env=environment,

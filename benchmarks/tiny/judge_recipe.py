@@ -99,14 +99,14 @@ def soften(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
 
 def erase(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
     """Lose parts, up to two thirds."""
-    level = (-2.5 + 3 * strength)[:, None, None, None]
-    return coverage * (3 * (_smooth(len(coverage), 1, 6, random) - level) + 0.5).clamp(0, 1)
+    timestep = (-2.5 + 3 * strength)[:, None, None, None]
+    return coverage * (3 * (_smooth(len(coverage), 1, 6, random) - timestep) + 0.5).clamp(0, 1)
 
 
 def sprout(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
     """Grow blobs on and around the shape."""
-    level = (2.6 - 2.3 * strength)[:, None, None, None]
-    blobs = (3 * (_smooth(len(coverage), 1, 10, random) - level)).clamp(0, 1)
+    timestep = (2.6 - 2.3 * strength)[:, None, None, None]
+    blobs = (3 * (_smooth(len(coverage), 1, 10, random) - timestep)).clamp(0, 1)
     near = (3 * blur(coverage, torch.full_like(strength, 5.0))).clamp(max=1)
     return torch.maximum(coverage, blobs * near)
 

@@ -363,11 +363,11 @@ def train_frames(
         clip = torch.randint(len(bank), (64,), generator=generator)
         frame = torch.randint(bank.shape[2], (64,), generator=generator)
         latents = bank[clip, :, frame].float().to(device)
-        noisy, noise, levels, weight = _noisy(latents, generator, alphas)
+        noisy, noise, timesteps, weight = _noisy(latents, generator, alphas)
         text = tokenize(tokenizer, _drop([captions[i] for i in clip], generator)).to(device)
         context = networks.text_encoder(text).last_hidden_state
         output = networks.unet(
-            noisy.contiguous(memory_format=torch.channels_last), levels, context
+            noisy.contiguous(memory_format=torch.channels_last), timesteps, context
         ).sample
         return (weight * (output - noise).square()).mean()
 
@@ -394,12 +394,12 @@ def train_motion(
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         clip = torch.randint(len(bank), (4,), generator=generator)
-        noisy, noise, levels, weight = _noisy(bank[clip].float().to(device), generator, alphas)
+        noisy, noise, timesteps, weight = _noisy(bank[clip].float().to(device), generator, alphas)
         text = tokenize(tokenizer, _drop([captions[i] for i in clip], generator)).to(device)
         with torch.no_grad():
             context = networks.text_encoder(text).last_hidden_state
         context = context.repeat_interleave(noisy.shape[2], dim=0)
-        output = unet(noisy, levels, context).sample
+        output = unet(noisy, timesteps, context).sample
         return (weight * (output - noise).square()).mean()
 
     Stage("motion", unet, steps=steps, rate=1e-3, work=work).run(loss_at)

@@ -69,25 +69,53 @@ def arguments(stage: str, checkpoint: Path, again: bool) -> list[str]:
     model = ["--backbone=animatediff", f"--set=backbone.model={checkpoint}",
              f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
              f"--set=backbone.width={SHAPE.width}", "--device=cpu"]  # fmt: skip
-    train = ["train", "--pairs=work/pairs/", "--loss=global", *model, "--steps=2",
-             "--set=train.save_every=1", "--set=train.keep=1", "--set=train.accumulation=1",
-             "--set=train.rank=2", "--set=train.tracker=none",
-             "--metric=frame_difference"]  # fmt: skip
+    train = [
+        "train",
+        "--pairs=work/pairs/",
+        "--loss=global",
+        *model,
+        "--steps=2",
+        "--set=train.save_steps=1",
+        "--set=train.save_total_limit=1",
+        "--set=train.gradient_accumulation_steps=1",
+        "--set=train.rank=2",
+        "--set=train.report_to=none",
+        "--metric=frame_difference",
+    ]
     go_on = ["train", "--out=work/run", "--resume"]
-    build = ["build", "--pairs=jitter", "--set=pairs.steps=2", "--prompt=a red square", *model,
-             "--count=4", "--out=work/pairs"]  # fmt: skip
+    build = [
+        "build",
+        "--pairs=jitter",
+        "--set=pairs.num_inference_steps=2",
+        "--prompt=a red square",
+        *model,
+        "--count=4",
+        "--out=work/pairs",
+    ]
     return {
         "build": build,
         "workers": build if again else [*build, "--worker=1/2"],
         "pack": ["pack", "work/pairs", "work/packed", "--shard-mib=1"],
-        "label": ["label", "work/pairs", "--labeler=metric",
-                  "--set=labeler.weights={frame_difference=1}", "--set=labeler.motion="],
-        "train": go_on if again else [*train, "--set=train.samples=1", "--out=work/run"],
-        "cached": go_on if again else [*train, "--set=train.samples=0", "--reference=cached",
-                                      "--out=work/run"],
-        "evaluate": ["evaluate", "work/run", "--seeds=2", "--set=evaluate.steps=1", "--device=cpu"],
+        "label": [
+            "label",
+            "work/pairs",
+            "--labeler=metric",
+            "--set=labeler.weights={frame_difference=1}",
+            "--set=labeler.motion=",
+        ],
+        "train": go_on if again else [*train, "--set=train.validation_videos=1", "--out=work/run"],
+        "cached": go_on
+        if again
+        else [*train, "--set=train.validation_videos=0", "--reference=cached", "--out=work/run"],
+        "evaluate": [
+            "evaluate",
+            "work/run",
+            "--seeds=2",
+            "--set=evaluate.num_inference_steps=1",
+            "--device=cpu",
+        ],
         "export": ["export", "work/run", "--out=work/export", "--device=cpu"],
-    }[stage]  # fmt: skip
+    }[stage]
 
 
 def start(
@@ -372,7 +400,9 @@ def _warm_up(checkpoint: Path) -> None:
             importlib.import_module(module.name)
     model = load_small(checkpoint)
     with torch.no_grad():
-        latents = model.sample(model.encode_prompts(["a"]), initial_noise(model, [0]), steps=1)
+        latents = model.sample(
+            model.encode_prompts(["a"]), initial_noise(model, [0]), num_inference_steps=1
+        )
         model.encode_videos(model.decode_videos(latents))
     adapt(model, TrainSettings(rank=2), 0)
     gc.collect()

@@ -218,9 +218,22 @@ def assignment(random: Random) -> str:
               "]", "{}", "{a=1}", "[1,2]", "[" * 2000, "1e999", "9" * 5000, "0x10", "1979-05-27",
               "\x00", "\ud800", "\n[train]", "5\nx=1", "cpu", "../..", "", " ", "'''", "a\u2028b",
               "=", "==", "1_000", "+1", "07:32:00", "[red]bold[/]"]  # fmt: skip
-    real = ["loss.beta", "train.steps", "train.lr", "train.betas", "train.rank", "run.seed",
-            "run.device", "run.prompt", "train.labels", "build.count", "pairs.guidance",
-            "memory.backward", "evaluate.tolerance", "metric.warp_error.variant"]  # fmt: skip
+    real = [
+        "loss.beta",
+        "train.steps",
+        "train.learning_rate",
+        "train.betas",
+        "train.rank",
+        "run.seed",
+        "run.device",
+        "run.prompt",
+        "train.labels",
+        "build.count",
+        "pairs.guidance_scale",
+        "memory.backward",
+        "evaluate.tolerance",
+        "metric.warp_error.variant",
+    ]
     path = f"{random.choice(names)}.{random.choice(options)}"
     if random.random() < 0.7:
         path = random.choice(real)

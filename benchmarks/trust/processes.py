@@ -90,11 +90,22 @@ class Runs:
     def __init__(self, folder: Path, model: Sequence[str]) -> None:
         self.folder = folder
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.run(1, ["build", "--pairs=jitter", "--set=pairs.steps=2", "--prompt=a red square",
-                     *model, "--count=5", "--out=pairs", "--set=build.previews=false"])  # fmt: skip
+        self.run(
+            1,
+            [
+                "build",
+                "--pairs=jitter",
+                "--set=pairs.num_inference_steps=2",
+                "--prompt=a red square",
+                *model,
+                "--count=5",
+                "--out=pairs",
+                "--set=build.previews=false",
+            ],
+        )
         self.train = ["train", "--pairs=pairs/", "--loss=global", *model, f"--steps={STEPS}",
-                      f"--set=train.save_every={SAVED}", "--set=train.samples=0",
-                      "--set=train.rank=2", "--set=train.tracker=none"]  # fmt: skip
+                      f"--set=train.save_steps={SAVED}", "--set=train.validation_videos=0",
+                      "--set=train.rank=2", "--set=train.report_to=none"]  # fmt: skip
 
     def run(
         self, processes: int, arguments: Sequence[str], asks: Mapping[str, str] | None = None
@@ -108,7 +119,7 @@ class Runs:
             raise RuntimeError(f"{' '.join(arguments)}: {done.stdout[-2000:]}{done.stderr[-4000:]}")
 
     def alone(self, name: str) -> None:
-        self.run(1, [*self.train, "--set=train.accumulation=2", f"--out={name}"])
+        self.run(1, [*self.train, "--set=train.gradient_accumulation_steps=2", f"--out={name}"])
 
     def two(self, name: str) -> None:
         self.run(2, self.arguments(name))
@@ -143,10 +154,12 @@ class Runs:
         launcher = self.start(command(2, self.arguments(name)))
         until(lambda: self.saved(name), launcher)
         kill(launcher)
-        self.run(1, ["train", f"--out={name}", "--resume", "--set=train.accumulation=2"])
+        self.run(
+            1, ["train", f"--out={name}", "--resume", "--set=train.gradient_accumulation_steps=2"]
+        )
 
     def arguments(self, name: str, *more: str) -> list[str]:
-        return [*self.train, "--set=train.accumulation=1", f"--out={name}", *more]
+        return [*self.train, "--set=train.gradient_accumulation_steps=1", f"--out={name}", *more]
 
     def start(
         self, command: Sequence[str], more: Mapping[str, str] | None = None

@@ -223,11 +223,11 @@ def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
 
     def make(bench: Bench) -> Reading:
         from dpo_video.data.label import recipe
-        from dpo_video.data.labels import LabelBook, open_books, pinned, preferences
+        from dpo_video.data.labels import LabelSet, open_books, pinned, preferences
 
         where = bench.store.folder
         made = recipe(bench.store, bench.model, {"name": "recorded"}, 0.25)
-        book = LabelBook.open_or_create(where, "fuzzed", made)
+        book = LabelSet.open_or_create(where, "fuzzed", made)
         for pair, mark in enumerate((1.0, "skip", -0.5)):
             book.record(pair, [mark] * len(made.segments), rater="ann", note="why")
         book.record(0, [None] * len(made.segments), rater="bob")
@@ -250,7 +250,7 @@ def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
 
 def recorded(bench: Bench) -> Reading:
     from dpo_video.data.label import StoreWork, recipe
-    from dpo_video.data.labels import LabelBook
+    from dpo_video.data.labels import LabelSet
     from dpo_video.labeler.recorded import Recorded
 
     path = bench.folder / "recorded.jsonl"
@@ -258,7 +258,7 @@ def recorded(bench: Bench) -> Reading:
 
     def read(data: bytes) -> object:
         path.write_bytes(data)
-        book = LabelBook.open_or_create(bench.store.folder, "copied", made)
+        book = LabelSet.open_or_create(bench.store.folder, "copied", made)
         try:
             Recorded(file=str(path)).label_set(StoreWork(bench.store, bench.model, book))
         finally:
@@ -337,7 +337,12 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         from dpo_video.training.checkpoint import restore
 
         settings = TrainSettings(
-            steps=1, accumulation=1, rank=2, alpha=4, samples=0, tracker="none"
+            steps=1,
+            gradient_accumulation_steps=1,
+            rank=2,
+            alpha=4,
+            validation_videos=0,
+            report_to="none",
         )
         out = bench.folder / "run"
         model = load_small(bench.checkpoint)
@@ -529,23 +534,27 @@ def bank(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     """A file of a bank of predictions, filled and read."""
 
     def make(bench: Bench) -> Reading:
-        from dpo_video.training.reference_cache import Bank, BankManifest, Visit
+        from dpo_video.training.reference_cache import (
+            PairDraw,
+            ReferenceCache,
+            ReferenceCacheManifest,
+        )
 
-        manifest = BankManifest.of(bench.model, 0, "no")
-        visits = [Visit(0, 0), Visit(1, 0)]
+        manifest = ReferenceCacheManifest.of(bench.model, 0, "no")
+        visits = [PairDraw(0, 0), PairDraw(1, 0)]
 
-        def predict(visit: Visit) -> torch.Tensor:
+        def predict(visit: PairDraw) -> torch.Tensor:
             generator = torch.Generator().manual_seed(visit.pair)
             return torch.randn(2, *bench.model.latent_shape, generator=generator)
 
-        Bank(bench.store, manifest).fill(visits, predict)
+        ReferenceCache(bench.store, manifest).fill(visits, predict)
         path = next((bench.store.folder / "bank").rglob(name))
         whole = path.read_bytes()
 
         def read(data: bytes) -> object:
             path.write_bytes(data)
             try:
-                opened = Bank(bench.store, manifest)
+                opened = ReferenceCache(bench.store, manifest)
                 opened.fill(visits, predict)
                 return opened.read(visits)
             finally:

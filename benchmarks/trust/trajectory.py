@@ -34,7 +34,7 @@ from dpo_video.workflows.session import load_model, open_source, open_store, pic
 RECORD = Path(__file__).parent / "trajectory.json"
 STEPS = 3
 RECIPES: Mapping[str, Sequence[str]] = {
-    "local, region": ("build.count=1", "pairs.steps=2", "loss.anchor_weight=10"),
+    "local, region": ("build.count=1", "pairs.num_inference_steps=2", "loss.sft_weight=10"),
     "jitter, sdpo": ("build.count=2", "pairs.winner=clip"),
 }
 FIGURES = ("loss", "margin", "chosen_change", "rejected_change", "grad_norm")
@@ -83,11 +83,19 @@ def run(
         choices={"pairs": pairs, "loss": loss, "backbone": "tiny"},
         metrics=("frame_difference",),
         assignments=(
-            "run.device=cpu", "build.previews=false", f"train.steps={steps}",
-            "train.accumulation=1", "train.rank=4", "train.lr=3e-3", "train.warmup=1",
-            "train.samples=0", "train.tracker=none", *RECIPES[recipe], *options,
+            "run.device=cpu",
+            "build.previews=false",
+            f"train.steps={steps}",
+            "train.gradient_accumulation_steps=1",
+            "train.rank=4",
+            "train.learning_rate=3e-3",
+            "train.warmup_steps=1",
+            "train.validation_videos=0",
+            "train.report_to=none",
+            *RECIPES[recipe],
+            *options,
         ),
-    )  # fmt: skip
+    )
     assert isinstance(config.pairs, PairBuilder)
     model = load_model(config, pick_device("cpu"))
     change(model)

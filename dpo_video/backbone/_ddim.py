@@ -57,28 +57,28 @@ class DDIMModel(VideoModel):
         """Pixels to a side of a latent."""
         return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
 
-    def sample_levels(self, n: int, generator: Generator) -> PerPair:
+    def sample_timesteps(self, n: int, generator: Generator) -> PerPair:
         """Uniform timesteps `t ~ U{0..T-1}`."""
-        steps = self.scheduler.config.num_train_timesteps
-        return torch.randint(steps, (n,), generator=generator).float()
+        num_inference_steps = self.scheduler.config.num_train_timesteps
+        return torch.randint(num_inference_steps, (n,), generator=generator).float()
 
-    def add_noise(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
+    def add_noise(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
         """`sqrt(abar) clean + sqrt(1 - abar) noise`."""
-        alpha = self._alpha(level, clean)
+        alpha = self._alpha(timestep, clean)
         return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
-    def target(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
+    def target(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
         """Epsilon, or `v = sqrt(abar) noise - sqrt(1 - abar) clean` (Salimans and Ho 2022)."""
         kind = self.scheduler.config.prediction_type
         if kind == "epsilon":
             return noise
         if kind == "v_prediction":
-            alpha = self._alpha(level, clean)
+            alpha = self._alpha(timestep, clean)
             return alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
         raise UserError(f"A scheduler that predicts '{kind}' cannot be trained; use epsilon or v.")
 
-    def _alpha(self, level: PerPair, like: Tensor) -> Tensor:
-        alpha = self._alphas[level.to(self.device).long()]
+    def _alpha(self, timestep: PerPair, like: Tensor) -> Tensor:
+        alpha = self._alphas[timestep.to(self.device).long()]
         return alpha.view(-1, *(1,) * (like.ndim - 1)).to(like.dtype)
 
     def _denoise(
@@ -88,36 +88,38 @@ class DDIMModel(VideoModel):
         *,
         denoiser: nn.Module | None,
         clean: Latents | None,
-        level: float,
+        strength: float,
         region: Region | None,
         scales: Sequence[float],
     ) -> Latents:
         """DDIM with one scale of guidance a step."""
-        steps = len(scales)
+        num_inference_steps = len(scales)
         guided = any(scale != 1 for scale in scales)
         return denoise(
             self,
             self.denoiser if denoiser is None else denoiser,
-            self._schedule(steps),
+            self._schedule(num_inference_steps),
             context,
             noise,
             empty=self._empty_context(len(noise)) if guided else None,
-            guidance=scales,
-            first=first_step(level, steps),
+            guidance_scale=scales,
+            first=first_step(strength, num_inference_steps),
             clean=clean,
             region=region,
         )
 
-    def _schedule(self, steps: int) -> Schedule:
-        self.scheduler.set_timesteps(steps)
+    def _schedule(self, num_inference_steps: int) -> Schedule:
+        self.scheduler.set_timesteps(num_inference_steps)
         times = self.scheduler.timesteps
-        ahead = self.scheduler.config.num_train_timesteps // steps  # as its step() has it
+        ahead = (
+            self.scheduler.config.num_train_timesteps // num_inference_steps
+        )  # as its step() has it
 
         def step(prediction: Latents, index: int, latents: Latents) -> Latents:
             return self.scheduler.step(prediction, times[index], latents).prev_sample
 
         return Schedule(
-            levels=times.float(), reached=(times - ahead).clamp(min=0).float(), step=step
+            timesteps=times.float(), reached=(times - ahead).clamp(min=0).float(), step=step
         )
 
     def _empty_context(self, count: int) -> Context:

@@ -20,17 +20,17 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpo_video.backbone._ddim import DDIMModel
 from dpo_video.backbone._prompts import diverse
-from dpo_video.diffusion.pretrained import Checkpoint, Lazy, assembling, identity, settled
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, assembling, identity, place
 from dpo_video.diffusion.sampling import frame_by_frame
 from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
     Clip,
     Context,
+    ExportSpec,
     Latents,
     LoraNames,
     PerPair,
-    Publication,
     Region,
     Videos,
     VideoShape,
@@ -85,7 +85,7 @@ class AnimateDiff(Backbone):
             device=device,
             dtype=dtype,
             shape=shape,
-            sampling=Sampling(steps=25, guidance=7.5),
+            sampling=Sampling(num_inference_steps=25, guidance_scale=7.5),
             motion_adapter=Checkpoint(
                 source=self.motion_adapter,
                 revision=self.motion_adapter_revision,
@@ -167,7 +167,7 @@ class AnimateDiffModel(DDIMModel):
         sampling: Sampling,
         identity: str,
     ) -> None:
-        self.denoiser: nn.Module = settled(unet, device)
+        self.denoiser: nn.Module = place(unet, device)
         self.identity = identity
         self._checkpoint, self._motion_adapter = checkpoint, motion_adapter
         self.device, self.dtype, self.shape, self.sampling = device, dtype, shape, sampling
@@ -175,11 +175,11 @@ class AnimateDiffModel(DDIMModel):
 
         def load_vae() -> AutoencoderKL:
             vae = checkpoint.load(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype)
-            return settled(vae, device)
+            return place(vae, device)
 
         def load_text_encoder() -> CLIPTextModel:
             encoder = checkpoint.load(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype)
-            return settled(encoder, device)
+            return place(encoder, device)
 
         super().__init__(
             scheduler=scheduler,
@@ -246,12 +246,12 @@ class AnimateDiffModel(DDIMModel):
         return {"prompt_embeds": hidden}
 
     def predict(
-        self, denoiser: nn.Module, noisy: Latents, level: PerPair, context: Context
+        self, denoiser: nn.Module, noisy: Latents, timestep: PerPair, context: Context
     ) -> Latents:
         """One forward pass; every frame sees the same text."""
         text = context["prompt_embeds"].to(self.dtype).repeat_interleave(noisy.shape[2], dim=0)
         prediction: Latents = denoiser(
-            noisy.to(self.dtype), level.to(noisy.device), text, return_dict=False
+            noisy.to(self.dtype), timestep.to(noisy.device), text, return_dict=False
         )[0]
         return prediction
 
@@ -262,11 +262,11 @@ class AnimateDiffModel(DDIMModel):
         *,
         denoiser: nn.Module | None = None,
         clean: Latents | None = None,
-        level: float = 1.0,
+        strength: float = 1.0,
         region: Region | None = None,
         per_frame: bool = False,
-        steps: int | None = None,
-        guidance: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Latents:
         """DDIM (Song et al. 2021, eta 0) with classifier-free guidance."""
         if per_frame:
@@ -277,20 +277,24 @@ class AnimateDiffModel(DDIMModel):
                 clean=clean,
                 region=region,
                 denoiser=denoiser,
-                level=level,
-                steps=steps,
-                guidance=guidance,
+                strength=strength,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
             )
-        steps = self.sampling.steps if steps is None else steps
-        guidance = self.sampling.guidance if guidance is None else guidance
+        num_inference_steps = (
+            self.sampling.num_inference_steps
+            if num_inference_steps is None
+            else num_inference_steps
+        )
+        guidance_scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         return self._denoise(
             context,
             noise,
             denoiser=denoiser,
             clean=clean,
-            level=level,
+            strength=strength,
             region=region,
-            scales=[guidance] * steps,
+            scales=[guidance_scale] * num_inference_steps,
         )
 
     def latent_frames(self, segment: slice) -> slice:
@@ -301,7 +305,7 @@ class AnimateDiffModel(DDIMModel):
         """The attention projections of the motion modules, and nothing else."""
         return [name for name, _ in self.denoiser.named_modules() if _ATTENTION.match(name)]
 
-    def publication(self) -> Publication:
+    def publication(self) -> ExportSpec:
         """As diffusers' AnimateDiffPipeline and ComfyUI's AnimateDiff-Evolved call it."""
         arguments = {}
         if (adapter := self._motion_adapter) is not None:
@@ -309,7 +313,7 @@ class AnimateDiffModel(DDIMModel):
             arguments["motion_adapter"] = (
                 f"MotionAdapter.from_pretrained({adapter.source!r}{revision})"
             )
-        return Publication(
+        return ExportSpec(
             pipeline="AnimateDiffPipeline",
             source=self._checkpoint.source,
             revision=self._checkpoint.revision,

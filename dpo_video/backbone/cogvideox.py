@@ -20,17 +20,17 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from dpo_video.backbone._ddim import DDIMModel
 from dpo_video.backbone._prompts import diverse
-from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, settled
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place
 from dpo_video.diffusion.sampling import frame_by_frame
 from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
     Clip,
     Context,
+    ExportSpec,
     Latents,
     LoraNames,
     PerPair,
-    Publication,
     Region,
     Videos,
     VideoShape,
@@ -125,7 +125,7 @@ class CogVideoXModel(DDIMModel):
     ) -> None:
         self.device, self.dtype, self.shape = device, dtype, shape
         self._checkpoint = checkpoint
-        self.sampling = Sampling(steps=50, guidance=6.0)
+        self.sampling = Sampling(num_inference_steps=50, guidance_scale=6.0)
         self._config = checkpoint.full_config(CogVideoXTransformer3DModel, "transformer")
         self._vae_config = checkpoint.full_config(AutoencoderKLCogVideoX, "vae")
         self._dynamic = dynamic_guidance
@@ -141,7 +141,7 @@ class CogVideoXModel(DDIMModel):
                 "v_prediction. Take the scheduler_config.json of the original checkpoint."
             )
         self.tokenizer = checkpoint.load(AutoTokenizer.from_pretrained, "tokenizer")
-        self.denoiser: nn.Module = settled(
+        self.denoiser: nn.Module = place(
             checkpoint.load(
                 CogVideoXTransformer3DModel.from_pretrained, "transformer", torch_dtype=dtype
             ),
@@ -152,13 +152,13 @@ class CogVideoXModel(DDIMModel):
             vae = checkpoint.load(AutoencoderKLCogVideoX.from_pretrained, "vae", torch_dtype=dtype)
             if tiling:
                 vae.enable_tiling()
-            return settled(vae, device)
+            return place(vae, device)
 
         def load_text_encoder() -> T5EncoderModel:
             text_encoder = checkpoint.load(
                 T5EncoderModel.from_pretrained, "text_encoder", dtype=dtype
             )
-            return settled(text_encoder, device)
+            return place(text_encoder, device)
 
         super().__init__(
             scheduler=scheduler,
@@ -252,13 +252,13 @@ class CogVideoXModel(DDIMModel):
         return {"prompt_embeds": (tokens, width)}
 
     def predict(
-        self, denoiser: nn.Module, noisy: Latents, level: PerPair, context: Context
+        self, denoiser: nn.Module, noisy: Latents, timestep: PerPair, context: Context
     ) -> Latents:
         """One forward pass; frames come before channels in there."""
         prediction: Latents = denoiser(
             hidden_states=noisy.to(self.dtype).transpose(1, 2),
             encoder_hidden_states=context["prompt_embeds"].to(self.dtype),
-            timestep=level.to(noisy.device),
+            timestep=timestep.to(noisy.device),
             image_rotary_emb=self._rotary(noisy),
             return_dict=False,
         )[0]
@@ -297,11 +297,11 @@ class CogVideoXModel(DDIMModel):
         *,
         denoiser: nn.Module | None = None,
         clean: Latents | None = None,
-        level: float = 1.0,
+        strength: float = 1.0,
         region: Region | None = None,
         per_frame: bool = False,
-        steps: int | None = None,
-        guidance: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Latents:
         """CogVideoX's DDIM with classifier-free guidance."""
         if per_frame:
@@ -313,29 +313,36 @@ class CogVideoXModel(DDIMModel):
                 region=region,
                 size=self._config["patch_size_t"] or 1,
                 denoiser=denoiser,
-                level=level,
-                steps=steps,
-                guidance=guidance,
+                strength=strength,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
             )
-        steps = self.sampling.steps if steps is None else steps
-        guidance = self.sampling.guidance if guidance is None else guidance
+        num_inference_steps = (
+            self.sampling.num_inference_steps
+            if num_inference_steps is None
+            else num_inference_steps
+        )
+        guidance_scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         return self._denoise(
             context,
             noise,
             denoiser=denoiser,
             clean=clean,
-            level=level,
+            strength=strength,
             region=region,
-            scales=self._guidance(guidance, steps),
+            scales=self._guidance(guidance_scale, num_inference_steps),
         )
 
-    def _guidance(self, scale: float, steps: int) -> list[float]:
+    def _guidance(self, scale: float, num_inference_steps: int) -> list[float]:
         """One scale a step."""
         if not self._dynamic:
-            return [scale] * steps
-        times = self._schedule(steps).levels.tolist()
+            return [scale] * num_inference_steps
+        times = self._schedule(num_inference_steps).timesteps.tolist()
         return [
-            1 + scale * (1 - math.cos(math.pi * ((steps - time) / steps) ** 5.0)) / 2
+            1
+            + scale
+            * (1 - math.cos(math.pi * ((num_inference_steps - time) / num_inference_steps) ** 5.0))
+            / 2
             for time in times
         ]
 
@@ -349,12 +356,12 @@ class CogVideoXModel(DDIMModel):
         """The projections of every block's attention, as in LocalDPO's table."""
         return [name for name, _ in self.denoiser.named_modules() if _ATTENTION.fullmatch(name)]
 
-    def publication(self) -> Publication:
+    def publication(self) -> ExportSpec:
         """As diffusers' CogVideoXPipeline and ComfyUI call it."""
         call: dict[str, Any] = {"use_dynamic_cfg": True} if self._dynamic else {}
         if (length := self._config["max_text_seq_length"]) != _PIPELINE_TEXT_LENGTH:
             call["max_sequence_length"] = length
-        return Publication(
+        return ExportSpec(
             pipeline="CogVideoXPipeline",
             source=self._checkpoint.source,
             revision=self._checkpoint.revision,

@@ -41,7 +41,7 @@ class Tiny(Backbone):
             shape=VideoShape(
                 frames=scenes.FRAMES, height=scenes.SIZE, width=scenes.SIZE, fps=scenes.FPS
             ),
-            sampling=Sampling(steps=20, guidance=2.5),
+            sampling=Sampling(num_inference_steps=20, guidance_scale=2.5),
         )
 
     def clips(self, seed: int) -> Iterator[Clip]:

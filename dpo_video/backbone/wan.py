@@ -24,17 +24,17 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from dpo_video.backbone._prompts import diverse
 from dpo_video.diffusion.experts import Experts
-from dpo_video.diffusion.pretrained import Checkpoint, Lazy, free, identity, settled
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, free, identity, place
 from dpo_video.diffusion.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import (
     Clip,
     Context,
+    ExportSpec,
     Latents,
     LoraNames,
     PerPair,
-    Publication,
     Region,
     Videos,
     VideoShape,
@@ -87,10 +87,10 @@ class Wan(Backbone):
     shift: float | None = Field(default=None, gt=0)
     """Shift of the sampling schedule towards noise; the checkpoint's own when not set. Wan's advice
     is 3 for 480p and 5 for 720p."""
-    levels: Literal["logit_normal", "uniform"] = "logit_normal"
+    timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
     """How training draws its noise levels sigma, before they are shifted: the sigmoid of N(0, 1),
     as DenseDPO and LocalDPO do, or uniform in (0, 1)."""
-    level_shift: float | None = Field(default=None, gt=0)
+    timestep_shift: float | None = Field(default=None, gt=0)
     """Shift of the levels in training; when not set, 1 (none, as those two), or the sampling
     schedule's for a model of two experts, whose high-noise one would else see a level in 40."""
     experts: Literal["both", "high", "low"] = "both"
@@ -149,7 +149,7 @@ class Wan(Backbone):
             )
         return WanModel(
             options=self,
-            denoiser=settled(denoiser, device),
+            denoiser=place(denoiser, device),
             vae=Lazy(lambda: _load_vae(checkpoint, device)),
             text=Lazy(lambda: _load_text(checkpoint, device, dtype)),
             scheduler=scheduler,
@@ -192,14 +192,14 @@ def cleaned(prompt: str) -> str:
 def _load_vae(checkpoint: Checkpoint, device: torch.device) -> AutoencoderKLWan:
     # Always fp32, as diffusers' documentation of Wan has it: half precision shows in the pixels.
     vae = checkpoint.load(AutoencoderKLWan.from_pretrained, "vae", torch_dtype=torch.float32)
-    return settled(vae, device)
+    return place(vae, device)
 
 
 def _load_text(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> _Text:
     encoder = checkpoint.load(UMT5EncoderModel.from_pretrained, "text_encoder", dtype=dtype)
     return _Text(
         tokenizer=checkpoint.load(AutoTokenizer.from_pretrained, "tokenizer"),
-        encoder=settled(encoder, device),
+        encoder=place(encoder, device),
     )
 
 
@@ -259,7 +259,9 @@ class WanModel(VideoModel):
         self.shape = VideoShape(
             frames=options.frames, height=options.height, width=options.width, fps=options.fps
         )
-        self.sampling = Sampling(steps=50, guidance=5.0)  # diffusers' WanPipeline
+        self.sampling = Sampling(
+            num_inference_steps=50, guidance_scale=5.0
+        )  # diffusers' WanPipeline
         self._options, self._vae, self._text = options, vae, text
         self._vae_config = vae_config
         self._patch, self._expand_timesteps = patch, expand_timesteps
@@ -324,10 +326,10 @@ class WanModel(VideoModel):
         config: Any = network.config
         return {"prompt_embeds": (self._options.text_length, config["text_dim"])}
 
-    def sample_levels(self, n: int, generator: Generator) -> PerPair:
+    def sample_timesteps(self, n: int, generator: Generator) -> PerPair:
         """Levels by the inverse of their distribution, kept to the experts that train."""
         options, boundary = self._options, self._boundary
-        shift = options.level_shift
+        shift = options.timestep_shift
         if shift is None:
             shift = 1.0 if boundary is None else self._sampling_shift
         low, high = 0.0, 1.0
@@ -335,7 +337,7 @@ class WanModel(VideoModel):
             share = self._cumulative(boundary / self._timesteps, shift)
             low, high = (share, 1.0) if options.experts == "high" else (0.0, share)
         drawn = low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
-        if options.levels == "logit_normal":
+        if options.timesteps == "logit_normal":
             drawn = torch.special.ndtri(drawn).sigmoid()
         sigmas = shift * drawn / (1 + (shift - 1) * drawn)
         return (sigmas * self._timesteps).float()
@@ -343,7 +345,7 @@ class WanModel(VideoModel):
     def _cumulative(self, sigma: float, shift: float) -> float:
         """The share of the levels below `sigma`, if all are drawn."""
         unshifted = torch.tensor(sigma / (shift - (shift - 1) * sigma), dtype=torch.float64)
-        if self._options.levels == "logit_normal":
+        if self._options.timesteps == "logit_normal":
             return torch.special.ndtr(torch.logit(unshifted)).item()
         return unshifted.item()
 
@@ -352,28 +354,28 @@ class WanModel(VideoModel):
         _, name = _SCHEDULERS[type(self.scheduler).__name__]
         return float(self.scheduler.config[name])
 
-    def add_noise(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
+    def add_noise(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
         """`(1 - sigma) clean + sigma noise`."""
-        sigma = (level.to(clean.device) / self._timesteps).view(-1, 1, 1, 1, 1)
+        sigma = (timestep.to(clean.device) / self._timesteps).view(-1, 1, 1, 1, 1)
         return ((1 - sigma) * clean + sigma * noise).to(clean.dtype)
 
-    def target(self, clean: Latents, noise: Latents, level: PerPair) -> Latents:
+    def target(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
         """The flow's velocity, whatever the level."""
         return noise - clean
 
     def predict(
-        self, denoiser: nn.Module, noisy: Latents, level: PerPair, context: Context
+        self, denoiser: nn.Module, noisy: Latents, timestep: PerPair, context: Context
     ) -> Latents:
         """One forward pass, in the weights' precision."""
-        level = level.to(noisy.device)
+        timestep = timestep.to(noisy.device)
         if self._expand_timesteps:  # TI2V takes one a token: an image's tokens would have level 0
             tokens = math.prod(
                 size // patch for size, patch in zip(noisy.shape[2:], self._patch, strict=True)
             )
-            level = level[:, None].expand(-1, tokens)
+            timestep = timestep[:, None].expand(-1, tokens)
         prediction: Latents = denoiser(
             noisy.to(self.dtype),
-            level,
+            timestep,
             context["prompt_embeds"].to(noisy.device, self.dtype),
             return_dict=False,
         )[0]
@@ -387,11 +389,11 @@ class WanModel(VideoModel):
         *,
         denoiser: nn.Module | None = None,
         clean: Latents | None = None,
-        level: float = 1.0,
+        strength: float = 1.0,
         region: Region | None = None,
         per_frame: bool = False,
-        steps: int | None = None,
-        guidance: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Latents:
         """As diffusers' WanPipeline with the checkpoint's scheduler and shift.
 
@@ -401,14 +403,25 @@ class WanModel(VideoModel):
         """
         if per_frame:
             return frame_by_frame(
-                self.sample, context, noise, clean=clean, region=region, denoiser=denoiser,
-                level=level, steps=steps, guidance=guidance,
-            )  # fmt: skip
+                self.sample,
+                context,
+                noise,
+                clean=clean,
+                region=region,
+                denoiser=denoiser,
+                strength=strength,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            )
         scheduler = copy.deepcopy(self.scheduler)  # multistep solvers remember
-        scheduler.set_timesteps(self.sampling.steps if steps is None else steps)
+        scheduler.set_timesteps(
+            self.sampling.num_inference_steps
+            if num_inference_steps is None
+            else num_inference_steps
+        )
         times = scheduler.timesteps.float()
         exact = scheduler.sigmas * self._timesteps  # of which UniPC's timesteps are whole numbers
-        first = first_step(level, len(times))
+        first = first_step(strength, len(times))
         scheduler.set_begin_index(first)
 
         def step(prediction: Latents, index: int, latents: Latents) -> Latents:
@@ -416,30 +429,34 @@ class WanModel(VideoModel):
             stepped: Latents = scheduler.step(prediction, time, latents, return_dict=False)[0]
             return stepped
 
-        high = self.sampling.guidance if guidance is None else guidance
+        high = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
         low = high
-        if guidance is None and self._options.guidance_2 is not None:
+        if guidance_scale is None and self._options.guidance_2 is not None:
             low = self._options.guidance_2
         scales = [low if self._boundary and time < self._boundary else high for time in times]
         return denoise(
             self,
             self.denoiser if denoiser is None else denoiser,
-            Schedule(levels=times, before=exact[:-1], reached=exact[1:], step=step),
+            Schedule(timesteps=times, before=exact[:-1], reached=exact[1:], step=step),
             context,
             noise.float(),
             empty=self._empty(len(noise)) if high > 1 else None,
-            guidance=scales,
+            guidance_scale=scales,
             first=first,
             clean=clean,
             region=region,
         )
 
-    def share_of_steps(self, noise_level: float, steps: int | None = None) -> float:
+    def strength_at(self, sigma: float, num_inference_steps: int | None = None) -> float:
         """The steps from the first sigma <= `noise_level` on, at least one, of all of them."""
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.sampling.steps if steps is None else steps)
+        scheduler.set_timesteps(
+            self.sampling.num_inference_steps
+            if num_inference_steps is None
+            else num_inference_steps
+        )
         sigmas = scheduler.sigmas[:-1]  # the last one is 0
-        return max(1, int((sigmas <= noise_level).sum())) / len(sigmas)
+        return max(1, int((sigmas <= sigma).sum())) / len(sigmas)
 
     def _empty(self, count: int) -> Context:
         if self._negative is None:
@@ -465,7 +482,7 @@ class WanModel(VideoModel):
         """Free VAE and text encoder; the encoded negative prompt stays."""
         free(self._vae, self._text)
 
-    def publication(self) -> Publication:
+    def publication(self) -> ExportSpec:
         """As diffusers' WanPipeline and ComfyUI call it."""
         options, networks = self._options, {"transformer": self.denoiser}
         if isinstance(self.denoiser, Experts):
@@ -477,7 +494,7 @@ class WanModel(VideoModel):
             "guidance_scale_2": options.guidance_2,
             "max_sequence_length": None if options.text_length == 512 else options.text_length,
         }
-        return Publication(
+        return ExportSpec(
             pipeline="WanPipeline",
             source=options.model,
             revision=options.revision,

@@ -57,8 +57,8 @@ def compare(
 ) -> None:
     """Build, train and evaluate several recipes with the same seeds and prompts; one table.
 
-    A recipe is a table of a TOML file: [NAME], pairs = "local", set = ["train.lr=1e-4"], and for
-    several trainings seeds = [0, 1, 2].
+    A recipe is a table of a TOML file: [NAME], pairs = "local",
+    set = ["train.learning_rate=1e-4"], and for several trainings seeds = [0, 1, 2].
 
     Every cell is a run of its own, OUT/RECIPE/seed-N. What is measured is kept and not run again.
     """  # fmt: skip
@@ -125,7 +125,7 @@ class _Recipe:
         from dpo_video.workflows import config
 
         kinds = ("pairs", "loss", "reference", "backbone", "labeler")
-        quiet = {"train.tracker": "none", "train.samples": 0, "build.previews": False}
+        quiet = {"train.report_to": "none", "train.validation_videos": 0, "build.previews": False}
         try:
             if self.table is None:
                 return config.resolve(file=self.file, flags={**quiet, **flags})
@@ -171,7 +171,8 @@ def _read(paths: list[Path] | None) -> list[_Recipe]:
                 wrong = f"'{strange[0]}'" if isinstance(table, dict) else "no table"
                 raise UserError(
                     f"Recipe '{name}' of '{path}' has {wrong}. A recipe is [NAME] with "
-                    f'{", ".join(sorted(_KEYS))}; options go into set = ["train.lr=1e-4"].'
+                    f"{', '.join(sorted(_KEYS))}; options go into set = "
+                    '["train.learning_rate=1e-4"].'
                 )
             found.append(_Recipe(name=name, file=path, table=table))
     names = [recipe.name for recipe in found]

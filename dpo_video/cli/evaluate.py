@@ -143,7 +143,11 @@ def evaluate_run(
         facts={
             "Checkpoint": adapter.parent.name,
             "Device": str(model.device),
-            **({} if config.memory.base == "native" else {"Base packed in": config.memory.base}),
+            **(
+                {}
+                if config.memory.quantization == "native"
+                else {"Base packed in": config.memory.quantization}
+            ),
         },
     )
     videos = [

@@ -17,9 +17,9 @@ from dpo_video.settings import MemorySettings
 
 if TYPE_CHECKING:
     from dpo_video.exporting.export import Check
-    from dpo_video.exporting.model_card import Story
+    from dpo_video.exporting.model_card import RunSummary
     from dpo_video.strategies import VideoModel
-    from dpo_video.types import Publication
+    from dpo_video.types import ExportSpec
     from dpo_video.workflows.config import Config
 
 
@@ -73,7 +73,7 @@ def export(
             f"The backbone '{config.tables['backbone']['name']}' has no option 'model' to load a "
             "merged checkpoint by. Export with --format diffusers or peft."
         )
-    base = config.memory.base
+    base = config.memory.quantization
     if target is Target.merged and base != "native":
         raise UserError(
             f"The adapter of '{run}' was trained on a base in {base}, and is nothing for other "
@@ -97,7 +97,7 @@ def export(
     where = pick_device(config.run.device)
     model = load_model(config, where)
 
-    def card(publication: Publication, check: Check) -> str:
+    def card(publication: ExportSpec, check: Check) -> str:
         script = ""
         if target is not Target.comfyui:
             script = loading_script(
@@ -145,9 +145,9 @@ def export(
     console.print(f"How to load it: [bold]{place / 'README.md'}[/]")
 
 
-def _story(run: Path, config: Config, checkpoint: str) -> Story:
+def _story(run: Path, config: Config, checkpoint: str) -> RunSummary:
     from dpo_video.evaluation.results import Evaluation
-    from dpo_video.exporting.model_card import Story
+    from dpo_video.exporting.model_card import RunSummary
     from dpo_video.training.diagnosis import judge_training
     from dpo_video.training.run_dir import read_log
 
@@ -156,7 +156,7 @@ def _story(run: Path, config: Config, checkpoint: str) -> Story:
     found = run / f"evaluation-{step}" / "evaluation.json"
     if not found.is_file():
         found = run / "evaluation" / "evaluation.json"
-    return Story(
+    return RunSummary(
         name=run.resolve().name,
         tables=config.tables,
         versions=tomllib.loads((run / "run.toml").read_text(encoding="utf-8")).get("versions", {}),

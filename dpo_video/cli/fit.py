@@ -27,7 +27,7 @@ from dpo_video.errors import BudgetError, UserError
 if TYPE_CHECKING:
     import torch
 
-    from dpo_video.estimation.forecast import Forecast, Mode, Need, Rehearsed
+    from dpo_video.estimation.forecast import Forecast, MemoryEstimate, MemoryMode, TraceCache
     from dpo_video.estimation.tiers import Tier as Card
     from dpo_video.workflows.config import Config
 
@@ -63,18 +63,18 @@ def fit(
         file, assignments, backbone=backbone, loss=loss, reference=reference, tier=tier
     )
     card = find_tier(tier) if tier else None
-    from dpo_video.estimation.forecast import Rehearsed
+    from dpo_video.estimation.forecast import TraceCache
 
-    ran = Rehearsed()
+    ran = TraceCache()
     if config.memory.checkpointing == "auto":
         _budget_of(config, None, tier)  # an error, if nobody says
-        predict(config, rehearsed=ran)  # what the choice and the table have in common
+        predict(config, traces=ran)  # what the choice and the table have in common
     try:
-        config, fits = choose_blocks(config, tier=tier, rehearsed=ran), True
+        config, fits = choose_blocks(config, tier=tier, traces=ran), True
     except BudgetError as error:  # the table shows what would fit
         console.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
         fits = False
-    found = predict(config, card=card, rehearsed=ran)
+    found = predict(config, card=card, traces=ran)
     asked = found.of(mode_of(config))
     assert asked is not None
     best = found.best(card.memory_gib * 2**30) if card else None
@@ -92,7 +92,7 @@ def predict(
     *,
     alone: bool = False,
     card: Card | None = None,
-    rehearsed: Rehearsed | None = None,
+    traces: TraceCache | None = None,
 ) -> Forecast:
     """The forecast of a configuration: of all modes, or of its own alone.
 
@@ -101,7 +101,7 @@ def predict(
     """
     import diffusers
 
-    from dpo_video.estimation.forecast import Rehearsed, forecast, ladder
+    from dpo_video.estimation.forecast import TraceCache, candidate_modes, forecast
 
     diffusers.utils.logging.set_verbosity_error()  # remarks on configurations of older versions
     mine = config.tables["reference"]["name"]
@@ -112,12 +112,12 @@ def predict(
         references = {**others, **references}
         shown = [
             mode.model_copy(update={"shard": config.memory.shard})
-            for mode in ladder(list(references), config.loss)
+            for mode in candidate_modes(list(references), config.loss)
         ]
         modes = [*shown, *(mode for mode in modes if mode not in shown)]
-    ran = rehearsed or Rehearsed()
+    ran = traces or TraceCache()
     found = forecast(
-        config.backbone, references, config.loss, config.train, modes=modes, rehearsed=ran
+        config.backbone, references, config.loss, config.train, modes=modes, traces=ran
     )
     if card is not None and (need := _fewest(config, found, card, ran)):
         needs = list(found.needs)
@@ -126,19 +126,19 @@ def predict(
     return found
 
 
-def _fewest(config: Config, found: Forecast, card: Card, ran: Rehearsed) -> Need | None:
+def _fewest(config: Config, found: Forecast, card: Card, ran: TraceCache) -> MemoryEstimate | None:
     """What fits the card with the fewest blocks checkpointed, if that is neither none nor all.
 
     Of the first backward pass with which all of them would fit.
     """
     from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
-    from dpo_video.estimation.forecast import BACKWARDS, Mode
+    from dpo_video.estimation.forecast import BACKWARDS, MemoryMode
 
     name = REFERENCES[0]
     mine = config.reference if config.tables["reference"]["name"] == name else _reference(name)
     budget = SHARE * card.memory_gib * 2**30
     for backward in BACKWARDS:
-        mode = Mode(
+        mode = MemoryMode(
             reference=name, checkpointing="blocks", backward=backward, shard=config.memory.shard
         )
         full, plain = found.of(mode), found.of(mode.model_copy(update={"checkpointing": "none"}))
@@ -147,7 +147,7 @@ def _fewest(config: Config, found: Forecast, card: Card, ran: Rehearsed) -> Need
         if plain is not None and plain.card <= budget:
             return None
         need = fewest_blocks(
-            config.backbone, mine, config.loss, config.train, mode, budget, rehearsed=ran
+            config.backbone, mine, config.loss, config.train, mode, budget, traces=ran
         ).need
         return need if found.of(need.mode) is None else None
     return None
@@ -158,7 +158,7 @@ def choose_blocks(
     *,
     tier: str | None = None,
     device: torch.device | None = None,
-    rehearsed: Rehearsed | None = None,
+    traces: TraceCache | None = None,
 ) -> Config:
     """The configuration with a number in the place of checkpointing=auto; said in a line.
 
@@ -166,7 +166,7 @@ def choose_blocks(
         config: As it was asked for.
         tier: Whose card it is for, if the device does not say what it has.
         device: That it will run on, if that is known.
-        rehearsed: What was run for the same configuration, which spares it.
+        traces: What was run for the same configuration, which spares it.
 
     Raises:
         UserError: if nobody says how much memory there is, or no number fits.
@@ -182,7 +182,7 @@ def choose_blocks(
         config.train,
         mode_of(config),
         _budget_of(config, device, tier) * 2**30,
-        rehearsed=rehearsed,
+        traces=traces,
     )
     console.print(str(choice), highlight=False)
     _say_of_compiling(config, console)
@@ -225,16 +225,16 @@ def _memory_of(device: torch.device | None, tier: str | None) -> float:
     )
 
 
-def mode_of(config: Config) -> Mode:
+def mode_of(config: Config) -> MemoryMode:
     """The mode that a configuration asks for."""
-    from dpo_video.estimation.forecast import Mode
+    from dpo_video.estimation.forecast import MemoryMode
     from dpo_video.training.step import check_backward
 
     check_backward(config.loss, config.memory)
-    options = config.memory.model_dump(include=set(Mode.model_fields))
+    options = config.memory.model_dump(include=set(MemoryMode.model_fields))
     if options["checkpointing"] == "auto":  # not chosen yet
         options["checkpointing"] = "blocks"
-    return Mode(reference=config.tables["reference"]["name"], **options)
+    return MemoryMode(reference=config.tables["reference"]["name"], **options)
 
 
 def _reference(name: str) -> Any:
@@ -266,11 +266,11 @@ def warn_if_too_large(config: Config, device: torch.device) -> None:
         )
 
 
-def _holds(card: Card, need: Need) -> bool:
+def _holds(card: Card, need: MemoryEstimate) -> bool:
     return need.card <= card.memory_gib * 2**30
 
 
-def _changes(need: Need, asked: Need) -> str:
+def _changes(need: MemoryEstimate, asked: MemoryEstimate) -> str:
     """The flags that ask for its mode, after those that asked for the other."""
     flags = []
     if need.mode.reference != asked.mode.reference:
@@ -283,28 +283,28 @@ def _changes(need: Need, asked: Need) -> str:
     return " ".join(flags)
 
 
-def brief(mode: Mode) -> str:
+def brief(mode: MemoryMode) -> str:
     """A mode in at most 40 characters."""
     again = f"{mode.checkpointing} blocks" if isinstance(mode.checkpointing, int) else "blocks"
     parts = [mode.reference, "" if mode.checkpointing == "none" else again]
-    parts += [mode.backward, f"/{mode.chunks}" if mode.chunks > 1 else ""]
+    parts += [mode.backward, f"/{mode.forward_chunks}" if mode.forward_chunks > 1 else ""]
     parts += [f"host:{''.join(part[0] for part in mode.offload)}" if mode.offload else ""]
     parts += [f"x{mode.shard}" if mode.shard > 1 else ""]
-    parts += [mode.base if mode.base != "native" else ""]
+    parts += [mode.quantization if mode.quantization != "native" else ""]
     return " ".join(part for part in parts if part)
 
 
 def _report(
     found: Forecast,
-    asked: Need,
-    best: Need | None,
+    asked: MemoryEstimate,
+    best: MemoryEstimate | None,
     card: Card | None,
     cards: list[Card],
     efficiency: float,
 ) -> dict[str, Any]:
     from dpo_video.estimation.forecast import CONTEXT, FRAGMENTS
 
-    def row(need: Need) -> dict[str, Any]:
+    def row(need: MemoryEstimate) -> dict[str, Any]:
         return {
             **need.model_dump(),
             "tensors": need.tensors,
@@ -327,8 +327,8 @@ def _report(
 def _show(
     config: Config,
     found: Forecast,
-    asked: Need,
-    best: Need | None,
+    asked: MemoryEstimate,
+    best: MemoryEstimate | None,
     card: Card | None,
     cards: list[Card],
     efficiency: float,
@@ -398,5 +398,9 @@ def _show(
             "smaller model."
         )
     elif best.mode != asked.mode and (not fits or best.flops < asked.flops):
-        changes = ", which changes the numbers" if best.mode.base != asked.mode.base else ""
+        changes = (
+            ", which changes the numbers"
+            if best.mode.quantization != asked.mode.quantization
+            else ""
+        )
         out.print(f"Recommended{changes}: {_changes(best, asked)}", highlight=False)

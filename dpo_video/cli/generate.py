@@ -35,7 +35,7 @@ def generate(
         Path, typer.Option("--out", help="An mp4 or gif; numbered if there are several.")
     ] = Path("video.mp4"),
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Sampling steps.")] = None,
-    guidance: Annotated[
+    guidance_scale: Annotated[
         float | None, typer.Option("--guidance", min=0, help="Classifier-free guidance.")
     ] = None,
     backbone: Backbone = None,
@@ -75,8 +75,8 @@ def generate(
             model.encode_prompts([text]),
             initial_noise(model, [seed + i]),
             denoiser=denoiser,
-            steps=steps,
-            guidance=guidance,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
         )
         videos = model.decode_videos(latents).cpu()
         check_drawn(latents, videos, [text])

@@ -18,7 +18,7 @@ from dpo_video.cli.options import Assignments, Backbone, Device, File, Json, con
 from dpo_video.errors import UserError
 
 if TYPE_CHECKING:
-    from dpo_video.data.labels import Agreement, LabelBook
+    from dpo_video.data.labels import Agreement, LabelSet
     from dpo_video.data.store import PairStore
 
 
@@ -46,7 +46,7 @@ def label(
     """  # fmt: skip
     from dpo_video.data.label import label as label_pairs
     from dpo_video.data.label import recipe
-    from dpo_video.data.labels import LabelBook
+    from dpo_video.data.labels import LabelSet
     from dpo_video.data.store import PairStore
     from dpo_video.strategies import SetLabeler
     from dpo_video.workflows.session import load_model, made_with, pick_device
@@ -69,7 +69,7 @@ def label(
     model = load_model(config, pick_device(config.run.device))
     store.check_fits(model)
     name = name or str(table["name"])
-    book = LabelBook.open_or_create(store.folder, name, recipe(store, model, settled, seconds))
+    book = LabelSet.open_or_create(store.folder, name, recipe(store, model, settled, seconds))
     figures: Counter[str] = Counter()
     if isinstance(config.labeler, SetLabeler):
         with suppress(KeyboardInterrupt):
@@ -86,7 +86,7 @@ def label(
         _print(store, book, figures)
 
 
-def _summary(store: PairStore, book: LabelBook, figures: Mapping[str, float]) -> dict[str, Any]:
+def _summary(store: PairStore, book: LabelSet, figures: Mapping[str, float]) -> dict[str, Any]:
     agreements = {both: found.model_dump() for both, found in _agreements(store, book).items()}
     return {
         "labels": str(book.path),
@@ -101,7 +101,7 @@ def _summary(store: PairStore, book: LabelBook, figures: Mapping[str, float]) ->
     }
 
 
-def _shares(book: LabelBook) -> list[dict[str, float]]:
+def _shares(book: LabelSet) -> list[dict[str, float]]:
     """Per segment, the share of the labelled pairs in which the first or second is better."""
     labels = list(book.labels().values())
     shares = []
@@ -112,15 +112,15 @@ def _shares(book: LabelBook) -> list[dict[str, float]]:
     return shares
 
 
-def _agreements(store: PairStore, book: LabelBook) -> dict[str, Agreement]:
+def _agreements(store: PairStore, book: LabelSet) -> dict[str, Agreement]:
     """Of this book with the store's others of the same segments, and among its raters."""
     from itertools import combinations
 
-    from dpo_video.data.labels import LabelBook, agreement, names
+    from dpo_video.data.labels import LabelSet, agreement, names
 
     found = {}
     for name in names(store.folder):
-        other = LabelBook(store.folder, name)
+        other = LabelSet(store.folder, name)
         if name != book.name and other.recipe.segments == book.recipe.segments:
             both = f"{book.name} and {name}"
             found[both] = agreement(book.verdicts(), other.verdicts())
@@ -130,7 +130,7 @@ def _agreements(store: PairStore, book: LabelBook) -> dict[str, Agreement]:
     return found
 
 
-def _print(store: PairStore, book: LabelBook, figures: Mapping[str, float]) -> None:
+def _print(store: PairStore, book: LabelSet, figures: Mapping[str, float]) -> None:
     out = Console()
     labelled = len(book.labels())
     out.print(f"{labelled} of {len(store)} pairs have labels: [bold]{escape(str(book.path))}[/]")

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from dpo_video.data.store import PairStore
     from dpo_video.strategies import VideoModel
     from dpo_video.training.diagnosis import StepReport, TrainingVerdict
-    from dpo_video.training.reference_cache import BankReport
+    from dpo_video.training.reference_cache import ReferenceCacheReport
     from dpo_video.workflows.config import Config
 
 
@@ -211,17 +211,20 @@ def run_training(
 
     tables, settings = config.tables, config.train
     slope = getattr(config.loss, "beta", None)
-    per_step = settings.batch * settings.accumulation * accelerator.num_processes
+    per_step = (
+        settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    )
     console.print(
         f"[bold]{tables['loss']['name']}[/] loss"
         + (f" (slope beta = {slope:g} on the mean-squared-error margin)" if slope else "")
         + f", [bold]{tables['reference']['name']}[/] reference, {settings.steps} steps of "
-        f"{per_step} pairs, LoRA rank {settings.rank}, lr {settings.lr:g}, "
+        f"{per_step} pairs, LoRA rank {settings.rank}, lr {settings.learning_rate:g}, "
         f"on {accelerator.device}. Run: [bold]{folder}[/]"
     )
-    if config.memory.base != "native":
+    if config.memory.quantization != "native":
         console.print(
-            f"[yellow]The base is packed in {config.memory.base}[/]: policy and reference are "
+            f"[yellow]The base is packed in {config.memory.quantization}[/]: policy and "
+            "reference are "
             "another model than the published one, and what is learned is measured on it."
         )
     if config.memory.compile == "on":
@@ -246,7 +249,11 @@ def run_training(
             accelerator=accelerator,
             memory=config.memory,
             resume=resume,
-            on_bank=_bank_shown(live, bar, settings.steps * settings.accumulation * settings.batch),
+            on_bank=_bank_shown(
+                live,
+                bar,
+                settings.steps * settings.gradient_accumulation_steps * settings.batch_size,
+            ),
             stop=stopping.is_set,
         ):
             report = progress.report
@@ -295,11 +302,11 @@ def _say_what_is_left_out(store: PairStore) -> None:
                       "them.")  # fmt: skip
 
 
-def _bank_shown(live: Live, bar: Progress, visits: int) -> Callable[[BankReport], None]:
+def _bank_shown(live: Live, bar: Progress, visits: int) -> Callable[[ReferenceCacheReport], None]:
     """Shows a bank of predictions being filled; its size and time before it starts."""
     task: TaskID | None = None
 
-    def show(report: BankReport) -> None:
+    def show(report: ReferenceCacheReport) -> None:
         nonlocal task
         if task is None:
             uses = visits / report.total

@@ -87,7 +87,8 @@ def broken(pairs: Sequence[Summary]) -> Finding:
         check="numbers",
         level=Level.PROBLEM,
         seen=f"{_count(bad, pairs)} hold nan or infinity ({_listed(bad)}).",
-        do="Look at their clips, and encode with --set train.precision=no; training skips the "
+        do="Look at their clips, and encode with --set train.mixed_precision=no; training "
+        "skips the "
         "steps that meet them, and stops after train.skips of those.",
         pairs=tuple(bad),
     )

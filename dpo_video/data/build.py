@@ -121,7 +121,7 @@ def _check_finite(pair: Pair, context: Mapping[str, Tensor], index: int) -> None
             raise UserError(
                 f"Pair {index} ('{pair.prompt}', of {pair.source}) was not stored: its {part} is "
                 "not finite. Where the model made it so, try another precision (--set "
-                'train.precision="bf16" or "no"); where it came so, leave that file out.'
+                'train.mixed_precision="bf16" or "no"); where it came so, leave that file out.'
             )
 
 

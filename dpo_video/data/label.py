@@ -10,18 +10,18 @@ from typing import Any, final
 
 import torch
 
-from dpo_video.data.labels import LabelBook, LabelRecipe
+from dpo_video.data.labels import LabelRecipe, LabelSet
 from dpo_video.data.segments import SECONDS, sound_labels, split
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import (
-    Judgement,
     Labeler,
+    LabelResult,
     LabelWork,
     ReasonedLabeler,
     SetLabeler,
     VideoModel,
 )
-from dpo_video.types import Mark, Video
+from dpo_video.types import SegmentLabel, Video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class LabelReport:
 class StoreWork(LabelWork):
     """A pair store and a book, for a labeler that goes through them by itself."""
 
-    def __init__(self, store: PairStore, model: VideoModel, book: LabelBook) -> None:
+    def __init__(self, store: PairStore, model: VideoModel, book: LabelSet) -> None:
         self.store, self.model, self.book = store, model, book
         self.pairs = range(len(store))
         self.segments = [slice(start, stop) for start, stop in book.recipe.segments]
@@ -64,11 +64,13 @@ class StoreWork(LabelWork):
         """Those in the book."""
         return self.book.raters
 
-    def marks(self, rater: str = "") -> Mapping[int, Sequence[Mark]]:
+    def marks(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
         """What the book says."""
         return self.book.marks(rater)
 
-    def record(self, pair: int, marks: Sequence[Mark], *, rater: str = "", note: str = "") -> None:
+    def record(
+        self, pair: int, marks: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
+    ) -> None:
         """A line in the book, with the time."""
         now = datetime.now(UTC).replace(microsecond=0)
         self.book.record(pair, marks, rater=rater, note=note, time=now)
@@ -98,7 +100,7 @@ def recipe(
 
 
 def label(
-    store: PairStore, model: VideoModel, labeler: Labeler, book: LabelBook
+    store: PairStore, model: VideoModel, labeler: Labeler, book: LabelSet
 ) -> Iterator[LabelReport]:
     """Label the pairs that have no label yet, one report a pair.
 
@@ -128,9 +130,9 @@ def label(
         )
 
 
-def _judge(labeler: Labeler, work: StoreWork, pair: int) -> Judgement:
+def _judge(labeler: Labeler, work: StoreWork, pair: int) -> LabelResult:
     first, second = work.videos(pair)
     asked = [work.prompt(pair)], first[None], second[None], work.segments
     if isinstance(labeler, ReasonedLabeler):
         return labeler.judge(*asked)
-    return Judgement(labels=labeler(*asked), notes=[""], figures={})
+    return LabelResult(labels=labeler(*asked), notes=[""], figures={})

@@ -26,7 +26,7 @@ from dpo_video.data.segments import broadcast
 from dpo_video.errors import StoreError, UserError, first_fault, unknown
 from dpo_video.support.atomic import append_line, write_text, writing
 from dpo_video.support.statistics import cohen_kappa
-from dpo_video.types import Mark
+from dpo_video.types import SegmentLabel
 
 FOLDER = "labels"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -89,11 +89,11 @@ class Agreement(_Record):
     """Cohen's; None where it is undefined (see `cohen_kappa`)."""
 
 
-Marks = Mapping[int, Sequence[Mark]]
+Marks = Mapping[int, Sequence[SegmentLabel]]
 
 
 @final
-class LabelBook:
+class LabelSet:
     """The labels of one labeler on one store, open for reading; `open_or_create` to write."""
 
     def __init__(self, store: Path, name: str) -> None:
@@ -118,7 +118,7 @@ class LabelBook:
         self.lines = self._read()
 
     @classmethod
-    def open_or_create(cls, store: Path, name: str, recipe: LabelRecipe) -> LabelBook:
+    def open_or_create(cls, store: Path, name: str, recipe: LabelRecipe) -> LabelSet:
         """Begin a book, or go on with the one of the same recipe that is there.
 
         One without any label is begun anew: somebody corrected an option that did not work.
@@ -145,7 +145,7 @@ class LabelBook:
     def record(
         self,
         pair: int,
-        labels: Sequence[Mark],
+        labels: Sequence[SegmentLabel],
         *,
         rater: str = "",
         note: str = "",
@@ -164,7 +164,7 @@ class LabelBook:
         self.lines.append(line)
         return line
 
-    def marks(self, rater: str = "") -> dict[int, tuple[Mark, ...]]:
+    def marks(self, rater: str = "") -> dict[int, tuple[SegmentLabel, ...]]:
         """What a rater says by now of every pair, unfinished ones included."""
         return {line.pair: line.labels for line in self.lines if line.rater == rater}
 
@@ -172,12 +172,12 @@ class LabelBook:
         """The pairs that a rater has finished."""
         return {pair for pair, marks in self.marks(rater).items() if None not in marks}
 
-    def verdicts(self) -> dict[int, tuple[Mark, ...]]:
+    def verdicts(self) -> dict[int, tuple[SegmentLabel, ...]]:
         """Per pair what the raters who finished it say together: one's own marks, or their vote.
 
         "skip" where nobody would say.
         """
-        finished: dict[int, list[tuple[Mark, ...]]] = {}
+        finished: dict[int, list[tuple[SegmentLabel, ...]]] = {}
         for rater in self.raters:
             for pair, marks in self.marks(rater).items():
                 if None not in marks:
@@ -215,7 +215,7 @@ def names(store: Path) -> list[str]:
     return sorted(path.stem for path in (store / FOLDER).glob("*.json"))
 
 
-def vote(marks: Sequence[Sequence[Mark]]) -> tuple[Mark, ...]:
+def vote(marks: Sequence[Sequence[SegmentLabel]]) -> tuple[SegmentLabel, ...]:
     """One's own marks, or per segment the sign that most raters give: even counts are ties.
 
     Skips do not vote; where all skip, so does the vote.
@@ -234,7 +234,7 @@ def tensors(verdicts: Marks) -> dict[int, Float[Tensor, " s"]]:
     }
 
 
-def open_books(store: Path, chosen: Sequence[str]) -> list[LabelBook]:
+def open_books(store: Path, chosen: Sequence[str]) -> list[LabelSet]:
     """The books of these names; where one is pinned, NAME@HASH, only if it still says the same.
 
     Raises:
@@ -243,7 +243,7 @@ def open_books(store: Path, chosen: Sequence[str]) -> list[LabelBook]:
     books = []
     for text in chosen:
         name, _, pin = text.partition("@")
-        book = LabelBook(store, name)
+        book = LabelSet(store, name)
         if pin and pin != fingerprint(book.labels()):
             raise UserError(
                 f"The labels '{name}' in '{store}' are no longer those that this run was begun "
@@ -253,12 +253,12 @@ def open_books(store: Path, chosen: Sequence[str]) -> list[LabelBook]:
     return books
 
 
-def pinned(book: LabelBook) -> str:
+def pinned(book: LabelSet) -> str:
     """NAME@HASH: a book as it is now."""
     return f"{book.name}@{fingerprint(book.labels())}"
 
 
-def preferences(books: Sequence[LabelBook], frames: int) -> dict[int, Float[Tensor, " f"]]:
+def preferences(books: Sequence[LabelSet], frames: int) -> dict[int, Float[Tensor, " f"]]:
     """What books say per latent frame of the pairs that they label.
 
     One book's labels as they are; of several, the sign that most of them give, even counts ties.
@@ -295,7 +295,7 @@ def fingerprint(labels: Mapping[int, Float[Tensor, " s"]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _majority(marks: Sequence[Mark]) -> Mark:
+def _majority(marks: Sequence[SegmentLabel]) -> SegmentLabel:
     given = [mark for mark in marks if isinstance(mark, int | float)]
     return float(_sign(sum(_sign(mark) for mark in given))) if given else "skip"
 

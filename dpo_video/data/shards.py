@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from dpo_video.data.storage import Place
+from dpo_video.data.storage import Storage
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -82,7 +82,7 @@ class _Rows:
 class Shards:
     """The shards of a store, open for reading from any number of threads."""
 
-    def __init__(self, place: Place, index: ShardIndex) -> None:
+    def __init__(self, place: Storage, index: ShardIndex) -> None:
         self._place = place
         self._at = {
             name: (shard, row) for shard in index.shards for row, name in enumerate(shard.holds)
@@ -116,7 +116,7 @@ class Shards:
         }
 
 
-def _layout(place: Place, file: str, rows: int) -> list[_Rows]:
+def _layout(place: Storage, file: str, rows: int) -> list[_Rows]:
     """What a shard of so many rows holds."""
     (length,) = struct.unpack("<Q", place.parts(file, [(0, 8)])[0])
     if length > LONGEST:

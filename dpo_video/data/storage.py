@@ -24,7 +24,7 @@ _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryEr
 Result = TypeVar("Result")
 
 
-class Place(ABC):
+class Storage(ABC):
     """A folder to read from."""
 
     @abstractmethod
@@ -56,7 +56,7 @@ def folder_of(where: Path | str) -> Path:
 
 
 @final
-class Folder(Place):
+class Folder(Storage):
     """A folder of this machine, or of a disk that it shares."""
 
     def __init__(self, folder: Path) -> None:
@@ -92,7 +92,7 @@ class Folder(Place):
 
 
 @final
-class Elsewhere(Place):
+class RemoteStorage(Storage):
     """What a URL names. A connection that breaks is tried again, a few times."""
 
     def __init__(self, url: str) -> None:

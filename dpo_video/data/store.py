@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dpo_video.data.pair_index import PairRow, Rows, checked, parse
 from dpo_video.data.shards import INDEX, ShardIndex, Shards
-from dpo_video.data.storage import Elsewhere, Folder, Place, folder_of, is_url
+from dpo_video.data.storage import Folder, RemoteStorage, Storage, folder_of, is_url
 from dpo_video.errors import StoreError, first_fault
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.atomic import append_line, write_bytes, write_tensors, write_text, writing
@@ -77,7 +77,9 @@ class PairStore:
             StoreError: if there is no store, or a damaged one.
         """
         self._preferences: Mapping[int, Float[Tensor, " f"]] | None = None
-        self._place: Place = Elsewhere(str(where)) if is_url(where) else Folder(folder_of(where))
+        self._place: Storage = (
+            RemoteStorage(str(where)) if is_url(where) else Folder(folder_of(where))
+        )
         self.local = not is_url(where)
         """Whether it can be written to."""
         self.where = str(where) if is_url(where) else str(folder_of(where))

@@ -51,7 +51,8 @@ class Experts(nn.Module):
         if self.park and torch.is_grad_enabled() and hidden_states.device.type != "cpu":
             raise UserError(
                 "A batch needs both experts at once, and one of them is kept in the host's memory. "
-                "Set train.batch=1 (and raise train.accumulation), or backbone.idle_expert=device."
+                "Set train.batch_size=1 (and raise train.gradient_accumulation_steps), or "
+                "backbone.idle_expert=device."
             )
         parts = [
             self._run(expert, *(value[rows] for value in inputs), **options)

@@ -49,7 +49,7 @@ _ARRANGED: ContextVar[Callable[[nn.Module, torch.device], object] | None] = Cont
 
 
 @contextmanager
-def outlined() -> Iterator[None]:
+def on_meta() -> Iterator[None]:
     """Inside, models are loaded without their weights: their shape is all that there is.
 
     Networks are made of their configurations, on the meta device, in the precision that they would
@@ -309,7 +309,7 @@ def free(*parts: Lazy[Any]) -> None:
         torch.cuda.empty_cache()
 
 
-def settled(network: Network, device: torch.device) -> Network:
+def place(network: Network, device: torch.device) -> Network:
     """The network on its device, frozen, in evaluation mode, in memory of its own.
 
     Loaded weights lie wherever their file has them. Kernels round differently by that, and a copy

@@ -28,8 +28,9 @@ def check_drawn(latents: Latents, videos: Videos, prompts: Sequence[str]) -> Non
         if not (latent.isfinite().all() and video.isfinite().all()):
             raise UserError(
                 f"What the model drew for '{prompt}' is not finite. Draw in another precision "
-                '(--set train.precision="bf16" or "no"); if a trained model alone does so, its '
-                "training has diverged: take an earlier checkpoint, or lower train.lr."
+                '(--set train.mixed_precision="bf16" or "no"); if a trained model alone does '
+                "so, its "
+                "training has diverged: take an earlier checkpoint, or lower train.learning_rate."
             )
 
 
@@ -37,7 +38,7 @@ def check_drawn(latents: Latents, videos: Videos, prompts: Sequence[str]) -> Non
 class Schedule:
     """The steps of a whole schedule, from noise to a video."""
 
-    levels: Float[Tensor, " n"]
+    timesteps: Float[Tensor, " n"]
     """What the denoiser is told at each step, as the family's `predict` and `add_noise` want it."""
     reached: Float[Tensor, " n"]
     """The level of the latents after each step, as `add_noise` wants it. The last one is not used:
@@ -49,12 +50,12 @@ class Schedule:
     told another one: a rounded one."""
 
 
-def first_step(level: float, steps: int) -> int:
-    """Where a share of the schedule starts: round(level N) of N steps are run, at least one.
+def first_step(strength: float, num_inference_steps: int) -> int:
+    """Where a share of the schedule starts: round(strength N) of N steps are run, at least one.
 
     LocalDPO's and DenseDPO's rule (arXiv 2601.04068, 2506.03517).
     """
-    return steps - max(1, round(level * steps))
+    return num_inference_steps - max(1, round(strength * num_inference_steps))
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def denoise(
     noise: Latents,
     *,
     empty: Context | None,
-    guidance: Sequence[float],
+    guidance_scale: Sequence[float],
     first: int = 0,
     clean: Latents | None = None,
     region: Region | None = None,
@@ -80,7 +81,7 @@ def denoise(
         context: The encoded prompts, one a video.
         noise: The only randomness. Latents stay in its dtype, whatever the network computes in.
         empty: The encoded prompts to guide away from, one a video; None runs without guidance.
-        guidance: The scale of classifier-free guidance, one a step (Ho and Salimans 2022).
+        guidance_scale: The scale of classifier-free guidance, one a step (Ho and Salimans 2022).
         first: The step to begin at.
         clean: What is re-noised to the level of that step; None begins with the noise itself.
         region: With `clean`: 1 where it is repainted. Everything else equals `clean` to the bit.
@@ -92,23 +93,25 @@ def denoise(
     if empty is not None:
         context = {name: torch.cat([empty[name].to(value), value])
                    for name, value in context.items()}  # fmt: skip
-    levels, reached = schedule.levels.to(device), schedule.reached.to(device)
+    timesteps, reached = schedule.timesteps.to(device), schedule.reached.to(device)
     latents = noise
     if clean is not None:
-        before = levels if schedule.before is None else schedule.before.to(device)
+        before = timesteps if schedule.before is None else schedule.before.to(device)
         latents = model.add_noise(clean, noise, before[first].expand(count))
-    for index in range(first, len(levels)):
-        level = levels[index].expand(count)
+    for index in range(first, len(timesteps)):
+        timestep = timesteps[index].expand(count)
         if empty is None:
-            prediction = model.predict(denoiser, latents, level, context).to(noise.dtype)
+            prediction = model.predict(denoiser, latents, timestep, context).to(noise.dtype)
         else:
-            both = model.predict(denoiser, latents.repeat(2, 1, 1, 1, 1), level.repeat(2), context)
+            both = model.predict(
+                denoiser, latents.repeat(2, 1, 1, 1, 1), timestep.repeat(2), context
+            )
             without, given = both.to(noise.dtype).chunk(2)
-            prediction = without + guidance[index] * (given - without)
+            prediction = without + guidance_scale[index] * (given - without)
         latents = schedule.step(prediction, index, latents)
         if clean is not None and region is not None:
             # LocalDPO's Eq. 3. At the end, outside the region, the winner's latents to the bit.
-            last = index + 1 == len(levels)
+            last = index + 1 == len(timesteps)
             outside = clean
             if not last:
                 outside = model.add_noise(clean, noise, reached[index].expand(count))

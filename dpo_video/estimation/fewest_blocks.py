@@ -17,9 +17,9 @@ from dpo_video.estimation.forecast import (
     GIB,
     Checkpointing,
     Forecast,
-    Mode,
-    Need,
-    Rehearsed,
+    MemoryEstimate,
+    MemoryMode,
+    TraceCache,
     forecast,
 )
 from dpo_video.settings import TrainSettings
@@ -34,11 +34,11 @@ SHARE = 0.95  # of a card's memory, when nobody names a budget: others use it, a
 class Choice:
     """How many blocks, and what that needs."""
 
-    need: Need
+    need: MemoryEstimate
     """Its mode says how many: none, blocks (all of them) or a number."""
     blocks: int
     """That there are."""
-    plain: Need
+    plain: MemoryEstimate
     """What it would be with none."""
     budget: float
     """Bytes."""
@@ -62,10 +62,10 @@ def fewest_blocks(
     reference: Reference,
     loss: Loss,
     settings: TrainSettings,
-    mode: Mode,
+    mode: MemoryMode,
     budget: float,
     *,
-    rehearsed: Rehearsed | None = None,
+    traces: TraceCache | None = None,
 ) -> Choice:
     """The fewest checkpointed blocks with which a step fits.
 
@@ -76,19 +76,19 @@ def fewest_blocks(
         settings: Rank, precision and batch shape the step.
         mode: Everything but its `checkpointing`, which is to be chosen.
         budget: Bytes of a card, its context and holes included.
-        rehearsed: What a forecast of the same configuration has run, which spares it.
+        traces: What a forecast of the same configuration has run, which spares it.
 
     Raises:
         BudgetError: if it does not even fit with all, with what else would help.
     """
-    before = rehearsed or Rehearsed()
+    before = traces or TraceCache()
 
-    def tried(*modes: Mode) -> Forecast:
+    def tried(*modes: MemoryMode) -> Forecast:
         return forecast(
-            backbone, {mode.reference: reference}, loss, settings, modes=modes, rehearsed=before
+            backbone, {mode.reference: reference}, loss, settings, modes=modes, traces=before
         )
 
-    def with_blocks(count: Checkpointing) -> Mode:
+    def with_blocks(count: Checkpointing) -> MemoryMode:
         return mode.model_copy(update={"checkpointing": count})
 
     # What waits on the host is the inputs of those that are checkpointed: one at least.
@@ -138,13 +138,13 @@ def _guess(too_few: int, enough: int, above: float, below: float) -> int:
     return min(max(count, too_few + 1), enough - 1)
 
 
-def _what_else(mode: Mode) -> str:
+def _what_else(mode: MemoryMode) -> str:
     """What would lower a peak that checkpointing alone does not."""
     ways: dict[str, Any] = {
         "memory.backward=split": mode.backward == "joint",
-        f"memory.chunks={CHUNKS}": mode.chunks == 1,
+        f"memory.forward_chunks={CHUNKS}": mode.forward_chunks == 1,
         "memory.offload=checkpoints,optimizer,blocks": len(mode.offload) < 3,
-        "memory.base=nf4 (it changes the numbers)": mode.base == "native",
+        "memory.quantization=nf4 (it changes the numbers)": mode.quantization == "native",
     }
     left = [way for way, helps in ways.items() if helps]
     smaller = "lower backbone.frames, height or width"

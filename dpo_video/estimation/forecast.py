@@ -21,12 +21,12 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from dpo_video.diffusion.experts import Experts
-from dpo_video.diffusion.pretrained import outlined
+from dpo_video.diffusion.pretrained import on_meta
 from dpo_video.errors import UserError
 from dpo_video.memory.blocks import passes
-from dpo_video.memory.modes import arrange
+from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.memory.offload import HostAdamW
-from dpo_video.memory.packed_weights import Base, freeze, frozen_weights
+from dpo_video.memory.packed_weights import Base, frozen_weights, pack_frozen_weights
 from dpo_video.memory.peak import BLOCK, Peak, choosing_as_cuda, peak_bytes
 from dpo_video.memory.sharding import Shard
 from dpo_video.settings import MemorySettings, TrainSettings
@@ -60,16 +60,16 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @final
-class Mode(Record):
+class MemoryMode(Record):
     """A way to run the step."""
 
     reference: str
     """Its name."""
     checkpointing: Checkpointing
     backward: Backward
-    chunks: int = 1
+    forward_chunks: int = 1
     offload: tuple[str, ...] = ()
-    base: Base = "native"
+    quantization: Base = "native"
     shard: int = 1
 
     @property
@@ -82,17 +82,17 @@ class Mode(Record):
         again = self.checkpointing
         parts = [self.reference, f"{again} blocks" if isinstance(again, int) else again]
         parts += [self.backward]
-        parts += [f"chunks={self.chunks}"] if self.chunks > 1 else []
+        parts += [f"forward_chunks={self.forward_chunks}"] if self.forward_chunks > 1 else []
         parts += [f"offload={','.join(self.offload)}"] if self.offload else []
         parts += [f"shard={self.shard}"] if self.shard > 1 else []
-        return " ".join(parts + ([self.base] if self.base != "native" else []))
+        return " ".join(parts + ([self.quantization] if self.quantization != "native" else []))
 
 
 @final
-class Need(Record):
+class MemoryEstimate(Record):
     """What the step needs in a mode, at its worst moment. Bytes are predicted, not measured."""
 
-    mode: Mode
+    mode: MemoryMode
     fresh: bool
     """Whether every visit to a pair has a noise of its own; False for a reference made ahead."""
     weights: int
@@ -140,17 +140,17 @@ class Forecast(Record):
     precision: str
     pairs: int
     """That the whole run visits: steps, accumulation and batch."""
-    needs: tuple[Need, ...]
+    needs: tuple[MemoryEstimate, ...]
 
-    def of(self, mode: Mode) -> Need | None:
+    def of(self, mode: MemoryMode) -> MemoryEstimate | None:
         """What a mode needs; None if it was not asked about."""
         return next((need for need in self.needs if need.mode == mode), None)
 
-    def hours(self, need: Need, tflops: float, efficiency: float = EFFICIENCY) -> float:
+    def hours(self, need: MemoryEstimate, tflops: float, efficiency: float = EFFICIENCY) -> float:
         """Of the run in that mode, with nothing but its steps counted."""
         return self.pairs * need.seconds(tflops, efficiency) / 3600
 
-    def best(self, memory: float) -> Need | None:
+    def best(self, memory: float) -> MemoryEstimate | None:
         """The fastest mode with fresh noises that a card of so many bytes holds.
 
         Modes that change the numbers (another base) come last, and among equally fast ones those
@@ -159,18 +159,20 @@ class Forecast(Record):
         fitting = [need for need in self.needs if need.fresh and need.card <= memory]
         return min(
             fitting,
-            key=lambda need: (need.mode.base != "native", need.flops, need.host),
+            key=lambda need: (need.mode.quantization != "native", need.flops, need.host),
             default=None,
         )
 
 
-def ladder(references: Sequence[str], loss: Loss) -> list[Mode]:
+def candidate_modes(references: Sequence[str], loss: Loss) -> list[MemoryMode]:
     """The modes worth comparing, from the one that needs most to those that need least.
 
     The loss decides which backward pass holds one video's graph at the least cost.
     """
-    one = "linear" if loss.uniform else "split"
-    modes = [Mode(reference=name, checkpointing="none", backward="joint") for name in references]
+    one = "linear" if loss.linear_in_mean_error else "split"
+    modes = [
+        MemoryMode(reference=name, checkpointing="none", backward="joint") for name in references
+    ]
     tight: dict[str, Any] = {"checkpointing": "blocks", "backward": "split", "chunks": CHUNKS}
     least = ("checkpoints", "optimizer")
     rows: list[dict[str, Any]] = [
@@ -182,7 +184,7 @@ def ladder(references: Sequence[str], loss: Loss) -> list[Mode]:
         {**tight, "offload": (*least, "blocks")},
         {**tight, "offload": least, "base": "nf4"},
     ]
-    return modes + [Mode(reference=references[0], **row) for row in rows]
+    return modes + [MemoryMode(reference=references[0], **row) for row in rows]
 
 
 def forecast(
@@ -193,8 +195,8 @@ def forecast(
     *,
     checkpointings: Sequence[Checkpointing] = CHECKPOINTINGS,
     backwards: Sequence[Backward] = BACKWARDS,
-    modes: Sequence[Mode] | None = None,
-    rehearsed: Rehearsed | None = None,
+    modes: Sequence[MemoryMode] | None = None,
+    traces: TraceCache | None = None,
 ) -> Forecast:
     """Run the training's step on shapes, in every mode asked for.
 
@@ -206,39 +208,39 @@ def forecast(
         checkpointings: To predict, with every reference and backward pass, if no modes are given.
         backwards: The same.
         modes: To predict, instead.
-        rehearsed: What earlier calls for the same configuration have run, which spares it; what
+        traces: What earlier calls for the same configuration have run, which spares it; what
             this one runs is added.
 
     Raises:
         UserError: if the model's configuration cannot be read or the backbone cannot be outlined.
     """
-    ran = Rehearsed() if rehearsed is None else rehearsed
+    ran = TraceCache() if traces is None else traces
     model = ran.outline(backbone, settings)
     parameters = sum(parameter.numel() for parameter in model.denoiser.parameters())
     asked = modes or [
-        Mode(reference=name, checkpointing=checkpointing, backward=backward)
+        MemoryMode(reference=name, checkpointing=checkpointing, backward=backward)
         for checkpointing in checkpointings
         for backward in sorted(backwards, key=BACKWARDS.index)
         for name in references
     ]
-    asked = [mode for mode in asked if mode.backward != "linear" or loss.uniform]
+    asked = [mode for mode in asked if mode.backward != "linear" or loss.linear_in_mean_error]
     stack = _stack(model.denoiser)
     plans = [_plan(mode, None if stack is None else len(stack)) for mode in asked]
-    wanted: dict[tuple[int | None, _Weights], list[Mode]] = {}
+    wanted: dict[tuple[int | None, _Weights], list[MemoryMode]] = {}
     for layers, mode in dict.fromkeys((term.layers, term.mode) for plan in plans for term in plan):
         if (layers, mode) not in ran.of:
             wanted.setdefault((layers, _weights_of(mode)), []).append(mode)
     for (layers, weights), missing in wanted.items():
         stage = ran.stage(backbone, references, settings, layers, weights)
-        needs = stage.rehearse(missing, loss, settings)
+        needs = stage.trace_step(missing, loss, settings)
         ran.of.update({(layers, mode): need for mode, need in needs.items()})
     return Forecast(
         parameters=parameters,
         trainable=ran.adapter(None if stack is None else len(stack)),
         latent_shape=model.latent_shape,
         blocks=len(passes(model.denoiser)[0]),
-        precision=settings.precision,
-        pairs=settings.steps * settings.accumulation * settings.batch,
+        precision=settings.mixed_precision,
+        pairs=settings.steps * settings.gradient_accumulation_steps * settings.batch_size,
         needs=tuple(_sum(mode, plan, ran.of) for mode, plan in zip(asked, plans, strict=True)),
     )
 
@@ -246,11 +248,11 @@ def forecast(
 _Weights = tuple[Base, bool, int]
 
 
-class Rehearsed:
+class TraceCache:
     """What was run on shapes for one configuration, and on what: what is known is not run again."""
 
     def __init__(self) -> None:
-        self.of: dict[tuple[int | None, Mode], Need] = {}
+        self.of: dict[tuple[int | None, MemoryMode], MemoryEstimate] = {}
         """By layers (None: all that there are) and mode."""
         self._model: VideoModel | None = None
         self._stages: dict[tuple[int | None, _Weights], _Stage] = {}
@@ -290,11 +292,11 @@ class _Term:
     """What a model of so many layers needs in a mode, taken so many times."""
 
     layers: int | None
-    mode: Mode
+    mode: MemoryMode
     times: int
 
 
-def _plan(mode: Mode, layers: int | None) -> list[_Term]:
+def _plan(mode: MemoryMode, layers: int | None) -> list[_Term]:
     """What a model of many equal layers needs, as a sum of what one of few layers does.
 
     Every figure grows by the same with each layer that is checkpointed, and by the same with each
@@ -306,10 +308,12 @@ def _plan(mode: Mode, layers: int | None) -> list[_Term]:
         return [_Term(None, mode, 1)]
     few, more = LAYERS
 
-    def line(fewer: tuple[int, Mode], another: tuple[int, Mode], times: int) -> list[_Term]:
+    def line(
+        fewer: tuple[int, MemoryMode], another: tuple[int, MemoryMode], times: int
+    ) -> list[_Term]:
         return [_Term(*fewer, -times), _Term(*another, times)]
 
-    def so_many(count: int) -> Mode:
+    def so_many(count: int) -> MemoryMode:
         return mode.model_copy(update={"checkpointing": count})
 
     if not isinstance(count, int) or count >= layers:
@@ -327,7 +331,9 @@ def _plan(mode: Mode, layers: int | None) -> list[_Term]:
     ]
 
 
-def _sum(mode: Mode, plan: Sequence[_Term], found: Mapping[Any, Need]) -> Need:
+def _sum(
+    mode: MemoryMode, plan: Sequence[_Term], found: Mapping[Any, MemoryEstimate]
+) -> MemoryEstimate:
     first = found[plan[0].layers, plan[0].mode]
     update: dict[str, Any] = {"mode": mode}
     for figure in ("weights", "gradients", "optimizer", "activations", "flops", "host"):
@@ -341,8 +347,8 @@ def _outline(
     backbone: Backbone, settings: TrainSettings, layers: int | None = None
 ) -> tuple[VideoModel, Mapping[str, tuple[int, ...]]]:
     """The model without weights, and what a prompt looks like; with so many layers in its stack."""
-    with outlined():
-        model = backbone.load(CPU, DTYPES[settings.precision])
+    with on_meta():
+        model = backbone.load(CPU, DTYPES[settings.mixed_precision])
         prompt = model.prompt_shapes()
     if prompt is None:
         raise UserError(
@@ -365,9 +371,9 @@ def _stack(network: nn.Module) -> nn.ModuleList | None:
     return None
 
 
-def _weights_of(mode: Mode) -> _Weights:
+def _weights_of(mode: MemoryMode) -> _Weights:
     """How a mode holds the frozen weights: base, on the host or not, how many share them."""
-    return mode.base, "blocks" in mode.offload, mode.shard
+    return mode.quantization, "blocks" in mode.offload, mode.shard
 
 
 class _Stage:
@@ -381,19 +387,19 @@ class _Stage:
         layers: int | None,
         weights: _Weights,
     ) -> None:
-        base, on_host, processes = weights
+        quantization, on_host, processes = weights
         self.model, self.prompt = _outline(backbone, settings, layers)
         with torch.device("meta"):
             self.policy = adapt(self.model, settings, seed=0)
-            self.anchors = {name: each.follow(self.policy) for name, each in references.items()}
+            self.anchors = {name: each.attach(self.policy) for name, each in references.items()}
         self._optimizers: dict[bool, Optimizer] = {}
         self._tensors = FakeTensorMode(allow_non_fake_inputs=True)
         with self._tensors:
             give_tensors(self.policy, CPU)
             self.trained = [p for p in self.policy.parameters() if p.requires_grad]
-            if base != "native" or on_host or processes > 1:
+            if quantization != "native" or on_host or processes > 1:
                 shard = Shard(rank=0, count=processes) if processes > 1 else None
-                freeze(self.policy, CPU, base, on_host=on_host, shard=shard)
+                pack_frozen_weights(self.policy, CPU, quantization, on_host=on_host, shard=shard)
 
     @property
     def trainable(self) -> int:
@@ -407,14 +413,14 @@ class _Stage:
             self._optimizers[on_host] = kind(self.trained)
         return self._optimizers[on_host]
 
-    def rehearse(
-        self, modes: Sequence[Mode], loss: Loss, settings: TrainSettings
-    ) -> dict[Mode, Need]:
+    def trace_step(
+        self, modes: Sequence[MemoryMode], loss: Loss, settings: TrainSettings
+    ) -> dict[MemoryMode, MemoryEstimate]:
         """What each mode needs."""
-        needs: dict[Mode, Need] = {}
+        needs: dict[MemoryMode, MemoryEstimate] = {}
         with self._tensors:
             for memory in dict.fromkeys(mode.memory for mode in modes):
-                arrange(self.policy, memory)
+                apply_memory_modes(self.policy, memory)
                 done: list[_Rehearsal] = []
                 for name in self.anchors:
                     for mode in modes:
@@ -429,24 +435,30 @@ class _Stage:
 class _Rehearsal:
     """One step on tensors without memory."""
 
-    def __init__(self, stage: _Stage, loss: Loss, mode: Mode, settings: TrainSettings) -> None:
+    def __init__(
+        self, stage: _Stage, loss: Loss, mode: MemoryMode, settings: TrainSettings
+    ) -> None:
         self.model, self.policy, self.prompt = stage.model, stage.policy, stage.prompt
-        self.anchor, self.mode, self.settings = stage.anchors[mode.reference], mode, settings
+        self.reference_model, self.mode, self.settings = (
+            stage.anchors[mode.reference],
+            mode,
+            settings,
+        )
         self.step = Step(
             model=self.model,
             policy=self.policy,
-            anchor=self.anchor,
+            reference_model=self.reference_model,
             loss=loss,
             mode=mode.backward,
             # Tensor.backward takes function modes off, and what is computed again needs them.
             backward=torch.autograd.backward,
             autocast=self._autocast,
         )
-        with self.anchor.network() as reference:
+        with self.reference_model.network() as reference:
             give_tensors(reference, CPU)
         self.own = nn.Module() if reference is self.policy else reference
         self.trained, self.optimizer = stage.trained, stage.optimizer
-        self.done: Need | None = None
+        self.done: MemoryEstimate | None = None
 
     @property
     def weights(self) -> int:
@@ -476,7 +488,7 @@ class _Rehearsal:
         adapter = _allocated(self.trained)
         return _bytes(self.own) in (0, _bytes(self.policy) - adapter)
 
-    def like(self, done: Sequence[_Rehearsal]) -> Need | None:
+    def like(self, done: Sequence[_Rehearsal]) -> MemoryEstimate | None:
         """What follows from one that was run, which spares time; None if nothing does.
 
         A copy computes what the policy with its adapter off does, on weights of its own. A
@@ -486,7 +498,7 @@ class _Rehearsal:
             if other.done is None or not (self.is_a_copy and other.is_a_copy):
                 continue
             known = other.done
-            if self.anchor.draws is None:
+            if self.reference_model.noise_draws is None:
                 if known.fresh:
                     self.done = known.model_copy(
                         update={"mode": self.mode, "weights": self.weights}
@@ -508,26 +520,26 @@ class _Rehearsal:
 
     def reference_alone(self) -> Peak:
         """Of the reference's forward passes of a pair, and of nothing else."""
-        batch, noise, level = empty_pairs(self.model, self.prompt, 1, self.dtype)
+        batch, noise, timestep = empty_pairs(self.model, self.prompt, 1, self.dtype)
         with self._choices():
             return peak_bytes(
-                lambda: _discard(self.step.reference(batch, noise, level)),
+                lambda: _discard(self.step.reference(batch, noise, timestep)),
                 networks=[self.policy, self.own],
             )
 
-    def run(self) -> Need:
+    def run(self) -> MemoryEstimate:
         """Run it."""
         on_host = "optimizer" in self.mode.offload
         optimizer = self.optimizer(on_host=on_host)
         gradients = self._gradients_before()
-        count = self.settings.batch
-        batch, noise, level = empty_pairs(self.model, self.prompt, count, self.dtype)
-        known = None if self.anchor.draws is None else torch.cat([noise, noise])
+        count = self.settings.batch_size
+        batch, noise, timestep = empty_pairs(self.model, self.prompt, count, self.dtype)
+        known = None if self.reference_model.noise_draws is None else torch.cat([noise, noise])
 
         checks = _Believing() if self.mode.backward == "linear" else nullcontext()
         with self._choices(), checks:
             peak = peak_bytes(
-                lambda: _discard(self.step(batch, noise, level, known=known)),
+                lambda: _discard(self.step(batch, noise, timestep, reference_prediction=known)),
                 networks=[self.policy, self.own, gradients],
                 optimizer=optimizer,
                 weights=self._frozen(on_host=False),
@@ -539,14 +551,14 @@ class _Rehearsal:
         state = 0
         if not on_host:
             state = sum(value.nbytes for of in optimizer.state.values() for value in of.values())
-        self.done = Need(
+        self.done = MemoryEstimate(
             mode=self.mode,
             fresh=known is None,
             weights=self.weights,
             gradients=adapter,
             optimizer=state,
             activations=max(0, peak.total - self.parked - self.weights - adapter - state),
-            flops=peak.flops // self.settings.batch,
+            flops=peak.flops // self.settings.batch_size,
             host=peak.host,
         )
         return self.done
@@ -554,7 +566,7 @@ class _Rehearsal:
     @property
     def dtype(self) -> torch.dtype:
         """Of the forward passes."""
-        return DTYPES[self.settings.precision]
+        return DTYPES[self.settings.mixed_precision]
 
     @property
     def _mixed(self) -> bool:
@@ -570,7 +582,7 @@ class _Rehearsal:
     def _gradients_before(self) -> nn.Module:
         """Gradients of the batches before this one in an optimizer step, if there are any."""
         holder = nn.Module()
-        if self.settings.accumulation > 1:
+        if self.settings.gradient_accumulation_steps > 1:
             for index, parameter in enumerate(self.trained):
                 parameter.grad = torch.zeros_like(parameter)
                 holder.register_buffer(str(index), parameter.grad)

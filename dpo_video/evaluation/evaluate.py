@@ -100,7 +100,7 @@ def compare(
         sets.append(torch.cat(drawn))
     before, tuned = sets
     found = [
-        _measure(name, metric, before, tuned, prompts, settings.batch)
+        _measure(name, metric, before, tuned, prompts, settings.batch_size)
         for name, metric in metrics.items()
     ]
     results = tuple(each for each in found if isinstance(each, MetricResult))
@@ -151,15 +151,15 @@ def draw(
     Raises:
         UserError: if one is not finite.
     """
-    for start in range(0, len(prompts), settings.batch):
-        texts = prompts[start : start + settings.batch]
+    for start in range(0, len(prompts), settings.batch_size):
+        texts = prompts[start : start + settings.batch_size]
         seeds = range(settings.seed + start, settings.seed + start + len(texts))
         latents = model.sample(
             model.encode_prompts(texts),
             initial_noise(model, seeds),
             denoiser=denoiser,
-            steps=settings.steps,
-            guidance=settings.guidance,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
         )
         videos = model.decode_videos(latents).cpu()
         check_drawn(latents, videos, texts)

@@ -25,18 +25,18 @@ from dpo_video.errors import ExportError, RunError, UserError
 from dpo_video.exporting.lora_formats import (
     Comfy,
     Diffusers,
-    Layout,
+    LoraDelta,
+    LoraFormat,
     Peft,
-    Updates,
     precision,
-    read_updates,
+    read_delta,
     remove_adapter,
 )
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.rng import generator
 from dpo_video.training.checkpoint import load_adapter
-from dpo_video.types import Context, Latents, Publication
+from dpo_video.types import Context, ExportSpec, Latents
 
 LAYER_TOLERANCE = 4.0
 """Rounding errors of the stored precision by which a layer's update may be off."""
@@ -79,7 +79,7 @@ def export(
     out: Path,
     *,
     name: str,
-    card: Callable[[Publication, Check], str],
+    card: Callable[[ExportSpec, Check], str],
     reload: Callable[[Path], VideoModel],
     dtype: torch.dtype | None = None,
 ) -> Check:
@@ -117,7 +117,7 @@ def export(
             f"What '{adapter}' predicts is not finite: its training has diverged. Export an "
             "earlier checkpoint (--checkpoint N)."
         )
-    adapted = [name for name, network in publication.networks.items() if read_updates(network)]
+    adapted = [name for name, network in publication.networks.items() if read_delta(network)]
     epsilon = _epsilon(model.denoiser, dtype, format)
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -148,28 +148,28 @@ class _Probe:
     """What denoisers are compared on."""
 
     noisy: Latents
-    levels: Tensor
+    timesteps: Tensor
     context: Context
 
     @classmethod
     def of(cls, model: VideoModel) -> Self:
         draw = generator("export")
-        levels = model.sample_levels(_LEVELS, draw)
+        timesteps = model.sample_timesteps(_LEVELS, draw)
         context = model.encode_prompts(["a cinematic shot of an old lighthouse at dusk"])
         model.release()
         return cls(
             noisy=torch.randn(1, *model.latent_shape, generator=draw),
-            levels=torch.stack([levels.min(), levels.max()]),
+            timesteps=torch.stack([timesteps.min(), timesteps.max()]),
             context=context,
         )
 
     @torch.no_grad()
     def predict(self, model: VideoModel) -> Tensor:
         """The predictions at both levels, in fp32 on the CPU."""
-        noisy, levels = self.noisy.to(model.device), self.levels.to(model.device)
+        noisy, timesteps = self.noisy.to(model.device), self.timesteps.to(model.device)
         context = {name: value.to(model.device) for name, value in self.context.items()}
         predictions = [
-            model.predict(model.denoiser, noisy, level[None], context) for level in levels
+            model.predict(model.denoiser, noisy, timestep[None], context) for timestep in timesteps
         ]
         return torch.cat(predictions).float().cpu()
 
@@ -179,17 +179,17 @@ def _adapted(model: VideoModel, adapter: Path) -> PeftModel:
     return load_adapter(model.denoiser, adapter, instead).eval()
 
 
-def _take_off(publication: Publication) -> dict[str, Updates]:
+def _take_off(publication: ExportSpec) -> dict[str, LoraDelta]:
     """The updates of every network that has some, which is bare afterwards."""
     found = {}
     for name, network in publication.networks.items():
-        if updates := read_updates(network):
+        if updates := read_delta(network):
             found[name] = updates
         remove_adapter(network)
     return found
 
 
-def _layout(format: Format, policy: PeftModel, name: str) -> Layout:
+def _layout(format: Format, policy: PeftModel, name: str) -> LoraFormat:
     if format is Format.DIFFUSERS:
         return Diffusers()
     if format is Format.PEFT:
@@ -200,23 +200,23 @@ def _layout(format: Format, policy: PeftModel, name: str) -> Layout:
 def _predict_loaded(
     model: VideoModel,
     probe: _Probe,
-    layout: Layout,
+    layout: LoraFormat,
     folder: Path,
-    publication: Publication,
-    updates: Mapping[str, Updates],
+    publication: ExportSpec,
+    updates: Mapping[str, LoraDelta],
     dtype: torch.dtype | None,
 ) -> Tensor:
     """Load what was written back, compare it layer by layer, and predict with it."""
     try:
         with layout.loaded(folder, publication, list(updates)):
             for name, layers in updates.items():
-                _compare_layers(layers, read_updates(publication.networks[name]), dtype)
+                _compare_layers(layers, read_delta(publication.networks[name]), dtype)
             return probe.predict(model)
     except (RuntimeError, ValueError, LookupError, OSError, SafetensorError) as error:
         raise _does_not_load(error) from error
 
 
-def _compare_layers(wanted: Updates, found: Updates, dtype: torch.dtype | None) -> None:
+def _compare_layers(wanted: LoraDelta, found: LoraDelta, dtype: torch.dtype | None) -> None:
     """By what each layer's output gains: exact where the prediction of a whole network is not."""
     if strays := sorted(wanted.keys() ^ found.keys()):
         raise ExportError(
@@ -240,7 +240,7 @@ def _compare_layers(wanted: Updates, found: Updates, dtype: torch.dtype | None) 
 
 
 def _write_merged(
-    policy: PeftModel, publication: Publication, folder: Path, dtype: torch.dtype | None
+    policy: PeftModel, publication: ExportSpec, folder: Path, dtype: torch.dtype | None
 ) -> None:
     """A checkpoint in diffusers' layout: the networks merged, the other parts as they were."""
     for network in publication.networks.values():

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dpo_video.errors import ExportError
 from dpo_video.support.atomic import write_tensors
-from dpo_video.types import LoraNames, Publication
+from dpo_video.types import ExportSpec, LoraNames
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for
 _METADATA = {"format": "pt"}
@@ -56,10 +56,10 @@ class Update:
 
 
 # Of a network: its adapted modules' names, and their updates.
-Updates = Mapping[str, Update]
+LoraDelta = Mapping[str, Update]
 
 
-def read_updates(network: nn.Module) -> Updates:
+def read_delta(network: nn.Module) -> LoraDelta:
     """The updates that are on a network now, on the CPU."""
     found = {}
     for name, layer in network.named_modules():
@@ -73,26 +73,26 @@ def read_updates(network: nn.Module) -> Updates:
     return found
 
 
-def subfolder(publication: Publication, network: str) -> str:
+def subfolder(publication: ExportSpec, network: str) -> str:
     """Where a network's files go: into a folder of its name if there are several networks."""
     return network if len(publication.networks) > 1 else "."
 
 
-class Layout(ABC):
+class LoraFormat(ABC):
     """A format of adapters."""
 
     @abstractmethod
     def write(
         self,
         folder: Path,
-        publication: Publication,
-        updates: Mapping[str, Updates],
+        publication: ExportSpec,
+        updates: Mapping[str, LoraDelta],
         dtype: torch.dtype | None,
     ) -> None:
         """Write the updates of every adapted network; in their own precision if `dtype` is None."""
 
     @abstractmethod
-    def load(self, folder: Path, publication: Publication, name: str) -> None:
+    def load(self, folder: Path, publication: ExportSpec, name: str) -> None:
         """Put what was written for a network on it."""
 
     @abstractmethod
@@ -101,9 +101,7 @@ class Layout(ABC):
 
     @final
     @contextmanager
-    def loaded(
-        self, folder: Path, publication: Publication, names: Sequence[str]
-    ) -> Iterator[None]:
+    def loaded(self, folder: Path, publication: ExportSpec, names: Sequence[str]) -> Iterator[None]:
         """With what was written on the networks of these names."""
         put_on = []
         try:
@@ -118,7 +116,7 @@ class Layout(ABC):
 
 @final
 @dataclass(frozen=True)
-class Diffusers(Layout):
+class Diffusers(LoraFormat):
     """What a pipeline's `load_lora_weights(folder)` reads (diffusers, `loaders/lora_pipeline.py`).
 
     Keys are `unet.` or `transformer.`, the module's name, and `.lora_A.weight` or `.lora_B.weight`.
@@ -129,8 +127,8 @@ class Diffusers(Layout):
     def write(
         self,
         folder: Path,
-        publication: Publication,
-        updates: Mapping[str, Updates],
+        publication: ExportSpec,
+        updates: Mapping[str, LoraDelta],
         dtype: torch.dtype | None,
     ) -> None:
         """One file a network."""
@@ -144,7 +142,7 @@ class Diffusers(Layout):
             place = folder / subfolder(publication, name)
             write_tensors(place / DIFFUSERS_FILE, tensors, _METADATA)
 
-    def load(self, folder: Path, publication: Publication, name: str) -> None:
+    def load(self, folder: Path, publication: ExportSpec, name: str) -> None:
         """Through the stock pipeline, which gets nothing but the networks."""
         place = str(folder / subfolder(publication, name))
         with _quiet():
@@ -158,13 +156,13 @@ class Diffusers(Layout):
         network.unload_lora()
 
 
-def load_options(publication: Publication, name: str) -> dict[str, bool]:
+def load_options(publication: ExportSpec, name: str) -> dict[str, bool]:
     """What `load_lora_weights` must be told for a network that is not the pipeline's first."""
     first = name == next(iter(publication.networks))
     return {} if first else {f"load_into_{name}": True}
 
 
-def stock_pipeline(publication: Publication) -> Any:
+def stock_pipeline(publication: ExportSpec) -> Any:
     """The family's pipeline with the model's own networks, and without anything else."""
     pipeline = getattr(diffusers, publication.pipeline)
     parts = inspect.signature(pipeline.__init__).parameters.values()
@@ -174,7 +172,7 @@ def stock_pipeline(publication: Publication) -> Any:
 
 @final
 @dataclass(frozen=True)
-class Peft(Layout):
+class Peft(LoraFormat):
     """What `PeftModel.from_pretrained(network, folder)` reads; alpha is in adapter_config.json."""
 
     config: LoraConfig
@@ -182,8 +180,8 @@ class Peft(Layout):
     def write(
         self,
         folder: Path,
-        publication: Publication,
-        updates: Mapping[str, Updates],
+        publication: ExportSpec,
+        updates: Mapping[str, LoraDelta],
         dtype: torch.dtype | None,
     ) -> None:
         """A folder a network."""
@@ -204,7 +202,7 @@ class Peft(Layout):
             config.inference_mode = True
             config.save_pretrained(str(place))
 
-    def load(self, folder: Path, publication: Publication, name: str) -> None:
+    def load(self, folder: Path, publication: ExportSpec, name: str) -> None:
         """PEFT puts it into the network itself; its wrapper is not needed to run it."""
         place = str(folder / subfolder(publication, name))
         PeftModel.from_pretrained(publication.networks[name], place)
@@ -216,7 +214,7 @@ class Peft(Layout):
 
 @final
 @dataclass(frozen=True)
-class Comfy(Layout):
+class Comfy(LoraFormat):
     """What ComfyUI reads, by its names for the networks' modules (`Publication.comfy`)."""
 
     name: str
@@ -225,8 +223,8 @@ class Comfy(Layout):
     def write(
         self,
         folder: Path,
-        publication: Publication,
-        updates: Mapping[str, Updates],
+        publication: ExportSpec,
+        updates: Mapping[str, LoraDelta],
         dtype: torch.dtype | None,
     ) -> None:
         """One file a network."""
@@ -242,12 +240,12 @@ class Comfy(Layout):
                 tensors[keys.down], tensors[keys.up] = _stored(update, dtype)
             write_tensors(folder / self.file(publication, name), tensors, _METADATA)
 
-    def file(self, publication: Publication, network: str) -> str:
+    def file(self, publication: ExportSpec, network: str) -> str:
         """The name of a network's file."""
         several = len(publication.networks) > 1
         return f"{self.name}-{network}.safetensors" if several else f"{self.name}.safetensors"
 
-    def load(self, folder: Path, publication: Publication, name: str) -> None:
+    def load(self, folder: Path, publication: ExportSpec, name: str) -> None:
         """As ComfyUI goes about it: it asks the file for every layer that the network has.
 
         `comfy/lora.py: model_lora_keys_unet, load_lora`. ComfyUI itself is not asked.
@@ -271,7 +269,7 @@ class Comfy(Layout):
         network.unload_lora()
 
 
-def _comfy_names(network: Any, publication: Publication) -> Iterator[tuple[str, LoraNames]]:
+def _comfy_names(network: Any, publication: ExportSpec) -> Iterator[tuple[str, LoraNames]]:
     for module, layer in network.named_modules():
         keys = publication.comfy(module) if isinstance(layer, nn.Linear) else None
         if keys is not None:

@@ -19,13 +19,13 @@ from dpo_video.exporting.lora_formats import DIFFUSERS_FILE, load_options, preci
 from dpo_video.strategies import VideoModel
 from dpo_video.support.formatting import brief, percent
 from dpo_video.training.diagnosis import TrainingVerdict
-from dpo_video.types import Publication
+from dpo_video.types import ExportSpec
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Story:
+class RunSummary:
     """What is known of a run."""
 
     name: str
@@ -43,8 +43,8 @@ class Story:
 
 
 def model_card(
-    story: Story,
-    publication: Publication,
+    story: RunSummary,
+    publication: ExportSpec,
     *,
     format: str,
     script: str,
@@ -94,7 +94,7 @@ def model_card(
 
 def loading_script(
     model: VideoModel,
-    publication: Publication,
+    publication: ExportSpec,
     *,
     format: str,
     folder: Path,
@@ -133,10 +133,13 @@ def loading_script(
         lines.append(f"pipe.to({_quoted(model.device.type)})")
     shape = model.shape
     call = {
-        "num_frames": shape.frames, "height": shape.height, "width": shape.width,
-        "num_inference_steps": model.sampling.steps, "guidance_scale": model.sampling.guidance,
+        "num_frames": shape.frames,
+        "height": shape.height,
+        "width": shape.width,
+        "num_inference_steps": model.sampling.num_inference_steps,
+        "guidance_scale": model.sampling.guidance_scale,
         **publication.call,
-    }  # fmt: skip
+    }
     said = ", ".join(f"{key}={value!r}" for key, value in call.items())
     lines.append(
         f"video = pipe({_quoted(prompt)}, {said}, generator=torch.Generator().manual_seed(0))"
@@ -148,7 +151,7 @@ def loading_script(
     return "\n".join([*heads, *lines])
 
 
-def _loading_line(publication: Publication, format: str, folder: Path, name: str) -> str:
+def _loading_line(publication: ExportSpec, format: str, folder: Path, name: str) -> str:
     place = _quoted(folder / subfolder(publication, name))
     if format == "peft":
         return f"pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {place})"
@@ -156,7 +159,7 @@ def _loading_line(publication: Publication, format: str, folder: Path, name: str
     return f'pipe.load_lora_weights({place}, weight_name="{DIFFUSERS_FILE}"{options})'
 
 
-def _scheduler_line(publication: Publication) -> str:
+def _scheduler_line(publication: ExportSpec) -> str:
     """What makes the checkpoint's scheduler the run's; empty if it is already."""
     ours = publication.scheduler
     text = (publication.folder("scheduler") / "scheduler_config.json").read_text(encoding="utf-8")
@@ -174,7 +177,7 @@ def _scheduler_line(publication: Publication) -> str:
     return f"{type(ours).__name__}.from_config(pipe.scheduler.config{said})"
 
 
-def _use(publication: Publication, format: str) -> str:
+def _use(publication: ExportSpec, format: str) -> str:
     if format == "comfyui":
         text = publication.comfy_place
         if len(publication.networks) > 1:
@@ -198,12 +201,12 @@ def _quoted(text: str | Path) -> str:
     return json.dumps(str(text), ensure_ascii=False)
 
 
-def _on_hub(publication: Publication) -> bool:
+def _on_hub(publication: ExportSpec) -> bool:
     source = publication.source
     return bool(_HUB_ID.fullmatch(source)) and not Path(source).is_dir()
 
 
-def _settings(story: Story, publication: Publication) -> list[tuple[str, str]]:
+def _settings(story: RunSummary, publication: ExportSpec) -> list[tuple[str, str]]:
     tables = story.tables
     train, run = tables["train"], tables["run"]
     base = publication.source if _on_hub(publication) else Path(publication.source).name
@@ -251,7 +254,7 @@ def _scores(evaluation: Evaluation) -> list[dict[str, str]]:
     return rows
 
 
-def _measured(story: Story) -> str:
+def _measured(story: RunSummary) -> str:
     """Which checkpoint was evaluated, if it is another one."""
     if story.evaluation is None:
         return ""

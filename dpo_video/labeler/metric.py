@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
 from dpo_video.errors import UserError
-from dpo_video.strategies import Judgement, Labeler, MeasuringLabeler, Metric, ReasonedLabeler
+from dpo_video.strategies import Labeler, LabelResult, MeasuringLabeler, Metric, ReasonedLabeler
 from dpo_video.types import PerPair, Videos
 
 
@@ -70,7 +70,7 @@ class Measuring(ReasonedLabeler):
 
     def judge(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
-    ) -> Judgement:
+    ) -> LabelResult:
         """Measure both videos of every segment; a note says what was measured."""
         rule, columns = self.rule, []
         notes: list[list[str]] = [[] for _ in prompts]
@@ -98,7 +98,7 @@ class Measuring(ReasonedLabeler):
                 )
                 held = " (a tie: the better one moves less)" if frozen[i] else ""
                 note.append(f"{number}: {measured}{held}")
-        return Judgement(
+        return LabelResult(
             labels=torch.stack(columns, dim=1),
             notes=["; ".join(note) for note in notes],
             figures={},

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_video.errors import UserError
-from dpo_video.labeler._page.sitting import Sitting, Summary
+from dpo_video.labeler._page.sitting import LabelSession, Summary
 from dpo_video.strategies import LabelWork, SetLabeler
 
 
@@ -46,7 +46,7 @@ class Page(SetLabeler):
                 f"The labelling page needs {error.name}. Install it: pip install 'dpo-video[page]'."
             ) from error
         console = Console(stderr=True)
-        sitting = Sitting(work, self.seed)
+        sitting = LabelSession(work, self.seed)
         token = secrets.token_urlsafe(16)
         with listen(self.port) as listener:
             port = listener.getsockname()[1]

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpo_video.errors import UserError, first_fault
 from dpo_video.strategies import LabelWork, SetLabeler
-from dpo_video.types import Mark
+from dpo_video.types import SegmentLabel
 
 _WORDS: Mapping[str, float] = {"first": 1.0, "second": -1.0, "tie": 0.0}
 _Label = Annotated[float, Field(ge=-1, le=1)] | Literal["first", "second", "tie", "skip"]
@@ -37,7 +37,7 @@ class _Line(BaseModel):
             raise ValueError('give either "label" or "labels"')
         return self
 
-    def marks(self, segments: int) -> tuple[Mark, ...]:
+    def marks(self, segments: int) -> tuple[SegmentLabel, ...]:
         """One mark a segment."""
         given = self.labels if self.labels is not None else (self.label,) * segments
         return tuple(_mark(label) for label in given)
@@ -65,7 +65,7 @@ class Recorded(SetLabeler):
 
     def label_set(self, work: LabelWork) -> None:
         """Copy what the book does not have yet; nothing if any line of the file is wrong."""
-        final: dict[tuple[str, int], tuple[tuple[Mark, ...], str]] = {}
+        final: dict[tuple[str, int], tuple[tuple[SegmentLabel, ...], str]] = {}
         for number, line in self._lines():
             marks = line.marks(len(work.segments))
             if len(marks) != len(work.segments):
@@ -112,7 +112,7 @@ class Recorded(SetLabeler):
         )
 
 
-def _mark(label: Any) -> Mark:
+def _mark(label: Any) -> SegmentLabel:
     return "skip" if label == "skip" else _WORDS.get(label, label)
 
 

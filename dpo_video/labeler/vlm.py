@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import ConfigDict, Field, field_validator
 
 from dpo_video.labeler._chat import Answer, Endpoint, MalformedError, open_chat
-from dpo_video.strategies import Judgement, ReasonedLabeler
+from dpo_video.strategies import LabelResult, ReasonedLabeler
 from dpo_video.types import Video, Videos
 
 _SIGNS = {"first": 1, "second": -1, "tie": 0}
@@ -41,7 +41,7 @@ class _Verdict:
 
 
 @final
-class Vlm(ReasonedLabeler):
+class VLM(ReasonedLabeler):
     """A vision-language model says which video has fewer artifacts, segment by segment.
 
     DenseDPO's labeler (Wu et al. 2025, arXiv 2506.03517): the model sees frames of one segment of
@@ -98,7 +98,7 @@ class Vlm(ReasonedLabeler):
 
     def judge(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
-    ) -> Judgement:
+    ) -> LabelResult:
         """Ask twice per pair and segment; a note gives both answers and their reasons."""
         places = [(pair, segment) for pair in range(len(prompts)) for segment in segments]
         questions = [
@@ -123,7 +123,7 @@ class Vlm(ReasonedLabeler):
             "; ".join(f"{i + 1}: {said[pair * count + i]}" for i in range(count))
             for pair in range(len(prompts))
         ]
-        return Judgement(
+        return LabelResult(
             labels=labels.reshape(len(prompts), count),
             notes=notes,
             figures={

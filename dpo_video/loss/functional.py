@@ -48,7 +48,7 @@ def clip_loss(errors: PairErrors, beta: float) -> LossOutput:
     return sigmoid_loss(first, second, errors.winner, beta)
 
 
-def anchored(
+def with_sft(
     output: LossOutput, errors: PairErrors, weight: float, labels: Preference | None = None
 ) -> LossOutput:
     """Add `weight` times the policy's error on the chosen video (LocalDPO's pull to the winner).

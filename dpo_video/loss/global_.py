@@ -6,7 +6,7 @@ from typing import ClassVar, final
 
 from pydantic import Field
 
-from dpo_video.loss.functional import anchored, clip_loss
+from dpo_video.loss.functional import clip_loss, with_sft
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors
 
@@ -20,14 +20,14 @@ class Global(Loss):
     majority; an even one trains nothing.
     """
 
-    uniform: ClassVar[bool] = True
+    linear_in_mean_error: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors. Published code multiplies by a hidden 0.5: their
     beta of 5000 is 2500 here."""
-    anchor_weight: float = Field(default=0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the policy's error on the chosen video, added to the loss (0.1 in LocalDPO)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         """The loss of every pair."""
-        return anchored(clip_loss(errors, self.beta), errors, self.anchor_weight)
+        return with_sft(clip_loss(errors, self.beta), errors, self.sft_weight)

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch.nn.functional as F
 from pydantic import Field
 
-from dpo_video.loss.functional import anchored, clip_loss
+from dpo_video.loss.functional import clip_loss, with_sft
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors
 
@@ -21,11 +21,11 @@ class Hinge(Loss):
     reward of DPO. It begins at 1, and is 0 from `beta * m = 1` on.
     """
 
-    uniform: ClassVar[bool] = True
+    linear_in_mean_error: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors; a pair is done at a margin of `1 / beta`."""
-    anchor_weight: float = Field(default=0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the policy's error on the chosen video, added to the loss (0.1 in LocalDPO)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
@@ -33,4 +33,4 @@ class Hinge(Loss):
         output = clip_loss(errors, self.beta)
         loss = F.relu(1 - output.logits)
         output = replace(output, loss=loss, gradient_factor=0.5 * (loss > 0).float())
-        return anchored(output, errors, self.anchor_weight)
+        return with_sft(output, errors, self.sft_weight)

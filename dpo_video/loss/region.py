@@ -8,7 +8,7 @@ from typing import ClassVar, final
 import torch
 from pydantic import Field
 
-from dpo_video.loss.functional import anchored, chosen_error, clip_loss, masked_mean, sigmoid_loss
+from dpo_video.loss.functional import chosen_error, clip_loss, masked_mean, sigmoid_loss, with_sft
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors, PerPair
 
@@ -33,9 +33,9 @@ class Region(Loss):
     """Weight of the term over all elements."""
     region_weight: float = Field(default=1.0, ge=0)
     """Weight of the term over the region."""
-    anchor_weight: float = Field(default=0.1, ge=0)
+    sft_weight: float = Field(default=0.1, ge=0)
     """Weight of the policy's error on the chosen video."""
-    region_anchor_weight: float = Field(default=0.1, ge=0)
+    region_sft_weight: float = Field(default=0.1, ge=0)
     """Weight of the policy's error on the chosen video, inside the region."""
     scale_by_strength: bool = True
     """Multiply the region's slope by `1 + (strength - 0.75) / 0.15`, as the authors do for their
@@ -54,9 +54,9 @@ class Region(Loss):
         loss = (
             self.global_weight * everywhere.loss
             + self.region_weight * inside.loss
-            + self.region_anchor_weight * pull
+            + self.region_sft_weight * pull
         )
-        return anchored(replace(inside, loss=loss), errors, self.anchor_weight)
+        return with_sft(replace(inside, loss=loss), errors, self.sft_weight)
 
     def _scale(self, strength: PerPair) -> PerPair:
         scale = 1 + (strength - 0.75) / 0.15

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from dpo_video.loss.functional import anchored, clip_loss
+from dpo_video.loss.functional import clip_loss, with_sft
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors
 
@@ -26,7 +26,7 @@ class Robust(Loss):
     watch the winner's error.
     """
 
-    uniform: ClassVar[bool] = True
+    linear_in_mean_error: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors."""
@@ -35,7 +35,7 @@ class Robust(Loss):
     the loss `global`."""
     variant: Literal["robust", "conservative"] = "robust"
     """Which of the two."""
-    anchor_weight: float = Field(default=0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the policy's error on the chosen video, added to the loss (0.1 in LocalDPO)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
@@ -50,4 +50,4 @@ class Robust(Loss):
             loss = (1 - wrong) * right + wrong * flipped
             factor = (torch.sigmoid(-logits) - wrong) / (1 - 2 * wrong)
         output = replace(output, loss=loss, gradient_factor=factor)
-        return anchored(output, errors, self.anchor_weight)
+        return with_sft(output, errors, self.sft_weight)

@@ -7,13 +7,13 @@ from typing import ClassVar, final
 import torch
 from pydantic import Field
 
-from dpo_video.loss.functional import anchored, sigmoid_loss
+from dpo_video.loss.functional import sigmoid_loss, with_sft
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors, PerPair
 
 
 @final
-class Sdpo(Loss):
+class SDPO(Loss):
     """The loss `global`, with the loser's gradient scaled so that the winner's error cannot rise.
 
     Diffusion-SDPO (Fu et al. 2025, arXiv 2511.03317, Eq. 15-17). With `L_w`, `L_l` the policy's
@@ -33,14 +33,14 @@ class Sdpo(Loss):
     that of `global`.
     """
 
-    uniform: ClassVar[bool] = True
+    linear_in_mean_error: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors."""
     mu: float = Field(default=0.9, ge=0, le=1)
     """Share of the winner's own descent that must remain: 0 lets it stand still at worst; at 1 the
     loser pushes only where that helps the winner."""
-    anchor_weight: float = Field(default=0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the policy's error on the chosen video, added to the loss (0.1 in LocalDPO)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
@@ -55,7 +55,7 @@ class Sdpo(Loss):
             winner,
             self.beta,
         )
-        return anchored(output, errors, self.anchor_weight)
+        return with_sft(output, errors, self.sft_weight)
 
     @torch.no_grad()
     def loser_scale(self, errors: PairErrors) -> PerPair:

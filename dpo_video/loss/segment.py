@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from dpo_video.loss.functional import anchored
+from dpo_video.loss.functional import with_sft
 from dpo_video.strategies import Loss
 from dpo_video.types import LossOutput, PairErrors, PerPair, Preference
 
@@ -31,7 +31,7 @@ class Segment(Loss):
     with its frames' margins added up inside (their Eq. 7) and divided by the number of all frames,
     so that `beta` does not depend on a video's length. With equal labels everywhere, "clip" is the
     loss `global` of the same beta."""
-    anchor_weight: float = Field(default=0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the policy's error on the video that each frame's label prefers, added to the
     loss (0.1 in LocalDPO)."""
 
@@ -58,7 +58,7 @@ class Segment(Loss):
             chosen_change=summed(torch.where(labels >= 0, first, second)),
             rejected_change=summed(torch.where(labels >= 0, second, first)),
         )
-        return anchored(output, errors, self.anchor_weight, labels)
+        return with_sft(output, errors, self.sft_weight, labels)
 
     def _shares(self, labels: Preference) -> Preference:
         """What each frame counts: equal parts for those with a winner, 0 for ties."""

@@ -177,7 +177,7 @@ def run_in_chunks(network: nn.Module, chunks: int) -> int:
     if not found:
         raise TrainingError(
             f"A {type(network).__name__} has no feed-forward layers that could run in parts. Set "
-            "memory.chunks=1."
+            "memory.forward_chunks=1."
         )
     return found
 

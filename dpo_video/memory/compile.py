@@ -39,10 +39,11 @@ def check_compile(memory: MemorySettings, device: torch.device) -> None:
     """A UserError if it is asked for, and does not go with the other modes or the device."""
     if memory.compile == "off":
         return
-    if memory.base != "native" or memory.shard > 1 or "blocks" in memory.offload:
+    if memory.quantization != "native" or memory.shard > 1 or "blocks" in memory.offload:
         # Of int8, a compiled block was seen to keep what it had unpacked.
         raise UserError(
-            "memory.compile=on would keep whole weights for the backward pass, where memory.base, "
+            "memory.compile=on would keep whole weights for the backward pass, where "
+            "memory.quantization, "
             "memory.offload=blocks and memory.shard hold a layer's at a time. Set "
             "memory.compile=off, or leave those out."
         )
@@ -179,7 +180,7 @@ def last_weights(policy: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def silenced(policy: nn.Module) -> Iterator[None]:
+def zeroed_adapter(policy: nn.Module) -> Iterator[None]:
     """Inside, an adapter adds zeros, by the graphs of one that does not."""
     weights = last_weights(policy)
     trained = [weight.data for weight in weights]

@@ -10,7 +10,7 @@ from dpo_video.memory.compile import compile_blocks
 from dpo_video.settings import MemorySettings
 
 
-def arrange(network: nn.Module, memory: MemorySettings) -> None:
+def apply_memory_modes(network: nn.Module, memory: MemorySettings) -> None:
     """Let a network run as the modes ask for, its attention always by a kernel.
 
     Called again, it replaces what it did before.
@@ -20,8 +20,8 @@ def arrange(network: nn.Module, memory: MemorySettings) -> None:
             chosen yet how many.
     """
     attend_by_kernel(network)
-    if memory.chunks > 1 or _has(network, "_chunks"):
-        run_in_chunks(network, memory.chunks)
+    if memory.forward_chunks > 1 or _has(network, "_chunks"):
+        run_in_chunks(network, memory.forward_chunks)
     if memory.checkpointing == "auto":
         raise TrainingError(
             "memory.checkpointing=auto is chosen before training: by `dpo-video train`, or by "

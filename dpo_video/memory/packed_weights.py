@@ -48,7 +48,7 @@ _INPUT_GRADIENTS: dict[type[Any], Any] = {
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Frozen:
+class PackedWeight:
     """A weight that is put together when it is needed. A copy of a network shares it."""
 
     parts: tuple[Tensor, ...]
@@ -89,15 +89,15 @@ class Frozen:
             wholes=wholes,
         )
 
-    def whole(self) -> Tensor:
+    def unpack(self) -> Tensor:
         """The weight, on the device."""
         parts = self.parts
         if self.on_host:
             parts = tuple(to_device(part, self.device) for part in parts)
         if self.shard is not None:
             parts = tuple(
-                self.shard.whole(part, *whole)
-                for part, whole in zip(parts, self.wholes, strict=True)
+                self.shard.whole(part, *shape)
+                for part, shape in zip(parts, self.wholes, strict=True)
             )
         return _unpacked(parts, self.base, self.shape, self.dtype)
 
@@ -109,12 +109,12 @@ def check_base(base: Base) -> None:
     """A UserError if what packs the base is not installed."""
     if base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "memory.base=nf4 needs bitsandbytes, which is not installed. Install it: "
-            "pip install 'dpo-video[nf4]'. Or set memory.base=int8, which needs nothing."
+            "memory.quantization=nf4 needs bitsandbytes, which is not installed. Install it: "
+            "pip install 'dpo-video[nf4]'. Or set memory.quantization=int8, which needs nothing."
         )
 
 
-def freeze(
+def pack_frozen_weights(
     network: nn.Module,
     device: torch.device,
     base: Base,
@@ -144,7 +144,7 @@ def freeze(
             layer: Any = module
             if forward is None or layer.weight.requires_grad:
                 continue
-            layer.frozen = Frozen.of(layer.weight, base, device, on_host, shard)
+            layer.frozen = PackedWeight.of(layer.weight, base, device, on_host, shard)
             layer.forward = MethodType(forward, layer)
             # What asks it for its device and precision, as an adapter does, is answered.
             empty = torch.empty(0, dtype=layer.weight.dtype, device=device)
@@ -156,15 +156,15 @@ def freeze(
     if not count:
         raise TrainingError(
             f"A {type(network).__name__} has no blocks with frozen matrices. Set "
-            "memory.base=native and memory.shard=1, and take blocks out of memory.offload."
+            "memory.quantization=native and memory.shard=1, and take blocks out of memory.offload."
         )
     return count
 
 
-def frozen_weights(network: nn.Module) -> Iterator[Frozen]:
+def frozen_weights(network: nn.Module) -> Iterator[PackedWeight]:
     """All that a network has."""
     for module in network.modules():
-        if isinstance(found := getattr(module, "frozen", None), Frozen):
+        if isinstance(found := getattr(module, "frozen", None), PackedWeight):
             yield found
 
 
@@ -190,13 +190,13 @@ class _Linear(torch.autograd.Function):
     """Keeps nothing for its backward pass, which needs the weight alone."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, bias: Tensor | None, frozen: PackedWeight) -> Tensor:
         ctx.frozen = frozen
-        return F.linear(inputs, frozen.whole(), bias)
+        return F.linear(inputs, frozen.unpack(), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient @ ctx.frozen.whole().to(gradient.dtype), None, None
+        return gradient @ ctx.frozen.unpack().to(gradient.dtype), None, None
 
 
 def _convolution(layer: Any, input: Tensor) -> Tensor:
@@ -210,14 +210,14 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
         ctx.layer, ctx.shape = layer, inputs.shape
-        convolved: Tensor = layer._conv_forward(inputs, layer.frozen.whole(), bias)
+        convolved: Tensor = layer._conv_forward(inputs, layer.frozen.unpack(), bias)
         return convolved
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         layer = ctx.layer
         kind = next(kind for kind in _INPUT_GRADIENTS if isinstance(layer, kind))
-        weight = layer.frozen.whole().to(gradient.dtype)
+        weight = layer.frozen.unpack().to(gradient.dtype)
         of_inputs = _INPUT_GRADIENTS[kind](
             ctx.shape, weight, gradient, layer.stride, layer.padding, layer.dilation, layer.groups
         )
@@ -271,5 +271,5 @@ def _from_nf4(packed: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dty
     state = functional.QuantState(
         absmax=scale, shape=(shape.numel(),), dtype=dtype, blocksize=_GROUP, quant_type="nf4"
     )
-    whole: Tensor = functional.dequantize_4bit(packed, state)
-    return whole.view(shape)
+    unpack: Tensor = functional.dequantize_4bit(packed, state)
+    return unpack.view(shape)

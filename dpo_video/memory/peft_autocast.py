@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
-def spare_casts(policy: nn.Module) -> None:
+def skip_adapter_input_cast(policy: nn.Module) -> None:
     """Leave the precision of adapters' inputs to autocast; without it, all stays as peft has it."""
     for module in policy.modules():
         if isinstance(module, BaseTunerLayer):

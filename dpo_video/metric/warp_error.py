@@ -29,7 +29,7 @@ class WarpError(Metric):
     higher_is_better: ClassVar[bool] = False
     unit: ClassVar[str] = "squared 0-255"
 
-    variant: Literal["corrected", "lk", "farneback"] = "corrected"
+    variant: Literal["lucas_kanade", "videodpo_lk", "videodpo_farneback"] = "lucas_kanade"
     """`lk` and `farneback` are what Video-DPO published, for comparison with its figures only: both
     sample frame t at x + flow(t, t+1), the wrong way round, which about doubles a motion instead of
     undoing it and rewards a frozen video. `farneback` is the one behind its headline (150.32 to
@@ -45,12 +45,12 @@ class WarpError(Metric):
             )
         frames = videos.float().transpose(1, 2)
         before, after = frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
-        if self.variant == "corrected":
+        if self.variant == "lucas_kanade":
             back = dense_flow(after, before)
             shown = visible(back, dense_flow(before, after)).float()
             shown = torch.where(shown.any(dim=-1).any(dim=-1)[..., None, None], shown, 1.0)
         else:
-            published = _per_pixel_flow if self.variant == "lk" else _farneback_flow
+            published = _per_pixel_flow if self.variant == "videodpo_lk" else _farneback_flow
             back = published(before, after)
             shown = torch.ones_like(back[:, :1])
         squared = (warp(before, back) - after).square().mean(1, keepdim=True)

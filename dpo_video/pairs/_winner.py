@@ -21,8 +21,8 @@ def winning_video(
     model: VideoModel,
     generator: Generator,
     *,
-    steps: int | None = None,
-    guidance: float | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Videos:
     """A batch of one, on the CPU; `steps` and `guidance` are those of a sample.
 
@@ -38,5 +38,7 @@ def winning_video(
         return clip.video[None]
     noise = torch.randn(model.latent_shape, generator=generator)[None]
     context = model.encode_prompts([clip.caption])
-    latents = model.sample(context, noise, steps=steps, guidance=guidance)
+    latents = model.sample(
+        context, noise, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
+    )
     return model.decode_videos(latents).cpu()

@@ -32,10 +32,10 @@ class Dense(PairBuilder):
 
     eta: tuple[float, float] = (0.65, 0.8)
     """The range that a pair's noise level is drawn from, as a share of pure noise's."""
-    steps: int | None = Field(default=None, ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1)
     """Steps of the whole schedule, of which those up to eta are run; the backbone's own number when
     not set (40 in the paper)."""
-    guidance: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     """Classifier-free guidance; the backbone's own when not set (8 in the paper)."""
     seconds: float = Field(default=SECONDS, gt=0)
     """Length of the segments that a labeler compares."""
@@ -66,9 +66,9 @@ class Dense(PairBuilder):
             model.encode_prompts([clip.caption] * 2),
             noises.to(video),
             clean=video.expand_as(noises),
-            level=model.share_of_steps(eta, self.steps),
-            steps=self.steps,
-            guidance=self.guidance,
+            strength=model.strength_at(eta, self.num_inference_steps),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
         ).cpu()
         label = torch.zeros(first.shape[1])
         if labeler is not None:

@@ -15,7 +15,7 @@ from dpo_video.data.segments import SECONDS, broadcast, split
 from dpo_video.errors import UserError
 from dpo_video.pairs._formats import LatentPair, VideoPair, list_pairs
 from dpo_video.strategies import Labeler, SuppliedPairs, VideoModel
-from dpo_video.types import Clip, Material, Pair
+from dpo_video.types import Clip, Pair, PairSource
 
 
 @final
@@ -61,10 +61,10 @@ class Folder(SuppliedPairs):
         """It brings what it needs."""
         return False
 
-    def material(self, model: VideoModel, prompt: str | None) -> Material:
+    def material(self, model: VideoModel, prompt: str | None) -> PairSource:
         """List the files; they are decoded one by one."""
         listing = list_pairs(self.path, model, prompt, self.seconds)
-        return Material(
+        return PairSource(
             clips=listing.read(model),
             count=len(listing.pairs),
             fingerprint=listing.fingerprint(model.shape),

@@ -28,17 +28,18 @@ class Img2Img(PairBuilder):
     """The model's own sample of the prompt, at its own settings, or the real clip."""
     strength: float = Field(default=0.15, gt=0, le=1)
     """The share of the noise schedule that every frame is taken back by."""
-    steps: int = Field(default=20, ge=1)
+    num_inference_steps: int = Field(default=20, ge=1)
     """Steps of the whole schedule, of which the share `strength` is run: 3 of 20."""
-    guidance: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     """Classifier-free guidance of the regeneration; the backbone's own when not set (7.5 in the
     paper)."""
 
     @model_validator(mode="after")
     def _runs_a_step(self) -> Self:
-        if round(self.strength * self.steps) < 1:
+        if round(self.strength * self.num_inference_steps) < 1:
             raise ValueError(
-                f"strength {self.strength:g} of {self.steps} steps is less than one step; raise "
+                f"strength {self.strength:g} of {self.num_inference_steps} steps is less than "
+                "one step; raise "
                 "either"
             )
         return self
@@ -59,10 +60,10 @@ class Img2Img(PairBuilder):
             model.encode_prompts([clip.caption]),
             noise.to(video),
             clean=video,
-            level=self.strength,
+            strength=self.strength,
             per_frame=True,
-            steps=self.steps,
-            guidance=self.guidance,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
         )
         both = model.decode_videos(torch.cat([video, regenerated]))
         winner, loser = model.encode_videos(both).cpu()

@@ -27,9 +27,9 @@ class Jitter(PairBuilder):
     """The model's own sample of the prompt, or the real clip."""
     noise: float = Field(default=0.15, gt=0, le=1)
     """`s`, in units of the pixel range."""
-    steps: int | None = Field(default=None, ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1)
     """Sampling steps of the winner; the backbone's own number when not set (25 in the paper)."""
-    guidance: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     """Classifier-free guidance of the winner; the backbone's own when not set (7.5)."""
 
     @property
@@ -42,7 +42,12 @@ class Jitter(PairBuilder):
     ) -> Pair:
         """Jitter a sample or the clip."""
         video = winning_video(
-            self.winner, clip, model, generator, steps=self.steps, guidance=self.guidance
+            self.winner,
+            clip,
+            model,
+            generator,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
         )
         both = torch.cat([video, jitter(video, self.noise, generator)])
         winner, loser = model.encode_videos(both).cpu()

@@ -27,10 +27,10 @@ class Local(PairBuilder):
 
     alphas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.75, 0.80, 0.85, 0.90)
     """Shares of the noise schedule to draw from, one per pair (the authors' code goes to 0.95)."""
-    steps: int | None = Field(default=None, ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1)
     """Steps of the whole schedule, of which the share alpha is run; the backbone's own number when
     not set (50 in the paper)."""
-    guidance: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     """Classifier-free guidance; the backbone's own when not set (6.0 in the paper)."""
     mask: RegionOptions = RegionOptions()
     """How the regions are drawn."""
@@ -60,10 +60,10 @@ class Local(PairBuilder):
             model.encode_prompts([clip.caption]),
             noise[None].to(winner),
             clean=winner,
-            level=alpha,
+            strength=alpha,
             region=region[None].to(winner),
-            steps=self.steps,
-            guidance=self.guidance,
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
         )
         return Pair(
             first=winner[0].cpu(),

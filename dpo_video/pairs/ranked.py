@@ -35,9 +35,9 @@ class Ranked(PairBuilder):
 
     samples: int = Field(default=4, ge=2)
     """How many are drawn for a prompt; n of them take n (n - 1) / 2 comparisons."""
-    steps: int | None = Field(default=None, ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1)
     """Sampling steps; the backbone's own number when not set."""
-    guidance: float | None = Field(default=None, ge=0)
+    guidance_scale: float | None = Field(default=None, ge=0)
     """Classifier-free guidance; the backbone's own when not set."""
     seconds: float = Field(default=SECONDS, gt=0)
     """Length of the segments that the labeler compares."""
@@ -60,7 +60,12 @@ class Ranked(PairBuilder):
         context = model.encode_prompts([clip.caption])
         # One at a time: their number must not decide whether they fit into memory.
         latents = [
-            model.sample(context, noise[None], steps=self.steps, guidance=self.guidance)
+            model.sample(
+                context,
+                noise[None],
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+            )
             for noise in noises
         ]
         videos = torch.cat([model.decode_videos(one).cpu() for one in latents])

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from dpo_video.reference.toggle import Toggled
-from dpo_video.strategies import Anchor, Reference
+from dpo_video.strategies import Reference, ReferenceModel
 
 
 @final
@@ -23,9 +23,9 @@ class Cached(Reference):
     have draws, or by several runs.
     """
 
-    draws: int = Field(default=4, ge=1)
+    noise_draws: int = Field(default=4, ge=1)
     """Noises and levels of each pair; the bank's size on the disk grows with it."""
 
-    def follow(self, policy: nn.Module) -> Anchor:
+    def attach(self, policy: nn.Module) -> ReferenceModel:
         """The policy with its adapter off, for as long as predictions are missing."""
-        return Toggled(policy, draws=self.draws)
+        return Toggled(policy, noise_draws=self.noise_draws)

@@ -10,7 +10,7 @@ from typing import Any, final
 from torch import nn
 
 from dpo_video.memory.compile import is_compiled, last_weights
-from dpo_video.strategies import Anchor, Reference
+from dpo_video.strategies import Reference, ReferenceModel
 
 
 @final
@@ -20,7 +20,7 @@ class Copy(Reference):
     The standard mode of Video-DPO.
     """
 
-    def follow(self, policy: nn.Module) -> Anchor:
+    def attach(self, policy: nn.Module) -> ReferenceModel:
         """Copy the policy, take the adapter off the copy, freeze it.
 
         The copy of a compiled one keeps it, adding zeros: else it would round in its own way.
@@ -34,7 +34,7 @@ class Copy(Reference):
 
 
 @final
-class _Frozen(Anchor):
+class _Frozen(ReferenceModel):
     def __init__(self, network: nn.Module) -> None:
         self._network = network
 

@@ -9,8 +9,8 @@ from typing import final
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from dpo_video.memory.compile import is_compiled, silenced
-from dpo_video.strategies import Anchor, Reference
+from dpo_video.memory.compile import is_compiled, zeroed_adapter
+from dpo_video.strategies import Reference, ReferenceModel
 
 
 @final
@@ -21,19 +21,19 @@ class Toggle(Reference):
     SD1.5 motion model), not the activations.
     """
 
-    def follow(self, policy: nn.Module) -> Anchor:
+    def attach(self, policy: nn.Module) -> ReferenceModel:
         """Toggle the policy's own adapter."""
         return Toggled(policy)
 
 
 @final
-class Toggled(Anchor):
+class Toggled(ReferenceModel):
     """A policy's own network, its adapter off while it is used."""
 
-    def __init__(self, policy: nn.Module, draws: int | None = None) -> None:
+    def __init__(self, policy: nn.Module, noise_draws: int | None = None) -> None:
         self._policy = policy
         self._layers = [part for part in policy.modules() if isinstance(part, BaseTunerLayer)]
-        self.draws = draws
+        self.noise_draws = noise_draws
 
     @contextmanager
     def network(self) -> Iterator[nn.Module]:
@@ -45,7 +45,7 @@ class Toggled(Anchor):
         zeros.
         """
         if is_compiled(self._policy):
-            with silenced(self._policy):
+            with zeroed_adapter(self._policy):
                 yield self._policy
             return
         before = [layer._disable_adapters for layer in self._layers]

@@ -146,7 +146,7 @@ def _check_gradients(loss: Loss, errors: PairErrors) -> None:
             value.grad is not None and value.grad.isfinite().all(),
             f"{name}'s gradient on the policy's errors of the {which} video is not finite.",
         )
-        if loss.uniform and value.grad is not None:
+        if loss.linear_in_mean_error and value.grad is not None:
             one = value.grad[:, :1, :1, :1, :1]
             law(
                 torch.equal(value.grad, one.expand_as(value.grad)),

@@ -27,24 +27,25 @@ def check_reference(reference: Reference, model: VideoModel) -> None:
     check_options(reference)
     name = type(reference).__name__
     noisy = latent_noise(model, 1)
-    level = model.sample_levels(1, Generator().manual_seed(0)).to(model.device)
+    timestep = model.sample_timesteps(1, Generator().manual_seed(0)).to(model.device)
     context = model.encode_prompts(spread_captions(1))
 
     @torch.no_grad()
     def predicted(network: nn.Module) -> Tensor:
-        return model.predict(network, noisy, level, context)
+        return model.predict(network, noisy, timestep, context)
 
     bare = predicted(model.denoiser)
     with _adapted(model) as policy:
-        anchor = reference.follow(policy)
+        reference_model = reference.attach(policy)
         law(
-            anchor.draws is None or anchor.draws >= 1,
-            f"{name} gives every pair {anchor.draws} draws. Say None for fresh ones, or how many.",
+            reference_model.noise_draws is None or reference_model.noise_draws >= 1,
+            f"{name} gives every pair {reference_model.noise_draws} draws. Say None for fresh "
+            "ones, or how many.",
         )
         for seed in (1, 2):  # the adapter as it is after a step, and after another
             _move(policy, seed)
             adapted, trainable = predicted(policy), _trainable(policy)
-            with anchor.network() as network:
+            with reference_model.network() as network:
                 seen = predicted(network)
             law(
                 torch.equal(seen, bare),
@@ -52,7 +53,7 @@ def check_reference(reference: Reference, model: VideoModel) -> None:
                 "Take the adapter off, and nothing else.",
             )
             reached = False
-            with suppress(_InterruptedError), anchor.network():
+            with suppress(_InterruptedError), reference_model.network():
                 reached = True
                 raise _InterruptedError
             law(reached, f"{name} does not run what stands in its `with` block.")
@@ -149,29 +150,31 @@ def check_backbone_model(model: VideoModel) -> None:
 def _check_diffusion(model: VideoModel, clean: Tensor) -> None:
     """Noise, target and prediction."""
     name = type(model).__name__
-    levels = [model.sample_levels(64, Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    timesteps = [model.sample_timesteps(64, Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     law(
-        levels[0].shape == (64,) and levels[0].device.type == "cpu",
+        timesteps[0].shape == (64,) and timesteps[0].device.type == "cpu",
         f"{name} does not draw levels one each, on the CPU.",
     )
     law(
-        torch.equal(levels[0], levels[1]) and not torch.equal(levels[0], levels[2]),
+        torch.equal(timesteps[0], timesteps[1]) and not torch.equal(timesteps[0], timesteps[2]),
         f"{name}'s levels are not drawn from the generator, or not from it alone.",
     )
-    noise, level = latent_noise(model, 2), levels[0][:2].to(model.device)
+    noise, timestep = latent_noise(model, 2), timesteps[0][:2].to(model.device)
     context = model.encode_prompts(spread_captions(2))
     law(
         context and all(len(value) == 2 for value in context.values()),
         f"{name}'s encoded prompts are not tensors with a first axis of one entry a prompt.",
     )
-    with pure(name, clean, noise, level), torch.no_grad():
-        noisy = model.add_noise(clean, noise, level)
-        target = model.target(clean, noise, level)
-        prediction = model.predict(model.denoiser, noisy, level, context)
+    with pure(name, clean, noise, timestep), torch.no_grad():
+        noisy = model.add_noise(clean, noise, timestep)
+        target = model.target(clean, noise, timestep)
+        prediction = model.predict(model.denoiser, noisy, timestep, context)
     for what, value in (("noisy latents", noisy), ("target", target), ("prediction", prediction)):
         law(value.shape == clean.shape, f"{name}'s {what} have the shape {tuple(value.shape)}.")
         law(value.isfinite().all(), f"{name}'s {what} are not finite.")
-    alone = [model.add_noise(clean[i : i + 1], noise[i : i + 1], level[i : i + 1]) for i in (0, 1)]
+    alone = [
+        model.add_noise(clean[i : i + 1], noise[i : i + 1], timestep[i : i + 1]) for i in (0, 1)
+    ]
     law(close(torch.cat(alone), noisy), f"{name} does not noise every video to its own level.")
 
 
@@ -179,8 +182,8 @@ def _check_sampling(model: VideoModel, clean: Tensor) -> None:
     name = type(model).__name__
     noise, context = latent_noise(model, 2), model.encode_prompts(spread_captions(2))
     with pure(name, clean, noise):
-        drawn = model.sample(context, noise, steps=2)
-        again = model.sample(context, noise, steps=2)
+        drawn = model.sample(context, noise, num_inference_steps=2)
+        again = model.sample(context, noise, num_inference_steps=2)
     law(
         drawn.shape == noise.shape and drawn.isfinite().all(),
         f"{name} draws latents of another shape, or such that are not finite.",
@@ -188,14 +191,18 @@ def _check_sampling(model: VideoModel, clean: Tensor) -> None:
     law(torch.equal(drawn, again), f"{name} draws other videos from the same noise.")
     region = torch.zeros(2, 1, *noise.shape[2:], device=noise.device)
     region[..., : noise.shape[-1] // 2] = 1
-    repainted = model.sample(context, noise, clean=clean, level=0.75, region=region, steps=4)
+    repainted = model.sample(
+        context, noise, clean=clean, strength=0.75, region=region, num_inference_steps=4
+    )
     outside = (region == 0).expand_as(clean)
     law(
         torch.equal(repainted[outside], clean[outside]),
         f"{name} changes what lies outside the region.",
     )
     law((repainted != clean)[~outside].any(), f"{name} repaints nothing inside the region.")
-    alone = model.sample(context, noise, clean=clean, level=0.5, per_frame=True, steps=2)
+    alone = model.sample(
+        context, noise, clean=clean, strength=0.5, per_frame=True, num_inference_steps=2
+    )
     law(alone.shape == noise.shape, f"{name} draws another shape frame by frame.")
 
 

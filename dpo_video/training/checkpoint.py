@@ -31,15 +31,15 @@ SEAL = "checkpoint.json"
 _MEANINGS = {
     "base": "the base model's weights or their precision",
     "adapter": "train.rank, its layers or run.seed: it is of an adapter of another shape or start",
-    "weights": "the precision of the weights in memory (train.precision or a quantization)",
-    "precision": "train.precision",
+    "weights": "the precision of the weights in memory (train.mixed_precision or a quantization)",
+    "precision": "train.mixed_precision",
     "count": "how many pairs there are",
     "pairs": "the set of pairs",
     "labels": "the labels",
 }
 
 
-class Identity(BaseModel):
+class RunFingerprint(BaseModel):
     """What a run may not be gone on without: the reference, and what it learns from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,12 +69,12 @@ class Seal(BaseModel):
     format: Literal["dpo-video checkpoint"] = "dpo-video checkpoint"
     version: Literal[1] = 1
     step: int
-    identity: Identity
+    identity: RunFingerprint
     files: dict[str, str]
     """SHA-256 by path in the folder."""
 
 
-def seal(folder: Path, step: int, identity: Identity) -> None:
+def seal(folder: Path, step: int, identity: RunFingerprint) -> None:
     """Write a finished checkpoint's hashes and sync all of its files to the disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -84,7 +84,7 @@ def seal(folder: Path, step: int, identity: Identity) -> None:
     write_text(folder / SEAL, made.model_dump_json(indent=2) + "\n")
 
 
-def check_seal(folder: Path, identity: Identity | None = None) -> None:
+def check_seal(folder: Path, identity: RunFingerprint | None = None) -> None:
     """See that a checkpoint is whole, and may be gone on with by a run of this identity.
 
     Raises:
@@ -130,7 +130,7 @@ def damaged(folder: Path, reason: str) -> RunError:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class TrainState:
     """How far a run has come."""
 
     step: int = 0
@@ -144,8 +144,8 @@ def write_checkpoint(
     folder: Path,
     policy: PeftModel,
     optimizer: Any,
-    place: Place,
-    identity: Identity,
+    place: TrainState,
+    identity: RunFingerprint,
     scaler: Any,
 ) -> None:
     """Write a checkpoint under another name, rename it, then move the pointer to it."""
@@ -183,7 +183,9 @@ def drop_checkpoints(out: Path, step: int, keep: int | None) -> None:
         shutil.rmtree(gone)
 
 
-def restore(out: Path, policy: PeftModel, optimizer: Any, identity: Identity, scaler: Any) -> Place:
+def restore(
+    out: Path, policy: PeftModel, optimizer: Any, identity: RunFingerprint, scaler: Any
+) -> TrainState:
     """Put a run's newest checkpoint into its adapter, optimizer, loss scaler and generators.
 
     Behind a seal that holds is what this program wrote for this very run: where it does not load
@@ -204,7 +206,7 @@ def restore(out: Path, policy: PeftModel, optimizer: Any, identity: Identity, sc
     if scaler is not None and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     set_global_states(state["rng"])
-    return Place(**{name: state[name] for name in ("step", "place", "skipped")})
+    return TrainState(**{name: state[name] for name in ("step", "place", "skipped")})
 
 
 def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:

@@ -218,7 +218,7 @@ class _View:
 
 
 def _peak(reports: Sequence[StepReport]) -> float:
-    """`train.lr`, of which warm-up and decay are shares."""
+    """`train.learning_rate`, of which warm-up and decay are shares."""
     return max((report.lr for report in reports), default=0.0)
 
 
@@ -232,7 +232,8 @@ def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
             step=first.step,
             seen=f"At step {first.step} the loss became {first.loss} and the margin "
             f"{first.margin}.",
-            change=f"Lower train.lr ({_less(lr)} instead of {option(lr)}) and set train.precision "
+            change=f"Lower train.learning_rate ({_less(lr)} instead of {option(lr)}) and set "
+            "train.mixed_precision "
             'to "bf16" or "no" if it is "fp16"; nothing after that step is usable.',
         )
     # A loss scaler skips a few steps while it finds its scale, never a whole window.
@@ -242,7 +243,7 @@ def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
             step=window[0].step,
             seen=f"The gradient has not been finite since step {window[0].step}, so that no step "
             "changed the weights.",
-            change='Set train.precision to "bf16" or "no".',
+            change='Set train.mixed_precision to "bf16" or "no".',
         )
     if len(recent) < SHORT:
         return None
@@ -270,7 +271,7 @@ def _diverged(reports: Sequence[StepReport]) -> TrainingVerdict | None:
         f"{brief(start)}), and against the reference the error on the chosen videos has risen by "
         f"{brief(last.chosen_change)}, on the rejected ones by {brief(last.rejected_change)}, "
         "where a network that predicts nothing is off by about 1.",
-        change=f"Lower train.lr ({_less(lr)} instead of {option(lr)}) and start again, "
+        change=f"Lower train.learning_rate ({_less(lr)} instead of {option(lr)}) and start again, "
         f"or go on from a checkpoint well before step {first.step}.",
     )
 
@@ -284,8 +285,8 @@ def _loser_dominant(view: _View) -> TrainingVerdict:
         f"{brief(view.chosen.mean)}, on the rejected ones by {brief(view.rejected)}, so that "
         f"{view.accuracy:.0%} of pairs are ordered right while {view.dominant:.0%} of them owe it "
         "to the loser alone.",
-        change=f"Lower train.lr ({_less(view.lr)} instead of {option(view.lr)}) or "
-        "train.steps, or hold the winner: loss.anchor_weight of about "
+        change=f"Lower train.learning_rate ({_less(view.lr)} instead of {option(view.lr)}) or "
+        "train.steps, or hold the winner: loss.sft_weight of about "
         f"{pull} where the loss has one (it must weigh against beta times the gradient factor).",
     )
 
@@ -314,7 +315,8 @@ def _not_moving(view: _View) -> TrainingVerdict:
             f"but averages {brief(view.logits.mean)}, and {view.accuracy:.0%} of pairs are ordered "
             "right.",
             change="The pairs do not agree on a direction: look at them, build more "
-            "(build.count), average over more (train.accumulation), or lower train.lr "
+            "(build.count), average over more (train.gradient_accumulation_steps), or lower "
+            "train.learning_rate "
             f"({_less(view.lr)} instead of {option(view.lr)}).",
         )
     return TrainingVerdict(
@@ -325,7 +327,7 @@ def _not_moving(view: _View) -> TrainingVerdict:
         "reference.",
         # AdamW divides the gradient by its own size, so while the loss is flat a larger beta
         # alone does not make the steps longer.
-        change=f"Raise train.lr ({_more(view.lr)} instead of {option(view.lr)}) or "
+        change=f"Raise train.learning_rate ({_more(view.lr)} instead of {option(view.lr)}) or "
         "train.steps first, as AdamW's steps do not grow with beta while the loss is flat; then "
         "loss.beta.",
     )

@@ -26,16 +26,16 @@ from dpo_video.data.video import write_video
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import TrainingError
 from dpo_video.memory.compile import check_compile
-from dpo_video.memory.modes import arrange
+from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.memory.offload import HostAdamW
 from dpo_video.settings import MemorySettings, TrainSettings
-from dpo_video.strategies import Anchor, Loss, Reference, VideoModel
+from dpo_video.strategies import Loss, Reference, ReferenceModel, VideoModel
 from dpo_video.support.atomic import sync, writing
 from dpo_video.support.hashing import tensors_digest
 from dpo_video.support.rng import derive, generator, global_states, set_global_states
 from dpo_video.training.checkpoint import (
-    Identity,
-    Place,
+    RunFingerprint,
+    TrainState,
     drop_checkpoints,
     restore,
     sealed_count,
@@ -43,7 +43,12 @@ from dpo_video.training.checkpoint import (
 )
 from dpo_video.training.diagnosis import StepReport
 from dpo_video.training.lora import adapt
-from dpo_video.training.reference_cache import Bank, BankManifest, BankReport, Visit
+from dpo_video.training.reference_cache import (
+    PairDraw,
+    ReferenceCache,
+    ReferenceCacheManifest,
+    ReferenceCacheReport,
+)
 from dpo_video.training.run_dir import latest_checkpoint, truncate_log
 from dpo_video.training.step import Step, check_backward
 from dpo_video.types import Latents, LossOutput, PairBatch, PerPair
@@ -79,7 +84,7 @@ def train(
     accelerator: Accelerator,
     memory: MemorySettings = MemorySettings(),  # noqa: B008 - it is frozen
     resume: bool = False,
-    on_bank: Callable[[BankReport], None] = lambda report: None,
+    on_bank: Callable[[ReferenceCacheReport], None] = lambda report: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
     """Train an adapter, one report per optimizer step.
@@ -111,9 +116,9 @@ def train(
     # adapt() has seeded torch; what a plugin draws of these two must not differ from run to run.
     random.seed(derive(seed, "python"))
     np.random.seed(derive(seed, "numpy") % 2**32)
-    arrange(bare, memory)
-    anchor = reference.follow(bare)
-    if anchor.draws is not None and memory.shard > 1:
+    apply_memory_modes(bare, memory)
+    reference_model = reference.attach(bare)
+    if reference_model.noise_draws is not None and memory.shard > 1:
         raise TrainingError(
             "A reference whose predictions are made ahead is not for memory.shard: its processes "
             "would wait for each other at different pairs. Train with --reference toggle."
@@ -121,10 +126,15 @@ def train(
     parameters = [p for p in bare.parameters() if p.requires_grad]
     adamw = HostAdamW if "optimizer" in memory.offload else torch.optim.AdamW
     optimizer = adamw(
-        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
     )
     policy, optimizer = accelerator.prepare(bare, optimizer)
-    run = _Run(model, store, pairs, loss, anchor, policy, settings, seed, accelerator, memory)
+    run = _Run(
+        model, store, pairs, loss, reference_model, policy, settings, seed, accelerator, memory
+    )
     if resume:
         run.at = restore(out, bare, optimizer, identity, accelerator.scaler)
         run.skipped = run.at.skipped
@@ -137,9 +147,9 @@ def train(
             with writing(out):
                 if (out / "log.jsonl").exists():
                     sync(out / "log.jsonl")
-                place = Place(step=step, place=run.place(step), skipped=run.skipped)
+                place = TrainState(step=step, place=run.place(step), skipped=run.skipped)
                 write_checkpoint(folder, bare, optimizer, place, identity, accelerator.scaler)
-                drop_checkpoints(out, step, settings.keep)
+                drop_checkpoints(out, step, settings.save_total_limit)
         return folder
 
     def draw_samples(name: str) -> None:
@@ -147,12 +157,12 @@ def train(
         if accelerator.is_main_process or memory.shard > 1:
             with writing(out):
                 folder = out / "samples" / name if accelerator.is_main_process else None
-                _draw_samples(model, bare, store, settings.samples, folder)
+                _draw_samples(model, bare, store, settings.validation_videos, folder)
         accelerator.wait_for_everyone()
 
     drawn = len(list((out / "samples" / f"step_{start:06d}").glob("*.mp4")))
     accelerator.wait_for_everyone()
-    if start and run.saves_after(start) and drawn < min(settings.samples, len(store)):
+    if start and run.saves_after(start) and drawn < min(settings.validation_videos, len(store)):
         draw_samples(f"step_{start:06d}")  # it was stopped between the checkpoint and them
     if start < settings.steps:
         try:
@@ -163,7 +173,9 @@ def train(
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             truncate_log(out / "log.jsonl", start)
-            drop_checkpoints(out, start, settings.keep)  # it was stopped while it did so
+            drop_checkpoints(
+                out, start, settings.save_total_limit
+            )  # it was stopped while it did so
     started = time.monotonic()
     for step in range(start, settings.steps):
         for group in optimizer.param_groups:
@@ -178,7 +190,7 @@ def train(
             if step > start:
                 save(step)
             return
-        norm = float(accelerator.clip_grad_norm_(parameters, settings.clip))
+        norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
         lr = optimizer.param_groups[0]["lr"]
         now = time.monotonic()
         left = (settings.steps - step - 1) * (now - started) / (step + 1 - start)
@@ -212,21 +224,21 @@ class _Run:
         store: PairStore,
         pairs: list[int],
         loss: Loss,
-        anchor: Anchor,
+        reference_model: ReferenceModel,
         policy: nn.Module,
         settings: TrainSettings,
         seed: int,
         accelerator: Accelerator,
         memory: MemorySettings,
     ) -> None:
-        self.model, self.anchor = model, anchor
+        self.model, self.reference_model = model, reference_model
         self.store, self.pairs = store, pairs
         self.policy, self.settings, self.seed = policy, settings, seed
         self.accelerator = accelerator
         self.step = Step(
             model=model,
             policy=policy,
-            anchor=anchor,
+            reference_model=reference_model,
             loss=loss,
             mode=memory.backward,
             backward=accelerator.backward,
@@ -234,42 +246,44 @@ class _Run:
         )
         self.keys: list[str] = []
         self.skipped = self._overflown = 0
-        self.at = Place()
+        self.at = TrainState()
         """Where this process began."""
         # Reading is for the disk or the network to wait for, not for the step.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pairs")
-        self._reading: Future[_Drawn] | None = None
-        self.bank: Bank | None = None
-        if anchor.draws is not None:
+        self._reading: Future[StepInputs] | None = None
+        self.bank: ReferenceCache | None = None
+        if reference_model.noise_draws is not None:
             with accelerator.main_process_first():
-                manifest = BankManifest.of(
+                manifest = ReferenceCacheManifest.of(
                     model,
                     seed,
                     accelerator.mixed_precision,
                     self.step.videos_at_once,
-                    memory.chunks,
+                    memory.forward_chunks,
                     compiled=memory.compile == "on",
                 )
-                self.bank = Bank(store, manifest)
+                self.bank = ReferenceCache(store, manifest)
 
-    def fill_bank(self, on_progress: Callable[[BankReport], None]) -> None:
+    def fill_bank(self, on_progress: Callable[[ReferenceCacheReport], None]) -> None:
         """Make the predictions that the run will need, where the reference limits its draws."""
-        if self.bank is None or self.anchor.draws is None:
+        if self.bank is None or self.reference_model.noise_draws is None:
             return
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        distinct = min(self.place(self.settings.steps), self.anchor.draws * len(self.pairs))
+        distinct = min(
+            self.place(self.settings.steps), self.reference_model.noise_draws * len(self.pairs)
+        )
         needed = [self._visit_at(place) for place in range(rank, distinct, world)]
         self.bank.fill(needed, self._predict_reference, on_progress)
         self.accelerator.wait_for_everyone()
 
     def saves_after(self, steps: int) -> bool:
         """Whether a checkpoint is due when so many steps are made."""
-        return steps % self.settings.save_every == 0 or steps == self.settings.steps
+        return steps % self.settings.save_steps == 0 or steps == self.settings.steps
 
     def place(self, step: int) -> int:
         """The first place of a step, in the endless sequence of pairs."""
         world = self.accelerator.num_processes
-        each = self.settings.accumulation * self.settings.batch * world
+        each = self.settings.gradient_accumulation_steps * self.settings.batch_size * world
         return self.at.place + (step - self.at.step) * each
 
     def accumulate(self, step: int, stop: Callable[[], bool]) -> list[LossOutput]:
@@ -281,21 +295,24 @@ class _Run:
         """
         outputs, self.keys = [], []
         alone = self.accelerator.num_processes == 1
-        for part in range(self.settings.accumulation):
+        for part in range(self.settings.gradient_accumulation_steps):
             if (alone or part == 0) and self._agreed(stop()):
                 raise _StoppedError
             drawn = self._next(step, part)
             self.keys += drawn.batch.keys
-            last = part == self.settings.accumulation - 1
+            last = part == self.settings.gradient_accumulation_steps - 1
             # A graph of its own a video is more than one backward pass a batch.
             shared = last and self.step.mode == "joint"
             with nullcontext() if shared else self.accelerator.no_sync(self.policy):
                 outputs.append(
                     self.step(
-                        drawn.batch, drawn.noise, drawn.level,
-                        known=drawn.known, share=1 / self.settings.accumulation,
+                        drawn.batch,
+                        drawn.noise,
+                        drawn.timestep,
+                        reference_prediction=drawn.reference_prediction,
+                        loss_scale=1 / self.settings.gradient_accumulation_steps,
                     )
-                )  # fmt: skip
+                )
         if self.step.mode != "joint":
             self._share_gradients()
         return outputs
@@ -334,7 +351,7 @@ class _Run:
                 f"Step {report.step} is not finite (loss {report.loss}, gradient norm "
                 f"{report.grad_norm}); its pairs were {', '.join(unsound)}. Steps like it so far: "
                 f"{self.skipped}; train.skips allows {self.settings.skips}. The last checkpoint is "
-                "safe. Lower train.lr, or check those pairs."
+                "safe. Lower train.learning_rate, or check those pairs."
             )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # it has seen the gradient already
@@ -350,73 +367,83 @@ class _Run:
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = self.accelerator.reduce(own, reduction="mean")
 
-    def _predict_reference(self, visit: Visit) -> Latents:
+    def _predict_reference(self, visit: PairDraw) -> Latents:
         drawn = self._sent(self._draw([visit]))
-        return self.step.reference(drawn.batch, drawn.noise, drawn.level)
+        return self.step.reference(drawn.batch, drawn.noise, drawn.timestep)
 
-    def _next(self, step: int, part: int) -> _Drawn:
+    def _next(self, step: int, part: int) -> StepInputs:
         """What a pass is made of, on the device; meanwhile, that of the pass after it is read."""
-        following = (step, part + 1) if part + 1 < self.settings.accumulation else (step + 1, 0)
+        following = (
+            (step, part + 1)
+            if part + 1 < self.settings.gradient_accumulation_steps
+            else (step + 1, 0)
+        )
         reading, self._reading = self._reading, None
         drawn = reading.result() if reading else self._read(step, part)
         if following[0] < self.settings.steps:
             self._reading = self._reader.submit(self._read, *following)
         return self._sent(drawn)
 
-    def _sent(self, drawn: _Drawn) -> _Drawn:
+    def _sent(self, drawn: StepInputs) -> StepInputs:
         """On the run's device; the copy from pinned memory is not waited for."""
         device = self.accelerator.device
         return drawn.mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _read(self, step: int, part: int) -> _Drawn:
+    def _read(self, step: int, part: int) -> StepInputs:
         visits = [self._visit_at(place) for place in self._places(step, part)]
         drawn = self._draw(visits)
         if self.bank is not None:
-            drawn = replace(drawn, known=self.bank.read(visits))
+            drawn = replace(drawn, reference_prediction=self.bank.read(visits))
         return drawn.mapped(Tensor.pin_memory) if self.accelerator.device.type == "cuda" else drawn
 
-    def _draw(self, visits: Sequence[Visit]) -> _Drawn:
+    def _draw(self, visits: Sequence[PairDraw]) -> StepInputs:
         batch = self.store.batch([visit.pair for visit in visits])
-        noises, levels = [], []
+        noises, timesteps = [], []
         for visit in visits:
             draw = generator(self.seed, "draw", visit.pair, visit.draw)
             noises.append(torch.randn(self.model.latent_shape, generator=draw))
-            levels.append(self.model.sample_levels(1, draw))
+            timesteps.append(self.model.sample_timesteps(1, draw))
         noise = torch.stack(noises).to(batch.first.dtype)
-        return _Drawn(batch=batch, noise=noise, level=torch.cat(levels))
+        return StepInputs(batch=batch, noise=noise, timestep=torch.cat(timesteps))
 
     def _places(self, step: int, part: int) -> list[int]:
         """Positions in the endless sequence of pairs that this process takes."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        size = self.settings.batch
+        size = self.settings.batch_size
         first = self.place(step) + (part * world + rank) * size
         return list(range(first, first + size))
 
-    def _visit_at(self, place: int) -> Visit:
+    def _visit_at(self, place: int) -> PairDraw:
         """Epochs are permutations: every pair once before any comes again, with its next draw."""
         epoch, position = divmod(place, len(self.pairs))
         order = _permutation(len(self.pairs), self.seed, epoch)
-        draw = epoch if self.anchor.draws is None else epoch % self.anchor.draws
-        return Visit(self.pairs[order[position]], draw)
+        draw = (
+            epoch
+            if self.reference_model.noise_draws is None
+            else epoch % self.reference_model.noise_draws
+        )
+        return PairDraw(self.pairs[order[position]], draw)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Drawn:
+class StepInputs:
     """Pairs, and the noise and level of each."""
 
     batch: PairBatch
     noise: Latents
-    level: PerPair
-    known: Float[Tensor, "2*b c f h w"] | None = None
+    timestep: PerPair
+    reference_prediction: Float[Tensor, "2*b c f h w"] | None = None
     """The reference's predictions, where they were made before."""
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> _Drawn:
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> StepInputs:
         """With every tensor changed."""
-        return _Drawn(
+        return StepInputs(
             batch=self.batch.mapped(change),
             noise=change(self.noise),
-            level=change(self.level),
-            known=None if self.known is None else change(self.known),
+            timestep=change(self.timestep),
+            reference_prediction=None
+            if self.reference_prediction is None
+            else change(self.reference_prediction),
         )
 
 
@@ -427,9 +454,9 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _unless(
-    stop: Callable[[], bool], then: Callable[[BankReport], None]
-) -> Callable[[BankReport], None]:
-    def told(report: BankReport) -> None:
+    stop: Callable[[], bool], then: Callable[[ReferenceCacheReport], None]
+) -> Callable[[ReferenceCacheReport], None]:
+    def told(report: ReferenceCacheReport) -> None:
         then(report)
         if stop():  # what the bank has, it keeps
             raise _StoppedError
@@ -437,11 +464,13 @@ def _unless(
     return told
 
 
-def _identity(model: VideoModel, store: PairStore, policy: PeftModel, precision: str) -> Identity:
+def _identity(
+    model: VideoModel, store: PairStore, policy: PeftModel, precision: str
+) -> RunFingerprint:
     """What the run would be gone on with, here and now."""
     named = dict(policy.named_parameters())
     base = {str(p.dtype).removeprefix("torch.") for n, p in named.items() if ".lora_" not in n}
-    return Identity(
+    return RunFingerprint(
         base=model.identity,
         adapter=tensors_digest({n: p for n, p in named.items() if ".lora_" in n})[:16],
         weights=" ".join(sorted(base)),
@@ -473,9 +502,9 @@ def _usable(store: PairStore, loss: Loss) -> list[int]:
 
 def _learning_rate(settings: TrainSettings, step: int) -> float:
     """Up over the warm-up, flat, and down over the decay; the last step's is not 0 yet."""
-    rising = (step + 1) / max(1, settings.warmup)
+    rising = (step + 1) / max(1, settings.warmup_steps)
     falling = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
-    return settings.lr * min(1.0, rising, falling)
+    return settings.learning_rate * min(1.0, rising, falling)
 
 
 def _check_first_step(outputs: list[LossOutput]) -> None:

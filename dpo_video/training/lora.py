@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from dpo_video.errors import TrainingError
-from dpo_video.memory.peft_autocast import spare_casts
+from dpo_video.memory.peft_autocast import skip_adapter_input_cast
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import VideoModel
 from dpo_video.support.rng import derive
@@ -35,5 +35,5 @@ def adapt(model: VideoModel, settings: TrainSettings, seed: int) -> PeftModel:
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-    spare_casts(policy)
+    skip_adapter_input_cast(policy)
     return policy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpo_video.errors import TrainingError
 from dpo_video.memory.compile import without_graph
-from dpo_video.strategies import Anchor, Loss, VideoModel
+from dpo_video.strategies import Loss, ReferenceModel, VideoModel
 from dpo_video.types import (
     Context,
     Latents,
@@ -27,7 +27,7 @@ class Inputs:
     """What both networks are shown: all pairs' first videos, then all their second ones."""
 
     noisy: Latents
-    level: PerPair
+    timestep: PerPair
     context: Context
     target: Latents
     """What a perfect prediction would be."""
@@ -36,39 +36,41 @@ class Inputs:
         """Some of the videos."""
         return Inputs(
             noisy=self.noisy[rows],
-            level=self.level[rows],
+            timestep=self.timestep[rows],
             context={name: value[rows] for name, value in self.context.items()},
             target=self.target[rows],
         )
 
 
-def noised(model: VideoModel, batch: PairBatch, noise: Latents, level: PerPair) -> Inputs:
-    """Both videos of a pair at the same noise and the same level (Diffusion-DPO, Sec. 4)."""
+def noised(model: VideoModel, batch: PairBatch, noise: Latents, timestep: PerPair) -> Inputs:
+    """Both videos of a pair at the same noise and the same timestep (Diffusion-DPO, Sec. 4)."""
     clean = torch.cat([batch.first, batch.second])
-    noise, level = noise.repeat(2, 1, 1, 1, 1), level.repeat(2)
+    noise, timestep = noise.repeat(2, 1, 1, 1, 1), timestep.repeat(2)
     return Inputs(
-        noisy=model.add_noise(clean, noise, level),
-        level=level,
+        noisy=model.add_noise(clean, noise, timestep),
+        timestep=timestep,
         context={name: torch.cat([value, value]) for name, value in batch.context.items()},
-        target=model.target(clean, noise, level),
+        target=model.target(clean, noise, timestep),
     )
 
 
-def reference_predictions(model: VideoModel, anchor: Anchor, inputs: Inputs) -> Latents:
+def reference_predictions(
+    model: VideoModel, reference_model: ReferenceModel, inputs: Inputs
+) -> Latents:
     """What the reference predicts, without a graph."""
-    with anchor.network() as reference, without_graph(reference):
-        return model.predict(reference, inputs.noisy, inputs.level, inputs.context).detach()
+    with reference_model.network() as reference, without_graph(reference):
+        return model.predict(reference, inputs.noisy, inputs.timestep, inputs.context).detach()
 
 
 def pair_errors(
     model: VideoModel,
     policy: nn.Module,
-    anchor: Anchor,
+    reference_model: ReferenceModel,
     batch: PairBatch,
     noise: Latents,
-    level: PerPair,
+    timestep: PerPair,
     *,
-    known: Float[Tensor, "2*b c f h w"] | None = None,
+    reference_prediction: Float[Tensor, "2*b c f h w"] | None = None,
 ) -> PairErrors:
     """Squared errors of policy and reference on both videos, in fp32.
 
@@ -79,22 +81,22 @@ def pair_errors(
     Args:
         model: The family.
         policy: What trains.
-        anchor: What it is compared with.
+        reference_model: What it is compared with.
         batch: The pairs.
         noise: One draw a pair.
-        level: One draw a pair.
-        known: The reference's predictions, where they were made before, pair by pair. The reference
-            does not run, and the policy runs pair by pair too: a prediction's last bits depend on
-            the size of its batch.
+        timestep: One draw a pair.
+        reference_prediction: The reference's predictions if they were made before, pair by pair.
+            The reference does not run then, and the policy runs pair by pair too, because the
+            last bits of a prediction depend on the size of its batch.
     """
-    inputs = noised(model, batch, noise, level)
-    if known is None:
-        known = reference_predictions(model, anchor, inputs)
-        prediction = model.predict(policy, inputs.noisy, inputs.level, inputs.context)
+    inputs = noised(model, batch, noise, timestep)
+    if reference_prediction is None:
+        reference_prediction = reference_predictions(model, reference_model, inputs)
+        prediction = model.predict(policy, inputs.noisy, inputs.timestep, inputs.context)
     else:
         prediction = _pair_by_pair(model, policy, inputs)
     first, second = signed_errors(prediction, inputs).chunk(2)
-    reference_first, reference_second = signed_errors(known, inputs).chunk(2)
+    reference_first, reference_second = signed_errors(reference_prediction, inputs).chunk(2)
     return PairErrors(
         policy_first=first.square(),
         policy_second=second.square(),
@@ -118,11 +120,11 @@ def signed_errors(prediction: Latents, inputs: Inputs) -> Latents:
 
 def _pair_by_pair(model: VideoModel, network: nn.Module, inputs: Inputs) -> Latents:
     """Predictions of one forward pass a pair."""
-    count = len(inputs.level) // 2
+    count = len(inputs.timestep) // 2
     parts = []
     for pair in range(count):
         both = inputs.only([pair, count + pair])
-        parts.append(model.predict(network, both.noisy, both.level, both.context))
+        parts.append(model.predict(network, both.noisy, both.timestep, both.context))
     return torch.cat([*(part[:1] for part in parts), *(part[1:] for part in parts)])
 
 

@@ -37,14 +37,14 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Visit:
+class PairDraw:
     """A pair, and which of its draws of noise and level it gets."""
 
     pair: int
     draw: int
 
 
-class BankManifest(Record):
+class ReferenceCacheManifest(Record):
     """What all predictions of a bank were made with."""
 
     format: Literal["dpo-video bank"] = "dpo-video bank"
@@ -60,7 +60,7 @@ class BankManifest(Record):
     videos_at_once: Literal[1, 2]
     """Of a pair, in a forward pass: last bits depend on that too."""
     chunks: int = 1
-    """Parts that layers ran in (`memory.chunks`): and on that."""
+    """Parts that layers ran in (`memory.forward_chunks`): and on that."""
     kernels: str
     """What computed them: last bits differ from one library, device or number of threads to
     another, and a step whose policy equals its reference must have a margin of exactly 0."""
@@ -99,7 +99,7 @@ class BankManifest(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BankReport:
+class ReferenceCacheReport:
     """How far the bank is; the first one comes before anything is written."""
 
     folder: Path
@@ -113,10 +113,10 @@ class BankReport:
 
 
 @final
-class Bank:
+class ReferenceCache:
     """An open bank: `fill` once, `read` at every step."""
 
-    def __init__(self, store: PairStore, manifest: BankManifest) -> None:
+    def __init__(self, store: PairStore, manifest: ReferenceCacheManifest) -> None:
         self.store = store
         self.folder = store.folder / "bank" / manifest.key
         path = self.folder / "bank.json"
@@ -126,22 +126,22 @@ class Bank:
                 with locked(self.folder):
                     write_text(path, manifest.model_dump_json(indent=2) + "\n")
         try:
-            found = BankManifest.model_validate_json(path.read_bytes())
+            found = ReferenceCacheManifest.model_validate_json(path.read_bytes())
         except ValidationError:
             found = None
         if found != manifest:
             raise self._stale(f"'{path}' does not describe what this run would make")
 
-    def read(self, visits: Sequence[Visit]) -> Latents:
+    def read(self, visits: Sequence[PairDraw]) -> Latents:
         """Predictions on the CPU: all first videos, then all second ones."""
         parts = [self._load(visit) for visit in visits]
         return torch.stack([part[name].float() for name in ("first", "second") for part in parts])
 
     def fill(
         self,
-        visits: Sequence[Visit],
-        predict: Callable[[Visit], Latents],
-        on_progress: Callable[[BankReport], None] = lambda report: None,
+        visits: Sequence[PairDraw],
+        predict: Callable[[PairDraw], Latents],
+        on_progress: Callable[[ReferenceCacheReport], None] = lambda report: None,
     ) -> None:
         """Make the predictions that are missing.
 
@@ -171,7 +171,7 @@ class Bank:
 
         def report(done: int, left: float) -> None:
             on_progress(
-                BankReport(
+                ReferenceCacheReport(
                     folder=self.folder,
                     done=len(visits) - len(missing) + done,
                     total=len(visits),
@@ -186,7 +186,7 @@ class Bank:
             self._save(visit, _narrowed(predict(visit)), digests[visit.pair])
             report(done, (time.monotonic() - started) * (len(missing) - done) / done)
 
-    def _path(self, visit: Visit) -> Path:
+    def _path(self, visit: PairDraw) -> Path:
         return self.folder / f"{visit.pair:05d}-{visit.draw:03d}.safetensors"
 
     def _digest(self, pair: int) -> str:
@@ -194,7 +194,7 @@ class Bank:
         batch = self.store.batch([pair])
         return tensors_digest({"first": batch.first, "second": batch.second, **batch.context})
 
-    def _holds(self, visit: Visit, digest: str) -> bool:
+    def _holds(self, visit: PairDraw, digest: str) -> bool:
         """Whether a prediction is there; a StoreError if it was made of another pair."""
         path = self._path(visit)
         if not path.exists():
@@ -208,14 +208,14 @@ class Bank:
             raise self._stale(f"'{path.name}' there was predicted for another pair {visit.pair}")
         return True
 
-    def _save(self, visit: Visit, prediction: Latents, digest: str) -> None:
+    def _save(self, visit: PairDraw, prediction: Latents, digest: str) -> None:
         first, second = prediction.cpu()
         with writing(self.folder), locked(self.folder):  # another run may fill the same bank
             write_tensors(
                 self._path(visit), {"first": first, "second": second}, metadata={"pair": digest}
             )
 
-    def _load(self, visit: Visit) -> dict[str, Tensor]:
+    def _load(self, visit: PairDraw) -> dict[str, Tensor]:
         path = self._path(visit)
         try:
             found = load_file(path)
@@ -231,7 +231,8 @@ class Bank:
         if size > free:
             raise StoreError(
                 f"The bank in '{self.folder}' needs {size / 2**30:.1f} GiB more, and the disk has "
-                f"{free / 2**30:.1f} GiB. Give fewer draws (--set reference.draws=1) or free some."
+                f"{free / 2**30:.1f} GiB. Give fewer draws (--set reference.noise_draws=1) or "
+                "free some."
             )
 
     def _damaged(self, path: Path, error: Exception) -> StoreError:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpo_video.errors import TrainingError
 from dpo_video.memory.compile import without_graph
 from dpo_video.settings import MemorySettings
-from dpo_video.strategies import Anchor, Loss, VideoModel
+from dpo_video.strategies import Loss, ReferenceModel, VideoModel
 from dpo_video.training.objective import (
     Inputs,
     loss_of,
@@ -30,7 +30,7 @@ from dpo_video.types import Latents, LossOutput, PairBatch, PairErrors, PerPair
 
 def check_backward(loss: Loss, memory: MemorySettings) -> None:
     """A TrainingError if the loss cannot be trained in this mode."""
-    if memory.backward == "linear" and not loss.uniform:
+    if memory.backward == "linear" and not loss.linear_in_mean_error:
         raise TrainingError(
             f"memory.backward=linear is for losses that look at means over whole videos, and "
             f"{type(loss).__name__} does not. Set memory.backward=split, which is for any loss."
@@ -44,7 +44,7 @@ class Step:
 
     model: VideoModel
     policy: nn.Module
-    anchor: Anchor
+    reference_model: ReferenceModel
     loss: Loss
     mode: Literal["joint", "split", "linear"] = "joint"
     backward: Callable[[Tensor], None] = Tensor.backward
@@ -61,38 +61,42 @@ class Step:
         self,
         batch: PairBatch,
         noise: Latents,
-        level: PerPair,
+        timestep: PerPair,
         *,
-        known: Float[Tensor, "2*b c f h w"] | None = None,
-        share: float = 1.0,
+        reference_prediction: Float[Tensor, "2*b c f h w"] | None = None,
+        loss_scale: float = 1.0,
     ) -> LossOutput:
         """Add the gradient of `share` times the mean loss to the policy's; the detached outputs.
 
         Args:
             batch: The pairs.
             noise: One draw a pair.
-            level: One draw a pair.
-            known: The reference's predictions, where they were made before, by `reference`.
-            share: What this batch counts in its optimizer step.
+            timestep: One draw a pair.
+            reference_prediction: The reference's predictions if they were made before, by
+                `reference`.
+            loss_scale: What this batch counts in its optimizer step.
         """
         count = len(batch.first)
         if self.mode == "joint":
-            return self._joint(batch, noise, level, known, share)
+            return self._joint(batch, noise, timestep, reference_prediction, loss_scale)
         one_pair = self._split if self.mode == "split" else self._linear
         outputs = []
         for pair in range(count):
             rows = slice(pair, pair + 1)
             mine = _only(batch, rows)
-            both = noised(self.model, mine, noise[rows], level[rows])
+            both = noised(self.model, mine, noise[rows], timestep[rows])
             inputs = both.only([0]), both.only([1])
-            if known is None:
+            if reference_prediction is None:
                 predicted = self._reference(inputs[0]), self._reference(inputs[1])
             else:
-                predicted = known[rows], known[count + pair : count + pair + 1]
+                predicted = (
+                    reference_prediction[rows],
+                    reference_prediction[count + pair : count + pair + 1],
+                )
             reference = (
                 signed_errors(predicted[0], inputs[0]), signed_errors(predicted[1], inputs[1])
             )  # fmt: skip
-            outputs.append(one_pair(_Pair(mine, inputs, reference, share / count)))
+            outputs.append(one_pair(_Pair(mine, inputs, reference, loss_scale / count)))
         return LossOutput(
             **{
                 name: torch.cat([getattr(output, name) for output in outputs])
@@ -101,42 +105,50 @@ class Step:
         )
 
     def reference(
-        self, batch: PairBatch, noise: Latents, level: PerPair
+        self, batch: PairBatch, noise: Latents, timestep: PerPair
     ) -> Float[Tensor, "2*b c f h w"]:
         """The reference's predictions of one pair, first and second, as the step makes them.
 
         Last bits depend on how many videos are in a forward pass; policy and reference must have
         as many.
         """
-        inputs = noised(self.model, batch, noise, level)
+        inputs = noised(self.model, batch, noise, timestep)
         if self.mode == "joint":
             return self._reference(inputs)
         return torch.cat([self._reference(inputs.only([video])) for video in range(2)])
 
     def _reference(self, inputs: Inputs) -> Latents:
         with self.autocast():
-            return reference_predictions(self.model, self.anchor, inputs)
+            return reference_predictions(self.model, self.reference_model, inputs)
 
     def _signed(self, inputs: Inputs) -> Latents:
         # In an autocast of its own: one that has run without a graph keeps casts without one.
         with self.autocast():
-            prediction = self.model.predict(self.policy, inputs.noisy, inputs.level, inputs.context)
+            prediction = self.model.predict(
+                self.policy, inputs.noisy, inputs.timestep, inputs.context
+            )
         return signed_errors(prediction, inputs)
 
     def _joint(
         self,
         batch: PairBatch,
         noise: Latents,
-        level: PerPair,
-        known: Float[Tensor, "2*b c f h w"] | None,
-        share: float,
+        timestep: PerPair,
+        reference_prediction: Float[Tensor, "2*b c f h w"] | None,
+        loss_scale: float,
     ) -> LossOutput:
         with self.autocast():
             errors = pair_errors(
-                self.model, self.policy, self.anchor, batch, noise, level, known=known
+                self.model,
+                self.policy,
+                self.reference_model,
+                batch,
+                noise,
+                timestep,
+                reference_prediction=reference_prediction,
             )
         output = loss_of(self.loss, errors)
-        self.backward(output.loss.mean() * share)
+        self.backward(output.loss.mean() * loss_scale)
         return _detached(output)
 
     def _split(self, pair: _Pair) -> LossOutput:
@@ -201,7 +213,7 @@ class _Pair:
     inputs: tuple[Inputs, Inputs]
     reference: tuple[Latents, Latents]
     """The signed errors of the reference."""
-    share: float
+    loss_scale: float
     """What it counts in its optimizer step."""
 
     def slopes(
@@ -220,7 +232,7 @@ class _Pair:
         )
         output = loss_of(loss, errors)
         of_first, of_second = torch.autograd.grad(
-            output.loss.mean() * self.share,
+            output.loss.mean() * self.loss_scale,
             (errors.policy_first, errors.policy_second),
             materialize_grads=True,
         )

@@ -24,7 +24,7 @@ _HOSTS = ("cpu", "nvme")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class LauncherRequest:
     """What `memory` can do of them."""
 
     shared: bool
@@ -33,7 +33,7 @@ class Wishes:
     """What is to wait in the host's memory."""
 
 
-def wishes() -> Wishes:
+def launcher_request() -> LauncherRequest:
     """Read them, and take them out of the environment: Accelerate would act on them as well.
 
     Raises:
@@ -52,7 +52,7 @@ def wishes() -> Wishes:
             for part in ("offload_param", "offload_optimizer")
         )
     waits: list[Literal["blocks", "optimizer"]] = ["blocks"] if blocks else []
-    return Wishes(shared=shared, waits=(*waits, "optimizer") if optimizer else (*waits,))
+    return LauncherRequest(shared=shared, waits=(*waits, "optimizer") if optimizer else (*waits,))
 
 
 def _of_variables(asked: Mapping[str, str]) -> Mapping[str, Any]:

@@ -20,14 +20,14 @@ from dpo_video.data.labels import open_books, pinned, preferences
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.diffusion.pretrained import arranged
 from dpo_video.errors import StoreError, UserError
-from dpo_video.memory.packed_weights import check_base, freeze, frozen_weights
+from dpo_video.memory.packed_weights import check_base, frozen_weights, pack_frozen_weights
 from dpo_video.memory.sharding import Shard
 from dpo_video.strategies import PACKED, PairBuilder, SetLabeler, SuppliedPairs, VideoModel
 from dpo_video.support.reproducibility import settle
 from dpo_video.types import Skipped
 from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config, Tables
-from dpo_video.workflows.distributed import wishes
+from dpo_video.workflows.distributed import launcher_request
 
 PROMPTS = 64  # cycled, for pairs that need no clip on a backbone that has none of its own
 
@@ -63,21 +63,21 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
     # Their progress bars come in dozens and say nothing that ours do not.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    memory, dtype = config.memory, dtypes[config.train.precision]
+    memory, dtype = config.memory, dtypes[config.train.mixed_precision]
     on_host = "blocks" in memory.offload
     # One process alone, which looks at what several have trained, has all to itself.
     shared = memory.shard > 1 and torch.distributed.is_initialized()
-    if memory.base == "native" and not on_host and not shared:
+    if memory.quantization == "native" and not on_host and not shared:
         return config.backbone.load(device, dtype)
-    check_base(memory.base)
+    check_base(memory.quantization)
     shard = Shard.among(memory.shard) if shared else None
-    arrange = partial(freeze, base=memory.base, on_host=on_host, shard=shard)
+    arrange = partial(pack_frozen_weights, base=memory.quantization, on_host=on_host, shard=shard)
     with arranged(arrange):
         model = config.backbone.load(device, dtype)
     if next(frozen_weights(model.denoiser), None) is None:  # a backbone that loads in its own way
         arrange(model.denoiser, device)
-    if memory.base != "native":
-        model.identity += f"{PACKED}{memory.base}"
+    if memory.quantization != "native":
+        model.identity += f"{PACKED}{memory.quantization}"
     return model
 
 
@@ -166,11 +166,11 @@ def open_store(
     tables: Tables = {
         name: config.tables.get(name, {}) for name in ("backbone", "pairs", "labeler")
     }
-    precision = config.train.precision
+    precision = config.train.mixed_precision
     if precision != "no":  # it shapes the latents, and the model's identity with them
         tables["train"] = {"precision": precision}
-    if config.memory.base != "native":  # it shapes what the model draws
-        tables["memory"] = {"base": config.memory.base}
+    if config.memory.quantization != "native":  # it shapes what the model draws
+        tables["memory"] = {"base": config.memory.quantization}
     manifest = Manifest(
         recipe={**tables, "seed": config.run.seed, "clips": clips},
         identity=model.identity,
@@ -237,7 +237,7 @@ def as_launched(config: Config) -> Config:
         UserError: if weights are to be shared among other processes than there are, or DeepSpeed's
             file cannot be read.
     """
-    asked = wishes()
+    asked = launcher_request()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     memory = config.memory
     changes = {
@@ -265,20 +265,20 @@ def as_launched(config: Config) -> Config:
 def accelerator_for(config: Config, folder: Path) -> Accelerator:
     """Accelerate's object for a run: device, precision, tracker."""
     device = pick_device(config.run.device)
-    name = config.train.tracker
+    name = config.train.report_to
     meeting = distributed.url()
     try:
         accelerator = Accelerator(
             kwargs_handlers=[InitProcessGroupKwargs(init_method=meeting)] if meeting else [],
             cpu=device.type == "cpu",
-            mixed_precision=config.train.precision,
+            mixed_precision=config.train.mixed_precision,
             log_with=None if name == "none" else name,
             project_dir=folder,
         )
     except ValueError as error:
         raise UserError(
-            f"train.tracker or train.precision does not work here: {error} "
-            "Set train.tracker=none or train.precision=no."
+            f"train.report_to or train.mixed_precision does not work here: {error} "
+            "Set train.report_to=none or train.mixed_precision=no."
         ) from error
     if name != "none":
         accelerator.init_trackers("tracker")

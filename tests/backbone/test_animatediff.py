@@ -76,14 +76,14 @@ def load_base(base: Path, adapter: Path, **options: Any) -> AnimateDiffModel:
     return model
 
 
-def stock_sample(pipeline: AnimateDiffPipeline, noise: Tensor, steps: int) -> Tensor:
+def stock_sample(pipeline: AnimateDiffPipeline, noise: Tensor, num_inference_steps: int) -> Tensor:
     pipeline.set_progress_bar_config(disable=True)
     frames: Tensor = pipeline(
         PROMPT,
         num_frames=SHAPE.frames,
         height=SHAPE.height,
         width=SHAPE.width,
-        num_inference_steps=steps,
+        num_inference_steps=num_inference_steps,
         guidance_scale=2.0,
         latents=noise,
         output_type="latent",
@@ -94,7 +94,7 @@ def stock_sample(pipeline: AnimateDiffPipeline, noise: Tensor, steps: int) -> Te
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 @pytest.mark.parametrize("steps", [4, 7])  # 7 do not divide 1000
 def test_sampling_from_noise_equals_diffusers_pipeline(
-    small_folder: Path, steps: int, spacing: str
+    small_folder: Path, num_inference_steps: int, spacing: str
 ) -> None:
     model = load_small(small_folder)
     model.scheduler.register_to_config(timestep_spacing=spacing)
@@ -107,8 +107,10 @@ def test_sampling_from_noise_equals_diffusers_pipeline(
         scheduler=DDIMScheduler.from_config(model.scheduler.config),
     )
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    theirs = stock_sample(pipeline, noise, steps)
-    ours = model.sample(model.encode_prompts([PROMPT]), noise, steps=steps)
+    theirs = stock_sample(pipeline, noise, num_inference_steps)
+    ours = model.sample(
+        model.encode_prompts([PROMPT]), noise, num_inference_steps=num_inference_steps
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     decoded = pipeline.decode_latents(ours) / 2 + 0.5
     torch.testing.assert_close(model.decode_videos(ours), decoded.clamp(0, 1).float())
@@ -135,7 +137,9 @@ def test_a_base_with_a_motion_adapter_equals_diffusers_pipeline(
         ),
     )
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    ours = model.sample(model.encode_prompts([PROMPT]), noise, steps=4, guidance=2.0)
+    ours = model.sample(
+        model.encode_prompts([PROMPT]), noise, num_inference_steps=4, guidance_scale=2.0
+    )
     torch.testing.assert_close(ours, stock_sample(pipeline, noise, 4), rtol=1e-4, atol=1e-4)
 
 
@@ -172,7 +176,7 @@ class TrueNoise(nn.Module):
     ],
 )
 def test_noise_that_the_schedulers_steps_leave_in_a_video(
-    small_model: AnimateDiffModel, spacing: str, steps: int, least: float, most: float
+    small_model: AnimateDiffModel, spacing: str, num_inference_steps: int, least: float, most: float
 ) -> None:
     """diffusers' DDIM goes down by T // steps, whatever the next timestep is."""
     small_model.scheduler.register_to_config(timestep_spacing=spacing)
@@ -180,7 +184,7 @@ def test_noise_that_the_schedulers_steps_leave_in_a_video(
     clean, noise = (torch.randn(1, *small_model.latent_shape, generator=generator) for _ in "ab")
     drawn = small_model.sample(
         small_model.encode_prompts([PROMPT]), noise, denoiser=TrueNoise(noise), clean=clean,
-        steps=steps,
+        num_inference_steps=num_inference_steps,
     )  # fmt: skip
     left = ((drawn - clean) / noise).mean().abs().item()
     assert least <= left <= most
@@ -204,7 +208,7 @@ def test_outside_of_a_region_the_noise_is_that_of_the_inside(
 
     small_model.sample(
         small_model.encode_prompts([PROMPT]), noise, denoiser=Watching(noise), clean=clean,
-        region=region, steps=4,
+        region=region, num_inference_steps=4,
     )  # fmt: skip
     second = seen[1]
     a = small_model.scheduler.alphas_cumprod[999 - 250]
@@ -215,15 +219,16 @@ def test_outside_of_a_region_the_noise_is_that_of_the_inside(
 def test_noise_and_target_equal_the_schedulers(small_model: AnimateDiffModel) -> None:
     scheduler = DDPMScheduler.from_config(small_model.scheduler.config)
     clean, noise = torch.randn(2, 3, *small_model.latent_shape)
-    level = torch.tensor([0.0, 500.0, 999.0])
+    timestep = torch.tensor([0.0, 500.0, 999.0])
     torch.testing.assert_close(
-        small_model.add_noise(clean, noise, level), scheduler.add_noise(clean, noise, level.long())
+        small_model.add_noise(clean, noise, timestep),
+        scheduler.add_noise(clean, noise, timestep.long()),
     )
-    assert small_model.target(clean, noise, level) is noise
+    assert small_model.target(clean, noise, timestep) is noise
     small_model.scheduler.register_to_config(prediction_type="v_prediction")
     torch.testing.assert_close(
-        small_model.target(clean, noise, level),
-        scheduler.get_velocity(clean, noise, level.long()),
+        small_model.target(clean, noise, timestep),
+        scheduler.get_velocity(clean, noise, timestep.long()),
     )
 
 
@@ -241,10 +246,10 @@ def test_latents_are_scaled_by_the_factor_and_back(small_model: AnimateDiffModel
 
 
 def test_levels_are_uniform_timesteps(small_model: AnimateDiffModel) -> None:
-    levels = small_model.sample_levels(20_000, torch.Generator().manual_seed(0))
-    assert levels.min() == 0 and levels.max() == 999
-    assert abs(levels.mean().item() - 499.5) < 10
-    assert (levels == levels.round()).all()
+    timesteps = small_model.sample_timesteps(20_000, torch.Generator().manual_seed(0))
+    assert timesteps.min() == 0 and timesteps.max() == 999
+    assert abs(timesteps.mean().item() - 499.5) < 10
+    assert (timesteps == timesteps.round()).all()
 
 
 def test_outside_the_region_nothing_changes(
@@ -256,7 +261,7 @@ def test_outside_the_region_nothing_changes(
         small_model.encode_prompts(["a red square", "a blue star"]),
         noise,
         clean=clean,
-        level=0.75,
+        strength=0.75,
         region=region,
     )
     outside = (region == 0).expand_as(drawn)
@@ -269,10 +274,10 @@ def test_a_low_level_stays_nearer_to_the_clip(
 ) -> None:
     clean, noise = torch.randn(2, 1, *small_model.latent_shape, generator=generator)
     context = small_model.encode_prompts(["a red square"])
-    small_model.sampling = Sampling(steps=10, guidance=1.0)
+    small_model.sampling = Sampling(num_inference_steps=10, guidance_scale=1.0)
     distances = [
-        (small_model.sample(context, noise, clean=clean, level=level) - clean).norm().item()
-        for level in (0.1, 0.5, 1.0)
+        (small_model.sample(context, noise, clean=clean, strength=timestep) - clean).norm().item()
+        for timestep in (0.1, 0.5, 1.0)
     ]
     assert distances[0] < distances[1] < distances[2]
 
@@ -316,9 +321,9 @@ def test_without_guidance_no_empty_prompt_is_encoded(small_model: AnimateDiffMod
     noise = torch.randn(1, *small_model.latent_shape, generator=torch.Generator().manual_seed(0))
     context = small_model.encode_prompts([PROMPT])
     small_model.release()
-    plain = small_model.sample(context, noise, guidance=1.0)
+    plain = small_model.sample(context, noise, guidance_scale=1.0)
     assert small_model._text_encoder._loaded is None
-    near = small_model.sample(context, noise, guidance=1.0 + 1e-6)
+    near = small_model.sample(context, noise, guidance_scale=1.0 + 1e-6)
     torch.testing.assert_close(plain, near, rtol=1e-3, atol=1e-4)
 
 
@@ -331,5 +336,7 @@ def test_half_precision_reaches_the_denoiser_and_latents_stay_single(
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
     video = model.encode_videos(torch.rand(1, 3, SHAPE.frames, SHAPE.height, SHAPE.width))
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    drawn = model.sample(model.encode_prompts([PROMPT]), noise, clean=video, level=0.5, steps=4)
+    drawn = model.sample(
+        model.encode_prompts([PROMPT]), noise, clean=video, strength=0.5, num_inference_steps=4
+    )
     assert video.dtype == drawn.dtype == torch.float32 and drawn.isfinite().all()

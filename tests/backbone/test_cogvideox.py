@@ -87,13 +87,22 @@ def theirs(bench: Bench, noise: Tensor, **options: Any) -> Any:
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
 @pytest.mark.parametrize("steps", [4, 7])  # 7 do not divide 1000
-def test_a_sample_equals_the_pipelines(bench: Bench, steps: int, spacing: str) -> None:
+def test_a_sample_equals_the_pipelines(
+    bench: Bench, num_inference_steps: int, spacing: str
+) -> None:
     model, noise = bench.model, drawn(bench.model)
     for scheduler in (model.scheduler, bench.pipeline.scheduler):
         scheduler.register_to_config(timestep_spacing=spacing)
     try:
-        expected = theirs(bench, noise, num_inference_steps=steps, output_type="latent")
-        ours = model.sample(model.encode_prompts([PROMPT]), noise, steps=steps, guidance=3.0)
+        expected = theirs(
+            bench, noise, num_inference_steps=num_inference_steps, output_type="latent"
+        )
+        ours = model.sample(
+            model.encode_prompts([PROMPT]),
+            noise,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=3.0,
+        )
     finally:
         for scheduler in (model.scheduler, bench.pipeline.scheduler):
             scheduler.register_to_config(timestep_spacing="trailing")
@@ -104,11 +113,15 @@ def test_dynamic_guidance_and_pixels_equal_the_pipelines(bench: Bench) -> None:
     model = load_small_cogvideox(bench.folder, dynamic_guidance=True)
     noise = drawn(model)
     expected = theirs(bench, noise, num_inference_steps=3, use_dynamic_cfg=True)
-    ours = model.sample(model.encode_prompts([PROMPT]), noise, steps=3, guidance=3.0)
+    ours = model.sample(
+        model.encode_prompts([PROMPT]), noise, num_inference_steps=3, guidance_scale=3.0
+    )
     torch.testing.assert_close(
         model.decode_videos(ours).transpose(1, 2), expected, rtol=1e-4, atol=1e-4
     )
-    plain = model.__class__.sample(bench.model, model.encode_prompts([PROMPT]), noise, steps=3)
+    plain = model.__class__.sample(
+        bench.model, model.encode_prompts([PROMPT]), noise, num_inference_steps=3
+    )
     assert not torch.allclose(plain, ours, atol=1e-2)
 
 
@@ -123,15 +136,15 @@ def test_prompts_are_encoded_as_the_pipeline_does(bench: Bench) -> None:
 def test_noise_and_target_equal_the_schedulers(bench: Bench) -> None:
     model, scheduler = bench.model, bench.pipeline.scheduler
     clean, noise = drawn(model, 3, seed=1), drawn(model, 3, seed=2)
-    level = torch.tensor([0.0, 500.0, 999.0])
+    timestep = torch.tensor([0.0, 500.0, 999.0])
     torch.testing.assert_close(
-        model.add_noise(clean, noise, level), scheduler.add_noise(clean, noise, level.long())
+        model.add_noise(clean, noise, timestep), scheduler.add_noise(clean, noise, timestep.long())
     )
     torch.testing.assert_close(
-        model.target(clean, noise, level), scheduler.get_velocity(clean, noise, level.long())
+        model.target(clean, noise, timestep), scheduler.get_velocity(clean, noise, timestep.long())
     )
     # Zero terminal SNR: nothing of the clip is left at the last timestep.
-    assert torch.equal(model.add_noise(clean, noise, level)[2], noise[2])
+    assert torch.equal(model.add_noise(clean, noise, timestep)[2], noise[2])
 
 
 def test_videos_are_encoded_as_the_video_to_video_pipeline_does(bench: Bench) -> None:
@@ -175,12 +188,12 @@ def test_after_a_release_only_the_denoiser_is_alive(small_cogvideox: Path) -> No
     before = count_weights()
     model = load_small_cogvideox(small_cogvideox)
     context = model.encode_prompts([PROMPT])
-    model.decode_videos(model.sample(context, drawn(model), steps=1))
+    model.decode_videos(model.sample(context, drawn(model), num_inference_steps=1))
     parts = weakref.ref(model.vae), weakref.ref(model.text_encoder)
     model.release()
     assert [part() for part in parts] == [None, None]
     # The encoded empty prompt is kept: sampling loads nothing.
-    model.sample(context, drawn(model), steps=1)
+    model.sample(context, drawn(model), num_inference_steps=1)
     assert count_weights() - before == sum(1 for _ in model.denoiser.parameters())
 
 
@@ -203,10 +216,13 @@ def test_a_frame_alone_does_not_see_the_others(model: CogVideoXModel) -> None:
     context, noise = model.encode_prompts([PROMPT]), drawn(model)
     changed = noise.clone()
     changed[:, :, -1] += 1
-    frames = [model.sample(context, each, per_frame=True, steps=2) for each in (noise, changed)]
+    frames = [
+        model.sample(context, each, per_frame=True, num_inference_steps=2)
+        for each in (noise, changed)
+    ]
     patch = 2 if model.latent_shape[1] == 4 else 1
     assert torch.equal(frames[0][:, :, :-patch], frames[1][:, :, :-patch])
-    together = [model.sample(context, each, steps=2) for each in (noise, changed)]
+    together = [model.sample(context, each, num_inference_steps=2) for each in (noise, changed)]
     assert not torch.equal(together[0][:, :, :-patch], together[1][:, :, :-patch])
 
 
@@ -220,9 +236,9 @@ def test_the_adapter_goes_on_the_attention_and_papers_set_its_size(model: CogVid
 
 
 def test_levels_are_uniform_timesteps(model: CogVideoXModel) -> None:
-    levels = model.sample_levels(20_000, torch.Generator().manual_seed(0))
-    assert levels.min() == 0 and levels.max() == 999
-    assert abs(levels.mean().item() - 499.5) < 10 and (levels == levels.round()).all()
+    timesteps = model.sample_timesteps(20_000, torch.Generator().manual_seed(0))
+    assert timesteps.min() == 0 and timesteps.max() == 999
+    assert abs(timesteps.mean().item() - 499.5) < 10 and (timesteps == timesteps.round()).all()
 
 
 def test_a_tile_is_encoded_at_a_time_where_that_is_asked_for(bench: Bench) -> None:
@@ -247,9 +263,12 @@ def own_files(folder: Path) -> Path:
 
 
 BUILDERS = [
-    Local(steps=4), Jitter(steps=2), Dense(steps=4), Ranked(samples=2, steps=2),
-    Img2Img(winner="clip", steps=7),
-]  # fmt: skip
+    Local(num_inference_steps=4),
+    Jitter(num_inference_steps=2),
+    Dense(num_inference_steps=4),
+    Ranked(samples=2, num_inference_steps=2),
+    Img2Img(winner="clip", num_inference_steps=7),
+]
 
 
 @pytest.mark.parametrize("builder", BUILDERS, ids=lambda builder: type(builder).__name__)
@@ -296,27 +315,33 @@ def test_in_the_loop_winner_and_loser_get_the_same_gaussian_noise_and_level(
         with_kwargs=True,
     )
     settings = TrainSettings(
-        steps=12, batch=2, accumulation=1, rank=2, alpha=4, samples=0, tracker="none"
+        steps=12,
+        batch_size=2,
+        gradient_accumulation_steps=1,
+        rank=2,
+        alpha=4,
+        validation_videos=0,
+        report_to="none",
     )
-    steps = train(
+    num_inference_steps = train(
         model, store, Global(), Toggle(), settings, seed=0, out=tmp_path / "run",
         accelerator=Accelerator(cpu=True),
     )  # fmt: skip
     parts = weakref.ref(model.vae), weakref.ref(model.text_encoder)
-    next(steps)
+    next(num_inference_steps)
     assert [part() for part in parts] == [None, None]  # the denoiser trains alone
-    assert len(list(steps)) == 11
-    noises, levels = [], []
-    for noisy, level in seen:
-        (winner, loser), (higher, lower) = noisy.chunk(2), level.chunk(2)
+    assert len(list(num_inference_steps)) == 11
+    noises, timesteps = [], []
+    for noisy, timestep in seen:
+        (winner, loser), (higher, lower) = noisy.chunk(2), timestep.chunk(2)
         assert torch.equal(winner, loser) and torch.equal(higher, lower)
         spread = (1 - model.scheduler.alphas_cumprod[higher.long()]).sqrt().float()
         noises.append(winner / spread.view(-1, 1, 1, 1, 1))
-        levels.append(higher)
+        timesteps.append(higher)
     # The reference first, then the policy, on the same inputs.
     assert all(torch.equal(noises[i], noises[i + 1]) for i in range(0, len(noises), 2))
-    assert all(torch.equal(levels[i], levels[i + 1]) for i in range(0, len(levels), 2))
-    assert len({float(level) for pair in levels for level in pair}) > 12
+    assert all(torch.equal(timesteps[i], timesteps[i + 1]) for i in range(0, len(timesteps), 2))
+    assert len({float(timestep) for pair in timesteps for timestep in pair}) > 12
     noise = torch.cat(noises[::2]).flatten()
     assert len(noise) == 24 * empty.numel()
     assert noise.mean().abs() < 0.1 and abs(noise.std().item() - 1) < 0.1
@@ -362,7 +387,7 @@ def test_precision_reaches_the_denoiser_and_latents_stay_single(bench: Bench) ->
     assert isinstance(model, CogVideoXModel)
     assert next(model.denoiser.parameters()).dtype == torch.bfloat16
     latents = model.encode_videos(small_videos(1, 9, 16, 32))
-    sample = model.sample(model.encode_prompts([PROMPT]), drawn(model), steps=2)
+    sample = model.sample(model.encode_prompts([PROMPT]), drawn(model), num_inference_steps=2)
     assert latents.dtype == sample.dtype == torch.float32
     assert model.identity != bench.model.identity
     assert math.isfinite(model.decode_videos(sample).sum().item())

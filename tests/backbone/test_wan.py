@@ -90,8 +90,8 @@ class Perfect(nn.Module):
         self.flow = flow
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, noisy: Tensor, level: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
-        self.seen.append((noisy, level))
+    def forward(self, noisy: Tensor, timestep: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        self.seen.append((noisy, timestep))
         return (self.flow,)
 
 
@@ -101,17 +101,19 @@ class Perfect(nn.Module):
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sampling_from_noise_equals_the_pipeline(
-    checkpoints: Checkpoints, layout: str, guidance: float
+    checkpoints: Checkpoints, layout: str, guidance_scale: float
 ) -> None:
     model, pipeline = checkpoints.load(layout), checkpoints.pipeline(layout)
     noise = drawn(model, 2)
     call = {
         "prompt": PROMPTS, "num_frames": model.shape.frames, "height": model.shape.height,
-        "width": model.shape.width, "num_inference_steps": 6, "guidance_scale": guidance,
+        "width": model.shape.width, "num_inference_steps": 6, "guidance_scale": guidance_scale,
         "latents": noise, "max_sequence_length": TEXT_LENGTH,
     }  # fmt: skip
     theirs = pipeline(**call, output_type="latent").frames
-    ours = model.sample(model.encode_prompts(PROMPTS), noise, steps=6, guidance=guidance)
+    ours = model.sample(
+        model.encode_prompts(PROMPTS), noise, num_inference_steps=6, guidance_scale=guidance_scale
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     pixels = pipeline(**call, output_type="pt").frames.transpose(1, 2)
     torch.testing.assert_close(model.decode_videos(ours), pixels, rtol=1e-3, atol=1e-4)
@@ -124,7 +126,7 @@ def test_each_expert_has_its_guidance_as_in_the_pipeline(checkpoints: Checkpoint
         PROMPTS[0], num_frames=5, height=16, width=16, num_inference_steps=6, guidance_scale=5.0,
         guidance_scale_2=2.0, latents=noise, max_sequence_length=TEXT_LENGTH, output_type="latent",
     ).frames  # fmt: skip
-    ours = model.sample(model.encode_prompts(PROMPTS[:1]), noise, steps=6)
+    ours = model.sample(model.encode_prompts(PROMPTS[:1]), noise, num_inference_steps=6)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -148,7 +150,12 @@ def test_sampling_from_a_clip_equals_the_video_to_video_pipeline(
         latents=(1 - start) * clean + start * noise, output_type="latent",
     ).frames  # fmt: skip
     ours = model.sample(
-        model.encode_prompts(PROMPTS[:1]), noise, clean=clean, level=0.75, steps=8, guidance=3.0
+        model.encode_prompts(PROMPTS[:1]),
+        noise,
+        clean=clean,
+        strength=0.75,
+        num_inference_steps=8,
+        guidance_scale=3.0,
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -157,23 +164,26 @@ def test_noise_and_target_are_the_schedulers(model: WanModel) -> None:
     clean, noise = drawn(model, 3, seed=1), drawn(model, 3)
     scheduler = unipc()
     scheduler.set_timesteps(8)
-    steps = torch.tensor([0, 3, 7])
-    level = 1000 * scheduler.sigmas[steps]
-    noisy = model.add_noise(clean, noise, level)
-    expected = scheduler.add_noise(clean, noise, scheduler.timesteps[steps])
+    num_inference_steps = torch.tensor([0, 3, 7])
+    timestep = 1000 * scheduler.sigmas[num_inference_steps]
+    noisy = model.add_noise(clean, noise, timestep)
+    expected = scheduler.add_noise(clean, noise, scheduler.timesteps[num_inference_steps])
     torch.testing.assert_close(noisy, expected, rtol=1e-5, atol=1e-5)
     other = euler()
     other.set_timesteps(8)
-    expected = other.scale_noise(clean, other.timesteps[steps], noise)
+    expected = other.scale_noise(clean, other.timesteps[num_inference_steps], noise)
     torch.testing.assert_close(
-        model.add_noise(clean, noise, other.timesteps[steps]), expected, rtol=1e-5, atol=1e-5
+        model.add_noise(clean, noise, other.timesteps[num_inference_steps]),
+        expected,
+        rtol=1e-5,
+        atol=1e-5,
     )
     # A perfect prediction is one from which the scheduler finds the clip again.
     for step in range(3):
-        scheduler.set_begin_index(int(steps[step]))
-        scheduler._init_step_index(scheduler.timesteps[steps[step]])
+        scheduler.set_begin_index(int(num_inference_steps[step]))
+        scheduler._init_step_index(scheduler.timesteps[num_inference_steps[step]])
         found = scheduler.convert_model_output(
-            model.target(clean, noise, level)[step], sample=noisy[step]
+            model.target(clean, noise, timestep)[step], sample=noisy[step]
         )
         torch.testing.assert_close(found, clean[step], rtol=1e-3, atol=1e-4)
 
@@ -182,9 +192,9 @@ def test_a_level_means_the_same_to_noise_and_network(model: WanModel) -> None:
     """LocalDPO's train_wanx21.py takes its noise from a scheduler whose flow was never set up: the
     network is told 999 of latents that are 1% noise, and 0 of such that are 157 times noise."""
     clean, noise = torch.zeros(1, 4, 2, 2, 2), torch.ones(1, 4, 2, 2, 2)
-    for level in (0.0, 250.0, 999.0):
-        noisy = model.add_noise(clean, noise, torch.tensor([level]))
-        assert noisy.unique().item() == pytest.approx(level / 1000)
+    for timestep in (0.0, 250.0, 999.0):
+        noisy = model.add_noise(clean, noise, torch.tensor([timestep]))
+        assert noisy.unique().item() == pytest.approx(timestep / 1000)
     as_published = unipc().add_noise(clean, noise, torch.tensor([999]))
     assert as_published.max() < 0.011
 
@@ -232,27 +242,27 @@ def test_prompts_are_encoded_as_by_the_pipeline(
 
 def test_levels_are_logit_normal_and_shifted(checkpoints: Checkpoints) -> None:
     def quantiles(layout: str, **options: Any) -> list[float]:
-        levels = checkpoints.load(layout, **options).sample_levels(
+        timesteps = checkpoints.load(layout, **options).sample_timesteps(
             20_000, Generator().manual_seed(0)
         )
-        assert levels.min() > 0 and levels.max() <= 1000
-        return levels.double().quantile(torch.tensor([0.1587, 0.5, 0.8413]).double()).tolist()
+        assert timesteps.min() > 0 and timesteps.max() <= 1000
+        return timesteps.double().quantile(torch.tensor([0.1587, 0.5, 0.8413]).double()).tolist()
 
     # One standard deviation to both sides of the median: sigmoid(-1), sigmoid(0), sigmoid(1).
     assert quantiles("2.1") == pytest.approx([268.9, 500.0, 731.1], abs=8)
-    assert quantiles("2.1", levels="uniform") == pytest.approx([158.7, 500.0, 841.3], abs=8)
+    assert quantiles("2.1", timesteps="uniform") == pytest.approx([158.7, 500.0, 841.3], abs=8)
     # 3 s / (1 + 2 s)
     shifted = [524.6, 750.0, 890.8]
-    assert quantiles("2.1", level_shift=3.0) == pytest.approx(shifted, abs=8)
+    assert quantiles("2.1", timestep_shift=3.0) == pytest.approx(shifted, abs=8)
     assert quantiles("a14b") == pytest.approx(shifted, abs=8)
 
 
 @pytest.mark.parametrize("levels", ["logit_normal", "uniform"])
 def test_one_experts_levels_are_those_of_both_on_its_side(
-    checkpoints: Checkpoints, levels: str
+    checkpoints: Checkpoints, timesteps: str
 ) -> None:
     both, high, low = (
-        checkpoints.load("a14b", experts=experts, levels=levels).sample_levels(
+        checkpoints.load("a14b", experts=experts, timesteps=timesteps).sample_timesteps(
             20_000, Generator().manual_seed(0)
         )
         for experts in ("both", "high", "low")
@@ -281,11 +291,11 @@ def test_winner_and_loser_get_the_same_gaussian_noise_at_the_same_level(
         context=model.encode_prompts(["a red square"] * 8),
         keys=[str(i) for i in range(8)],
     )
-    level = model.sample_levels(8, Generator().manual_seed(0))
-    inputs = noised(model, batch, initial_noise(model, range(8)), level)
-    sigma = (inputs.level / 1000).view(-1, 1, 1, 1, 1)
+    timestep = model.sample_timesteps(8, Generator().manual_seed(0))
+    inputs = noised(model, batch, initial_noise(model, range(8)), timestep)
+    sigma = (inputs.timestep / 1000).view(-1, 1, 1, 1, 1)
     noise = (inputs.noisy - (1 - sigma) * torch.cat([first, second])) / sigma
-    assert torch.equal(*inputs.level.chunk(2))
+    assert torch.equal(*inputs.timestep.chunk(2))
     torch.testing.assert_close(*noise.chunk(2), rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(
         inputs.target, noise - torch.cat([first, second]), rtol=1e-2, atol=1e-3
@@ -307,18 +317,18 @@ def test_dense_pairs_start_at_the_first_sigma_up_to_eta(
     denoiser = Perfect(noise - clean)
     found = model.sample(
         model.encode_prompts(PROMPTS[:1]), noise, denoiser=denoiser, clean=clean,
-        level=model.share_of_steps(eta, 20), steps=20, guidance=1.0,
+        strength=model.strength_at(eta, 20), num_inference_steps=20, guidance_scale=1.0,
     )  # fmt: skip
     scheduler = copy.deepcopy(model.scheduler)
     scheduler.set_timesteps(20)
     sigmas = scheduler.sigmas[:-1].tolist()
     expected = [sigma for sigma in sigmas if sigma <= eta] or sigmas[-1:]
     assert len(denoiser.seen) == len(expected)
-    noisy, level = denoiser.seen[0]
+    noisy, timestep = denoiser.seen[0]
     torch.testing.assert_close(
         noisy, model.add_noise(clean, noise, torch.tensor([1000 * expected[0]]))
     )
-    assert level.item() == pytest.approx(1000 * expected[0], abs=1)
+    assert timestep.item() == pytest.approx(1000 * expected[0], abs=1)
     torch.testing.assert_close(found, clean, rtol=0, atol=1e-3)
 
 
@@ -354,11 +364,14 @@ def test_repainting_everything_is_re_noising(model: WanModel) -> None:
 @pytest.mark.parametrize(
     "builder",
     [
-        Local(steps=4), Jitter(steps=2), Dense(steps=4), Ranked(samples=2, steps=2),
-        Img2Img(winner="clip", steps=7),
+        Local(num_inference_steps=4),
+        Jitter(num_inference_steps=2),
+        Dense(num_inference_steps=4),
+        Ranked(samples=2, num_inference_steps=2),
+        Img2Img(winner="clip", num_inference_steps=7),
     ],
     ids=lambda builder: type(builder).__name__,
-)  # fmt: skip
+)
 def test_every_kind_of_pairs(model: WanModel, builder: PairBuilder) -> None:
     check_pairs(builder, model, labeler=Brighter())
 
@@ -369,14 +382,14 @@ def test_every_kind_of_pairs(model: WanModel, builder: PairBuilder) -> None:
 def test_the_level_chooses_the_expert(checkpoints: Checkpoints) -> None:
     model = checkpoints.load("a14b")
     assert isinstance(model.denoiser, Experts)
-    noisy, level = drawn(model, 3), torch.tensor([100.0, 1000 * BOUNDARY, 799.9])
+    noisy, timestep = drawn(model, 3), torch.tensor([100.0, 1000 * BOUNDARY, 799.9])
     context = model.encode_prompts(["a red square"] * 3)
-    together = model.predict(model.denoiser, noisy, level, context)
+    together = model.predict(model.denoiser, noisy, timestep, context)
     for row, name in enumerate(("transformer_2", "transformer", "transformer_2")):
         alone = model.predict(
             getattr(model.denoiser, name),
             noisy[row : row + 1],
-            level[row : row + 1],
+            timestep[row : row + 1],
             {"prompt_embeds": context["prompt_embeds"][row : row + 1]},
         )
         torch.testing.assert_close(together[row : row + 1], alone)

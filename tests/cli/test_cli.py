@@ -24,9 +24,12 @@ from dpo_video.training.run_dir import latest_checkpoint
 
 METRIC = "--metric=frame_difference"
 QUICK = [
-    METRIC, "--set=train.accumulation=1", "--set=train.samples=0", "--set=train.tracker=none",
+    METRIC,
+    "--set=train.gradient_accumulation_steps=1",
+    "--set=train.validation_videos=0",
+    "--set=train.report_to=none",
     "--set=train.rank=2",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +87,18 @@ def pairs(small: list[str], clips: Path, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("built") / "pairs"
     done = CliRunner().invoke(
         app,
-        ["build", "--pairs=local", "--set=pairs.steps=4", *small, "--clips", str(clips),
-         "--count=3", "--out", str(folder)],
-    )  # fmt: skip
+        [
+            "build",
+            "--pairs=local",
+            "--set=pairs.num_inference_steps=4",
+            *small,
+            "--clips",
+            str(clips),
+            "--count=3",
+            "--out",
+            str(folder),
+        ],
+    )
     assert done.exit_code == 0, done.exception
     return folder
 
@@ -139,7 +151,7 @@ def test_every_strategy_can_be_shown(run: Run, kind: str) -> None:
 def test_config_prints_what_would_run_and_stops(run: Run, tmp_path: Path) -> None:
     done = run("config", "--loss=global", "--set", "loss.beta=7", "--seed=3", METRIC)
     tables = tomllib.loads(done.out)
-    assert tables["loss"] == {"name": "global", "beta": 7.0, "anchor_weight": 0.0}
+    assert tables["loss"] == {"name": "global", "beta": 7.0, "sft_weight": 0.0}
     assert tables["run"]["seed"] == 3
     file = tmp_path / "run.toml"
     file.write_text(done.out)
@@ -177,12 +189,19 @@ def test_equal_recipes_find_each_others_pairs(
     run: Run, small: list[str], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    build = ["--pairs=local", "--set=pairs.steps=4", *small, "--clips", clips, "--count=1"]
+    build = [
+        "--pairs=local",
+        "--set=pairs.num_inference_steps=4",
+        *small,
+        "--clips",
+        clips,
+        "--count=1",
+    ]
     assert run("build", *build).code == 0
     done = run("train", *build, "--loss=region", "--steps=1", *QUICK)
     assert done.code == 0, done.err
     assert "Using 1 pairs built earlier" in done.err
-    assert run("build", *build, "--set=pairs.guidance=1.0").code == 0
+    assert run("build", *build, "--set=pairs.guidance_scale=1.0").code == 0
     assert len(list((tmp_path / "runs" / "pairs").iterdir())) == 2
 
 
@@ -227,8 +246,17 @@ def test_pairs_of_ones_own_take_no_clips_and_say_what_they_want(
 def test_pairs_without_a_winner_are_counted(
     run: Run, small: list[str], clips: Path, tmp_path: Path
 ) -> None:
-    done = run("build", "--pairs=dense", "--set=pairs.steps=2", *small, "--clips", clips,
-               "--count=2", "--out", tmp_path / "pairs")  # fmt: skip
+    done = run(
+        "build",
+        "--pairs=dense",
+        "--set=pairs.num_inference_steps=2",
+        *small,
+        "--clips",
+        clips,
+        "--count=2",
+        "--out",
+        tmp_path / "pairs",
+    )
     assert done.code == 0, done.err
     said = " ".join(done.err.split())
     assert "2 of 2 pairs prefer neither video" in said and "dpo-video label" in said

@@ -51,15 +51,21 @@ def test_from_clips_to_videos(
 
     kind, *options = pairs
     dpo_video(
-        "build", f"--pairs={kind}", *options, "--set=pairs.steps=4", "--count=2", "--clips=clips",
-        "--out=pairs", *model,
-    )  # fmt: skip
+        "build",
+        f"--pairs={kind}",
+        *options,
+        "--set=pairs.num_inference_steps=4",
+        "--count=2",
+        "--clips=clips",
+        "--out=pairs",
+        *model,
+    )
     dpo_video("check", "pairs/")
     dpo_video(
         "train", "--pairs=pairs/", f"--loss={loss}", f"--reference={reference}", "--steps=2",
-        "--out=run", "--metric=frame_difference", "--set=train.accumulation=1",
-        "--set=train.samples=1", "--set=train.tracker=none", "--set=train.rank=2",
-        "--set=train.lr=0.01", *model,
+        "--out=run", "--metric=frame_difference", "--set=train.gradient_accumulation_steps=1",
+        "--set=train.validation_videos=1", "--set=train.report_to=none", "--set=train.rank=2",
+        "--set=train.learning_rate=0.01", *model,
     )  # fmt: skip
     lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     assert lines[0]["margin"] == 0 and lines[1]["margin"] != 0
@@ -68,7 +74,7 @@ def test_from_clips_to_videos(
     assert (resolved["rank"], resolved["alpha"], resolved["betas"]) == (2, 4, [0.9, 0.95])
     weights = load_file(latest_checkpoint(Path("run")) / "adapter/adapter_model.safetensors")
     assert any(weight.any() for name, weight in weights.items() if ".lora_B" in name)
-    dpo_video("evaluate", "run", "--seeds=2", "--set=evaluate.steps=2")
+    dpo_video("evaluate", "run", "--seeds=2", "--set=evaluate.num_inference_steps=2")
     assert Path("run/evaluation/evaluation.json").exists()
     dpo_video("generate", "run", "--prompt=a blue star", "--steps=2", "--out=star.mp4")
     assert Path("star.mp4").stat().st_size > 0

@@ -42,11 +42,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch:
         for command in (
-            ["train", "--pairs=jitter", "--loss=global", "--count=2", "--steps=2", *model,
-             "--set=pairs.steps=1", "--metric=frame_difference", "--out", str(folder / "run"),
-             *(f"--set=train.{option}" for option in quick)],
-            ["evaluate", str(folder / "run"), "--seeds=2", "--set=evaluate.steps=1"],
-        ):  # fmt: skip
+            [
+                "train",
+                "--pairs=jitter",
+                "--loss=global",
+                "--count=2",
+                "--steps=2",
+                *model,
+                "--set=pairs.num_inference_steps=1",
+                "--metric=frame_difference",
+                "--out",
+                str(folder / "run"),
+                *(f"--set=train.{option}" for option in quick),
+            ],
+            ["evaluate", str(folder / "run"), "--seeds=2", "--set=evaluate.num_inference_steps=1"],
+        ):
             patch.setattr(sys, "argv", ["dpo-video", *command])
             with pytest.raises(SystemExit) as stop:
                 main()
@@ -95,7 +105,7 @@ def test_the_card_tells_the_runs_story(run: Run, trained: Path) -> None:
     for line in (
         "| pairs | 2 jitter |",
         "| labels | the pairs' own |",
-        "| loss | global (beta 2500.0, anchor_weight 0.0) |",
+        "| loss | global (beta 2500.0, sft_weight 0.0) |",
         "| reference | toggle |",
         "| LoRA | rank 2, alpha 6 |",
         "| learning rate | 0.1 |",
@@ -121,13 +131,18 @@ def test_the_card_tells_the_runs_story(run: Run, trained: Path) -> None:
 
 
 def test_any_checkpoint_is_evaluated_drawn_and_described(run: Run, trained: Path) -> None:
-    folder, whole = trained / "twice", ["--device=cpu", "--seeds=2", "--set=evaluate.steps=1"]
+    folder, whole = (
+        trained / "twice",
+        ["--device=cpu", "--seeds=2", "--set=evaluate.num_inference_steps=1"],
+    )
     shutil.copytree(trained / "run", folder)
     assert run("evaluate", folder, "--checkpoint=1", *whole).code == 0
     found = json.loads((folder / "evaluation-1" / "evaluation.json").read_text())
     assert found["facts"]["Checkpoint"] == "step_000001"
     assert found["command"].startswith("dpo-video evaluate ")
-    assert found["command"].endswith("--checkpoint=1 --device=cpu --seeds=2 --set=evaluate.steps=1")
+    assert found["command"].endswith(
+        "--checkpoint=1 --device=cpu --seeds=2 --set=evaluate.num_inference_steps=1"
+    )
     last = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     tuned = {metric["name"]: metric["tuned"] for metric in last["metrics"]}
     assert any(metric["tuned"] != tuned[metric["name"]] for metric in found["metrics"])

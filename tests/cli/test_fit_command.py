@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from dpo_video.cli import app
 from dpo_video.cli.fit import DOES_NOT_FIT, predict
-from dpo_video.estimation.forecast import Forecast, Mode, Rehearsed, ladder
+from dpo_video.estimation.forecast import Forecast, MemoryMode, TraceCache, candidate_modes
 from dpo_video.strategies import Loss
 from dpo_video.workflows.config import Config
 
@@ -27,13 +27,13 @@ def predicted() -> dict[str, Forecast]:
 def arguments(
     small_folder: Path, predicted: dict[str, Forecast], monkeypatch: pytest.MonkeyPatch
 ) -> list[str]:
-    def once(config: Config, *, rehearsed: Rehearsed, card: object = None) -> Forecast:
+    def once(config: Config, *, traces: TraceCache, card: object = None) -> Forecast:
         if "all" not in predicted:
-            predicted["all"] = predict(config, rehearsed=rehearsed)
+            predicted["all"] = predict(config, traces=traces)
         return predicted["all"]
 
-    def ends(references: Sequence[str], loss: Loss) -> list[Mode]:
-        modes = ladder(references, loss)
+    def ends(references: Sequence[str], loss: Loss) -> list[MemoryMode]:
+        modes = candidate_modes(references, loss)
         return [*modes[:3], modes[4], *modes[-2:]]  # [4]: all blocks, what auto falls back to
 
     monkeypatch.setattr("dpo_video.estimation.forecast.ladder", ends)

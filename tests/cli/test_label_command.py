@@ -12,17 +12,22 @@ from test_label import random_store
 from typer.testing import CliRunner
 
 from dpo_video import cli
-from dpo_video.data.labels import LabelBook
+from dpo_video.data.labels import LabelSet
 from dpo_video.data.store import Manifest
 from dpo_video.errors import UserError
 
 METRIC = ["--labeler=metric", "--set=labeler.weights.frame_difference=1", "--set=labeler.motion="]
 SEGMENTS = f"--seconds={2 / SHAPE.fps}"
 TRAIN = [
-    "train", "--loss=global", "--metric=frame_difference", "--device=cpu",
-    "--set=train.accumulation=1", "--set=train.samples=0", "--set=train.tracker=none",
+    "train",
+    "--loss=global",
+    "--metric=frame_difference",
+    "--device=cpu",
+    "--set=train.gradient_accumulation_steps=1",
+    "--set=train.validation_videos=0",
+    "--set=train.report_to=none",
     "--set=train.rank=2",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def test_it_decodes_with_what_the_pairs_were_made_with_and_sums_up(pairs: Path) 
     assert [each["frames"] for each in found["segments"]] == [[0, 2], [2, 4]]
     for each in found["segments"]:
         assert each["first"] + each["second"] + each["tie"] == pytest.approx(1)
-    book = LabelBook(pairs, "metric")
+    book = LabelSet(pairs, "metric")
     assert book.recipe.labeler["weights"] == {"frame_difference": 1.0}
     firsts = sum(label[0].item() == 1 for label in book.labels().values())
     assert found["segments"][0]["first"] == pytest.approx(firsts / 3)
@@ -82,15 +87,15 @@ def test_it_decodes_with_what_the_pairs_were_made_with_and_sums_up(pairs: Path) 
 
 def test_labelling_again_goes_on_and_another_recipe_needs_a_name(pairs: Path) -> None:
     run("label", pairs, *METRIC, SEGMENTS, "--device=cpu")
-    before = LabelBook(pairs, "metric").path.read_bytes()
+    before = LabelSet(pairs, "metric").path.read_bytes()
     run("label", pairs, *METRIC, SEGMENTS, "--device=cpu")
-    assert LabelBook(pairs, "metric").path.read_bytes() == before
+    assert LabelSet(pairs, "metric").path.read_bytes() == before
     other = [*METRIC, "--set=labeler.margin=0.5", SEGMENTS, "--device=cpu"]
     with pytest.raises(UserError, match=r"labels of another recipe.*--as NAME"):
         run("label", pairs, *other)
     out = run("label", pairs, *other, "--as", "careful")
     assert "Agreement of careful and metric" in " ".join(out.split())
-    assert LabelBook(pairs, "metric").path.read_bytes() == before
+    assert LabelSet(pairs, "metric").path.read_bytes() == before
 
 
 def test_agreement_with_the_other_labels_is_measured(pairs: Path, tmp_path: Path) -> None:
@@ -107,7 +112,7 @@ def test_a_file_may_grow_under_the_same_name(pairs: Path, tmp_path: Path) -> Non
     run("label", pairs, *recorded(tmp_path, "first"))
     out = run("label", pairs, *recorded(tmp_path, "second", None, "tie"))
     assert "2 of 3 pairs have labels" in " ".join(out.split())
-    assert LabelBook(pairs, "recorded").labels()[0].tolist() == [-1, -1]
+    assert LabelSet(pairs, "recorded").labels()[0].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_a_packed_base_is_named_wherever_the_run_is(tmp_path: Path, said: Said) 
         f"--set=backbone.model={save_small_wan(tmp_path / 'wan')}",
         "--device=cpu",
     ]
-    said(0, "build", "--pairs=jitter", "--count=2", "--set=pairs.steps=1", *model,
+    said(0, "build", "--pairs=jitter", "--count=2", "--set=pairs.num_inference_steps=1", *model,
          "--out", tmp_path / "pairs")  # fmt: skip
     assert "+" not in PairStore(tmp_path / "pairs").manifest.identity
     run = tmp_path / "run"
@@ -33,7 +33,7 @@ def test_a_packed_base_is_named_wherever_the_run_is(tmp_path: Path, said: Said) 
                 "--out", run)  # fmt: skip
     assert "The base is packed in int8" in told
     assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["margin"] == 0
-    said(0, "evaluate", run, "--seeds=2", "--set=evaluate.steps=1")
+    said(0, "evaluate", run, "--seeds=2", "--set=evaluate.num_inference_steps=1")
     facts = json.loads((run / "evaluation" / "evaluation.json").read_text())["facts"]
     assert facts["Base packed in"] == "int8"
     said(0, "export", run)

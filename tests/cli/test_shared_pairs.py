@@ -10,9 +10,9 @@ from conftest import SHAPE, Said
 
 from dpo_video.data.store import PairStore
 
-TRAIN = ["--loss=global", "--metric=frame_difference", "--set=train.accumulation=1",
-         "--set=train.samples=0", "--set=train.tracker=none", "--set=train.rank=2",
-         "--set=train.save_every=1"]  # fmt: skip
+TRAIN = ["--loss=global", "--metric=frame_difference", "--set=train.gradient_accumulation_steps=1",
+         "--set=train.validation_videos=0", "--set=train.report_to=none", "--set=train.rank=2",
+         "--set=train.save_steps=1"]  # fmt: skip
 
 
 @pytest.fixture
@@ -27,8 +27,15 @@ def small(small_folder: Path) -> list[str]:
 def test_workers_share_a_build_however_they_are_started(
     said: Said, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = ["build", "--pairs=jitter", "--set=pairs.steps=1", "--prompt=a square", *small,
-             "--set=build.previews=false", "--count=5"]  # fmt: skip
+    build = [
+        "build",
+        "--pairs=jitter",
+        "--set=pairs.num_inference_steps=1",
+        "--prompt=a square",
+        *small,
+        "--set=build.previews=false",
+        "--count=5",
+    ]
     said(0, *build, "--out=one")
     told = said(0, *build, "--out=shared", "--worker=2/2")
     assert "2 pairs are made; 2 of them wait for others before them" in told
@@ -52,8 +59,16 @@ def test_a_worker_that_is_none_is_refused(said: Said, small: list[str], worker: 
 
 
 def test_a_run_goes_on_with_the_packed_copy_and_streams_it(said: Said, small: list[str]) -> None:
-    said(0, "build", "--pairs=jitter", "--set=pairs.steps=1", "--prompt=a square", *small,
-         "--count=2", "--out=pairs")  # fmt: skip
+    said(
+        0,
+        "build",
+        "--pairs=jitter",
+        "--set=pairs.num_inference_steps=1",
+        "--prompt=a square",
+        *small,
+        "--count=2",
+        "--out=pairs",
+    )
     assert "2 pairs in 2 files" in said(0, "pack", "pairs", "packed")
     said(0, "train", "--pairs=pairs/", *small, *TRAIN, "--steps=1", "--out=run")
     said(0, "train", "--pairs=packed/", *small, *TRAIN, "--steps=2", "--out=run", "--resume")

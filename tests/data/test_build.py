@@ -143,7 +143,7 @@ def test_a_pair_counts_once_all_before_it_are_there(small_folder: Path, tmp_path
     assert [row.source for row in store.rows] == [f"clip {i}" for i in range(5)]
 
 
-@pytest.mark.parametrize("builder", [Jitter(), Local(steps=4)])
+@pytest.mark.parametrize("builder", [Jitter(), Local(num_inference_steps=4)])
 def test_a_pair_depends_on_seed_and_place_alone(
     small_folder: Path, tmp_path: Path, builder: PairBuilder
 ) -> None:
@@ -170,10 +170,12 @@ def test_contexts_are_the_models_own(small_folder: Path, tmp_path: Path) -> None
 def test_previews_show_first_second_and_region(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
-    list(small_build(small_folder, tmp_path / "pairs", 1, builder=Local(steps=4)))
+    list(small_build(small_folder, tmp_path / "pairs", 1, builder=Local(num_inference_steps=4)))
     frames = read_video(PairStore(tmp_path / "pairs").preview(0)).frames
     assert frames.shape == (3, SHAPE.frames, 128, 3 * 128)  # 8 times 16, three side by side
-    pair = Local(steps=4)(clips(0), small_model, None, torch.Generator().manual_seed(0))
+    pair = Local(num_inference_steps=4)(
+        clips(0), small_model, None, torch.Generator().manual_seed(0)
+    )
     first, second, shown = preview(pair, small_model).chunk(3, dim=-1)
     region = pair.region.repeat_interleave(4, 2).repeat_interleave(4, 3)
     torch.testing.assert_close(shown, second * (0.3 + 0.7 * region))
@@ -205,12 +207,16 @@ def test_what_is_not_finite_is_neither_stored_nor_drawn(
     tmp_path: Path, small_model: AnimateDiffModel
 ) -> None:
     good = new_store(tmp_path / "good", small_model)
-    for _ in build(good, clips, Jitter(steps=2), small_model, BuildSettings(count=1), seed=0):
+    for _ in build(
+        good, clips, Jitter(num_inference_steps=2), small_model, BuildSettings(count=1), seed=0
+    ):
         pass
     assert len(good) == 1
     next(small_model.denoiser.parameters()).data.fill_(torch.nan)
     store = new_store(tmp_path / "pairs", small_model)
-    made = build(store, clips, Jitter(steps=2), small_model, BuildSettings(count=1), seed=0)
+    made = build(
+        store, clips, Jitter(num_inference_steps=2), small_model, BuildSettings(count=1), seed=0
+    )
     with pytest.raises(
         UserError, match=r"Pair 0 \('a red .* was not stored: its first video is not"
     ):
@@ -218,4 +224,11 @@ def test_what_is_not_finite_is_neither_stored_nor_drawn(
     assert not len(store) and not list(store.folder.rglob("*.safetensors"))
     assert not list(store.folder.rglob("*.mp4"))
     with pytest.raises(UserError, match="drew for 'a dog' is not finite"):
-        next(draw(small_model, small_model.denoiser, ["a dog"], EvaluateSettings(steps=1)))
+        next(
+            draw(
+                small_model,
+                small_model.denoiser,
+                ["a dog"],
+                EvaluateSettings(num_inference_steps=1),
+            )
+        )

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.label import StoreWork, label, recipe
-from dpo_video.data.labels import LabelBook, preferences
+from dpo_video.data.labels import LabelSet, preferences
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import StoreError
-from dpo_video.strategies import Judgement, Labeler, LabelWork, ReasonedLabeler, SetLabeler
+from dpo_video.strategies import Labeler, LabelResult, LabelWork, ReasonedLabeler, SetLabeler
 from dpo_video.types import Pair
 
 COUNT = 3
@@ -55,9 +55,9 @@ class Reasoned(ReasonedLabeler):
 
     def judge(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
-    ) -> Judgement:
+    ) -> LabelResult:
         labels = Brighter()(prompts, first, second, segments)
-        return Judgement(labels=labels, notes=[f"of {prompts[0]}"], figures={"requests": 2})
+        return LabelResult(labels=labels, notes=[f"of {prompts[0]}"], figures={"requests": 2})
 
 
 class Everything(SetLabeler):
@@ -76,9 +76,9 @@ def store(small_model: AnimateDiffModel, tmp_path: Path) -> PairStore:
     return random_store(tmp_path / "pairs", small_model)
 
 
-def open_book(store: PairStore, model: AnimateDiffModel, name: str = "mine") -> LabelBook:
+def open_book(store: PairStore, model: AnimateDiffModel, name: str = "mine") -> LabelSet:
     made = recipe(store, model, {"name": name}, SECONDS)
-    return LabelBook.open_or_create(store.folder, name, made)
+    return LabelSet.open_or_create(store.folder, name, made)
 
 
 def test_every_pair_is_labelled_on_its_decoded_videos(
@@ -131,7 +131,7 @@ def test_a_labeler_of_whole_sets_goes_through_them_itself(
 ) -> None:
     book = open_book(store, small_model)
     assert list(label(store, small_model, Everything(), book)) == []
-    again = LabelBook(store.folder, "mine")
+    again = LabelSet(store.folder, "mine")
     assert again.raters == ["me"] == list(StoreWork(store, small_model, again).raters)
     assert {line.note for line in again.lines} == {f"prompt {i}" for i in range(COUNT)}
     assert all(line.time is not None for line in again.lines)
@@ -170,7 +170,7 @@ def test_several_books_vote_per_latent_frame(
     """The third one's only segment covers all frames."""
     books = [open_book(store, small_model, name) for name in ("a", "b")]
     whole = recipe(store, small_model, {"name": "c"}, seconds=1.0)
-    books.append(LabelBook.open_or_create(store.folder, "c", whole))
+    books.append(LabelSet.open_or_create(store.folder, "c", whole))
     books[0].record(0, [1, 1])
     books[1].record(0, [-1, 0.5])
     books[2].record(0, [-0.2])

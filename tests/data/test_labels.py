@@ -19,8 +19,8 @@ from test_store import largest_file
 
 from dpo_video.data.labels import (
     Agreement,
-    LabelBook,
     LabelRecipe,
+    LabelSet,
     agreement,
     fingerprint,
     names,
@@ -28,7 +28,7 @@ from dpo_video.data.labels import (
     vote,
 )
 from dpo_video.errors import StoreError, UserError
-from dpo_video.types import Mark
+from dpo_video.types import SegmentLabel
 
 RECIPE = LabelRecipe(
     labeler={"name": "metric", "margin": 0.1},
@@ -41,33 +41,33 @@ RECIPE = LabelRecipe(
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> LabelBook:
-    return LabelBook.open_or_create(tmp_path, "mine", RECIPE)
+def book(tmp_path: Path) -> LabelSet:
+    return LabelSet.open_or_create(tmp_path, "mine", RECIPE)
 
 
-def labels_of(book: LabelBook) -> dict[int, list[float]]:
+def labels_of(book: LabelSet) -> dict[int, list[float]]:
     return {pair: value.tolist() for pair, value in book.labels().items()}
 
 
 # --- what is recorded ------------------------------------------------------------------------
 
 
-def test_what_is_recorded_is_read_back(book: LabelBook, tmp_path: Path) -> None:
+def test_what_is_recorded_is_read_back(book: LabelSet, tmp_path: Path) -> None:
     book.record(3, [1, -0.5], note="sharper")
     book.record(0, [0, 0])
-    again = LabelBook(tmp_path, "mine")
+    again = LabelSet(tmp_path, "mine")
     assert again.lines == book.lines and again.recipe == RECIPE
     assert labels_of(again) == {0: [0, 0], 3: [1, -0.5]}
     assert again.lines[0].note == "sharper" and again.raters == [""]
     assert names(tmp_path) == ["mine"]
 
 
-def test_the_last_line_counts_and_the_others_stay(book: LabelBook, tmp_path: Path) -> None:
+def test_the_last_line_counts_and_the_others_stay(book: LabelSet, tmp_path: Path) -> None:
     book.record(0, [1, 1])
     before = book.path.read_bytes()
     book.record(0, [-1, 1])
     assert book.path.read_bytes().startswith(before)
-    assert labels_of(LabelBook(tmp_path, "mine")) == {0: [-1, 1]}
+    assert labels_of(LabelSet(tmp_path, "mine")) == {0: [-1, 1]}
 
 
 def test_a_label_is_on_the_disk_when_record_returns(tmp_path: Path) -> None:
@@ -75,35 +75,35 @@ def test_a_label_is_on_the_disk_when_record_returns(tmp_path: Path) -> None:
     program = textwrap.dedent(f"""
         import os, signal, sys
         from pathlib import Path
-        from dpo_video.data.labels import LabelBook, LabelRecipe
+        from dpo_video.data.labels import LabelSet, LabelRecipe
         recipe = LabelRecipe.model_validate_json({RECIPE.model_dump_json()!r})
-        book = LabelBook.open_or_create(Path(sys.argv[1]), "mine", recipe)
+        book = LabelSet.open_or_create(Path(sys.argv[1]), "mine", recipe)
         book.record(7, [1, "skip"])
         os.kill(os.getpid(), signal.SIGKILL)
     """)
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert LabelBook(tmp_path, "mine").marks() == {7: (1.0, "skip")}
+    assert LabelSet(tmp_path, "mine").marks() == {7: (1.0, "skip")}
 
 
 @pytest.mark.parametrize(
     ("pair", "labels"),
     [(0, [1.0]), (0, [1.0, 1.0, 1.0]), (0, [1.0, 1.5]), (0, [1.0, float("nan")]), (-1, [1.0, 1.0])],
 )
-def test_what_is_no_label_is_refused(book: LabelBook, pair: int, labels: list[Mark]) -> None:
+def test_what_is_no_label_is_refused(book: LabelSet, pair: int, labels: list[SegmentLabel]) -> None:
     with pytest.raises(ValueError):
         book.record(pair, labels)
     assert not book.path.exists() and book.lines == []
 
 
-def test_undoing_a_label_is_a_line_as_well(book: LabelBook) -> None:
+def test_undoing_a_label_is_a_line_as_well(book: LabelSet) -> None:
     book.record(0, [1, 1])
     book.record(0, [None, None])
     assert book.done() == set() and book.labels() == {}
     assert len(book.lines) == 2
 
 
-def test_a_pair_counts_once_it_is_finished(book: LabelBook) -> None:
+def test_a_pair_counts_once_it_is_finished(book: LabelSet) -> None:
     book.record(0, [1, None], rater="ann")
     assert book.labels() == {} and book.done("ann") == set()
     assert book.marks("ann") == {0: (1.0, None)}
@@ -118,7 +118,7 @@ def test_a_pair_counts_once_it_is_finished(book: LabelBook) -> None:
 # --- several raters --------------------------------------------------------------------------
 
 
-def test_raters_do_not_supersede_each_other(book: LabelBook) -> None:
+def test_raters_do_not_supersede_each_other(book: LabelSet) -> None:
     book.record(0, [1, 0.5], rater="ann")
     book.record(0, [-1, 1], rater="bob")
     assert labels_of(book) == {0: [0, 1]}
@@ -129,12 +129,12 @@ def test_raters_do_not_supersede_each_other(book: LabelBook) -> None:
     assert book.raters == ["ann", "bob", "cy"]
 
 
-def test_one_rater_keeps_the_strength_of_a_label(book: LabelBook) -> None:
+def test_one_rater_keeps_the_strength_of_a_label(book: LabelSet) -> None:
     book.record(0, [0.25, -0.5])
     assert labels_of(book) == {0: [0.25, -0.5]}
 
 
-MARKS: st.SearchStrategy[Mark] = st.one_of(
+MARKS: st.SearchStrategy[SegmentLabel] = st.one_of(
     st.floats(-1, 1, allow_nan=False), st.just("skip"), st.integers(-1, 1).map(float)
 )
 VOTES = st.integers(1, 4).flatmap(
@@ -142,12 +142,12 @@ VOTES = st.integers(1, 4).flatmap(
 )
 
 
-def negated(marks: Sequence[Mark]) -> list[Mark]:
+def negated(marks: Sequence[SegmentLabel]) -> list[SegmentLabel]:
     return [-mark if isinstance(mark, float) else mark for mark in marks]
 
 
 @given(votes=VOTES, order=st.randoms())
-def test_a_vote_knows_no_order_and_no_side(votes: list[list[Mark]], order: object) -> None:
+def test_a_vote_knows_no_order_and_no_side(votes: list[list[SegmentLabel]], order: object) -> None:
     shuffled = list(votes)
     order.shuffle(shuffled)  # type: ignore[attr-defined]
     assert vote(shuffled) == vote(votes)
@@ -159,8 +159,18 @@ def test_a_vote_knows_no_order_and_no_side(votes: list[list[Mark]], order: objec
 
 def test_agreement_is_over_what_both_judged() -> None:
     """Signs (1, 1), (1, 0), (-1, -1), (0, 0): 3 of 4; chance (2*1 + 1*2 + 1*1) / 16 = 5/16."""
-    first: dict[int, Sequence[Mark]] = {0: [1.0, 0.5], 1: [-1.0, "skip"], 2: [0.0, 1.0], 3: [1.0]}
-    second: dict[int, Sequence[Mark]] = {0: [0.1, 0.0], 1: [-1.0, 1.0], 2: [0.0, None], 9: [1.0]}
+    first: dict[int, Sequence[SegmentLabel]] = {
+        0: [1.0, 0.5],
+        1: [-1.0, "skip"],
+        2: [0.0, 1.0],
+        3: [1.0],
+    }
+    second: dict[int, Sequence[SegmentLabel]] = {
+        0: [0.1, 0.0],
+        1: [-1.0, 1.0],
+        2: [0.0, None],
+        9: [1.0],
+    }
     found = agreement(first, second)
     assert found.segments == 4 and found.share == 0.75
     assert found.kappa == pytest.approx((3 / 4 - 5 / 16) / (1 - 5 / 16))
@@ -171,11 +181,11 @@ def test_agreement_is_over_what_both_judged() -> None:
 # --- the same recipe -------------------------------------------------------------------------
 
 
-def test_the_same_recipe_goes_on(book: LabelBook, tmp_path: Path) -> None:
+def test_the_same_recipe_goes_on(book: LabelSet, tmp_path: Path) -> None:
     book.record(0, [1, 1])
-    again = LabelBook.open_or_create(tmp_path, "mine", RECIPE.model_copy())
+    again = LabelSet.open_or_create(tmp_path, "mine", RECIPE.model_copy())
     again.record(1, [0, 0])
-    assert LabelBook(tmp_path, "mine").done() == {0, 1}
+    assert LabelSet(tmp_path, "mine").done() == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -188,39 +198,39 @@ def test_the_same_recipe_goes_on(book: LabelBook, tmp_path: Path) -> None:
     ],
 )
 def test_another_recipe_needs_another_name(
-    book: LabelBook, tmp_path: Path, change: dict[str, object]
+    book: LabelSet, tmp_path: Path, change: dict[str, object]
 ) -> None:
     book.record(0, [1, 1])
     other = RECIPE.model_copy(update=change)
     with pytest.raises(UserError, match=r"labels of another recipe.*--as NAME"):
-        LabelBook.open_or_create(tmp_path, "mine", other)
-    LabelBook.open_or_create(tmp_path, "other", other)
+        LabelSet.open_or_create(tmp_path, "mine", other)
+    LabelSet.open_or_create(tmp_path, "other", other)
     assert names(tmp_path) == ["mine", "other"]
-    assert labels_of(LabelBook(tmp_path, "mine")) == {0: [1, 1]}
+    assert labels_of(LabelSet(tmp_path, "mine")) == {0: [1, 1]}
 
 
-def test_a_book_without_labels_may_change_its_recipe(book: LabelBook, tmp_path: Path) -> None:
+def test_a_book_without_labels_may_change_its_recipe(book: LabelSet, tmp_path: Path) -> None:
     other = RECIPE.model_copy(update={"labeler": {"name": "metric", "margin": 0.2}})
-    assert LabelBook.open_or_create(tmp_path, "mine", other).recipe == other
-    assert LabelBook(tmp_path, "mine").recipe == other
+    assert LabelSet.open_or_create(tmp_path, "mine", other).recipe == other
+    assert LabelSet(tmp_path, "mine").recipe == other
 
 
 @pytest.mark.parametrize("name", ["", "../store", "a/b", ".hidden", "a b"])
 def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="cannot name labels"):
-        LabelBook.open_or_create(tmp_path, name, RECIPE)
+        LabelSet.open_or_create(tmp_path, name, RECIPE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_name_is_said_with_the_nearest(book: LabelBook, tmp_path: Path) -> None:
+def test_an_unknown_name_is_said_with_the_nearest(book: LabelSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Unknown set of labels.*Did you mean 'mine'\?"):
-        LabelBook(tmp_path, "mime")
+        LabelSet(tmp_path, "mime")
 
 
-def test_a_fingerprint_depends_on_what_is_said_alone(book: LabelBook, tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_what_is_said_alone(book: LabelSet, tmp_path: Path) -> None:
     book.record(0, [1, 1], note="a")
     book.record(1, [0, 1])
-    other = LabelBook.open_or_create(tmp_path, "other", RECIPE)
+    other = LabelSet.open_or_create(tmp_path, "other", RECIPE)
     other.record(1, [0, 1], rater="bob")
     other.record(0, [0, 0], rater="bob")
     assert fingerprint(other.labels()) != fingerprint(book.labels())
@@ -233,16 +243,16 @@ def test_a_fingerprint_depends_on_what_is_said_alone(book: LabelBook, tmp_path: 
 # --- damage ----------------------------------------------------------------------------------
 
 
-def test_a_torn_last_line_is_a_label_that_was_not_given(book: LabelBook, tmp_path: Path) -> None:
+def test_a_torn_last_line_is_a_label_that_was_not_given(book: LabelSet, tmp_path: Path) -> None:
     book.record(0, [1, 1])
     book.record(1, [1, 1])
     whole = book.path.read_bytes()
     for cut in range(1, 12):
         book.path.write_bytes(whole[:-cut])
-        reader = LabelBook(tmp_path, "mine")
+        reader = LabelSet(tmp_path, "mine")
         assert reader.done() == {0}
         assert book.path.read_bytes() == whole[:-cut], "a reader must not touch the file"
-        LabelBook.open_or_create(tmp_path, "mine", RECIPE).record(1, [1, 1])
+        LabelSet.open_or_create(tmp_path, "mine", RECIPE).record(1, [1, 1])
         assert book.path.read_bytes() == whole
 
 
@@ -256,32 +266,32 @@ def test_a_torn_last_line_is_a_label_that_was_not_given(book: LabelBook, tmp_pat
     ],
 )
 def test_a_damaged_line_is_named(
-    book: LabelBook, tmp_path: Path, damage: bytes, sentence: str
+    book: LabelSet, tmp_path: Path, damage: bytes, sentence: str
 ) -> None:
     book.record(0, [1, 1])
     book.path.write_bytes(book.path.read_bytes() + damage + b"\n")
     with pytest.raises(StoreError, match=sentence) as caught:
-        LabelBook(tmp_path, "mine")
+        LabelSet(tmp_path, "mine")
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_recipe_is_said(book: LabelBook, tmp_path: Path) -> None:
+def test_a_damaged_recipe_is_said(book: LabelSet, tmp_path: Path) -> None:
     recipe = book.path.with_suffix(".json")
     recipe.write_text(json.dumps({"format": "something else"}))
     with pytest.raises(StoreError, match="cannot be read"):
-        LabelBook(tmp_path, "mine")
+        LabelSet(tmp_path, "mine")
 
 
-def test_a_full_disk_loses_nothing(book: LabelBook, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing(book: LabelSet, tmp_path: Path) -> None:
     book.record(0, [1, 1])
     with (
         largest_file(book.path.stat().st_size + 10),
         pytest.raises(UserError, match="larger than is allowed here"),
     ):
         book.record(1, [1, 1])
-    assert book.done() == LabelBook(tmp_path, "mine").done() == {0}
+    assert book.done() == LabelSet(tmp_path, "mine").done() == {0}
     book.record(1, [-1, 1])
-    assert labels_of(LabelBook(tmp_path, "mine")) == {0: [1, 1], 1: [-1, 1]}
+    assert labels_of(LabelSet(tmp_path, "mine")) == {0: [1, 1], 1: [-1, 1]}
 
 
 def test_a_line_accepts_nothing_it_does_not_know() -> None:

@@ -14,14 +14,18 @@ from dpo_video.diffusion.sampling import Schedule, denoise, first_step, frame_by
     ("level", "steps", "first"),
     [(1.0, 50, 0), (0.75, 50, 12), (0.95, 50, 2), (0.15, 20, 17), (0.001, 50, 49), (0.5, 1, 0)],
 )
-def test_the_last_round_of_level_times_steps_are_run(level: float, steps: int, first: int) -> None:
-    assert first_step(level, steps) == first
+def test_the_last_round_of_level_times_steps_are_run(
+    strength: float, steps: int, first: int
+) -> None:
+    assert first_step(strength, steps) == first
 
 
 class Prompted(nn.Module):
     """Predicts the first number of its prompt's encoding, everywhere."""
 
-    def forward(self, noisy: Tensor, level: Tensor, text: Tensor, **options: Any) -> tuple[Tensor]:
+    def forward(
+        self, noisy: Tensor, timestep: Tensor, text: Tensor, **options: Any
+    ) -> tuple[Tensor]:
         per_video = text.view(len(noisy), -1)[:, 0]
         return (per_video.view(-1, 1, 1, 1, 1).expand_as(noisy),)
 
@@ -33,7 +37,7 @@ def test_guidance_leads_away_from_the_empty_prompt_step_by_step(
     context = {"prompt_embeds": torch.full((1, 3, 16), 5.0)}
     empty = {"prompt_embeds": torch.full((1, 3, 16), 2.0)}
     schedule = Schedule(
-        levels=torch.tensor([900.0, 100.0]),
+        timesteps=torch.tensor([900.0, 100.0]),
         reached=torch.tensor([100.0, 0.0]),
         step=lambda prediction, index, latents: latents + prediction,
     )
@@ -43,7 +47,7 @@ def test_guidance_leads_away_from_the_empty_prompt_step_by_step(
     expected = sum(2.0 + scale * (5.0 - 2.0) for scale in scales)
     torch.testing.assert_close(drawn, torch.full_like(drawn, expected))
     unguided = denoise(
-        small_model, Prompted(), schedule, context, noise, empty=None, guidance=scales
+        small_model, Prompted(), schedule, context, noise, empty=None, guidance_scale=scales
     )
     assert (unguided == 10).all()
     late = denoise(small_model, Prompted(), schedule, context, noise, first=1, **options)

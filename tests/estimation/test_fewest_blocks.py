@@ -13,7 +13,14 @@ from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.cli.fit import choose_blocks, predict
 from dpo_video.errors import UserError
 from dpo_video.estimation.fewest_blocks import SHARE, _guess, fewest_blocks
-from dpo_video.estimation.forecast import GIB, Checkpointing, Mode, Need, Rehearsed, forecast
+from dpo_video.estimation.forecast import (
+    GIB,
+    Checkpointing,
+    MemoryEstimate,
+    MemoryMode,
+    TraceCache,
+    forecast,
+)
 from dpo_video.estimation.tiers import find_tier
 from dpo_video.loss.global_ import Global
 from dpo_video.reference.toggle import Toggle
@@ -21,8 +28,8 @@ from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Backbone
 from dpo_video.workflows.config import Config, resolve
 
-SETTINGS = TrainSettings(rank=2, alpha=4, accumulation=1)
-MODE = Mode(reference="toggle", checkpointing="blocks", backward="joint")
+SETTINGS = TrainSettings(rank=2, alpha=4, gradient_accumulation_steps=1)
+MODE = MemoryMode(reference="toggle", checkpointing="blocks", backward="joint")
 
 
 class Bench:
@@ -30,15 +37,15 @@ class Bench:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.ran = Rehearsed()
+        self.ran = TraceCache()
         what = self.backbone, Toggle(), Global(), SETTINGS
-        self.choose = partial(fewest_blocks, *what, rehearsed=self.ran)
+        self.choose = partial(fewest_blocks, *what, traces=self.ran)
 
-    def need(self, count: Checkpointing, mode: Mode = MODE) -> Need:
+    def need(self, count: Checkpointing, mode: MemoryMode = MODE) -> MemoryEstimate:
         asked = mode.model_copy(update={"checkpointing": count})
         found = forecast(
             self.backbone, {"toggle": Toggle()}, Global(), SETTINGS, modes=[asked],
-            rehearsed=self.ran,
+            traces=self.ran,
         )  # fmt: skip
         return found.needs[0]
 
@@ -113,10 +120,13 @@ def configured(bench: Bench, *assignments: str) -> Config:
     return resolve(
         choices={"backbone": "cogvideox", "loss": "global"},
         assignments=[
-            *options, "train.rank=2", "train.accumulation=1", "memory.checkpointing=auto",
+            *options,
+            "train.rank=2",
+            "train.gradient_accumulation_steps=1",
+            "memory.checkpointing=auto",
             *assignments,
         ],
-    )  # fmt: skip
+    )
 
 
 def test_a_run_writes_down_the_number(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

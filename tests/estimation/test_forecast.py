@@ -14,7 +14,7 @@ from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.wan import Wan
 from dpo_video.diffusion.known_models import FOLDER, known_models
-from dpo_video.diffusion.pretrained import outlined
+from dpo_video.diffusion.pretrained import on_meta
 from dpo_video.errors import UserError
 from dpo_video.estimation.forecast import (
     BACKWARDS,
@@ -24,14 +24,14 @@ from dpo_video.estimation.forecast import (
     Backward,
     Checkpointing,
     Forecast,
-    Mode,
-    Need,
+    MemoryEstimate,
+    MemoryMode,
     forecast,
 )
 from dpo_video.estimation.tiers import tiers
 from dpo_video.loss.global_ import Global
 from dpo_video.memory.blocks import checkpoint_blocks
-from dpo_video.memory.packed_weights import freeze, frozen_weights
+from dpo_video.memory.packed_weights import frozen_weights, pack_frozen_weights
 from dpo_video.memory.peak import peak_bytes
 from dpo_video.reference.cached import Cached
 from dpo_video.reference.copy import Copy
@@ -41,7 +41,7 @@ from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
 from dpo_video.types import PairBatch
 
-SETTINGS = TrainSettings(rank=2, alpha=4, accumulation=1, batch=2, steps=10)
+SETTINGS = TrainSettings(rank=2, alpha=4, gradient_accumulation_steps=1, batch_size=2, steps=10)
 REFERENCES = {"toggle": Toggle(), "copy": Copy(), "cached": Cached()}
 
 
@@ -57,7 +57,7 @@ def found(backbone: AnimateDiff) -> Forecast:
     return forecast(backbone, REFERENCES, Global(), SETTINGS)
 
 
-def need_of(found: Forecast, mode: Mode) -> Need:
+def need_of(found: Forecast, mode: MemoryMode) -> MemoryEstimate:
     need = found.of(mode)
     assert need is not None
     return need
@@ -65,7 +65,7 @@ def need_of(found: Forecast, mode: Mode) -> Need:
 
 def test_an_outline_is_the_model_without_its_weights(backbone: AnimateDiff) -> None:
     loaded = backbone.load(CPU, torch.float16)
-    with outlined():
+    with on_meta():
         outline = backbone.load(CPU, torch.float16)
     described = {name: (p.shape, p.dtype) for name, p in loaded.denoiser.state_dict().items()}
     assert described == {
@@ -81,7 +81,7 @@ def test_an_outline_is_the_model_without_its_weights(backbone: AnimateDiff) -> N
 @pytest.mark.parametrize("model", [m for m in known_models() if m.backbone in ("wan", "cogvideox")])
 def test_a_known_model_is_outlined_offline_by_its_name(model: object) -> None:
     chosen = registry.load("backbone", model.backbone)(model=model.name)  # type: ignore[attr-defined]
-    with outlined():
+    with on_meta():
         outline = chosen.load(CPU, torch.bfloat16)  # type: ignore[attr-defined]
         assert outline.prompt_shapes()["prompt_embeds"][1] == 4096
     parameters = sum(parameter.numel() for parameter in outline.denoiser.parameters())
@@ -98,8 +98,10 @@ def test_it_predicts_what_the_step_takes_on_real_tensors(
     policy = adapt(model, SETTINGS, seed=0)
     if checkpointing == "blocks":
         checkpoint_blocks(policy)
-    anchor = Toggle().follow(policy)
-    step = Step(model=model, policy=policy, anchor=anchor, loss=Global(), mode=backward)
+    reference_model = Toggle().attach(policy)
+    step = Step(
+        model=model, policy=policy, reference_model=reference_model, loss=Global(), mode=backward
+    )
     shape = (SETTINGS.batch, *model.latent_shape)
     batch = PairBatch(
         first=torch.randn(shape),
@@ -111,13 +113,13 @@ def test_it_predicts_what_the_step_takes_on_real_tensors(
         keys=["a", "b"],
     )
     optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
-    noise, level = torch.randn(shape), torch.full((SETTINGS.batch,), 500.0)
+    noise, timestep = torch.randn(shape), torch.full((SETTINGS.batch,), 500.0)
 
     def run() -> None:
-        step(batch, noise, level)
+        step(batch, noise, timestep)
 
     taken = peak_bytes(run, networks=[policy], optimizer=optimizer)
-    mode = Mode(reference="toggle", checkpointing=checkpointing, backward=backward)
+    mode = MemoryMode(reference="toggle", checkpointing=checkpointing, backward=backward)
     need = need_of(found, mode)
     assert need.tensors == pytest.approx(taken.total, rel=0.002)
     assert need.flops == taken.flops // SETTINGS.batch
@@ -143,7 +145,7 @@ def test_what_is_derived_from_another_reference_is_what_its_own_run_gives(
 
 def test_every_mode_spares_what_it_is_there_for(found: Forecast) -> None:
     def tensors(reference: str, checkpointing: Checkpointing, backward: Backward) -> int:
-        mode = Mode(reference=reference, checkpointing=checkpointing, backward=backward)
+        mode = MemoryMode(reference=reference, checkpointing=checkpointing, backward=backward)
         return need_of(found, mode).tensors
 
     assert tensors("toggle", "none", "joint") < tensors("copy", "none", "joint")
@@ -206,7 +208,7 @@ def test_a_transformer_of_many_layers_is_what_its_first_layers_say(
 
 
 def test_wan_at_full_size_fits_the_smallest_card() -> None:
-    settings = TrainSettings(rank=64, precision="bf16", accumulation=1)
+    settings = TrainSettings(rank=64, mixed_precision="bf16", gradient_accumulation_steps=1)
     found = forecast(
         Wan(), {"toggle": Toggle()}, Global(), settings,
         checkpointings=["blocks"], backwards=["split"],
@@ -220,13 +222,13 @@ def test_wan_at_full_size_fits_the_smallest_card() -> None:
 def test_processes_that_share_the_weights_hold_their_part_each(
     backbone: AnimateDiff, found: Forecast
 ) -> None:
-    alone = need_of(found, Mode(reference="toggle", checkpointing="none", backward="joint"))
+    alone = need_of(found, MemoryMode(reference="toggle", checkpointing="none", backward="joint"))
     shared = alone.mode.model_copy(update={"shard": 4})
     (need,) = forecast(
         backbone, {"toggle": REFERENCES["toggle"]}, Global(), SETTINGS, modes=[shared]
     ).needs
     model = backbone.load(CPU, torch.float32)
-    freeze(model.denoiser, CPU, "native")
+    pack_frozen_weights(model.denoiser, CPU, "native")
     parts = [part.nbytes for each in frozen_weights(model.denoiser) for part in each.parts]
     # Memory is given in blocks of 512 bytes.
     assert alone.weights - need.weights == pytest.approx(sum(parts) * 3 / 4, abs=512 * len(parts))

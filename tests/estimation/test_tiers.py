@@ -17,7 +17,7 @@ from dpo_video.workflows.config import resolve
 def test_the_presets_of_video_dpo_are_there() -> None:
     ranks = {name: tier.preset("animatediff")["train.rank"] for name, tier in tiers().items()}
     assert ranks == {"t4": 4, "l4": 16, "4090": 16, "a100": 32, "h100": 32}
-    assert tiers()["t4"].preset("animatediff")["train.accumulation"] == 2
+    assert tiers()["t4"].preset("animatediff")["train.gradient_accumulation_steps"] == 2
 
 
 def test_an_option_for_one_backbone_wins_over_that_for_all() -> None:
@@ -29,10 +29,10 @@ def test_an_option_for_one_backbone_wins_over_that_for_all() -> None:
 def test_an_option_for_one_model_wins_by_any_of_its_names() -> None:
     t4 = find_tier("t4")
     for name in ("cogvideox-5b", "THUDM/CogVideoX-5b", "thudm/cogvideox-5B"):
-        assert t4.preset("cogvideox", name)["memory.chunks"] == 8
-        assert "memory.chunks" not in t4.preset("wan", name)
+        assert t4.preset("cogvideox", name)["memory.forward_chunks"] == 8
+        assert "memory.forward_chunks" not in t4.preset("wan", name)
     for name in ("cogvideox-2b", "my/own", None):
-        assert "memory.chunks" not in t4.preset("cogvideox", name)
+        assert "memory.forward_chunks" not in t4.preset("cogvideox", name)
 
 
 def test_the_model_that_a_run_names_decides_before_the_flags_do(tmp_path: Path) -> None:
@@ -40,12 +40,12 @@ def test_the_model_that_a_run_names_decides_before_the_flags_do(tmp_path: Path) 
     large = ["backbone.model=cogvideox-5b"]
     assert resolve(tier="t4", choices=chosen).memory.backward == "joint"  # the default model's
     by_flag = resolve(tier="t4", choices=chosen, assignments=large)
-    assert (by_flag.memory.backward, by_flag.memory.chunks) == ("split", 8)
+    assert (by_flag.memory.backward, by_flag.memory.forward_chunks) == ("split", 8)
     file = tmp_path / "run.toml"
     file.write_text('[backbone]\nname = "cogvideox"\nmodel = "cogvideox-5b"\n')
     assert resolve(file=file, tier="t4").memory == by_flag.memory
-    over = resolve(tier="t4", choices=chosen, assignments=["memory.chunks=2", *large])
-    assert over.memory.chunks == 2
+    over = resolve(tier="t4", choices=chosen, assignments=["memory.forward_chunks=2", *large])
+    assert over.memory.forward_chunks == 2
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_a_tier_stands_over_a_file_and_below_the_other_flags(tmp_path: Path) -> 
     by_tier = resolve(file=file, tier="l4")
     assert (by_tier.train.rank, by_tier.train.alpha, by_tier.train.steps) == (16, 32, 7)
     assert by_tier.memory.checkpointing == "auto"
-    flags = {"train.accumulation": 1}
+    flags = {"train.gradient_accumulation_steps": 1}
     over = resolve(file=file, tier="l4", flags=flags, assignments=["memory.backward=split"])
-    assert over.train.accumulation == 1
+    assert over.train.gradient_accumulation_steps == 1
     assert (over.memory.checkpointing, over.memory.backward) == ("auto", "split")
 
 
@@ -115,7 +115,7 @@ def test_every_option_of_every_tier_is_one_of_the_backbones(backbone: str) -> No
 # The one that takes seconds; benchmarks/tiers.py asks for all, and what `auto` chooses.
 def test_the_smallest_card_holds_its_presets_with_all_blocks_checkpointed() -> None:
     config = resolve(tier="t4", choices={"backbone": "cogvideox"})
-    assert (config.memory.checkpointing, config.memory.base) == ("auto", "native")
+    assert (config.memory.checkpointing, config.memory.quantization) == ("auto", "native")
     (need,) = forecast(
         config.backbone, {"toggle": config.reference}, config.loss, config.train,
         modes=[mode_of(config)],

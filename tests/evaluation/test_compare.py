@@ -181,9 +181,11 @@ def test_files_must_not_share_a_name(tmp_path: Path) -> None:
 def test_it_measures_once_and_goes_on(tmp_path: Path) -> None:
     """Two recipes on the embedded model, in miniature; asked again, nothing runs twice."""
     path, out = tmp_path / "recipes.toml", tmp_path / "out"
-    small = "'build.count=1', 'train.batch=1', 'train.accumulation=1', 'evaluate.steps=2'"
+    small = "'build.count=1', 'train.batch_size=1', 'train.gradient_accumulation_steps=1', "
+    "'evaluate.num_inference_steps=2'"
     path.write_text(
-        f"[own]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, 'pairs.steps=2']\n"
+        f"[own]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, "
+        "'pairs.num_inference_steps=2']\n"
         f"[clips]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, \"pairs.winner='clip'\"]\n"
         "seeds = [1]\n"
     )

@@ -37,7 +37,7 @@ from dpo_video.evaluation.evaluate import merged
 from dpo_video.exporting.export import Check, Format, export
 from dpo_video.exporting.model_card import loading_script
 from dpo_video.strategies import Sampling, VideoModel
-from dpo_video.types import Publication
+from dpo_video.types import ExportSpec
 
 PROMPT = "a red square moving left slowly"
 RANK, ALPHA = 2, 6.0  # not equal, so that a lost alpha shows
@@ -104,7 +104,7 @@ class Case:
 
     def load(self) -> VideoModel:
         model = self.load_from(self.folder)
-        model.sampling = Sampling(steps=STEPS, guidance=2.0)
+        model.sampling = Sampling(num_inference_steps=STEPS, guidance_scale=2.0)
         return model
 
     def adapted(self) -> VideoModel:
@@ -116,7 +116,7 @@ class Case:
         """Export, and the script of the card."""
         model = self.load()
 
-        def card(publication: Publication, check: Check) -> str:
+        def card(publication: ExportSpec, check: Check) -> str:
             if format == "comfyui":
                 return ""
             return loading_script(
@@ -276,10 +276,10 @@ READERS = {
 
 @torch.no_grad()
 def predicted(model: VideoModel) -> Tensor:
-    levels = model.sample_levels(16, torch.Generator().manual_seed(0))
+    timesteps = model.sample_timesteps(16, torch.Generator().manual_seed(0))
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    level = torch.stack([levels.min(), levels.max()])
-    return model.predict(model.denoiser, noise, level, model.encode_prompts([PROMPT, ""]))
+    timestep = torch.stack([timesteps.min(), timesteps.max()])
+    return model.predict(model.denoiser, noise, timestep, model.encode_prompts([PROMPT, ""]))
 
 
 @pytest.mark.parametrize("family", READERS)
@@ -428,7 +428,7 @@ def test_an_adapter_that_changes_nothing_can_be_exported(
 def test_a_card_that_cannot_be_written_leaves_nothing(
     cases: Callable[[str], Case], tmp_path: Path
 ) -> None:
-    def card(publication: Publication, check: Check) -> str:
+    def card(publication: ExportSpec, check: Check) -> str:
         raise KeyError("steps")
 
     with pytest.raises(KeyError):

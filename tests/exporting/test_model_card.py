@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dpo_video.exporting.model_card import Story, model_card
-from dpo_video.types import Publication
+from dpo_video.exporting.model_card import RunSummary, model_card
+from dpo_video.types import ExportSpec
 from dpo_video.workflows import config
 
 TABLES = config.resolve(assignments=["run.clips=/home/somebody/films", "loss.beta=7"]).tables
-STORY = Story(
+STORY = RunSummary(
     name="mine",
     tables=TABLES,
     versions={"torch": "2.13"},
@@ -25,7 +25,7 @@ STORY = Story(
     verdict=None,
     evaluation=None,
 )
-PUBLICATION = Publication(
+PUBLICATION = ExportSpec(
     pipeline="WanPipeline",
     source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     revision="abc123",

@@ -33,16 +33,16 @@ from test_store import largest_file
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.label import StoreWork, recipe
-from dpo_video.data.labels import LabelBook
+from dpo_video.data.labels import LabelSet
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import UserError
 from dpo_video.labeler._page.server import application, listen, serve
-from dpo_video.labeler._page.sheets import Sheets, columns, eight_bits, sheet
-from dpo_video.labeler._page.sitting import IDLE, Answer, Sitting
+from dpo_video.labeler._page.sheets import SpriteSheets, columns, eight_bits, sheet
+from dpo_video.labeler._page.sitting import IDLE, Answer, LabelSession
 from dpo_video.labeler.page import Page as PageLabeler
 from dpo_video.strategies import LabelWork
 from dpo_video.testing import small_videos
-from dpo_video.types import Mark, Pair
+from dpo_video.types import Pair, SegmentLabel
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -92,15 +92,15 @@ def work(store: PairStore, model: AnimateDiffModel, request: pytest.FixtureReque
     return StoreWork(store, model, new_book(store, model, request.node.name))
 
 
-def new_book(store: PairStore, model: AnimateDiffModel, name: str) -> LabelBook:
+def new_book(store: PairStore, model: AnimateDiffModel, name: str) -> LabelSet:
     made = recipe(store, model, {"name": "page", "seed": 0}, seconds=0.25)
     assert made.segments == ((0, 2), (2, 4))
-    return LabelBook.open_or_create(store.folder, re.sub(r"[^A-Za-z0-9]", "-", name), made)
+    return LabelSet.open_or_create(store.folder, re.sub(r"[^A-Za-z0-9]", "-", name), made)
 
 
-def on_disk(work: StoreWork, rater: str) -> dict[int, tuple[Mark, ...]]:
+def on_disk(work: StoreWork, rater: str) -> dict[int, tuple[SegmentLabel, ...]]:
     """What another process would read."""
-    return LabelBook(work.store.folder, work.book.name).marks(rater)
+    return LabelSet(work.store.folder, work.book.name).marks(rater)
 
 
 class Memory(LabelWork):
@@ -110,7 +110,7 @@ class Memory(LabelWork):
         self.pairs = range(pairs)
         self.segments = [slice(i, i + 1) for i in range(segments)]
         self.fps = 8.0
-        self.said: dict[str, dict[int, tuple[Mark, ...]]] = {}
+        self.said: dict[str, dict[int, tuple[SegmentLabel, ...]]] = {}
 
     def prompt(self, pair: int) -> str:
         return str(pair)
@@ -122,7 +122,7 @@ class Memory(LabelWork):
     def raters(self) -> list[str]:
         return list(self.said)
 
-    def marks(self, rater: str = "") -> dict[int, tuple[Mark, ...]]:
+    def marks(self, rater: str = "") -> dict[int, tuple[SegmentLabel, ...]]:
         return self.said.get(rater, {})
 
     def record(self, pair: int, marks: Any, *, rater: str = "", note: str = "") -> None:
@@ -134,7 +134,7 @@ class Memory(LabelWork):
 ANSWERS = st.sampled_from(["left", "right", "tie", "skip"])
 
 
-def give(sitting: Sitting, rater: str, answers: list[Answer]) -> None:
+def give(sitting: LabelSession, rater: str, answers: list[Answer]) -> None:
     """Answer what is asked, as a person does."""
     for answer in answers:
         current = sitting.view(rater).current
@@ -148,21 +148,21 @@ def test_an_answer_is_kept_in_the_stores_order(
     rater: str, seed: int, pair: int, answer: Answer
 ) -> None:
     work = Memory(6, 2)
-    sitting = Sitting(work, seed)
+    sitting = LabelSession(work, seed)
     sitting.answer(rater, pair, 1, answer)
     first_side = "left" if sitting.is_first(rater, pair, "left") else "right"
     kept = {first_side: 1.0, "tie": 0.0, "skip": "skip"}.get(answer, -1.0)
     assert work.marks(rater) == {pair: (None, kept)}
     assert sitting.is_first(rater, pair, "left") != sitting.is_first(rater, pair, "right")
     # And the next time it is shown as it was given.
-    again = Sitting(work, seed)
+    again = LabelSession(work, seed)
     while (current := again.view(rater).current) and current.pair != pair:
         again.answer(rater, current.pair, 0, "tie", rest=True)
     assert current is not None and current.answers == (None, answer)
 
 
 def test_sides_are_even_and_differ_between_raters() -> None:
-    sitting = Sitting(Memory(1000, 1), seed=0)
+    sitting = LabelSession(Memory(1000, 1), seed=0)
     sides = {name: [sitting.flipped(name, pair) for pair in range(1000)] for name in ("a", "b")}
     same = sum(one == other for one, other in zip(sides["a"], sides["b"], strict=True))
     for count in (sum(sides["a"]), sum(sides["b"]), same):
@@ -172,7 +172,7 @@ def test_sides_are_even_and_differ_between_raters() -> None:
 def test_all_raters_see_the_pairs_in_one_random_order() -> None:
     orders = []
     for seed, rater in ((0, "a"), (0, "b"), (1, "a")):
-        sitting, seen = Sitting(Memory(20, 1), seed), []
+        sitting, seen = LabelSession(Memory(20, 1), seed), []
         while current := sitting.view(rater).current:
             seen.append(current.pair)
             assert sitting.view(rater).ahead == tuple(sitting._order[len(seen) : len(seen) + 2])
@@ -192,7 +192,7 @@ def test_undo_takes_everything_back_in_turn(
     answers: list[Answer], rest: bool, restart: bool
 ) -> None:
     work = Memory(4, 3)
-    sitting = Sitting(work, seed=0)
+    sitting = LabelSession(work, seed=0)
     history = []
     for answer in answers:
         history.append(dict(work.marks("a")))
@@ -205,7 +205,7 @@ def test_undo_takes_everything_back_in_turn(
         else:
             sitting.answer("a", current.pair, current.answers.index(None), "skip", rest=True)
     if restart:  # what came before is no longer known step by step, but can be taken back
-        sitting = Sitting(work, seed=0)
+        sitting = LabelSession(work, seed=0)
         while (view := sitting.view("a")).undoable:
             sitting.undo("a", view.revision)
     else:
@@ -219,13 +219,13 @@ def test_undo_takes_everything_back_in_turn(
     assert sitting.undo("a", view.revision) == view
 
 
-def any_said(marks: tuple[Mark, ...]) -> bool:
+def any_said(marks: tuple[SegmentLabel, ...]) -> bool:
     return any(mark is not None for mark in marks)
 
 
 def test_an_undo_that_arrives_twice_is_done_once() -> None:
     work = Memory(2, 2)
-    sitting = Sitting(work, seed=0)
+    sitting = LabelSession(work, seed=0)
     give(sitting, "a", ["tie", "tie"])
     revision = sitting.view("a").revision
     once = sitting.undo("a", revision)
@@ -235,20 +235,20 @@ def test_an_undo_that_arrives_twice_is_done_once() -> None:
 
 def test_a_pair_is_finished_once_every_segment_has_an_answer() -> None:
     work = Memory(2, 2)
-    first = Sitting(work, seed=0).view("a").current
+    first = LabelSession(work, seed=0).view("a").current
     assert first is not None
-    give(Sitting(work, seed=0), "a", ["skip"])
-    view = Sitting(work, seed=0).view("a")
+    give(LabelSession(work, seed=0), "a", ["skip"])
+    view = LabelSession(work, seed=0).view("a")
     assert view.finished == 0 and view.current is not None
     assert view.current.pair == first.pair and view.current.answers == ("skip", None)
-    give(Sitting(work, seed=0), "a", ["tie"])
-    view = Sitting(work, seed=0).view("a")
+    give(LabelSession(work, seed=0), "a", ["tie"])
+    view = LabelSession(work, seed=0).view("a")
     assert view.finished == 1 and view.current is not None and view.current.pair != first.pair
 
 
 def test_breaks_do_not_count_as_work() -> None:
     now = 0.0
-    sitting = Sitting(Memory(10, 1), seed=0, clock=lambda: now)
+    sitting = LabelSession(Memory(10, 1), seed=0, clock=lambda: now)
     for seconds in (5.0, 5.0, 10_000.0, 5.0, 5.0):
         assert sitting.view("a").pace is None or sitting.view("a").finished >= 3
         now += seconds
@@ -259,7 +259,7 @@ def test_breaks_do_not_count_as_work() -> None:
 
 def test_agreement_is_about_videos_not_about_sides() -> None:
     work = Memory(40, 1)
-    sitting = Sitting(work, seed=0)
+    sitting = LabelSession(work, seed=0)
     for rater in ("a", "b"):  # both always prefer the first, wherever it is
         for pair in range(40):
             side: Answer = "left" if sitting.is_first(rater, pair, "left") else "right"
@@ -307,7 +307,7 @@ def test_a_pair_is_decoded_once_and_few_are_kept() -> None:
     size = 2 * 2 * 4 * 4 * 3  # bytes of a pair
 
     async def look() -> None:
-        sheets = Sheets(work, keep=3 * size)
+        sheets = SpriteSheets(work, keep=3 * size)
         both = (
             sheets.get(0, segment, first=first) for segment in (0, 1) for first in (True, False)
         )
@@ -317,7 +317,7 @@ def test_a_pair_is_decoded_once_and_few_are_kept() -> None:
             await sheets.get(pair, 0, first=True)
         assert decoded == [0, 1, 2, 3, 1]  # the longest unseen went
         decoded.clear()
-        small = Sheets(work, keep=1)
+        small = SpriteSheets(work, keep=1)
         for pair in (0, 0, 1, 1):
             await small.get(pair, 1, first=False)
         assert decoded == [0, 1]
@@ -329,7 +329,7 @@ def test_a_pair_is_decoded_once_and_few_are_kept() -> None:
 
 
 def app_of(work: LabelWork) -> ASGIApp:
-    return application(Sitting(work, seed=0), TOKEN, finish=lambda: None)
+    return application(LabelSession(work, seed=0), TOKEN, finish=lambda: None)
 
 
 @pytest.fixture
@@ -513,11 +513,11 @@ def test_an_answer_survives_kill_9_and_ctrl_c_sums_up(store: PairStore) -> None:
         post(f"{link}answer", GOOD)
         process.kill()  # SIGKILL, at once
         assert process.wait() == -signal.SIGKILL
-    (marks,) = LabelBook(store.folder, "killed").marks("a").values()
+    (marks,) = LabelSet(store.folder, "killed").marks("a").values()
     assert marks[0] in (1.0, -1.0) and marks[1] is None
 
     with command(store, "killed") as (process, link):
-        assert LabelBook(store.folder, "killed").marks("a") == {0: marks}
+        assert LabelSet(store.folder, "killed").marks("a") == {0: marks}
         view = post(f"{link}answer", {**GOOD, "segment": 1, "answer": "tie"})
         assert view["finished"] == 1
         process.send_signal(signal.SIGINT)
@@ -550,7 +550,7 @@ def link(work: StoreWork) -> Iterator[str]:
     """A running server."""
     with listen(0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/{TOKEN}/"
-        thread = threading.Thread(target=serve, args=(Sitting(work, seed=0), listener, TOKEN))
+        thread = threading.Thread(target=serve, args=(LabelSession(work, seed=0), listener, TOKEN))
         thread.start()
         yield url
         if thread.is_alive():
@@ -628,10 +628,10 @@ def sat_down(browser: Browser, link: str, name: str = "ann", **options: Any) -> 
 
 
 def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, work: StoreWork) -> None:
-    sides = Sitting(work, seed=0)
+    sides = LabelSession(work, seed=0)
     keys = {"ArrowLeft": "left", "2": "right", "ArrowDown": "tie", "s": "skip", "1": "left",
             "ArrowRight": "right"}  # fmt: skip
-    expected: dict[int, list[Mark]] = {}
+    expected: dict[int, list[SegmentLabel]] = {}
     with sat_down(browser, link) as ann:
         for number, (key, answer) in enumerate(keys.items()):
             pair, segment = ann.current()
@@ -655,7 +655,7 @@ def test_both_canvases_show_the_same_frame_to_the_bit(
 ) -> None:
     with sat_down(browser, link) as ann:
         pair, _ = ann.current()
-        flipped = Sitting(work, seed=0).flipped("ann", pair)
+        flipped = LabelSession(work, seed=0).flipped("ann", pair)
         videos = [pixels(video) for video in work.videos(pair)]
         left, right = reversed(videos) if flipped else videos
         frames = np.stack([left, right], axis=1)
@@ -777,7 +777,7 @@ def test_a_hostile_prompt_is_shown_as_it_is(browser: Browser, link: str) -> None
 def test_two_raters_at_once_see_their_agreement(
     browser: Browser, link: str, work: StoreWork
 ) -> None:
-    sides = Sitting(work, seed=0)
+    sides = LabelSession(work, seed=0)
     with sat_down(browser, link, "ann") as ann, sat_down(browser, link, "Bob & Co") as bob:
         for step in range(3):
             for rater in (ann, bob):

@@ -13,7 +13,7 @@ import torch
 from dpo_video.errors import UserError
 from dpo_video.labeler.recorded import Recorded
 from dpo_video.strategies import LabelWork
-from dpo_video.types import Mark, Video
+from dpo_video.types import SegmentLabel, Video
 
 
 class Notebook(LabelWork):
@@ -21,7 +21,7 @@ class Notebook(LabelWork):
 
     def __init__(self) -> None:
         self.pairs, self.segments, self.fps = range(3), [slice(0, 2), slice(2, 4)], 8.0
-        self.written: list[tuple[int, Sequence[Mark], str, str]] = []
+        self.written: list[tuple[int, Sequence[SegmentLabel], str, str]] = []
 
     def prompt(self, pair: int) -> str:
         return ("a cat", "a cat", "a dog")[pair]
@@ -33,10 +33,12 @@ class Notebook(LabelWork):
     def raters(self) -> Sequence[str]:
         return list(dict.fromkeys(by for _, _, by, _ in self.written))
 
-    def marks(self, rater: str = "") -> Mapping[int, Sequence[Mark]]:
+    def marks(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
         return {pair: marks for pair, marks, by, _ in self.written if by == rater}
 
-    def record(self, pair: int, marks: Sequence[Mark], *, rater: str = "", note: str = "") -> None:
+    def record(
+        self, pair: int, marks: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
+    ) -> None:
         self.written.append((pair, marks, rater, note))
 
 

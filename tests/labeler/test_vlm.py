@@ -14,7 +14,7 @@ from chat_server import Question, Reply, Server, brighter, images, serving
 from torch import Tensor
 
 from dpo_video.errors import UserError
-from dpo_video.labeler.vlm import Vlm
+from dpo_video.labeler.vlm import VLM
 from dpo_video.workflows.config import resolve
 
 KEY = "sk-this-is-a-secret-0123456789"
@@ -33,9 +33,9 @@ def server() -> Iterator[Server]:
         yield running
 
 
-def labeler(server: Server, folder: Path, **options: Any) -> Vlm:
+def labeler(server: Server, folder: Path, **options: Any) -> VLM:
     given = {"model": "local", "wait": 0.01, "size": 16, "frames": 2, "parallel": 1, **options}
-    return Vlm(base_url=server.url, cache=str(folder / "cache"), **given)
+    return VLM(base_url=server.url, cache=str(folder / "cache"), **given)
 
 
 def videos(*brightness: tuple[float, float]) -> Tensor:

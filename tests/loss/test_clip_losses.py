@@ -10,12 +10,12 @@ import pytest
 import torch
 from handmade import errors_of, gradients
 
-from dpo_video.loss.dpop import Dpop
+from dpo_video.loss.dpop import DPOP
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.hinge import Hinge
-from dpo_video.loss.ipo import Ipo
+from dpo_video.loss.ipo import IPO
 from dpo_video.loss.robust import Robust
-from dpo_video.loss.sdpo import Sdpo
+from dpo_video.loss.sdpo import SDPO
 from dpo_video.loss.segment import Segment
 from dpo_video.strategies import Loss
 from dpo_video.testing import PREFERENCES, random_errors, swapped
@@ -47,13 +47,13 @@ def test_global_by_hand() -> None:
 def test_the_anchor_by_hand() -> None:
     # + 0.5 times the mean of the chosen video's errors, which are 1: + 0.5, and 0.5 / 2 an element.
     each = BETA / 4 / 2
-    loss = Global(beta=BETA, anchor_weight=0.5)
+    loss = Global(beta=BETA, sft_weight=0.5)
     check(loss, errors_of(*CHANGES), LN4_3 + 0.5, [each + 0.25] * 2, [-each, -each])
 
 
 def test_ipo_by_hand() -> None:
     # (m - 1/2)^2 = 0.04 at beta 1, times (2 beta)^2 = 4: 0.16. d/dm = 4 * 2 (m - 1/2) = -1.6.
-    check(Ipo(beta=1), errors_of(*CHANGES), 0.16, [0.8, 0.8], [-0.8, -0.8])
+    check(IPO(beta=1), errors_of(*CHANGES), 0.16, [0.8, 0.8], [-0.8, -0.8])
 
 
 def test_hinge_by_hand() -> None:
@@ -83,16 +83,16 @@ def test_dpop_by_hand() -> None:
     # of 10 ln 3, z = ln 3 again. dz = 10 ln 3 times -1 - 2 = -3 for d(chosen), 1 for d(rejected).
     errors = errors_of([0.1, 0.1], [0.4, 0.4], [1.0, 1.0])
     each = 10 * LN3 / 4 / 2
-    loss = Dpop(beta=10 * LN3, penalty=2)
+    loss = DPOP(beta=10 * LN3, penalty=2)
     check(loss, errors, LN4_3, [3 * each, 3 * each], [-each, -each])
 
 
 def test_sdpo_by_hand() -> None:
     # |g_w|^2 = 1 (the chosen error), <g_w, g_l> = 0.5: s = 0.1 * 1 / 0.5 = 0.2 at mu 0.9.
     errors = errors_of(*CHANGES, product=0.5)
-    assert Sdpo().loser_scale(errors).item() == pytest.approx(0.2)
+    assert SDPO().loser_scale(errors).item() == pytest.approx(0.2)
     each = BETA / 4 / 2
-    check(Sdpo(beta=BETA), errors, LN4_3, [each, each], [-0.2 * each, -0.2 * each])
+    check(SDPO(beta=BETA), errors, LN4_3, [each, each], [-0.2 * each, -0.2 * each])
 
 
 # --- the formulas, written again -------------------------------------------------------------
@@ -161,15 +161,15 @@ def sdpo(w: float, l: float, square: float, product: float) -> Expected:  # noqa
 
 FORMULAS: dict[str, tuple[Loss, Formula]] = {
     "global": (Global(), dpo),
-    "ipo": (Ipo(), ipo),
+    "ipo": (IPO(), ipo),
     "hinge": (Hinge(), hinge),
     "robust": (Robust(label_smoothing=0.3), smoothed(0.3, -1, 0.4)),
     "conservative": (
         Robust(label_smoothing=0.3, variant="conservative"),
         smoothed(0.3, 1, 1),
     ),
-    "dpop": (Dpop(), dpop),
-    "sdpo": (Sdpo(), sdpo),
+    "dpop": (DPOP(), dpop),
+    "sdpo": (SDPO(), sdpo),
 }
 
 
@@ -213,8 +213,8 @@ UNRELATED = {"policy_product": torch.zeros(3, 2, 4, 3, 3)}
 SAME: list[tuple[Loss, dict[str, torch.Tensor]]] = [
     (Robust(label_smoothing=0), {}),
     (Robust(label_smoothing=0, variant="conservative"), {}),
-    (Dpop(penalty=0), {}),
-    (Sdpo(), UNRELATED),  # gradients that share nothing: the loser has its full strength
+    (DPOP(penalty=0), {}),
+    (SDPO(), UNRELATED),  # gradients that share nothing: the loser has its full strength
     (Segment(per="clip", beta=2500), {}),  # the same label in every frame
 ]
 
@@ -233,8 +233,8 @@ def test_dpop_is_global_while_the_winner_gets_better() -> None:
     errors = random_errors(change=1e-3)
     better = replace(errors, policy_first=errors.reference_first * 0.999)
     worse = replace(errors, policy_first=errors.reference_first * 1.001)
-    torch.testing.assert_close(Dpop()(better).loss, Global()(better).loss)
-    assert (Dpop()(worse).loss > Global()(worse).loss).all()
+    torch.testing.assert_close(DPOP()(better).loss, Global()(better).loss)
+    assert (DPOP()(worse).loss > Global()(worse).loss).all()
 
 
 def test_the_mean_of_robust_over_flipped_labels_is_global_on_the_true_ones() -> None:
@@ -290,14 +290,14 @@ def test_the_logits_are_beta_times_the_margin(loss: Loss) -> None:
 def test_swapping_the_videos_and_negating_the_labels_changes_no_gradient(loss: Loss) -> None:
     errors = replace(random_errors(pairs=5, change=1e-3), preference=PREFERENCES)
     mirrored = replace(swapped(errors), preference=-PREFERENCES)
-    loss = loss.model_copy(update={"anchor_weight": 0.1})
+    loss = loss.model_copy(update={"sft_weight": 0.1})
     for one, other in zip(gradients(loss, errors), gradients(loss, mirrored)[::-1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("loss", ALL, ids=repr)
 def test_ties_train_nothing(loss: Loss) -> None:
-    loss = loss.model_copy(update={"anchor_weight": 0.1})
+    loss = loss.model_copy(update={"sft_weight": 0.1})
     ties = replace(random_errors(change=1e-3), preference=torch.zeros(3, 4))
     output = loss(ties)
     assert (output.margin == 0).all() and output.loss.isfinite().all()
@@ -308,7 +308,7 @@ def test_ties_train_nothing(loss: Loss) -> None:
 @pytest.mark.parametrize("loss", ALL, ids=repr)
 def test_the_anchor_adds_the_chosen_error(loss: Loss) -> None:
     errors = random_errors(change=1e-3)
-    held = loss.model_copy(update={"anchor_weight": 0.1})
+    held = loss.model_copy(update={"sft_weight": 0.1})
     added = held(errors).loss - loss(errors).loss
     chosen = errors.policy_first.mean(dim=(1, 2, 3, 4))
     torch.testing.assert_close(added, 0.1 * chosen, rtol=1e-3, atol=1e-5)
@@ -316,8 +316,8 @@ def test_the_anchor_adds_the_chosen_error(loss: Loss) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "start"),
-    [(Global(), LN2), (Segment(), LN2), (Robust(), LN2), (Dpop(), LN2), (Sdpo(), LN2),
-     (Robust(variant="conservative"), LN2), (Ipo(), 1.0), (Hinge(), 1.0)],
+    [(Global(), LN2), (Segment(), LN2), (Robust(), LN2), (DPOP(), LN2), (SDPO(), LN2),
+     (Robust(variant="conservative"), LN2), (IPO(), 1.0), (Hinge(), 1.0)],
     ids=repr,
 )  # fmt: skip
 def test_equal_networks_give_the_start_that_the_docstring_names(loss: Loss, start: float) -> None:

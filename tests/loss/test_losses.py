@@ -60,7 +60,7 @@ def test_equal_networks_give_ln_2_exactly() -> None:
 
 
 def region_alone(**options: float) -> Region:
-    zero = {"global_weight": 0.0, "anchor_weight": 0.0, "region_anchor_weight": 0.0}
+    zero = {"global_weight": 0.0, "sft_weight": 0.0, "region_sft_weight": 0.0}
     return Region(**{**zero, **options})  # type: ignore[arg-type]
 
 
@@ -154,7 +154,7 @@ def test_the_composite_is_the_weighted_sum() -> None:
         + 0.5 * chosen.mean(dim=(1, 2, 3, 4))
         + 0.25 * masked
     )
-    loss = Region(global_weight=2, region_weight=3, anchor_weight=0.5, region_anchor_weight=0.25)
+    loss = Region(global_weight=2, region_weight=3, sft_weight=0.5, region_sft_weight=0.25)
     torch.testing.assert_close(loss(errors).loss, expected)
 
 

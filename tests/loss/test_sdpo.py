@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.loss.global_ import Global
-from dpo_video.loss.sdpo import Sdpo
+from dpo_video.loss.sdpo import SDPO
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss
@@ -52,7 +52,7 @@ def test_a_step_leaves_the_winner_its_share_of_the_descent() -> None:
         winner = torch.autograd.grad(errors.policy_first.mean(), weights, retain_graph=True)
         push = 2500 / 2  # beta * sigmoid(0), on |grad L_w|^2
         for mu in (0.0, 0.5, 0.9, 1.0):
-            loss = Sdpo(mu=mu)
+            loss = SDPO(mu=mu)
             step = torch.autograd.grad(loss(errors).loss.sum(), weights, retain_graph=True)
             kept = dot(step, winner) / (push * dot(winner, winner))
             assert kept > mu - 1e-4
@@ -67,7 +67,7 @@ def test_a_small_step_lowers_the_winners_error_where_that_of_global_raises_it() 
     for seed in range(20):
         weights, errors = shared_weights(seed)
         before = errors.policy_first.mean().item()
-        losses: dict[str, Loss] = {"global": Global(), "sdpo": Sdpo()}
+        losses: dict[str, Loss] = {"global": Global(), "sdpo": SDPO()}
         for name, loss in losses.items():
             (step,) = torch.autograd.grad(loss(errors).loss.sum(), weights, retain_graph=True)
             signed = errors.policy_first.detach().sqrt()
@@ -87,7 +87,7 @@ def test_a_real_network_keeps_its_winner_too(small_model: AnimateDiffModel) -> N
     for name, parameter in policy.named_parameters():
         if ".lora_B" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    anchor = Toggle().follow(policy)
+    reference_model = Toggle().attach(policy)
     weights = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     shape = (1, *small_model.latent_shape)
     raised = {"global": 0, "sdpo": 0}
@@ -103,10 +103,10 @@ def test_a_real_network_keeps_its_winner_too(small_model: AnimateDiffModel) -> N
             context=small_model.encode_prompts(["a red square moving left slowly"]),
             keys=["0"],
         )
-        level = small_model.sample_levels(1, generator)
-        errors = pair_errors(small_model, policy, anchor, batch, noise, level)
+        timestep = small_model.sample_timesteps(1, generator)
+        errors = pair_errors(small_model, policy, reference_model, batch, noise, timestep)
         winner = torch.autograd.grad(errors.policy_first.mean(), weights, retain_graph=True)
-        losses: dict[str, Loss] = {"global": Global(), "sdpo": Sdpo()}
+        losses: dict[str, Loss] = {"global": Global(), "sdpo": SDPO()}
         for name, loss in losses.items():
             step = torch.autograd.grad(loss(errors).loss.sum(), weights, retain_graph=True)
             raised[name] += dot(step, winner) < 0
@@ -120,13 +120,13 @@ def test_a_real_network_keeps_its_winner_too(small_model: AnimateDiffModel) -> N
 
 def test_the_value_is_that_of_global() -> None:
     errors = replace(random_errors(change=1e-3), policy_product=torch.full((3, 2, 4, 3, 3), 0.9))
-    torch.testing.assert_close(Sdpo()(errors).loss, Global()(errors).loss, rtol=0, atol=0)
-    plain, safe = gradients(Global(), errors), gradients(Sdpo(), errors)
+    torch.testing.assert_close(SDPO()(errors).loss, Global()(errors).loss, rtol=0, atol=0)
+    plain, safe = gradients(Global(), errors), gradients(SDPO(), errors)
     torch.testing.assert_close(safe[0], plain[0])  # the winner's, untouched
     assert (safe[1].abs() < plain[1].abs()).all()
 
 
 def test_at_mu_1_a_loser_that_pulls_the_same_way_is_left_alone() -> None:
     errors = replace(random_errors(change=1e-3), policy_product=torch.full((3, 2, 4, 3, 3), 0.1))
-    first, second = gradients(Sdpo(mu=1), errors)
+    first, second = gradients(SDPO(mu=1), errors)
     assert first.all() and not second.any()

@@ -88,7 +88,7 @@ def test_one_frame_with_a_winner_is_the_global_loss_of_that_frame() -> None:
         },
         strength=errors.strength,
     )
-    options = {"beta": 250.0, "anchor_weight": 0.1}
+    options = {"beta": 250.0, "sft_weight": 0.1}
     torch.testing.assert_close(Segment(**options)(errors).loss, Global(**options)(alone).loss)
     whole, part = gradients(Segment(**options), errors), gradients(Global(**options), alone)
     for gradient, expected in zip(whole, part, strict=True):
@@ -112,7 +112,7 @@ def test_with_equal_labels_frames_have_the_same_start_and_never_less_loss_than_t
 @pytest.mark.parametrize("per", ["frame", "clip"])
 def test_frames_of_ties_have_no_gradient(per: str) -> None:
     errors = replace(random_errors(change=1e-3), preference=LABELS)
-    loss = Segment(per=per, anchor_weight=0.1)  # type: ignore[arg-type]
+    loss = Segment(per=per, sft_weight=0.1)  # type: ignore[arg-type]
     ties = (LABELS == 0)[:, None, :, None, None]
     for gradient in gradients(loss, errors):
         assert not gradient[ties.expand_as(gradient)].any()

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from dpo_video import registry
 from dpo_video.estimation.forecast import empty_pairs
 from dpo_video.loss.global_ import Global
-from dpo_video.memory.modes import arrange
+from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Backbone
@@ -85,16 +85,16 @@ def policy(
 
 
 def step_of(model: Any, policy: nn.Module) -> tuple[Kernels, Made]:
-    step = Step(model=model, policy=policy, anchor=Toggle().follow(policy), loss=Global())
-    batch, noise, level = empty_pairs(model, model.prompt_shapes(), 1, torch.float32)
+    step = Step(model=model, policy=policy, reference_model=Toggle().attach(policy), loss=Global())
+    batch, noise, timestep = empty_pairs(model, model.prompt_shapes(), 1, torch.float32)
     with Kernels() as kernels, Made() as made:
-        step(batch, noise, level)
+        step(batch, noise, timestep)
     return kernels, made
 
 
 def test_no_step_holds_a_matrix_of_tokens_by_tokens(policy: tuple[Any, nn.Module]) -> None:
     model, network = policy
-    arrange(network, MemorySettings())
+    apply_memory_modes(network, MemorySettings())
     kernels, made = step_of(model, network)
     layers = [module for module in network.modules() if hasattr(module, "set_processor")]
     assert sum(kernels.avoided.values()) == 2 * len(layers) > 0  # reference and policy
@@ -112,6 +112,6 @@ def test_a_processor_that_would_is_replaced(small_folder: Path) -> None:
             module.set_processor(AttnProcessor())
     kernels, made = step_of(model, network)
     assert not kernels.avoided and expected.avoided.keys() <= made.shapes
-    arrange(network, MemorySettings())
+    apply_memory_modes(network, MemorySettings())
     kernels, made = step_of(model, network)
     assert kernels.avoided == expected.avoided and not kernels.avoided.keys() & made.shapes

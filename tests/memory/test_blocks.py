@@ -39,13 +39,13 @@ class Network:
             if "lora_B" in name:
                 parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator).double()
         self.noisy, self.pull = torch.randn(2, 1, *model.latent_shape, generator=generator).double()
-        self.level = model.sample_levels(1, generator)
+        self.timestep = model.sample_timesteps(1, generator)
         self.context = model.encode_prompts(["a red square"])
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
 
     def gradient(self) -> Tensor:
         self.policy.zero_grad()
-        output = self.model.predict(self.policy, self.noisy, self.level, self.context)
+        output = self.model.predict(self.policy, self.noisy, self.timestep, self.context)
         (output * self.pull).sum().backward()
         return torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
 

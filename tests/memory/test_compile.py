@@ -11,7 +11,7 @@ import torch
 from conftest import Said, load_small
 from small_cogvideox import load_small_cogvideox
 from small_wan import OPTIONS, load_small_wan, save_small_wan
-from test_memory import FIRST, Bench, Mode, a_batch, apart
+from test_memory import FIRST, Bench, MemoryMode, a_batch, apart
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor
@@ -21,7 +21,7 @@ from dpo_video.loss.global_ import Global
 from dpo_video.memory import compile as compiled
 from dpo_video.memory.blocks import blocks
 from dpo_video.memory.compile import check_compile, compile_blocks, last_weights, without_graph
-from dpo_video.memory.modes import arrange
+from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings
@@ -51,10 +51,10 @@ def graphs() -> int:
 def test_every_mode_takes_the_same_step(wan_folder: Path) -> None:
     bench = Bench(load_small_wan(wan_folder))
     batch = a_batch(bench.model, FIRST)
-    modes: tuple[Mode, ...] = ("joint", "split", "linear")
+    modes: tuple[MemoryMode, ...] = ("joint", "split", "linear")
     plain = {mode: bench.gradient(mode, batch, Global()) for mode in modes}
     for memory in (ON, ON.model_copy(update={"checkpointing": "blocks"}), MemorySettings()):
-        arrange(bench.policy, memory)
+        apply_memory_modes(bench.policy, memory)
         before = graphs()
         for mode in modes:
             assert apart(plain[mode], bench.gradient(mode, batch, Global())) < 1e-5, (memory, mode)
@@ -68,7 +68,7 @@ def test_a_unet_takes_the_same_step(small_folder: Path) -> None:
     bench = Bench(load_small(small_folder))
     batch = a_batch(bench.model, FIRST)
     plain = bench.gradient("split", batch, Global(beta=100))
-    arrange(bench.policy, ON)
+    apply_memory_modes(bench.policy, ON)
     before = graphs()
     assert apart(plain, bench.gradient("split", batch, Global(beta=100))) < 1e-5
     assert graphs() - before < len(list(blocks(bench.policy)))  # those that are alike share one
@@ -85,10 +85,10 @@ def test_the_reference_runs_the_policys_graphs(
         for weight in last_weights(bench.policy):
             weight.data.zero_()
     batch = a_batch(bench.model, FIRST)
-    bench.anchor = reference.follow(bench.policy)
+    bench.reference_model = reference.attach(bench.policy)
     plain = bench.step("joint", batch, Global())
-    arrange(bench.policy, ON)
-    bench.anchor = reference.follow(bench.policy)
+    apply_memory_modes(bench.policy, ON)
+    bench.reference_model = reference.attach(bench.policy)
     before = graphs()
     output = bench.step("joint", batch, Global())
     # There is one block. A copy of it is another module, for which torch 2.6 makes its graph anew.
@@ -115,9 +115,9 @@ def origin(result: Tensor) -> set[str]:
 
 def test_without_a_graph_nothing_is_kept_behind_a_block(wan_folder: Path) -> None:
     bench = Bench(load_small_wan(wan_folder))
-    arrange(bench.policy, ON)
-    noisy, level = bench.draw(1)
-    shown = noisy, level, a_batch(bench.model, FIRST).context
+    apply_memory_modes(bench.policy, ON)
+    noisy, timestep = bench.draw(1)
+    shown = noisy, timestep, a_batch(bench.model, FIRST).context
     traced = bench.model.predict(bench.policy, *shown)
     with without_graph(bench.policy):
         cut = bench.model.predict(bench.policy, *shown)
@@ -190,7 +190,7 @@ def test_a_run_is_compiled_and_goes_on_in_another_mode(
 ) -> None:
     run, quick = tmp_path / "run", ["rank=2", "accumulation=1", "samples=1", "tracker=none"]
     command = ["train", "--backbone=wan", f"--set=backbone.model={wan_folder}", "--pairs=jitter",
-               "--set=pairs.steps=1", "--loss=global", "--reference=cached",
+               "--set=pairs.num_inference_steps=1", "--loss=global", "--reference=cached",
                "--count=2", "--device=cpu",
                *(f"--set=backbone.{name}={value}" for name, value in OPTIONS.items()),
                *(f"--set=train.{option}" for option in quick), f"--out={run}"]  # fmt: skip

@@ -16,7 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_video.errors import TrainingError, UserError
 from dpo_video.memory.blocks import checkpoint_blocks
-from dpo_video.memory.packed_weights import Base, Frozen, check_base, freeze, frozen_weights
+from dpo_video.memory.packed_weights import (
+    Base,
+    PackedWeight,
+    check_base,
+    frozen_weights,
+    pack_frozen_weights,
+)
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
 
@@ -35,7 +41,7 @@ def network(request: pytest.FixtureRequest, small_folder: Path, tmp_path: Path) 
 
 def test_weights_on_the_host_change_nothing(network: Network) -> None:
     plain, before = network.gradient(), network.peak().weights
-    count = freeze(network.policy, CPU, "native", on_host=True)
+    count = pack_frozen_weights(network.policy, CPU, "native", on_host=True)
     assert count == len(list(frozen_weights(network.policy)))
     assert apart(plain, network.gradient()) < EXACT
     assert network.peak().weights < before
@@ -46,7 +52,7 @@ def test_weights_on_the_host_change_nothing(network: Network) -> None:
 @pytest.mark.parametrize(("base", "loss"), [("int8", 0.05), ("fp8", 0.3)])
 def test_fewer_bits_are_near_and_smaller(network: Network, base: Base, loss: float) -> None:
     plain = network.gradient()
-    freeze(network.policy, CPU, base)
+    pack_frozen_weights(network.policy, CPU, base)
     whole = sum(8 * each.shape.numel() for each in frozen_weights(network.policy))
     packed = sum(part.nbytes for each in frozen_weights(network.policy) for part in each.parts)
     assert packed < 0.3 * whole  # an eighth, and the scales of rows that are a few numbers long
@@ -62,9 +68,9 @@ def test_the_reference_is_packed_as_well(small_folder: Path, reference: Toggle |
     for name, parameter in network.policy.named_parameters():
         if "lora_B" in name:
             parameter.data.zero_()
-    freeze(network.policy, CPU, "int8")
-    given = (network.noisy, network.level, network.context)
-    with torch.no_grad(), reference.follow(network.policy).network() as frozen:
+    pack_frozen_weights(network.policy, CPU, "int8")
+    given = (network.noisy, network.timestep, network.context)
+    with torch.no_grad(), reference.attach(network.policy).network() as frozen:
         expected = network.model.predict(frozen, *given)
     assert torch.equal(expected, network.model.predict(network.policy, *given))
 
@@ -73,7 +79,7 @@ def test_the_reference_is_packed_as_well(small_folder: Path, reference: Toggle |
 @pytest.mark.parametrize("shape", [(8, 32), (4, 6, 3, 3)])
 def test_a_weight_is_what_it_was_to_its_bits(base: Base, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    whole = Frozen.of(weight, base, CPU, on_host=False).whole()
+    whole = PackedWeight.of(weight, base, CPU, on_host=False).whole()
     assert whole.shape == weight.shape and whole.dtype == weight.dtype
     # Half a step of the largest value in a row (e4m3: of each value); nf4's widest step is 0.3.
     error = (whole - weight).abs()
@@ -83,7 +89,7 @@ def test_a_weight_is_what_it_was_to_its_bits(base: Base, shape: tuple[int, ...])
         "fp8": torch.maximum(weight.abs() / 16, most / 448 / 2**9),
     }  # fmt: skip
     assert (error <= bound[base] * (1 + 1e-5)).all()
-    zero = Frozen.of(torch.zeros(shape), base, CPU, on_host=False).whole()
+    zero = PackedWeight.of(torch.zeros(shape), base, CPU, on_host=False).whole()
     assert not zero.any()
 
 
@@ -92,7 +98,7 @@ def test_the_size_of_nf4_is_known_without_it() -> None:
     sizes = []
     for mode in (FakeTensorMode(), torch.device("cpu")):
         with mode:
-            frozen = Frozen.of(torch.empty(10, 33), "nf4", CPU, on_host=False)
+            frozen = PackedWeight.of(torch.empty(10, 33), "nf4", CPU, on_host=False)
             sizes.append([part.nbytes for part in frozen.parts])
             assert frozen.whole().shape == (10, 33)
     assert sizes[0] == sizes[1]
@@ -100,7 +106,7 @@ def test_the_size_of_nf4_is_known_without_it() -> None:
 
 def test_what_cannot_be_done_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError, match=r"A Linear has no blocks.*memory\.base=native"):
-        freeze(nn.Linear(4, 4), CPU, "int8")
+        pack_frozen_weights(nn.Linear(4, 4), CPU, "int8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes.*memory\.base=int8"):
         check_base("nf4")

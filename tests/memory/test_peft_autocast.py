@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from small_wan import load_small_wan, save_small_wan
 from torch import Tensor, nn
 
-from dpo_video.memory.peft_autocast import spare_casts
+from dpo_video.memory.peft_autocast import skip_adapter_input_cast
 from dpo_video.strategies import VideoModel
 
 KINDS = ["animatediff", "wan"]
@@ -38,7 +38,7 @@ def adapted(kind: str, folder: Path, *, spared: bool) -> tuple[VideoModel, PeftM
     policy = get_peft_model(model.denoiser, config)
     assert isinstance(policy, PeftModel)
     if spared:
-        spare_casts(policy)
+        skip_adapter_input_cast(policy)
     return model, policy
 
 
@@ -46,7 +46,7 @@ def step(model: VideoModel, policy: PeftModel) -> tuple[Tensor, list[Tensor], in
     """Predictions, gradients, and the bytes kept for the backward pass."""
     generator = torch.Generator().manual_seed(1)
     noisy = torch.randn(2, *model.latent_shape, generator=generator)
-    level = model.sample_levels(2, generator)
+    timestep = model.sample_timesteps(2, generator)
     context = model.encode_prompts(["a red square", "a blue disc"])
     kept: dict[int, int] = {}
 
@@ -56,7 +56,7 @@ def step(model: VideoModel, policy: PeftModel) -> tuple[Tensor, list[Tensor], in
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = model.predict(policy, noisy, level, context)
+            predicted = model.predict(policy, noisy, timestep, context)
         loss = predicted.float().square().mean()
         held = sum(kept.values())
     loss.backward()
@@ -85,6 +85,6 @@ def test_without_autocast_an_adapter_in_fp32_takes_half_precision() -> None:
             parameter.data = parameter.data.float()
     x = torch.randn(4, 6).bfloat16()
     plain = policy(x)
-    spare_casts(policy)
+    skip_adapter_input_cast(policy)
     assert torch.equal(policy(x), plain)
     assert torch.equal(copy.deepcopy(policy)(x), plain)

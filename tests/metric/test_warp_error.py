@@ -36,7 +36,7 @@ def test_on_a_shift_the_right_way_round_is_below_no_warp_and_the_published_above
     videos = sliding(3)
     still, corrected = unwarped(videos), WarpError()(videos, [])
     assert (corrected < 0.02 * still).all()
-    for variant in ("lk", "farneback"):
+    for variant in ("videodpo_lk", "videodpo_farneback"):
         assert (WarpError(variant=variant)(videos, []) > 1.5 * still).all()
 
 
@@ -44,20 +44,20 @@ def test_the_right_way_round_on_shapes(scenes: Tensor) -> None:
     still, corrected = unwarped(scenes), WarpError()(scenes, [])
     assert (corrected < 0.25 * still).all()
     assert corrected.mean() < 0.1 * still.mean()
-    assert (WarpError(variant="lk")(scenes, []) > still).all()
+    assert (WarpError(variant="videodpo_lk")(scenes, []) > still).all()
 
 
 def test_the_published_direction_doubles_a_motion() -> None:
     # On a ramp the per-pixel flow is exact, so that going the wrong way is off by two steps of it.
     ramp = (torch.arange(64.0) / 128).expand(3, 64, 64)
     videos = torch.stack([ramp, ramp - 1 / 128], dim=1)[None]  # one pixel to the right
-    wrong = WarpError(variant="lk")(videos, [])
+    wrong = WarpError(variant="videodpo_lk")(videos, [])
     assert torch.allclose(wrong, 4 * unwarped(videos), rtol=0.1)
 
 
 def test_frozen_is_zero(scenes: Tensor) -> None:
     frozen = scenes[:, :, :1].repeat(1, 1, 4, 1, 1)
-    for variant in ("corrected", "lk", "farneback"):
+    for variant in ("lucas_kanade", "videodpo_lk", "videodpo_farneback"):
         assert WarpError(variant=variant)(frozen, []).max() < 0.01
 
 
@@ -98,7 +98,7 @@ def test_what_is_never_found_again_counts_in_full() -> None:
 
 
 def test_a_batch_is_its_videos_one_by_one(scenes: Tensor) -> None:
-    for variant in ("corrected", "lk", "farneback"):
+    for variant in ("lucas_kanade", "videodpo_lk", "videodpo_farneback"):
         metric = WarpError(variant=variant)
         alone = torch.cat([metric(video[None], []) for video in scenes])
         assert torch.allclose(metric(scenes, []), alone, rtol=1e-3)
@@ -129,4 +129,4 @@ def test_without_opencv_the_published_variant_says_what_to_do(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UserError, match="pip install opencv-python-headless"):
-        WarpError(variant="farneback")(sliding(1), [])
+        WarpError(variant="videodpo_farneback")(sliding(1), [])

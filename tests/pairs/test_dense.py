@@ -69,7 +69,9 @@ def test_both_videos_share_clip_and_level_but_not_the_noise(
 
 
 def test_eta_is_uniform_on_its_range(small_model: AnimateDiffModel, clip: Clip) -> None:
-    etas = torch.tensor([made(small_model, clip, seed, steps=2).strength for seed in range(40)])
+    etas = torch.tensor(
+        [made(small_model, clip, seed, num_inference_steps=2).strength for seed in range(40)]
+    )
     assert etas.min() >= 0.65 and etas.max() <= 0.8
     assert etas.min() < 0.68 and etas.max() > 0.77 and len(etas.unique()) == 40
     assert made(small_model, clip, eta=(0.5, 0.5)).strength == 0.5
@@ -77,7 +79,7 @@ def test_eta_is_uniform_on_its_range(small_model: AnimateDiffModel, clip: Clip) 
 
 def test_options_reach_the_sampler(small_model: AnimateDiffModel, clip: Clip) -> None:
     with calls(small_model) as seen:
-        made(small_model, clip, steps=5, guidance=1.5)
+        made(small_model, clip, num_inference_steps=5, guidance_scale=1.5)
     assert seen[0]["steps"] == 5 and seen[0]["guidance"] == 1.5
 
 
@@ -86,7 +88,10 @@ def test_a_higher_eta_leaves_less_of_the_clip(small_model: AnimateDiffModel, cli
     encoded = small_model.encode_videos(clip.video[None])[0]
 
     def distance(eta: float) -> float:
-        pairs = [made(small_model, clip, seed, eta=(eta, eta), steps=10) for seed in range(3)]
+        pairs = [
+            made(small_model, clip, seed, eta=(eta, eta), num_inference_steps=10)
+            for seed in range(3)
+        ]
         return sum((video - encoded).norm().item() for p in pairs for video in (p.first, p.second))
 
     assert distance(0.1) < distance(0.5) < distance(0.9)
@@ -124,11 +129,11 @@ class Perfect(nn.Module):
         self.model, self.clean, self.noise = model, clean, noise
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, noisy: Tensor, level: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
-        self.seen.append((noisy, level))
+    def forward(self, noisy: Tensor, timestep: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        self.seen.append((noisy, timestep))
         times = len(noisy) // len(self.clean)  # guidance runs both halves at once
         clean, noise = (x.repeat(times, 1, 1, 1, 1) for x in (self.clean, self.noise))
-        return (self.model.target(clean, noise, level),)
+        return (self.model.target(clean, noise, timestep),)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -154,10 +159,10 @@ def test_a_perfect_denoiser_recovers_the_clip(
         noise,
         denoiser=denoiser,
         clean=clean,
-        level=eta,
-        steps=20,
+        strength=eta,
+        num_inference_steps=20,
     )
-    noisy, level = denoiser.seen[0]
+    noisy, timestep = denoiser.seen[0]
     assert len(denoiser.seen) == round(eta * 20)
-    torch.testing.assert_close(noisy[:2], small_model.add_noise(clean, noise, level[:2]))
+    torch.testing.assert_close(noisy[:2], small_model.add_noise(clean, noise, timestep[:2]))
     torch.testing.assert_close(recovered, clean, rtol=0, atol=2e-4)

@@ -24,7 +24,7 @@ from dpo_video.errors import UserError
 from dpo_video.pairs.folder import Folder, latent_region
 from dpo_video.settings import BuildSettings
 from dpo_video.testing import check_pairs, small_videos
-from dpo_video.types import Clip, Material, Pair
+from dpo_video.types import Clip, Pair, PairSource
 
 
 def write(path: Path, seed: int, frames: int = SHAPE.frames, fps: float = SHAPE.fps) -> Path:
@@ -53,7 +53,7 @@ def lines(root: Path, *entries: Any) -> Path:
 
 def opened(
     model: AnimateDiffModel, path: Path, prompt: str | None = None, **options: Any
-) -> Material:
+) -> PairSource:
     return Folder(path=path, **options).material(model, prompt)
 
 
@@ -274,7 +274,7 @@ def test_the_fingerprint_follows_what_the_pairs_are_made_of(
 # --- what gives no pair ----------------------------------------------------------------------
 
 
-def reasons(material: Material) -> dict[str, str]:
+def reasons(material: PairSource) -> dict[str, str]:
     list(material.clips)
     return {skipped.name: skipped.reason for skipped in material.skipped}
 

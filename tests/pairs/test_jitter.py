@@ -102,10 +102,10 @@ def test_the_sample_is_the_models_with_the_options_given(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     drawn = [
-        Jitter(steps=steps, guidance=guidance)(
+        Jitter(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)(
             clip, small_model, None, Generator().manual_seed(0)
         ).first
-        for steps, guidance in ((None, None), (4, 2.0), (2, 2.0), (4, 1.0))
+        for num_inference_steps, guidance_scale in ((None, None), (4, 2.0), (2, 2.0), (4, 1.0))
     ]
     assert torch.equal(drawn[0], drawn[1])  # the small model's own settings
     assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[3])

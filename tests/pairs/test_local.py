@@ -22,7 +22,7 @@ def made(model: AnimateDiffModel, clip: Clip, seed: int = 0, **options: Any) -> 
 
 def test_it_keeps_the_contract_for_every_alpha(small_model: AnimateDiffModel, clip: Clip) -> None:
     for alpha in (0.25, 1.0):
-        check_pairs(Local(steps=4, alphas=(alpha,)), small_model, clip=clip)
+        check_pairs(Local(num_inference_steps=4, alphas=(alpha,)), small_model, clip=clip)
 
 
 def test_outside_the_region_the_two_are_equal_to_the_bit(
@@ -49,22 +49,25 @@ def test_the_winner_is_the_clip_through_the_encoder(
 def test_alpha_is_drawn_from_the_grid_and_kept_as_the_strength(
     small_model: AnimateDiffModel, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    levels: list[float] = []
+    asked: list[float] = []
     original = small_model.sample
 
-    def spy(*arguments: Any, level: float, **options: Any) -> Tensor:
-        levels.append(level)
-        return original(*arguments, level=level, **options)
+    def spy(*arguments: Any, strength: float, **options: Any) -> Tensor:
+        asked.append(strength)
+        return original(*arguments, strength=strength, **options)
 
     monkeypatch.setattr(small_model, "sample", spy)
     strengths = [made(small_model, clip, seed).strength for seed in range(30)]
-    assert strengths == levels  # one sampling pass a pair
+    assert strengths == asked  # one sampling pass a pair
     assert set(strengths) == {0.75, 0.80, 0.85, 0.90}
 
 
 def test_a_higher_alpha_changes_more(small_model: AnimateDiffModel, clip: Clip) -> None:
     def change(alpha: float) -> float:
-        pairs = [made(small_model, clip, seed, steps=10, alphas=(alpha,)) for seed in range(5)]
+        pairs = [
+            made(small_model, clip, seed, num_inference_steps=10, alphas=(alpha,))
+            for seed in range(5)
+        ]
         return sum((pair.second - pair.first).norm().item() for pair in pairs)
 
     assert change(0.1) < change(0.5) < change(1.0)

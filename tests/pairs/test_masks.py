@@ -110,9 +110,9 @@ def test_a_moving_blob_goes_a_few_pixels_a_frame() -> None:
         mass = region.sum(dim=(1, 2))
         assert mass.max() / mass.min() < 1.02  # it does not grow
         middle = torch.einsum("fhw,ahw->fa", region, centres) / mass[:, None]
-        steps = middle.diff(dim=0).norm(dim=1)
-        assert 0.8 < float(steps[0]) < 3.2
-        assert float(steps.max()) < 10
+        num_inference_steps = middle.diff(dim=0).norm(dim=1)
+        assert 0.8 < float(num_inference_steps[0]) < 3.2
+        assert float(num_inference_steps.max()) < 10
 
 
 def test_reading_off_at_cells_equals_the_nearest_pixel() -> None:

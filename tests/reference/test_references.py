@@ -43,11 +43,11 @@ def step(folder: Path, reference: Reference, *, trained: bool) -> tuple[PairErro
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
                 parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    anchor = reference.follow(policy)
+    reference_model = reference.attach(policy)
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(2, *model.latent_shape, generator=generator)
-    level = model.sample_levels(2, generator)
-    errors = pair_errors(model, policy, anchor, a_batch(model), noise, level)
+    timestep = model.sample_timesteps(2, generator)
+    errors = pair_errors(model, policy, reference_model, a_batch(model), noise, timestep)
     Global()(errors).loss.sum().backward()
     return errors, [p.grad for p in policy.parameters() if p.grad is not None]
 
@@ -77,18 +77,20 @@ def test_both_videos_get_the_same_noise_and_level(small_model: AnimateDiffModel)
     seen: list[tuple[Tensor, Tensor]] = []
 
     class Spy(nn.Module):
-        def forward(self, noisy: Tensor, level: Tensor, *_: object, **__: object) -> tuple[Tensor]:
-            seen.append((noisy, level))
+        def forward(
+            self, noisy: Tensor, timestep: Tensor, *_: object, **__: object
+        ) -> tuple[Tensor]:
+            seen.append((noisy, timestep))
             return (noisy,)
 
     policy = adapt(small_model, TrainSettings(rank=2), seed=0)
     batch = a_batch(small_model)
     noise = torch.randn(2, *small_model.latent_shape)
-    level = torch.tensor([100.0, 900.0])
-    pair_errors(small_model, Spy(), Toggle().follow(policy), batch, noise, level)
-    noisy, levels = seen[0]
-    assert levels.tolist() == [100, 900, 100, 900]
-    alpha = small_model.scheduler.alphas_cumprod[level.long()].view(-1, 1, 1, 1, 1)
+    timestep = torch.tensor([100.0, 900.0])
+    pair_errors(small_model, Spy(), Toggle().attach(policy), batch, noise, timestep)
+    noisy, timesteps = seen[0]
+    assert timesteps.tolist() == [100, 900, 100, 900]
+    alpha = small_model.scheduler.alphas_cumprod[timestep.long()].view(-1, 1, 1, 1, 1)
     for half, clean in zip(noisy.chunk(2), (batch.first, batch.second), strict=True):
         recovered = (half - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         torch.testing.assert_close(recovered, noise, rtol=1e-4, atol=1e-5)
@@ -98,8 +100,8 @@ def test_the_adapter_is_on_again_after_the_reference_even_if_it_fails(
     small_model: AnimateDiffModel,
 ) -> None:
     policy = adapt(small_model, TrainSettings(rank=2), seed=0)
-    anchor = Toggle().follow(policy)
-    with pytest.raises(RuntimeError), anchor.network():
+    reference_model = Toggle().attach(policy)
+    with pytest.raises(RuntimeError), reference_model.network():
         assert policy.get_model_status().enabled is False
         raise RuntimeError
     assert policy.get_model_status().enabled is True

@@ -102,14 +102,32 @@ def test_a_loss_that_breaks_stops_the_run_and_leaves_its_checkpoint(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     faulty("loss", "Late")
-    monkeypatch.setattr(sys, "argv", [
-        "dpo-video", "train", "--backbone=animatediff", f"--set=backbone.model={small_folder}",
-        f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
-        f"--set=backbone.width={SHAPE.width}", "--device=cpu", "--pairs=jitter",
-        "--set=pairs.steps=2", "--loss=late", "--metric=frame_difference", "--count=1",
-        "--steps=9", "--set=train.accumulation=1", "--set=train.rank=2", "--set=train.samples=0",
-        "--set=train.save_every=1", "--set=train.tracker=none", f"--out={tmp_path / 'run'}",
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "dpo-video",
+            "train",
+            "--backbone=animatediff",
+            f"--set=backbone.model={small_folder}",
+            f"--set=backbone.frames={SHAPE.frames}",
+            f"--set=backbone.height={SHAPE.height}",
+            f"--set=backbone.width={SHAPE.width}",
+            "--device=cpu",
+            "--pairs=jitter",
+            "--set=pairs.num_inference_steps=2",
+            "--loss=late",
+            "--metric=frame_difference",
+            "--count=1",
+            "--steps=9",
+            "--set=train.gradient_accumulation_steps=1",
+            "--set=train.rank=2",
+            "--set=train.validation_videos=0",
+            "--set=train.save_steps=1",
+            "--set=train.report_to=none",
+            f"--out={tmp_path / 'run'}",
+        ],
+    )
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit) as stop:
         main()
@@ -128,7 +146,7 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
 ) -> None:
     adapt(load_small(small_folder), TrainSettings(rank=2), 0).save_pretrained(tmp_path / "adapter")
     broken = {name.lower(): faulty("metric", name)() for name in ("Blind", "Void", "Short")}
-    settings = EvaluateSettings(seeds=2, steps=1)
+    settings = EvaluateSettings(seeds=2, num_inference_steps=1)
     comparison = compare(
         load_small(small_folder),
         tmp_path / "adapter",

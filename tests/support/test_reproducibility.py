@@ -40,13 +40,25 @@ def restored() -> Iterator[None]:
 def train(folder: Path, small: Path, *more: str) -> int:
     """The program as the shell runs it, in this process; its exit code."""
     arguments = [
-        "train", "--backbone=animatediff", f"--set=backbone.model={small}", "--device=cpu",
-        f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
-        f"--set=backbone.width={SHAPE.width}", "--pairs=jitter", "--set=pairs.steps=2",
-        "--loss=global", "--metric=frame_difference", "--count=1", "--steps=3",
-        "--set=train.accumulation=1", "--set=train.rank=2", "--set=train.samples=0",
-        "--set=train.tracker=none", f"--out={folder}",
-    ]  # fmt: skip
+        "train",
+        "--backbone=animatediff",
+        f"--set=backbone.model={small}",
+        "--device=cpu",
+        f"--set=backbone.frames={SHAPE.frames}",
+        f"--set=backbone.height={SHAPE.height}",
+        f"--set=backbone.width={SHAPE.width}",
+        "--pairs=jitter",
+        "--set=pairs.num_inference_steps=2",
+        "--loss=global",
+        "--metric=frame_difference",
+        "--count=1",
+        "--steps=3",
+        "--set=train.gradient_accumulation_steps=1",
+        "--set=train.rank=2",
+        "--set=train.validation_videos=0",
+        "--set=train.report_to=none",
+        f"--out={folder}",
+    ]
     sys.argv = ["dpo-video", *arguments, *more]
     try:
         main()

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from dpo_video.errors import RunError
 from dpo_video.support.tensor_tree import load_state, save_state
-from dpo_video.training.checkpoint import SEAL, Identity, check_seal, drop_checkpoints, seal
+from dpo_video.training.checkpoint import SEAL, RunFingerprint, check_seal, drop_checkpoints, seal
 from dpo_video.training.run_dir import checkpoints
 
 PACKAGE = Path(__file__).parents[2] / "dpo_video"
@@ -115,7 +115,7 @@ def test_no_pickle_is_read_or_written_anywhere() -> None:
 
 # --- seals -------------------------------------------------------------------------------------
 
-IDENTITY = Identity(
+IDENTITY = RunFingerprint(
     base="a", adapter="b", weights="float32", precision="no", pairs="c", count=1, labels=""
 )
 

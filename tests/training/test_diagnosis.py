@@ -238,7 +238,7 @@ def test_noise_around_nothing_is_no_progress_and_no_harm() -> None:
         verdict = judge_training(wild, slope=SLOPE)
         states.append(verdict.state)
         if verdict.state is TrainingState.NOT_MOVING:
-            assert "train.accumulation" in verdict.change
+            assert "train.gradient_accumulation_steps" in verdict.change
     assert states.count(TrainingState.NOT_MOVING) > 90
 
 
@@ -252,7 +252,7 @@ def test_what_is_not_finite_has_diverged_at_its_step(field: str, value: float, a
     verdict = judge_training(reports[: at + 5], slope=SLOPE)
     assert (verdict.state, verdict.step) == (TrainingState.DIVERGED, at)
     assert f"step {at}" in verdict.seen
-    assert "train.lr" in verdict.change and "train.precision" in verdict.change
+    assert "train.learning_rate" in verdict.change and "train.mixed_precision" in verdict.change
 
 
 def test_an_explosion_is_named_with_its_step() -> None:
@@ -296,7 +296,7 @@ def test_a_loss_scaler_may_skip_some_steps_but_not_all() -> None:
     assert judge_training(some, slope=SLOPE).state is TrainingState.HEALTHY
     every = [report.model_copy(update={"grad_norm": math.inf}) for report in run(flat, flat)]
     verdict = judge_training(every, slope=SLOPE)
-    assert verdict.state is TrainingState.DIVERGED and "train.precision" in verdict.change
+    assert verdict.state is TrainingState.DIVERGED and "train.mixed_precision" in verdict.change
 
 
 # --- asked live ------------------------------------------------------------------------------
@@ -339,9 +339,15 @@ def test_the_verdict_turns_once_when_the_run_does() -> None:
 @pytest.mark.parametrize(
     ("curves", "options"),
     [
-        (STILL["nothing happens"], ("train.lr (3e-4 instead of 1e-4)", "train.steps", "loss.beta")),
+        (
+            STILL["nothing happens"],
+            ("train.learning_rate (3e-4 instead of 1e-4)", "train.steps", "loss.beta"),
+        ),
         (SATURATED["just dead"], ("loss.beta to about", "train.steps")),
-        (DOMINANT["both errors rise alike"], ("train.lr (3e-5 instead of 1e-4)", "anchor_weight")),
+        (
+            DOMINANT["both errors rise alike"],
+            ("train.learning_rate (3e-5 instead of 1e-4)", "sft_weight"),
+        ),
         (HEALTHY["the loser alone moves"], ("train.steps",)),
     ],
 )

@@ -33,9 +33,17 @@ from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log
 from dpo_video.types import LossOutput, Pair, PairErrors
 
 SETTINGS = TrainSettings(
-    steps=6, batch=1, accumulation=2, lr=1e-2, warmup=2, rank=2, alpha=4, save_every=2, samples=1,
-    tracker="none",
-)  # fmt: skip
+    steps=6,
+    batch_size=1,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    rank=2,
+    alpha=4,
+    save_steps=2,
+    validation_videos=1,
+    report_to="none",
+)
 
 
 def make_store(folder: Path, model: AnimateDiffModel, pairs: int = 5) -> PairStore:
@@ -122,7 +130,7 @@ def test_the_learning_rate_rises_stays_and_falls(
     store = make_store(tmp_path / "pairs", small_model)
     settings = SETTINGS.model_copy(update={"steps": 8, "decay": 0.5})
     progress = run(small_folder, store, tmp_path / "run", settings)
-    shares = [p.report.lr / settings.lr for p in progress]
+    shares = [p.report.lr / settings.learning_rate for p in progress]
     assert shares == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
@@ -219,13 +227,13 @@ def test_every_pair_is_seen_once_per_epoch(
 
     store = make_store(tmp_path / "pairs", small_model, pairs=5)
     policy = adapt(small_model, SETTINGS, seed=0)
-    anchor = Toggle().follow(policy)
+    reference_model = Toggle().attach(policy)
     parts = _Run(
         small_model,
         store,
         [0, 2, 3],
         Global(),
-        anchor,
+        reference_model,
         policy,
         SETTINGS,
         0,
@@ -237,7 +245,7 @@ def test_every_pair_is_seen_once_per_epoch(
     assert all(sorted(epoch) == [0, 2, 3] for epoch in pairs)
     assert len({tuple(epoch) for epoch in pairs}) > 1
     assert [{visit.draw for visit in epoch} for epoch in epochs] == [{0}, {1}, {2}, {3}]
-    anchor.draws = 2
+    reference_model.noise_draws = 2
     again = [{parts._visit_at(3 * epoch + i).draw for i in range(3)} for epoch in range(4)]
     assert again == [{0}, {1}, {0}, {1}]
 

@@ -23,7 +23,12 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Reference
 from dpo_video.training.loop import Progress, train
-from dpo_video.training.reference_cache import Bank, BankManifest, BankReport, Visit
+from dpo_video.training.reference_cache import (
+    PairDraw,
+    ReferenceCache,
+    ReferenceCacheManifest,
+    ReferenceCacheReport,
+)
 
 PAIRS, STEPS = 3, 6  # 12 visits: four epochs
 
@@ -35,8 +40,8 @@ def run(
     reference: Reference,
     settings: TrainSettings = SETTINGS,
     **options: object,
-) -> tuple[list[Progress], list[BankReport]]:
-    reports: list[BankReport] = []
+) -> tuple[list[Progress], list[ReferenceCacheReport]]:
+    reports: list[ReferenceCacheReport] = []
     progress = train(
         load_small(folder), store, Global(), reference, settings, seed=0, out=out,
         accelerator=Accelerator(cpu=True), on_bank=reports.append, **options,  # type: ignore[arg-type]
@@ -58,7 +63,7 @@ def test_up_to_as_many_epochs_as_draws_it_trains_what_toggle_trains_to_the_bit(
 ) -> None:
     toggled, none = run(small_folder, store, tmp_path / "toggle", Toggle())
     assert none == [] and not (store.folder / "bank").exists()
-    cached, reports = run(small_folder, store, tmp_path / "cached", Cached(draws=4))
+    cached, reports = run(small_folder, store, tmp_path / "cached", Cached(noise_draws=4))
     assert adapter_hash(tmp_path / "toggle") == adapter_hash(tmp_path / "cached")
     figures = ("loss", "margin", "chosen_change", "rejected_change", "grad_norm")
     for one, other in zip(toggled, cached, strict=True):
@@ -80,11 +85,11 @@ def test_no_reference_runs_once_the_bank_is_full(
 
     monkeypatch.setattr(AnimateDiffModel, "predict", counted)
     settings = SETTINGS.model_copy(update={"samples": 0})
-    run(small_folder, store, tmp_path / "first", Cached(draws=2), settings)
+    run(small_folder, store, tmp_path / "first", Cached(noise_draws=2), settings)
     # One that is timed, two draws of each of three pairs, and the policy's own.
     assert calls.count(False) == 1 + 2 * PAIRS and calls.count(True) == 12
     calls.clear()
-    run(small_folder, store, tmp_path / "second", Cached(draws=2), settings)
+    run(small_folder, store, tmp_path / "second", Cached(noise_draws=2), settings)
     assert calls.count(False) == 1  # that the bank still holds what the reference predicts
 
 
@@ -93,10 +98,10 @@ def test_draws_repeat_after_their_number_of_epochs(
 ) -> None:
     still = SETTINGS.model_copy(update={"lr": 1e-30})  # the policy stays what it was
     once = still.model_copy(update={"accumulation": 1, "steps": 2 * PAIRS})
-    progress, _ = run(small_folder, store, tmp_path / "one", Cached(draws=1), once)
+    progress, _ = run(small_folder, store, tmp_path / "one", Cached(noise_draws=1), once)
     norms = [p.report.grad_norm for p in progress]
     assert sorted(norms[:PAIRS]) == pytest.approx(sorted(norms[PAIRS:]))
-    progress, _ = run(small_folder, store, tmp_path / "two", Cached(draws=2), once)
+    progress, _ = run(small_folder, store, tmp_path / "two", Cached(noise_draws=2), once)
     norms = [p.report.grad_norm for p in progress]
     assert sorted(norms[:PAIRS]) != pytest.approx(sorted(norms[PAIRS:]))
 
@@ -105,11 +110,11 @@ def test_a_batch_of_pairs_starts_at_a_margin_of_exactly_zero(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
     batched = SETTINGS.model_copy(update={"batch": 2, "accumulation": 1})
-    progress, _ = run(small_folder, store, tmp_path / "batched", Cached(draws=2), batched)
+    progress, _ = run(small_folder, store, tmp_path / "batched", Cached(noise_draws=2), batched)
     assert progress[0].report.margin == 0 and progress[-1].report.margin != 0
     # Two pairs at once or one after the other: the same visits, the same gradient.
     singly = SETTINGS.model_copy(update={"batch": 1, "accumulation": 2})
-    apart, _ = run(small_folder, store, tmp_path / "singly", Cached(draws=2), singly)
+    apart, _ = run(small_folder, store, tmp_path / "singly", Cached(noise_draws=2), singly)
     for one, other in zip(progress, apart, strict=True):
         assert one.report.grad_norm == pytest.approx(other.report.grad_norm, rel=1e-3)
 
@@ -117,13 +122,13 @@ def test_a_batch_of_pairs_starts_at_a_margin_of_exactly_zero(
 def test_it_resumes_to_the_same_bytes_and_fills_only_what_is_missing(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    run(small_folder, store, tmp_path / "whole", Cached(draws=2))
+    run(small_folder, store, tmp_path / "whole", Cached(noise_draws=2))
     whole = files(store)
     shutil.rmtree(store.folder / "bank")
     half = SETTINGS.model_copy(update={"steps": 2})
-    run(small_folder, store, tmp_path / "halves", Cached(draws=2), half)
+    run(small_folder, store, tmp_path / "halves", Cached(noise_draws=2), half)
     assert len(files(store)) == 4  # two steps visit four places
-    _, reports = run(small_folder, store, tmp_path / "halves", Cached(draws=2), resume=True)
+    _, reports = run(small_folder, store, tmp_path / "halves", Cached(noise_draws=2), resume=True)
     assert [r.done for r in reports] == [4, 5, 6]
     assert files(store) == whole
     assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
@@ -132,10 +137,10 @@ def test_it_resumes_to_the_same_bytes_and_fills_only_what_is_missing(
 def test_size_and_time_are_announced_before_anything_is_written(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    seen: list[tuple[BankReport, int]] = []
+    seen: list[tuple[ReferenceCacheReport, int]] = []
     list(
         train(
-            load_small(small_folder), store, Global(), Cached(draws=2), SETTINGS, seed=0,
+            load_small(small_folder), store, Global(), Cached(noise_draws=2), SETTINGS, seed=0,
             out=tmp_path / "run", accelerator=Accelerator(cpu=True),
             on_bank=lambda report: seen.append((report, len(files(store)))),
         )
@@ -150,11 +155,11 @@ def test_runs_that_differ_in_seed_or_precision_do_not_share_a_bank(
     small_model: AnimateDiffModel,
 ) -> None:
     keys = {
-        BankManifest.of(small_model, seed, precision).key
+        ReferenceCacheManifest.of(small_model, seed, precision).key
         for seed, precision in ((0, "no"), (1, "no"), (0, "bf16"))
     }
     assert len(keys) == 3
-    assert BankManifest.of(small_model, 0, "no").key in keys
+    assert ReferenceCacheManifest.of(small_model, 0, "no").key in keys
 
 
 def change_latents(store: PairStore) -> None:
@@ -195,22 +200,22 @@ def change_manifest(store: PairStore) -> None:
 def test_a_stale_bank_is_refused(
     change: object, reason: str, small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    run(small_folder, store, tmp_path / "run", Cached(draws=1))
+    run(small_folder, store, tmp_path / "run", Cached(noise_draws=1))
     change(store)  # type: ignore[operator]
     with pytest.raises(StoreError, match=f"is stale.*{re.escape(reason)}.*Delete that folder"):
-        run(small_folder, store, tmp_path / "again", Cached(draws=1))
+        run(small_folder, store, tmp_path / "again", Cached(noise_draws=1))
 
 
 def test_a_damaged_prediction_is_named(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    run(small_folder, store, tmp_path / "run", Cached(draws=1))
+    run(small_folder, store, tmp_path / "run", Cached(noise_draws=1))
     path = next(store.folder.glob("bank/*/00001-000.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(StoreError, match=r"00001-000.* cannot be read.*Delete that file"):
-        run(small_folder, store, tmp_path / "again", Cached(draws=1))
+        run(small_folder, store, tmp_path / "again", Cached(noise_draws=1))
     path.unlink()
-    run(small_folder, store, tmp_path / "third", Cached(draws=1))
+    run(small_folder, store, tmp_path / "third", Cached(noise_draws=1))
 
 
 def test_a_disk_that_is_too_small_is_told_before(
@@ -227,9 +232,9 @@ def test_a_disk_that_is_too_small_is_told_before(
 def test_it_stores_every_bit_in_as_few_bytes_as_hold_it(
     dtype: torch.dtype, store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    bank = Bank(store, BankManifest.of(small_model, 0, "no"))
+    bank = ReferenceCache(store, ReferenceCacheManifest.of(small_model, 0, "no"))
     numbers = torch.randn(2, *small_model.latent_shape).to(dtype).float()  # as accelerate hands it
-    visit = Visit(0, 0)
+    visit = PairDraw(0, 0)
     bank.fill([visit], lambda _: numbers)
     assert torch.equal(bank.read([visit]), numbers)
     assert {tensor.itemsize for tensor in bank._load(visit).values()} == {dtype.itemsize}
@@ -238,9 +243,11 @@ def test_it_stores_every_bit_in_as_few_bytes_as_hold_it(
 def test_predictions_come_firsts_then_seconds(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    bank = Bank(store, BankManifest.of(small_model, 0, "no"))
-    made = {Visit(p, d): torch.randn(2, *small_model.latent_shape) for p in (0, 2) for d in (0, 1)}
+    bank = ReferenceCache(store, ReferenceCacheManifest.of(small_model, 0, "no"))
+    made = {
+        PairDraw(p, d): torch.randn(2, *small_model.latent_shape) for p in (0, 2) for d in (0, 1)
+    }
     bank.fill(list(made), made.__getitem__)
-    one, other = Visit(2, 1), Visit(0, 0)
+    one, other = PairDraw(2, 1), PairDraw(0, 0)
     expected = [made[one][0], made[other][0], made[one][1], made[other][1]]
     assert torch.equal(bank.read([one, other]), torch.stack(expected))

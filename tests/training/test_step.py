@@ -39,7 +39,7 @@ from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.training.step import Step
 from dpo_video.types import LossOutput, PairBatch, PairErrors
 
-Mode = Literal["joint", "split", "linear"]
+MemoryMode = Literal["joint", "split", "linear"]
 
 FIRST, SECOND = torch.ones(4), -torch.ones(4)
 MIXED, EVEN = torch.tensor([1.0, 0, -1, -1]), torch.tensor([1.0, -1, 1, -1])
@@ -75,46 +75,50 @@ class Bench:
         for name, parameter in self.policy.named_parameters():
             if "lora_B" in name:
                 parameter.data = 0.01 * torch.randn(parameter.shape, generator=generator)
-        self.anchor = (reference or Toggle()).follow(self.policy)
+        self.reference_model = (reference or Toggle()).attach(self.policy)
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
 
     def draw(self, pairs: int) -> tuple[Tensor, Tensor]:
         """Noise and level."""
         generator = torch.Generator().manual_seed(3)
         noise = torch.randn(pairs, *self.model.latent_shape, generator=generator)
-        return noise, self.model.sample_levels(pairs, generator)
+        return noise, self.model.sample_timesteps(pairs, generator)
 
     def step(
         self,
-        mode: Mode,
+        mode: MemoryMode,
         batch: PairBatch,
         loss: Loss,
         *,
         backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> LossOutput:
         run = Step(
-            model=self.model, policy=self.policy, anchor=self.anchor, loss=loss, mode=mode,
+            model=self.model,
+            policy=self.policy,
+            reference_model=self.reference_model,
+            loss=loss,
+            mode=mode,
             backward=backward,
-        )  # fmt: skip
+        )
         return run(batch, *self.draw(len(batch.first)), share=SHARE)
 
     def plain(self, batch: PairBatch, loss: Loss) -> LossOutput:
         """All graphs alive and one backward pass, by the textbook; one video a forward pass."""
-        noise, level = self.draw(len(batch.first))
+        noise, timestep = self.draw(len(batch.first))
 
         def signed(network: nn.Module, video: Tensor) -> Tensor:
             rows = [slice(pair, pair + 1) for pair in range(len(video))]
-            noisy = self.model.add_noise(video, noise, level)
+            noisy = self.model.add_noise(video, noise, timestep)
             predictions = [
                 self.model.predict(
-                    network, noisy[row], level[row],
+                    network, noisy[row], timestep[row],
                     {name: value[row] for name, value in batch.context.items()},
                 )
                 for row in rows
             ]  # fmt: skip
-            return torch.cat(predictions) - self.model.target(video, noise, level)
+            return torch.cat(predictions) - self.model.target(video, noise, timestep)
 
-        with torch.no_grad(), self.anchor.network() as network:
+        with torch.no_grad(), self.reference_model.network() as network:
             reference = [signed(network, video) for video in (batch.first, batch.second)]
         policy = [signed(self.policy, video) for video in (batch.first, batch.second)]
         output = loss(
@@ -132,7 +136,7 @@ class Bench:
         (SHARE * output.loss.mean()).backward()
         return output
 
-    def gradient(self, mode: Mode, batch: PairBatch, loss: Loss, **options: object) -> Tensor:
+    def gradient(self, mode: MemoryMode, batch: PairBatch, loss: Loss, **options: object) -> Tensor:
         self.policy.zero_grad()
         self.step(mode, batch, loss, **options)  # type: ignore[arg-type]
         return self.flat()
@@ -154,7 +158,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 def losses() -> list[Loss]:
     """All that are installed, and those with options that change what they see."""
     plain = [registry.load("loss", listing.name)() for listing in registry.listings("loss")]
-    return [*plain, Global(anchor_weight=0.1), Segment(per="clip", anchor_weight=0.1)]
+    return [*plain, Global(sft_weight=0.1), Segment(per="clip", sft_weight=0.1)]
 
 
 # --- backward --------------------------------------------------------------------------------
@@ -172,8 +176,8 @@ def test_all_modes_give_the_same_gradient_and_figures(
     assert gradient.norm() > 0
     # In one forward pass, the two videos' errors round differently by 1e-8, and so do the margins.
     # The slope makes of that up to 3e-4 of the gradient.
-    modes: dict[Mode, float] = {"split": 1e-6, "joint": 1e-3}
-    if loss.uniform:
+    modes: dict[MemoryMode, float] = {"split": 1e-6, "joint": 1e-3}
+    if loss.linear_in_mean_error:
         modes["linear"] = 1e-4  # it subtracts two gradients that are nearly equal
     for mode, tolerance in modes.items():
         bench.policy.zero_grad()
@@ -189,7 +193,7 @@ def test_all_modes_give_the_same_gradient_and_figures(
 
 
 @pytest.mark.parametrize("mode", ["split", "linear"])
-def test_what_has_no_winner_adds_nothing(bench: Bench, mode: Mode) -> None:
+def test_what_has_no_winner_adds_nothing(bench: Bench, mode: MemoryMode) -> None:
     batch = a_batch(bench.model, TIES, EVEN)
     bench.policy.zero_grad()
     assert bench.step(mode, batch, Global()).loss.tolist() == pytest.approx([0.693147] * 2)
@@ -197,7 +201,7 @@ def test_what_has_no_winner_adds_nothing(bench: Bench, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["joint", "split", "linear"])
-def test_gradients_add_up_over_batches(bench: Bench, mode: Mode) -> None:
+def test_gradients_add_up_over_batches(bench: Bench, mode: MemoryMode) -> None:
     batch = a_batch(bench.model, FIRST)
     part = bench.gradient(mode, batch, Global())
     bench.step(mode, batch, Global())
@@ -205,7 +209,7 @@ def test_gradients_add_up_over_batches(bench: Bench, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["joint", "split", "linear"])
-def test_a_loss_scaler_scales_once(bench: Bench, mode: Mode) -> None:
+def test_a_loss_scaler_scales_once(bench: Bench, mode: MemoryMode) -> None:
     batch = a_batch(bench.model, FIRST)
     plain = bench.gradient(mode, batch, Global())
     scaled = bench.gradient(mode, batch, Global(), backward=lambda loss: (64 * loss).backward())
@@ -213,14 +217,18 @@ def test_a_loss_scaler_scales_once(bench: Bench, mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["split", "linear"])
-def test_under_autocast_the_gradient_reaches_the_adapter(bench: Bench, mode: Mode) -> None:
+def test_under_autocast_the_gradient_reaches_the_adapter(bench: Bench, mode: MemoryMode) -> None:
     batch, found = a_batch(bench.model, FIRST), {}
     for how in ("joint", mode):
         bench.policy.zero_grad()
         Step(
-            model=bench.model, policy=bench.policy, anchor=bench.anchor, loss=Global(beta=10),
-            mode=how, autocast=partial(torch.autocast, "cpu", torch.bfloat16),
-        )(batch, *bench.draw(1))  # fmt: skip
+            model=bench.model,
+            policy=bench.policy,
+            reference_model=bench.reference_model,
+            loss=Global(beta=10),
+            mode=how,
+            autocast=partial(torch.autocast, "cpu", torch.bfloat16),
+        )(batch, *bench.draw(1))
         found[how] = bench.flat()
     assert len(found["joint"]) == len(found[mode])
     assert torch.cosine_similarity(found["joint"], found[mode], dim=0) > 0.9
@@ -230,7 +238,7 @@ def test_a_loss_that_is_not_uniform_is_refused(
     bench: Bench, small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     class Boastful(Region):  # type: ignore[misc]  # it is final for good reasons
-        uniform = True
+        linear_in_mean_error = True
 
     with pytest.raises(TrainingError, match=r"Boastful says .*memory\.backward=split"):
         bench.step("linear", a_batch(bench.model, FIRST), Boastful())
@@ -245,7 +253,9 @@ def test_a_loss_that_is_not_uniform_is_refused(
 
 @pytest.mark.parametrize("reference", [Toggle(), Copy()], ids=repr)
 @pytest.mark.parametrize("mode", ["joint", "split", "linear"])
-def test_checkpointing_changes_no_bit(small_folder: Path, reference: Reference, mode: Mode) -> None:
+def test_checkpointing_changes_no_bit(
+    small_folder: Path, reference: Reference, mode: MemoryMode
+) -> None:
     bench = Bench(load_small(small_folder), reference)
     batch = a_batch(bench.model, FIRST, SECOND)
     plain = bench.gradient(mode, batch, Global())
@@ -298,7 +308,9 @@ def test_a_stack_is_opened_and_a_single_layer_left_alone() -> None:
 
 
 @pytest.mark.parametrize("mode", ["joint", "split"])
-def test_the_whole_step_is_the_same_on_a_transformer(small_cogvideox: Path, mode: Mode) -> None:
+def test_the_whole_step_is_the_same_on_a_transformer(
+    small_cogvideox: Path, mode: MemoryMode
+) -> None:
     bench = Bench(load_small_cogvideox(small_cogvideox))
     batch = a_batch(bench.model, FIRST)
     bench.policy.zero_grad()
@@ -314,7 +326,7 @@ def test_each_mode_holds_less(small_folder: Path) -> None:
     bench = Bench(load_small(small_folder))
     batch = a_batch(bench.model, FIRST)
 
-    def activations(mode: Mode) -> int:
+    def activations(mode: MemoryMode) -> int:
         run = partial(bench.gradient, mode, batch, Global())
         return peak_bytes(run, networks=[bench.policy]).activations
 
@@ -365,7 +377,7 @@ def weights(out: Path) -> Tensor:
     return torch.cat([value.flatten() for _, value in sorted(file.items())])
 
 
-@pytest.mark.parametrize("reference", [Toggle(), Cached(draws=1)], ids=repr)
+@pytest.mark.parametrize("reference", [Toggle(), Cached(noise_draws=1)], ids=repr)
 def test_runs_of_all_modes_report_the_same(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path, reference: Reference
 ) -> None:
@@ -374,7 +386,10 @@ def test_runs_of_all_modes_report_the_same(
     plain = run(tmp_path / "plain", memory=MemorySettings())
     for backward in ("split", "linear"):
         memory = MemorySettings(
-            backward=backward, checkpointing="blocks", chunks=2, offload="checkpoints, optimizer"
+            backward=backward,
+            checkpointing="blocks",
+            forward_chunks=2,
+            offload="checkpoints, optimizer",
         )
         reports = run(tmp_path / backward, memory=memory)
         assert reports[0].margin == 0

@@ -71,8 +71,8 @@ def test_metrics_that_are_named_again_keep_the_files_options(tmp_path: Path) -> 
         ("loss.beta=500", ("loss", "beta"), 500.0),
         ("loss.beta = 5e2", ("loss", "beta"), 500.0),
         ("loss.scale_by_strength=false", ("loss", "scale_by_strength"), False),
-        ("train.precision=bf16", ("train", "precision"), "bf16"),
-        ('train.precision="bf16"', ("train", "precision"), "bf16"),
+        ("train.mixed_precision=bf16", ("train", "precision"), "bf16"),
+        ('train.mixed_precision="bf16"', ("train", "precision"), "bf16"),
         ("train.betas=[0.8, 0.9]", ("train", "betas"), [0.8, 0.9]),
         ("pairs.mask.max_blobs=2", ("pairs", "mask", "max_blobs"), 2),
         ("run.prompt=a fox = red", ("run", "prompt"), "a fox = red"),
@@ -111,7 +111,15 @@ def test_a_strategy_goes_before_a_folder_of_its_name(
 
 @pytest.mark.parametrize(
     "assignments",
-    [(), ("loss.beta=0.1", "pairs.alphas=[0.5]", 'run.prompt=ünï "q" \\ code', "train.lr=3e-7")],
+    [
+        (),
+        (
+            "loss.beta=0.1",
+            "pairs.alphas=[0.5]",
+            'run.prompt=ünï "q" \\ code',
+            "train.learning_rate=3e-7",
+        ),
+    ],
 )
 def test_run_toml_repeats_itself_to_the_letter(tmp_path: Path, assignments: tuple[str]) -> None:
     text = resolved(*assignments).toml()
@@ -142,7 +150,7 @@ def test_run_toml_holds_every_option_there_is() -> None:
         ("loss.beta=-1", r"loss\.beta = -1: .*greater than 0"),
         ("loss.beta.x=1", r"loss\.beta = {'x': 1}: .*valid number"),
         ("train.steps=2.5", r"train\.steps = 2\.5: .*See `dpo-video show train`"),
-        ("train.precision=int8", r"train\.precision = 'int8': .*'no', 'fp16' or 'bf16'"),
+        ("train.mixed_precision=int8", r"train\.precision = 'int8': .*'no', 'fp16' or 'bf16'"),
         ("pairs.mask.max_blobs=0", r"pairs\.mask\.max_blobs = 0: .*`dpo-video show pairs local`"),
         ("loss.beta", r"'loss\.beta' is not KIND\.OPTION=VALUE.*--set loss\.beta=500"),
         ("beta=500", r"'beta=500' is not KIND\.OPTION=VALUE"),
@@ -210,10 +218,12 @@ def test_a_family_trains_as_its_papers_do_where_nobody_says_otherwise(tmp_path: 
     tables = resolve(choices={"backbone": "cogvideox"}).tables["train"]
     assert (tables["rank"], tables["alpha"], tables["lr"]) == (64, 128, 1e-5)
     assert (tables["betas"], tables["weight_decay"]) == ([0.9, 0.95], 1e-3)
-    assert resolve(choices={"backbone": "animatediff"}).train.lr == 1e-5
-    assert resolve().train.rank == 16 and resolve().train.lr == 1e-4
+    assert resolve(choices={"backbone": "animatediff"}).train.learning_rate == 1e-5
+    assert resolve().train.rank == 16 and resolve().train.learning_rate == 1e-4
     # What the command line or a file says goes before it.
-    said = resolve(choices={"backbone": "cogvideox"}, assignments=["train.lr=1e-4"]).train
+    said = resolve(
+        choices={"backbone": "cogvideox"}, assignments=["train.learning_rate=1e-4"]
+    ).train
     assert (said.rank, said.lr) == (64, 1e-4)
     file = tmp_path / "run.toml"
     file.write_text('[backbone]\nname = "cogvideox"\n[train]\nrank = 4\nalpha = 4\n')

@@ -25,8 +25,8 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dpo_video.errors import UserError
-from dpo_video.labeler._page.sheets import Sheets
-from dpo_video.labeler._page.sitting import Answer, Side, Sitting
+from dpo_video.labeler._page.sheets import SpriteSheets
+from dpo_video.labeler._page.sitting import Answer, LabelSession, Side
 
 LOOPBACK = "127.0.0.1"
 NAMES = {LOOPBACK, "localhost", "::1"}
@@ -79,7 +79,7 @@ _R = TypeVar("_R", bound=_Request)
 
 
 def application(
-    sitting: Sitting, token: str, *, suggested: str = "", finish: Callable[[], None]
+    sitting: LabelSession, token: str, *, suggested: str = "", finish: Callable[[], None]
 ) -> ASGIApp:
     """The page and its interface.
 
@@ -89,7 +89,7 @@ def application(
         suggested: A rater's name to begin with.
         finish: Called when a rater ends the session.
     """
-    sheets = Sheets(sitting.work)
+    sheets = SpriteSheets(sitting.work)
 
     async def page(request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
@@ -222,7 +222,9 @@ def listen(port: int) -> socket.socket:
     return listener
 
 
-def serve(sitting: Sitting, listener: socket.socket, token: str, *, suggested: str = "") -> None:
+def serve(
+    sitting: LabelSession, listener: socket.socket, token: str, *, suggested: str = ""
+) -> None:
     """Serve until a rater ends the session or a signal does.
 
     Raises:

@@ -27,7 +27,7 @@ Frames = UInt8[ndarray, "F H W 3"]
 
 
 @final
-class Sheets:
+class SpriteSheets:
     """The pictures of a set: decoded when asked for, one pair at a time, and kept for a while."""
 
     def __init__(self, work: LabelWork, keep: int = KEEP) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dpo_video.data.labels import Agreement, agreement
 from dpo_video.strategies import LabelWork
-from dpo_video.types import Mark
+from dpo_video.types import SegmentLabel
 
 Side = Literal["left", "right"]
 Answer = Literal["left", "right", "tie", "skip"]
@@ -84,12 +84,12 @@ class _Rater:
     worked: float = 0.0
     """Seconds."""
     revision: int = 0
-    history: list[tuple[int, tuple[Mark, ...]]] = field(default_factory=list)
+    history: list[tuple[int, tuple[SegmentLabel, ...]]] = field(default_factory=list)
     """Pairs with the marks that they had before each change."""
 
 
 @final
-class Sitting:
+class LabelSession:
     """The raters of one run of the server.
 
     All raters go through the set in one random order: whoever stops early has seen a fair sample,
@@ -243,7 +243,7 @@ class Sitting:
         marks = self.work.marks(rater)
         return sum(_finished(marks.get(pair)) for pair in self._order)
 
-    def _last_change(self, rater: str) -> tuple[int, tuple[Mark, ...]] | None:
+    def _last_change(self, rater: str) -> tuple[int, tuple[SegmentLabel, ...]] | None:
         history = self._state(rater).history
         if history:
             return history[-1]
@@ -255,17 +255,19 @@ class Sitting:
                 return pair, (*line[: given[-1]], None, *line[given[-1] + 1 :])
         return None
 
-    def _marks(self, marks: Mapping[int, Sequence[Mark]], pair: int) -> tuple[Mark, ...]:
+    def _marks(
+        self, marks: Mapping[int, Sequence[SegmentLabel]], pair: int
+    ) -> tuple[SegmentLabel, ...]:
         return tuple(marks.get(pair, (None,) * len(self.work.segments)))
 
-    def _mark(self, rater: str, pair: int, answer: Answer) -> Mark:
+    def _mark(self, rater: str, pair: int, answer: Answer) -> SegmentLabel:
         if answer == "skip":
             return "skip"
         if answer == "tie":
             return 0.0
         return 1.0 if self.is_first(rater, pair, answer) else -1.0
 
-    def _answer(self, rater: str, pair: int, mark: Mark) -> Answer | None:
+    def _answer(self, rater: str, pair: int, mark: SegmentLabel) -> Answer | None:
         if mark is None or mark == "skip":
             return mark
         if mark == 0:
@@ -273,9 +275,9 @@ class Sitting:
         return "left" if (mark > 0) == self.is_first(rater, pair, "left") else "right"
 
 
-def _finished(marks: Sequence[Mark] | None) -> bool:
+def _finished(marks: Sequence[SegmentLabel] | None) -> bool:
     return marks is not None and None not in marks
 
 
-def _begun(marks: Sequence[Mark]) -> bool:
+def _begun(marks: Sequence[SegmentLabel]) -> bool:
     return any(mark is not None for mark in marks)
