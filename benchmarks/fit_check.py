@@ -1,4 +1,4 @@
-"""What `dpo-video fit` predicts against what a step takes: memory, mode by mode.
+"""What `dpo-video estimate` predicts against what a step takes: memory, mode by mode.
 
     python benchmarks/fit_check.py --tier t4             # on a GPU, capped to that card's memory
     python benchmarks/fit_check.py --case tiny           # in miniature, on any machine

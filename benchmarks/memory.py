@@ -7,8 +7,8 @@ The step is the one that trains, on tensors without memory (dpo_video.estimation
 figures are the same on any machine. Nothing here was measured on a GPU: its context, its libraries'
 workspaces and what its allocator loses to fragments come on top; "on a card" adds what fit assumes
 of them.
-Beside the modes of `dpo-video fit` stands, for each card, what fits it with the fewest checkpointed
-blocks.
+Beside the modes of `dpo-video estimate` stands, for each card, what fits it with the fewest
+checkpointed blocks.
 Half precision is autocast, as `train.mixed_precision` has it: norms run in fp32, and their inputs
 are kept in fp32.
 """
@@ -31,7 +31,7 @@ from benchmarks.support.plots import Panel, Spot, peaks
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
-from dpo_video.cli.fit import brief
+from dpo_video.cli.estimate import brief
 from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
 from dpo_video.estimation.forecast import (
     GIB,

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/tiers.py
 
-As `dpo-video fit --tier T --backbone B --set backbone.model=M` predicts it, on shapes and without a
-GPU; written to tiers.json and tiers.md. Exit code 1 if a preset does not fit its card.
+As `dpo-video estimate --tier T --backbone B --set backbone.model=M` predicts it, on shapes and without
+a GPU; written to tiers.json and tiers.md. Exit code 1 if a preset does not fit its card.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import diffusers
 import torch
 
-from dpo_video.cli.fit import brief, mode_of, predict
+from dpo_video.cli.estimate import brief, mode_of, predict
 from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
 from dpo_video.estimation.forecast import GIB
 from dpo_video.estimation.tiers import Tier, tiers

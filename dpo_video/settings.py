@@ -100,7 +100,7 @@ class MemorySettings(Settings):
     """Keep what each residual and transformer block of the network was given and compute the rest
     again for its backward pass: most of the activations less, a quarter more time or so. A number
     does so with that many blocks, from both ends inwards. auto takes the fewest that fit `budget`,
-    found by what `dpo-video fit` predicts; the run's run.toml has the number."""
+    found by what `dpo-video estimate` predicts; the run's run.toml has the number."""
     budget: Annotated[
         Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, BeforeValidator(_budget)
     ] = None

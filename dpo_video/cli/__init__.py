@@ -16,10 +16,10 @@ from dpo_video.cli import (
     check,
     compare,
     config,
+    estimate,
     evaluate,
     export,
     export_pairs,
-    fit,
     generate,
     label,
     pack,
@@ -38,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("train")(train.train)
-app.command("fit")(fit.fit)
+app.command("estimate")(estimate.estimate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("generate")(generate.generate)

@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 
 from dpo_video.cli.build import obtain_pairs, progress_bar
+from dpo_video.cli.estimate import choose_blocks
 from dpo_video.cli.evaluate import evaluate_run
-from dpo_video.cli.fit import choose_blocks
 from dpo_video.cli.options import Device, Json, console
 from dpo_video.cli.train import run_training, write_run
 from dpo_video.errors import UserError

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_video.cli.build import obtain_pairs, progress_bar
-from dpo_video.cli.fit import choose_blocks, warn_if_too_large
+from dpo_video.cli.estimate import choose_blocks, warn_if_too_large
 from dpo_video.cli.options import (
     Assignments,
     Backbone,

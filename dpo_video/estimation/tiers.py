@@ -94,6 +94,6 @@ def _of_this_gpu() -> Tier:
         raise UserError(
             f"This GPU ({properties.name}) has {memory:.1f} GiB, less than the smallest tier, "
             f"{least.name}, asks for ({least.memory_gib:.1f}). Name a tier and lower "
-            "backbone.frames, height or width until dpo-video fit says that it fits."
+            "backbone.frames, height or width until dpo-video estimate says that it fits."
         )
     return tier

@@ -24,7 +24,8 @@ def shortage(error: BaseException) -> UserError | None:
     return UserError(
         "Out of memory"
         + (f" (the last thing that was asked for: {wanted[1]})" if wanted else "")
-        + ". What was saved before is safe. Training: dpo-video fit, with the same options, shows "
+        + ". What was saved before is safe. Training: dpo-video estimate, with the same "
+        "options, shows "
         "which memory modes fit, and --set memory.checkpointing=auto chooses one. Anything else: "
         "lower evaluate.batch_size, or backbone.frames, height or width; --set "
         "memory.offload=blocks "

@@ -10,7 +10,7 @@ import torch
 from small_cogvideox import OPTIONS, save_small_cogvideox
 
 from dpo_video.backbone.cogvideox import CogVideoX
-from dpo_video.cli.fit import choose_blocks, predict
+from dpo_video.cli.estimate import choose_blocks, predict
 from dpo_video.errors import UserError
 from dpo_video.estimation.fewest_blocks import SHARE, _guess, fewest_blocks
 from dpo_video.estimation.forecast import (

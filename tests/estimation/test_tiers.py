@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_video.cli.fit import mode_of
+from dpo_video.cli.estimate import mode_of
 from dpo_video.errors import UserError
 from dpo_video.estimation.fewest_blocks import SHARE
 from dpo_video.estimation.forecast import GIB, forecast

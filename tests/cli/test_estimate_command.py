@@ -1,4 +1,4 @@
-"""`dpo-video fit` as the shell runs it."""
+"""`dpo-video estimate` as the shell runs it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conftest import SHAPE
 from typer.testing import CliRunner
 
 from dpo_video.cli import app
-from dpo_video.cli.fit import DOES_NOT_FIT, predict
+from dpo_video.cli.estimate import DOES_NOT_FIT, predict
 from dpo_video.estimation.forecast import Forecast, MemoryMode, TraceCache, candidate_modes
 from dpo_video.strategies import Loss
 from dpo_video.workflows.config import Config
@@ -37,10 +37,10 @@ def arguments(
         return [*modes[:3], modes[4], *modes[-2:]]  # [4]: all blocks, what auto falls back to
 
     monkeypatch.setattr("dpo_video.estimation.forecast.ladder", ends)
-    monkeypatch.setattr("dpo_video.cli.fit.predict", once)
+    monkeypatch.setattr("dpo_video.cli.estimate.predict", once)
     monkeypatch.setenv("COLUMNS", "200")
     return [
-        "fit", "--backbone=animatediff", f"--set=backbone.model={small_folder}", "--tier=t4",
+        "estimate", "--backbone=animatediff", f"--set=backbone.model={small_folder}", "--tier=t4",
         f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
         f"--set=backbone.width={SHAPE.width}", "--set=train.rank=2",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`dpo-video fit`."""
+"""`dpo-video estimate`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DOES_NOT_FIT = 3  # exit code
 REFERENCES = ("toggle", "copy", "cached")
 
 
-def fit(
+def estimate(
     backbone: Backbone = None,
     loss: Loss = None,
     reference: Reference = None,
@@ -261,7 +261,7 @@ def warn_if_too_large(config: Config, device: torch.device) -> None:
     else:
         console.print(
             f"[bold yellow]Training {said} and may run out of memory.[/] See what would fit: "
-            "dpo-video fit, with the same options.",
+            "dpo-video estimate, with the same options.",
             highlight=False,
         )
 
