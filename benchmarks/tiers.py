@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/tiers.py
 
-As `dpo-video estimate --tier T --backbone B --set backbone.model=M` predicts it, on shapes and without
-a GPU; written to tiers.json and tiers.md. Exit code 1 if a preset does not fit its card.
+As `dpo-video estimate --tier T --backbone B --set backbone.model=M` predicts it, on shapes and
+without a GPU; written to tiers.json and tiers.md. Exit code 1 if a preset does not fit its card.
 """
 
 from __future__ import annotations
