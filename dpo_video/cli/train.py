@@ -249,7 +249,7 @@ def run_training(
             accelerator=accelerator,
             memory=config.memory,
             resume=resume,
-            on_bank=_bank_shown(
+            on_reference_cache=_bank_shown(
                 live,
                 bar,
                 settings.steps * settings.gradient_accumulation_steps * settings.batch_size,

@@ -84,15 +84,15 @@ def train(
     accelerator: Accelerator,
     memory: MemorySettings = MemorySettings(),  # noqa: B008 - it is frozen
     resume: bool = False,
-    on_bank: Callable[[ReferenceCacheReport], None] = lambda report: None,
+    on_reference_cache: Callable[[ReferenceCacheReport], None] = lambda report: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
     """Train an adapter, one report per optimizer step.
 
     Pairs that are ties throughout are never drawn. The noise and level of every visit to a pair
     come from a generator of their own, so neither a resumption nor the number of processes changes
-    them. With a reference that limits a pair's draws, its predictions are made first, and `on_bank`
-    is told of it.
+    them. With a reference that limits a pair's draws, its predictions are made first;
+    `on_reference_cache` receives the progress.
 
     A step whose loss or gradient is not finite changes nothing and is counted. When `stop` says so,
     in any process, the steps made so far are saved and the loop ends: after the pass that it is
@@ -166,7 +166,7 @@ def train(
         draw_samples(f"step_{start:06d}")  # it was stopped between the checkpoint and them
     if start < settings.steps:
         try:
-            run.fill_bank(_unless(stop, on_bank))
+            run.fill_bank(_unless(stop, on_reference_cache))
         except _StoppedError:
             return
     if accelerator.is_main_process:

@@ -44,7 +44,8 @@ def run(
     reports: list[ReferenceCacheReport] = []
     progress = train(
         load_small(folder), store, Global(), reference, settings, seed=0, out=out,
-        accelerator=Accelerator(cpu=True), on_bank=reports.append, **options,  # type: ignore[arg-type]
+        accelerator=Accelerator(cpu=True), on_reference_cache=reports.append,
+        **options,  # type: ignore[arg-type]
     )  # fmt: skip
     return list(progress), reports
 
@@ -142,7 +143,7 @@ def test_size_and_time_are_announced_before_anything_is_written(
         train(
             load_small(small_folder), store, Global(), Cached(noise_draws=2), SETTINGS, seed=0,
             out=tmp_path / "run", accelerator=Accelerator(cpu=True),
-            on_bank=lambda report: seen.append((report, len(files(store)))),
+            on_reference_cache=lambda report: seen.append((report, len(files(store)))),
         )
     )  # fmt: skip
     (first, written), *_ = seen
