@@ -92,7 +92,7 @@ def stock_sample(pipeline: AnimateDiffPipeline, noise: Tensor, num_inference_ste
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
-@pytest.mark.parametrize("steps", [4, 7])  # 7 do not divide 1000
+@pytest.mark.parametrize("num_inference_steps", [4, 7])  # 7 do not divide 1000
 def test_sampling_from_noise_equals_diffusers_pipeline(
     small_folder: Path, num_inference_steps: int, spacing: str
 ) -> None:
@@ -166,7 +166,7 @@ class TrueNoise(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("spacing", "steps", "least", "most"),
+    ("spacing", "num_inference_steps", "least", "most"),
     [
         ("trailing", 25, 0.0, 1e-3),  # the default: nothing stays
         ("leading", 30, 0.0, 1e-3),

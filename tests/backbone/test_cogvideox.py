@@ -86,7 +86,7 @@ def theirs(bench: Bench, noise: Tensor, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
-@pytest.mark.parametrize("steps", [4, 7])  # 7 do not divide 1000
+@pytest.mark.parametrize("num_inference_steps", [4, 7])  # 7 do not divide 1000
 def test_a_sample_equals_the_pipelines(
     bench: Bench, num_inference_steps: int, spacing: str
 ) -> None:

@@ -98,7 +98,7 @@ class Perfect(nn.Module):
 # --- against diffusers -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("guidance_scale", [3.0, 1.0])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sampling_from_noise_equals_the_pipeline(
     checkpoints: Checkpoints, layout: str, guidance_scale: float
@@ -257,7 +257,7 @@ def test_levels_are_logit_normal_and_shifted(checkpoints: Checkpoints) -> None:
     assert quantiles("a14b") == pytest.approx(shifted, abs=8)
 
 
-@pytest.mark.parametrize("levels", ["logit_normal", "uniform"])
+@pytest.mark.parametrize("timesteps", ["logit_normal", "uniform"])
 def test_one_experts_levels_are_those_of_both_on_its_side(
     checkpoints: Checkpoints, timesteps: str
 ) -> None:
@@ -354,7 +354,7 @@ def test_latent_frames_are_those_that_the_vae_makes_of_a_frame(checkpoints: Chec
 def test_repainting_everything_is_re_noising(model: WanModel) -> None:
     clean, noise = drawn(model, 1, seed=1), drawn(model, 1)
     context = model.encode_prompts(PROMPTS[:1])
-    options: dict[str, Any] = {"clean": clean, "level": 0.75, "steps": 8}
+    options: dict[str, Any] = {"clean": clean, "strength": 0.75, "num_inference_steps": 8}
     whole = model.sample(context, noise, region=torch.ones(1, 1, *clean.shape[2:]), **options)
     torch.testing.assert_close(whole, model.sample(context, noise, **options))
     nothing = model.sample(context, noise, region=torch.zeros(1, 1, *clean.shape[2:]), **options)

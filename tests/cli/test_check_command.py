@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import SHAPE
 from safetensors.torch import load_file, save_file
-from test_train import make_store
+from small_training import make_store
 from typer.testing import CliRunner
 
 from dpo_video.backbone.animatediff import AnimateDiffModel

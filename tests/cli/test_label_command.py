@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHAPE, load_small
-from test_label import random_store
+from small_labels import random_store
 from typer.testing import CliRunner
 
 from dpo_video import cli

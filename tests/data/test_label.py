@@ -8,36 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE
-from test_build import new_store
+from small_labels import COUNT, random_store
 from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.label import StoreWork, label, recipe
 from dpo_video.data.labels import LabelSet, preferences
-from dpo_video.data.store import Manifest, PairStore
+from dpo_video.data.store import PairStore
 from dpo_video.errors import StoreError
 from dpo_video.strategies import Labeler, LabelResult, LabelWork, ReasonedLabeler, SetLabeler
-from dpo_video.types import Pair
 
-COUNT = 3
 SECONDS = 2 / SHAPE.fps  # two frames a segment, so two segments
-
-
-def random_store(
-    folder: Path, model: AnimateDiffModel, count: int = COUNT, manifest: Manifest | None = None
-) -> PairStore:
-    store = PairStore.create(folder, manifest) if manifest else new_store(folder, model)
-    for index in range(len(store), count):
-        generator = torch.Generator().manual_seed(index)
-        first, second = torch.randn(2, *model.latent_shape, generator=generator)
-        frames = model.latent_shape[1]
-        pair = Pair(
-            first=first, second=second, preference=torch.ones(frames),
-            region=torch.ones(1, *model.latent_shape[1:]), prompt=f"prompt {index}", source="none",
-        )  # fmt: skip
-        context = model.encode_prompts([pair.prompt])
-        store.append(pair, {name: value.cpu() for name, value in context.items()})
-    return store
 
 
 class Brighter(Labeler):

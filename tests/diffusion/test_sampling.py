@@ -11,7 +11,7 @@ from dpo_video.diffusion.sampling import Schedule, denoise, first_step, frame_by
 
 
 @pytest.mark.parametrize(
-    ("level", "steps", "first"),
+    ("strength", "steps", "first"),
     [(1.0, 50, 0), (0.75, 50, 12), (0.95, 50, 2), (0.15, 20, 17), (0.001, 50, 49), (0.5, 1, 0)],
 )
 def test_the_last_round_of_level_times_steps_are_run(
@@ -42,7 +42,7 @@ def test_guidance_leads_away_from_the_empty_prompt_step_by_step(
         step=lambda prediction, index, latents: latents + prediction,
     )
     noise = torch.zeros(1, *small_model.latent_shape)
-    options: dict[str, Any] = {"empty": empty, "guidance": scales}
+    options: dict[str, Any] = {"empty": empty, "guidance_scale": scales}
     drawn = denoise(small_model, Prompted(), schedule, context, noise, **options)
     expected = sum(2.0 + scale * (5.0 - 2.0) for scale in scales)
     torch.testing.assert_close(drawn, torch.full_like(drawn, expected))

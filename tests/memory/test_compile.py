@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import Said, load_small
 from small_cogvideox import load_small_cogvideox
+from small_step import FIRST, Bench, MemoryMode, a_batch, apart
 from small_wan import OPTIONS, load_small_wan, save_small_wan
-from test_memory import FIRST, Bench, MemoryMode, a_batch, apart
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor

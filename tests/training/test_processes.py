@@ -13,13 +13,13 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as some
 from small_animatediff import load_small
-from test_train import SETTINGS, make_store
+from small_training import SETTINGS, make_store
 
 from benchmarks.trust.processes import hashes, small_model
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.errors import TrainingError, UserError
 from dpo_video.loss.global_ import Global
-from dpo_video.memory.packed_weights import freeze, frozen_weights
+from dpo_video.memory.packed_weights import frozen_weights, pack_frozen_weights
 from dpo_video.memory.sharding import Shard
 from dpo_video.reference.cached import Cached
 from dpo_video.settings import MemorySettings
@@ -45,7 +45,7 @@ def test_the_parts_of_a_tensor_are_alike_and_make_it_whole(count: int, size: int
 
 def test_a_process_stores_its_part_alone(small_model: AnimateDiffModel) -> None:
     device = torch.device("cpu")
-    freeze(small_model.denoiser, device, "int8", shard=Shard(rank=1, count=4))
+    pack_frozen_weights(small_model.denoiser, device, "int8", shard=Shard(rank=1, count=4))
     stored = sum(
         part.nbytes for each in frozen_weights(small_model.denoiser) for part in each.parts
     )

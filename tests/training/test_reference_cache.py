@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from conftest import load_small
 from safetensors.torch import load_file, save_file
-from test_train import SETTINGS, adapter_hash, make_store
+from small_training import SETTINGS, adapter_hash, make_store
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.store import PairStore

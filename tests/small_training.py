@@ -1,0 +1,89 @@
+"""A short training of the small model on random pairs, shared by the tests that train."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from small_animatediff import SHAPE, load_small
+
+from dpo_video.backbone.animatediff import AnimateDiffModel
+from dpo_video.data.store import Manifest, PairStore
+from dpo_video.loss.region import Region
+from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import TrainSettings
+from dpo_video.strategies import Loss
+from dpo_video.training.loop import Progress, train
+from dpo_video.training.run_dir import latest_checkpoint
+from dpo_video.types import Pair
+
+SETTINGS = TrainSettings(
+    steps=6,
+    batch_size=1,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    rank=2,
+    alpha=4,
+    save_steps=2,
+    validation_videos=1,
+    report_to="none",
+)
+
+
+def make_store(folder: Path, model: AnimateDiffModel, pairs: int = 5) -> PairStore:
+    """Random pairs with half the picture as their region."""
+    manifest = Manifest(
+        recipe={"made": "at random"},
+        identity=model.identity,
+        latent_shape=model.latent_shape,
+        fps=SHAPE.fps,
+    )
+    store = PairStore.create(folder, manifest)
+    generator = torch.Generator().manual_seed(7)
+    region = torch.zeros(1, *model.latent_shape[1:])
+    region[..., : model.latent_shape[3] // 2] = 1
+    for i in range(len(store), pairs):
+        first, other = torch.randn(2, *model.latent_shape, generator=generator)
+        pair = Pair(
+            first=first,
+            second=torch.where(region > 0, other, first),
+            preference=torch.ones(model.latent_shape[1]),
+            region=region,
+            prompt=f"a red square moving {('left', 'right')[i % 2]} slowly",
+            source="random",
+            strength=0.8,
+        )
+        store.append(pair, model.encode_prompts([pair.prompt]))
+    return store
+
+
+def run(
+    folder: Path,
+    store: PairStore,
+    out: Path,
+    settings: TrainSettings = SETTINGS,
+    *,
+    loss: Loss | None = None,
+    resume: bool = False,
+) -> list[Progress]:
+    return list(
+        train(
+            load_small(folder),
+            store,
+            loss or Region(),
+            Toggle(),
+            settings,
+            seed=0,
+            out=out,
+            accelerator=Accelerator(cpu=True),
+            resume=resume,
+        )
+    )
+
+
+def adapter_hash(out: Path) -> str:
+    weights = latest_checkpoint(out) / "adapter" / "adapter_model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
