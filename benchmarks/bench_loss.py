@@ -1,4 +1,4 @@
-"""Every installed loss, forward and backward, beside the mean squared errors it is made of."""
+"""Every built-in loss, forward and backward; baseline: the mean squared errors it is made of."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import Turn
+from conftest import Measure
 from torch import Tensor
 
 from dpo_video import registry
@@ -55,22 +55,22 @@ def plain(of: PairErrors) -> Tensor:
     )  # type: ignore[return-value]
 
 
-@pytest.mark.contestants(*NAMES, PLAIN)
-def test_loss(turn: Turn, contestant: str, quick: bool, device: torch.device) -> None:
+@pytest.mark.candidates(*NAMES, PLAIN)
+def test_loss(measure: Measure, candidate: str, quick: bool, device: torch.device) -> None:
     shape = (1, 4, 4, 8, 8) if quick else (1, 4, 16, 64, 64)
     given = errors(shape, device)
     call: Callable[[], Tensor]
-    if contestant == PLAIN:
+    if candidate == PLAIN:
         call = lambda: plain(given)  # noqa: E731
     else:
-        loss = registry.load("loss", contestant)()
+        loss = registry.load("loss", candidate)()
         assert isinstance(loss, Loss)
         call = lambda: loss(given).loss  # noqa: E731
 
     def both_ways() -> None:
         torch.autograd.grad(call().sum(), [given.policy_first, given.policy_second])
 
-    turn(
+    measure(
         f"loss of a pair, latents {'x'.join(map(str, shape[1:]))}", both_ways, unit="pair",
-        yardstick=PLAIN, calls=2 if quick else 20,
+        baseline=PLAIN, calls=2 if quick else 20,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Drawing LocalDPO's regions, beside filling the same number of random elements."""
+"""Drawing LocalDPO's regions; baseline: drawing the same number of random elements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Turn
+from conftest import Measure
 
 from dpo_video.pairs._masks import draw_region
 
@@ -18,8 +18,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.contestants("draw_region", "random elements")
-def test_region(turn: Turn, contestant: str, shape: str, quick: bool) -> None:
+@pytest.mark.candidates("draw_region", "random elements")
+def test_region(measure: Measure, candidate: str, shape: str, quick: bool) -> None:
     latents, pixels = SHAPES[shape]
     count = 2 if quick else 20
 
@@ -34,7 +34,7 @@ def test_region(turn: Turn, contestant: str, shape: str, quick: bool) -> None:
             (torch.rand(1, latents[0], *pixels, generator=generator) < 0.1).float()
 
     calls: dict[str, Callable[[], None]] = {"draw_region": ours, "random elements": theirs}
-    turn(
-        f"regions for {shape}", calls[contestant], unit="region", work=count,
-        yardstick="random elements",
+    measure(
+        f"regions for {shape}", calls[candidate], unit="region", work=count,
+        baseline="random elements",
     )  # fmt: skip

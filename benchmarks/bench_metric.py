@@ -1,13 +1,13 @@
-"""The optical flow behind `warp_error`, beside OpenCV's on the same frames.
+"""The optical flow behind `warp_error` and OpenCV's flows, on the same frames.
 
-The clip is a texture that drifts, turns and grows, drawn for every frame from the original, so that
-the true flow is known. How far a flow is from it depends on the window: a wide one averages noise
-away on smooth motion, a narrow one sees edges. So there is a second clip for accuracy alone, of a
-patch that moves over a ground, and ours also runs with a window as wide as Farneback's 15 pixels.
+The clip is a texture that drifts, rotates and grows, rendered per frame from the original, so the
+true flow is known. Accuracy depends on the window: a wide one averages noise away on smooth motion,
+a narrow one resolves edges. A second clip, of a patch that moves over a background, is for accuracy
+alone, and our flow also runs with a window as wide as Farneback's 15 pixels.
 
-OpenCV works on 8-bit gray frames, as it must; ours on colour in fp32, as `warp_error` calls it, and
-on gray. OpenCV's pyramidal Lucas-Kanade is for points: it is given those that ours solves for,
-every second pixel each way.
+OpenCV's flows require 8-bit gray frames; ours runs on fp32 colour, as `warp_error` calls it, and on
+gray. OpenCV's pyramidal Lucas-Kanade solves for points: the same grid that ours solves for, every
+second pixel in each direction.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Turn, needs
+from conftest import Measure, needs
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
@@ -30,11 +30,11 @@ from dpo_video.metric._flow import dense_flow
 from dpo_video.metric.warp_error import WarpError
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-MARGIN = 24  # pixels: what enters or leaves the picture has no ground truth
+MARGIN = 24  # pixels: near the border, content enters or leaves and has no ground truth
 
 
 def drawn_texture(size: int, seed: int) -> Tensor:
-    """Noise with structure at several scales, as pictures have it: `[1 3 H W]`."""
+    """Noise with structure at several scales, as in natural images: `[1 3 H W]`."""
     noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed)) - 0.5
     layers = [s * gaussian_blur2d(noise, (t, t), (s, s)) for s, t in ((1.5, 7), (4, 17), (10, 41))]
     return (0.5 + 0.8 * torch.stack(layers).sum(0)).clamp(0, 1)
@@ -42,15 +42,15 @@ def drawn_texture(size: int, seed: int) -> Tensor:
 
 @cache
 def clip(frames: int, size: int, kind: str = "smooth") -> tuple[Tensor, Tensor]:
-    """Frames `[F 3 H W]`, and the true flow from each to the next `[F-1 2 H W]`."""
+    """Frames `[F 3 H W]` and the true flow from each to the next, `[F-1 2 H W]`."""
     texture = drawn_texture(size, seed=0)
     if kind == "patch":
-        return over_ground(texture, drawn_texture(size, seed=1), frames)
+        return moving_patch(texture, drawn_texture(size, seed=1), frames)
     axis = torch.arange(size) - (size - 1) / 2
-    here = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))
+    pixels = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))
 
     def motion(t: int) -> tuple[Tensor, Tensor]:
-        """A point of frame 0 to frame t: matrix and shift."""
+        """Affine map of a point from frame 0 to frame t: matrix and shift."""
         angle, scale = 0.008 * t, 1.004**t
         cos, sin = scale * math.cos(angle), scale * math.sin(angle)
         return torch.tensor([[cos, -sin], [sin, cos]]), torch.tensor([1.3 * t, -0.7 * t])
@@ -58,26 +58,28 @@ def clip(frames: int, size: int, kind: str = "smooth") -> tuple[Tensor, Tensor]:
     drawn, flows = [], []
     for t in range(frames):
         matrix, shift = motion(t)
-        origin = torch.einsum("ij,jhw->ihw", matrix.inverse(), here - shift[:, None, None])
+        origin = torch.einsum("ij,jhw->ihw", matrix.inverse(), pixels - shift[:, None, None])
         grid = (2 * origin / (size - 1)).permute(1, 2, 0)[None]
         sampled = F.grid_sample(texture, grid, "bicubic", "reflection", align_corners=True)
         drawn.append(sampled[0].clamp(0, 1))
         if t + 1 < frames:
             matrix, shift = motion(t + 1)
-            flows.append(torch.einsum("ij,jhw->ihw", matrix, origin) + shift[:, None, None] - here)
+            flows.append(
+                torch.einsum("ij,jhw->ihw", matrix, origin) + shift[:, None, None] - pixels
+            )
     return torch.stack(drawn), torch.stack(flows)
 
 
-def over_ground(ground: Tensor, patch: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """A square of a quarter of the picture, 2 pixels a frame to the right and 1 down."""
-    size = ground.shape[-1]
+def moving_patch(background: Tensor, patch: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """A square of a quarter of the area, moving 2 pixels right and 1 down per frame."""
+    size = background.shape[-1]
     drawn, flows = [], []
     for t in range(frames):
         top, left = size // 4 + t, size // 4 + 2 * t
-        place = (..., slice(top, top + size // 2), slice(left, left + size // 2))
-        frame, flow = ground[0].clone(), torch.zeros(2, size, size)
-        frame[place] = patch[0, :, : size // 2, : size // 2]
-        flow[0][place], flow[1][place] = 2, 1
+        window = (..., slice(top, top + size // 2), slice(left, left + size // 2))
+        frame, flow = background[0].clone(), torch.zeros(2, size, size)
+        frame[window] = patch[0, :, : size // 2, : size // 2]
+        flow[0][window], flow[1][window] = 2, 1
         drawn.append(frame)
         flows.append(flow)
     return torch.stack(drawn), torch.stack(flows[:-1])
@@ -137,9 +139,9 @@ def pyramidal_lk(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     height, width = first.shape
     x, y = np.meshgrid(np.arange(0.5, width, 2), np.arange(0.5, height, 2))
     points = np.stack([x, y], axis=-1).reshape(-1, 1, 2).astype(np.float32)
-    timesteps = int(math.log2(min(height, width) / 12))
+    levels = int(math.log2(min(height, width) / 12))
     found, _, _ = cv2.calcOpticalFlowPyrLK(
-        first, second, points, None, winSize=(11, 11), maxLevel=timesteps
+        first, second, points, None, winSize=(11, 11), maxLevel=levels
     )
     coarse = (found - points).reshape(height // 2, width // 2, 2)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -160,15 +162,15 @@ def clip_size(quick: bool) -> tuple[int, int]:
 
 
 @cache
-def accuracy(contestant: str, frames: int, size: int) -> dict[str, float]:
-    """Mean distance to the true flow, in pixels, where the picture does not end."""
+def accuracy(candidate: str, frames: int, size: int) -> dict[str, float]:
+    """Mean distance to the true flow in pixels, away from the border."""
     inner = (..., slice(MARGIN, -MARGIN), slice(MARGIN, -MARGIN))
 
     def error(kind: str) -> Tensor:
-        difference = FLOWS[contestant](frames, size, kind) - clip(frames, size, kind)[1]
+        difference = FLOWS[candidate](frames, size, kind) - clip(frames, size, kind)[1]
         return difference.norm(dim=1)[inner]
 
-    # Near the patch's edge: where its truth changes within 8 pixels.
+    # Near the edge of the patch: where the true flow changes within 8 pixels.
     truth = clip(frames, size, "patch")[1][:, :1]
     near = (F.max_pool2d(truth, 17, 1, 8) + F.max_pool2d(-truth, 17, 1, 8))[:, 0] > 0
     patch = error("patch")
@@ -179,35 +181,35 @@ def accuracy(contestant: str, frames: int, size: int) -> dict[str, float]:
     }
 
 
-@pytest.mark.contestants(*FLOWS)
-def test_flow(turn: Turn, contestant: str, quick: bool) -> None:
+@pytest.mark.candidates(*FLOWS)
+def test_flow(measure: Measure, candidate: str, quick: bool) -> None:
     frames, size = clip_size(quick)
-    race = f"optical flow, {frames} frames of {size}x{size}"
-    if contestant.startswith("OpenCV"):
-        needs(race, contestant, "cv2", "metric")
-    turn(
-        race,
-        lambda: FLOWS[contestant](frames, size),
+    group = f"optical flow, {frames} frames of {size}x{size}"
+    if candidate.startswith("OpenCV"):
+        needs(group, candidate, "cv2", "metric")
+    measure(
+        group,
+        lambda: FLOWS[candidate](frames, size),
         unit="frame pair",
         work=frames - 1,
-        yardstick="OpenCV Farneback",
-        figures=accuracy(contestant, frames, size),
+        baseline="OpenCV Farneback",
+        figures=accuracy(candidate, frames, size),
     )
 
 
 VARIANTS = ("lucas_kanade", "videodpo_lk", "videodpo_farneback")
 
 
-@pytest.mark.contestants(*VARIANTS)
-def test_warp_error(turn: Turn, contestant: Any, quick: bool) -> None:
-    """The whole metric: flow both ways, occlusion, warp; the published variants have one way."""
+@pytest.mark.candidates(*VARIANTS)
+def test_warp_error(measure: Measure, candidate: Any, quick: bool) -> None:
+    """The complete metric: flows in both directions, occlusion and warp; variants use one flow."""
     frames, size = clip_size(quick)
-    race = f"warp_error, {frames} frames of {size}x{size}"
-    if contestant == "farneback":
-        needs(race, contestant, "cv2", "metric")
+    group = f"warp_error, {frames} frames of {size}x{size}"
+    if candidate == "videodpo_farneback":
+        needs(group, candidate, "cv2", "metric")
     video = clip(frames, size)[0].movedim(0, 1)[None]
-    metric = WarpError(variant=contestant)
-    turn(
-        race, lambda: metric(video, [""]), unit="frame pair", work=frames - 1,
-        yardstick="farneback",
+    metric = WarpError(variant=candidate)
+    measure(
+        group, lambda: metric(video, [""]), unit="frame pair", work=frames - 1,
+        baseline="videodpo_farneback",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How long a command takes that does no work, beside Python itself."""
+"""Start-up time of commands; baseline: `import torch`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Turn
+from conftest import Measure
 
 PYTHON, TORCH = "python -c pass", "python -c 'import torch'"
 COMMANDS = {
@@ -17,14 +17,14 @@ COMMANDS = {
 }
 
 
-@pytest.mark.contestants(*COMMANDS, PYTHON, TORCH)
-def test_startup(turn: Turn, contestant: str) -> None:
-    if contestant in COMMANDS:
-        arguments = ["-m", "dpo_video", *COMMANDS[contestant]]
+@pytest.mark.candidates(*COMMANDS, PYTHON, TORCH)
+def test_startup(measure: Measure, candidate: str) -> None:
+    if candidate in COMMANDS:
+        arguments = ["-m", "dpo_video", *COMMANDS[candidate]]
     else:
-        arguments = ["-c", "pass" if contestant == PYTHON else "import torch"]
+        arguments = ["-c", "pass" if candidate == PYTHON else "import torch"]
 
     def call() -> None:
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
 
-    turn("start of a command", call, unit="start", yardstick=TORCH)
+    measure("start of a command", call, unit="start", baseline=TORCH)

@@ -1,10 +1,10 @@
-"""Optimizer steps of one pair each, in every mode, beside what others do and the least possible.
+"""Optimizer steps of one pair in every memory mode, published implementations, and a lower bound.
 
-Ours are steps of `dpo_video.train.train` itself, with all that surrounds the model: reading the
-pair, drawing noise, the loss, clipping, AdamW, the report and the log. The yardstick is the time
-that the operations of a step of reference and policy on both videos would take at the rate of a
-large matrix product, which is measured in its turn; `networks alone` makes the same passes on
-tensors that lie ready. `cached` is timed once its predictions are there.
+Our steps run the training loop itself, with everything around the model: reading the pair, drawing
+noise, the loss, clipping, AdamW, the report and the log. The baseline is the time that the
+operations of a step (reference and policy on both videos) would take at the rate of a large matrix
+product, measured in the same round. `networks alone` makes the same passes on prepared tensors.
+`cached` is timed after its predictions are cached.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import Turn
+from conftest import Measure
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from practice import frozen_copy, research_script, step, video_dpo
 from torch import Tensor
@@ -52,7 +52,7 @@ SETTINGS = TrainSettings(
     validation_videos=0,
     report_to="none",
 )
-# As wide beside its network as the published ones: 64 of Wan2.1-1.3B's 1536 channels.
+# In the proportion of the published recipes: rank 64 for Wan2.1-1.3B's 1536 channels.
 RANKS = {"tiny": 16, "a small Wan": 16}
 FLOOR = "operations at the matmul rate"
 ALONE = "networks alone: toggle, joint"
@@ -72,8 +72,8 @@ SCRIPT, VIDEO_DPO = "diffusers' research script", "Video-DPO, standard mode"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What a step is given, lying ready."""
+class StepInputs:
+    """Prepared inputs of a step."""
 
     batch: PairBatch
     noise: Tensor
@@ -85,10 +85,10 @@ def tiny(folder: Path, device: torch.device, quick: bool) -> VideoModel:
 
 
 def small_wan(folder: Path, device: torch.device, quick: bool) -> VideoModel:
-    """Wan's real classes, random weights: 1280 tokens of 384 channels in 4 layers.
+    """Wan's classes with random weights: 1280 tokens of 384 channels in 4 layers.
 
-    Wide enough for matrix products to be what a layer's time goes to, as it does at full size: with
-    320 tokens of 192 channels, a call of one video took more than half of a call of two.
+    Wide enough for matrix products to dominate a layer's time, as at full size: with 320 tokens of
+    192 channels, a call of one video took more than half the time of a call of two.
     """
     if not folder.exists():
         torch.manual_seed(0)
@@ -133,7 +133,7 @@ def load(name: str, device: torch.device, quick: bool) -> VideoModel:
 
 
 def pairs(name: str, model: VideoModel) -> PairStore:
-    """Random latents: a step takes as long whatever they are."""
+    """Random latents; the time of a step does not depend on them."""
     manifest = Manifest(
         recipe={}, identity=model.identity, latent_shape=model.latent_shape, fps=model.shape.fps
     )
@@ -154,9 +154,9 @@ def pairs(name: str, model: VideoModel) -> PairStore:
     return store
 
 
-def noise_draws(name: str, model: VideoModel) -> Drawn:
+def step_inputs(name: str, model: VideoModel) -> StepInputs:
     generator = torch.Generator().manual_seed(0)
-    return Drawn(
+    return StepInputs(
         pairs(name, model).batch([0]).to(model.device),
         torch.randn(1, *model.latent_shape, generator=generator).to(model.device),
         model.sample_timesteps(1, generator).to(model.device),
@@ -174,12 +174,12 @@ def strategy(kind: str, name: str) -> Any:
 def ours(name: str, mode: str, device: torch.device, quick: bool) -> Callable[[], object]:
     reference, memory = MODES[mode]
     model = load(name, device, quick)
-    following: Reference = strategy("reference", reference)
+    source: Reference = strategy("reference", reference)
     if reference == "cached":
-        following = following.model_copy(update={"draws": 1})
+        source = source.model_copy(update={"draws": 1})
     loss: Loss = strategy("loss", "global")
     steps = train(
-        model, pairs(name, model), loss, following, settings(name), seed=0,
+        model, pairs(name, model), loss, source, settings(name), seed=0,
         out=folder() / "runs" / name / mode, accelerator=Accelerator(cpu=device.type == "cpu"),
         memory=memory,
     )  # fmt: skip
@@ -188,39 +188,39 @@ def ours(name: str, mode: str, device: torch.device, quick: bool) -> Callable[[]
 
 def theirs(name: str, which: str, device: torch.device, quick: bool) -> Callable[[], object]:
     model = load(name, device, quick)
-    drawn = noise_draws(name, model)
+    inputs = step_inputs(name, model)
     policy = adapt(model, settings(name), 0)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
     if which == SCRIPT:
         passes = research_script(model, policy)
     else:
         passes = video_dpo(model, policy, frozen_copy(policy))
-    whole = step(passes, policy, optimizer)
-    return lambda: whole(drawn.batch, drawn.noise, drawn.timestep)
+    run_step = step(passes, policy, optimizer)
+    return lambda: run_step(inputs.batch, inputs.noise, inputs.timestep)
 
 
 def networks_alone(name: str, device: torch.device, quick: bool) -> Callable[[], object]:
-    """The passes of a step, and no loss: what no step with these passes can be faster than."""
+    """The passes of a step without a loss: a lower bound for any step with these passes."""
     model = load(name, device, quick)
-    drawn = noise_draws(name, model)
+    inputs = step_inputs(name, model)
     policy = adapt(model, settings(name), 0)
-    inputs = noised(model, drawn.batch, drawn.noise, drawn.timestep)
-    shown = inputs.noisy, inputs.timestep, inputs.context
-    gradient = torch.ones_like(inputs.target)
-    following: Reference = strategy("reference", "toggle")
-    reference_model = following.attach(policy)
+    noisy = noised(model, inputs.batch, inputs.noise, inputs.timestep)
+    arguments = noisy.noisy, noisy.timestep, noisy.context
+    gradient = torch.ones_like(noisy.target)
+    toggle: Reference = strategy("reference", "toggle")
+    reference_model = toggle.attach(policy)
 
     def call() -> None:
         with torch.no_grad(), reference_model.network() as reference:
-            model.predict(reference, *shown)
-        model.predict(policy, *shown).backward(gradient)
+            model.predict(reference, *arguments)
+        model.predict(policy, *arguments).backward(gradient)
         policy.zero_grad()
 
     return call
 
 
 @cache
-def contestant_of(name: str, which: str, device: torch.device, quick: bool) -> Callable[[], object]:
+def candidate_of(name: str, which: str, device: torch.device, quick: bool) -> Callable[[], object]:
     if which == ALONE:
         return networks_alone(name, device, quick)
     if which in (SCRIPT, VIDEO_DPO):
@@ -230,27 +230,29 @@ def contestant_of(name: str, which: str, device: torch.device, quick: bool) -> C
 
 @cache
 def counted(name: str, which: str, device: torch.device, quick: bool) -> Peak:
-    """Operations of a step, and the bytes of all tensors at its worst moment."""
-    call = contestant_of(name, which, device, quick)
-    call()  # the first one makes what is kept: AdamW's state, cached predictions
+    """Operations of a step and the peak of its tensors in bytes."""
+    call = candidate_of(name, which, device, quick)
+    call()  # the first call creates AdamW's state and the cached predictions
     return peak_bytes(lambda: (call(), None)[1], networks=[])
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.contestants(FLOOR, ALONE, *MODES, SCRIPT, VIDEO_DPO)
-def test_step(turn: Turn, contestant: str, model: str, quick: bool, device: torch.device) -> None:
+@pytest.mark.candidates(FLOOR, ALONE, *MODES, SCRIPT, VIDEO_DPO)
+def test_step(
+    measure: Measure, candidate: str, model: str, quick: bool, device: torch.device
+) -> None:
     call: Callable[[], object]
-    if contestant == FLOOR:
+    if candidate == FLOOR:
         size = 64 if quick else 1536
         matrix = torch.randn(size, size, device=device)
         call = lambda: matrix @ matrix  # noqa: E731
         flops: float = counted(model, ALONE, device, quick).flops
         work, figures = 2 * size**3 / flops, {}
     else:
-        call = contestant_of(model, contestant, device, quick)
-        counts = counted(model, contestant, device, quick)
+        call = candidate_of(model, candidate, device, quick)
+        counts = counted(model, candidate, device, quick)
         flops, work, figures = counts.flops, 1, {"peak of tensors, MiB": counts.total / 2**20}
-    turn(
-        f"a training step of one pair, {model}", call, unit="pair", work=work, yardstick=FLOOR,
+    measure(
+        f"a training step of one pair, {model}", call, unit="pair", work=work, baseline=FLOOR,
         flops=flops, figures=figures,
     )  # fmt: skip

@@ -1,9 +1,8 @@
-"""Reading pairs in random order, beside the same tensors in other files.
+"""Reading pairs in random order from the store and from other files.
 
-Each contestant reads latents, preference, region and the encoded prompt of one pair after another.
-`raw safetensors` copies the store's own files into memory and checks nothing. The `.pt` files are
-one a pair, as Video-DPO publishes them: the encoded prompt is in each. All files are in the
-system's cache.
+Each candidate reads latents, preference, region and encoded prompt, one pair after another. `raw
+safetensors` copies the store's files into memory without checks. The `.pt` files are one per pair,
+as Video-DPO publishes them, each with its encoded prompt. All files are in the page cache.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Turn
+from conftest import Measure
 from safetensors.torch import load_file
 
 from dpo_video.data.store import Manifest, PairStore
@@ -28,14 +27,14 @@ from dpo_video.types import Pair
 
 @dataclass(frozen=True)
 class Size:
-    """Of a set of pairs."""
+    """Size of a pair set."""
 
     count: int
     latents: tuple[int, int, int, int]
     prompt: tuple[int, int]
-    """Tokens and channels of an encoded one."""
+    """Tokens and channels of an encoded prompt."""
     dtype: torch.dtype = torch.float32
-    """Of the encoded prompts."""
+    """Dtype of the encoded prompts."""
 
 
 SIZES = {
@@ -44,12 +43,12 @@ SIZES = {
         12, (16, 21, 60, 104), (512, 4096), torch.bfloat16
     ),
 }
-PROMPTS = 8  # cycled, as Video-DPO's are
+PROMPTS = 8  # cycled, as in Video-DPO
 
 
 @cache
 def pairs(name: str, quick: bool) -> tuple[PairStore, Path]:
-    """A store, and a folder of .pt files with the same pairs."""
+    """A store and a folder of .pt files with the same pairs."""
     size = SIZES[name]
     shape = size.latents
     folder = Path(tempfile.mkdtemp(prefix="dpo-video-bench-"))
@@ -60,7 +59,7 @@ def pairs(name: str, quick: bool) -> tuple[PairStore, Path]:
     generator = torch.Generator().manual_seed(0)
     contexts = torch.randn(PROMPTS, 1, *size.prompt, generator=generator).to(size.dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)  # writing is not what is timed
+        patch.setattr("os.fsync", lambda _: None)  # writing is not timed
         for index in range(2 if quick else size.count):
             first, second = torch.randn(2, *shape, generator=generator)
             pair = Pair(
@@ -79,8 +78,8 @@ def pairs(name: str, quick: bool) -> tuple[PairStore, Path]:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.contestants("PairStore.batch", "raw safetensors", "torch.load of .pt")
-def test_read(turn: Turn, contestant: str, size: str, quick: bool) -> None:
+@pytest.mark.candidates("PairStore.batch", "raw safetensors", "torch.load of .pt")
+def test_read(measure: Measure, candidate: str, size: str, quick: bool) -> None:
     store, folder = pairs(size, quick)
     order = torch.randperm(len(store), generator=torch.Generator().manual_seed(1)).tolist()
     latents, contexts = store.folder / "latents", store.folder / "contexts"
@@ -88,7 +87,7 @@ def test_read(turn: Turn, contestant: str, size: str, quick: bool) -> None:
     def raw(index: int) -> Any:
         files = latents / f"{index:05d}", contexts / store.rows[index].context
         return [
-            # A mapped file is read when it is used.
+            # Cloning reads the memory-mapped file.
             {name: value.clone() for name, value in load_file(f"{file}.safetensors").items()}
             for file in files
         ]
@@ -100,13 +99,13 @@ def test_read(turn: Turn, contestant: str, size: str, quick: bool) -> None:
             folder / f"pair_{index:05d}.pt", weights_only=True
         ),
     }
-    read = reads[contestant]
+    read = reads[candidate]
 
-    def all_of_them() -> None:
+    def read_all() -> None:
         for index in order:
             read(index)
 
-    turn(
-        f"reading {len(store):,} {size}", all_of_them, unit="pair", work=len(store),
-        yardstick="raw safetensors",
+    measure(
+        f"reading {len(store):,} {size}", read_all, unit="pair", work=len(store),
+        baseline="raw safetensors",
     )  # fmt: skip

@@ -1,15 +1,15 @@
-"""Contestants take turns. `dpo-video bench SUITE` is the way in; see README.md for the contract.
+"""Fixtures of the timed suites, which `dpo-video bench` runs. README.md has the measuring contract.
 
-A suite is a file `bench_SUITE.py`. Its tests take `turn` and `contestant`, and are marked with the
-contestants' names:
+A suite is a file `bench_SUITE.py`. Its tests take `measure` and `candidate` and are marked with the
+names of the candidates:
 
-    @pytest.mark.contestants("ours", "theirs")
-    def test_flow(turn: Turn, contestant: str) -> None:
-        turn("optical flow", CALLS[contestant], unit="frame pair", work=15, yardstick="theirs")
+    @pytest.mark.candidates("ours", "theirs")
+    def test_flow(measure: Measure, candidate: str) -> None:
+        measure("optical flow", CALLS[candidate], unit="frame pair", work=15, baseline="theirs")
 
-Every test is one turn of one contestant, and the rounds are the outer loop, so that the order is
-ours, theirs, ours, theirs. pytest-benchmark times the call; benchmarks.support.results puts the
-turns together.
+Each test item is one round of one candidate. Rounds are the outer loop, so the order is ours,
+theirs, ours, theirs. pytest-benchmark times the call; benchmarks.support.results combines the
+rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 THREADS = int(os.environ.get("DPO_VIDEO_BENCH_THREADS", "1"))
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[name] = str(THREADS)  # before anything reads them
+    os.environ[name] = str(THREADS)  # before any import reads them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
@@ -37,46 +37,46 @@ WARMED: set[tuple[str, str]] = set()
 MISSING: dict[str, dict[str, str]] = defaultdict(dict)
 
 
-class Turn(Protocol):
-    """Times one turn of the test's contestant."""
+class Measure(Protocol):
+    """Times one round of the test's candidate."""
 
     def __call__(
         self,
-        race: str,
+        group: str,
         call: Callable[[], Any],
         *,
         unit: str,
-        yardstick: str,
+        baseline: str,
         work: float = 1,
         flops: float | None = None,
         figures: Mapping[str, float | str] | None = None,
         calls: int = 1,
     ) -> None:
-        """Time `call`, after one that does not count if it is the contestant's first turn.
+        """Time `call`, after an untimed warm-up call in the candidate's first round.
 
         Args:
-            race: The race's name.
-            call: What is timed.
-            unit: Of work.
-            yardstick: The contestant that the others are measured by.
-            work: Units of work in one call.
-            flops: Operations in one unit of work.
-            figures: What else is known of the contestant.
-            calls: How often it is called in a turn, where one call is too short to time.
+            group: Name of the group.
+            call: The function to time.
+            unit: Unit of work.
+            baseline: Name of the candidate that the others are compared with.
+            work: Units of work per call.
+            flops: Operations per unit of work.
+            figures: Further findings about the candidate.
+            calls: Calls per round, where one call is too short to time.
         """
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--turns", type=int, default=7, help="Turns of each contestant.")
-    parser.addoption("--clock", choices=["wall", "cpu"], default="wall", help="What is read.")
-    parser.addoption("--quick", action="store_true", help="The smallest sizes: does it run?")
+    parser.addoption("--rounds", type=int, default=7, help="Rounds per candidate.")
+    parser.addoption("--clock", choices=["wall", "cpu"], default="wall", help="Clock to read.")
+    parser.addoption("--quick", action="store_true", help="Smallest sizes, as a trial run.")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "contestants(*names): who takes turns")
+    config.addinivalue_line("markers", "candidates(*names): the candidates of a group")
     torch.set_num_threads(THREADS)
     if config.getoption("--clock") == "cpu" and torch.cuda.is_available():
-        raise pytest.UsageError("--clock cpu does not see what a GPU does. Take --clock wall.")
+        raise pytest.UsageError("--clock cpu does not count a GPU's time. Use --clock wall.")
     try:
         import cv2
     except ImportError:
@@ -85,14 +85,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    mark = metafunc.definition.get_closest_marker("contestants")
+    mark = metafunc.definition.get_closest_marker("candidates")
     if mark is not None:
-        metafunc.parametrize("turns_before", range(metafunc.config.getoption("--turns")))
-        metafunc.parametrize("contestant", mark.args)
+        metafunc.parametrize("round_index", range(metafunc.config.getoption("--rounds")))
+        metafunc.parametrize("candidate", mark.args)
 
 
 def cpu_clock() -> float:
-    """Seconds that processors worked for this process and for its children that have ended."""
+    """Processor seconds of this process and of its ended children."""
     import resource
 
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -116,14 +116,14 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def turn(
-    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, contestant: str,
-    turns_before: int, device: torch.device,
-) -> Turn:  # fmt: skip
+def measure(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest, candidate: str,
+    round_index: int, device: torch.device,
+) -> Measure:  # fmt: skip
     suite = Path(request.path).stem.removeprefix("bench_")
 
     def run(
-        race: str, call: Callable[[], Any], *, unit: str, yardstick: str, work: float = 1,
+        group: str, call: Callable[[], Any], *, unit: str, baseline: str, work: float = 1,
         flops: float | None = None, figures: Mapping[str, float | str] | None = None,
         calls: int = 1,
     ) -> None:  # fmt: skip
@@ -133,24 +133,24 @@ def turn(
                 torch.cuda.synchronize()
 
         benchmark.extra_info.update(
-            suite=suite, race=race, contestant=contestant, unit=unit, yardstick=yardstick,
+            suite=suite, group=group, candidate=candidate, unit=unit, baseline=baseline,
             work=work, flops=flops, figures=dict(figures or {}),
         )  # fmt: skip
         torch.manual_seed(0)
-        first = (race, contestant) not in WARMED
-        WARMED.add((race, contestant))
+        first = (group, candidate) not in WARMED
+        WARMED.add((group, candidate))
         benchmark.pedantic(finished, rounds=1, iterations=calls, warmup_rounds=int(first))
 
     return run
 
 
-def needs(race: str, contestant: str, module: str, suite: str) -> None:
-    """Skip a contestant whose library is not installed, and have the results say so."""
+def needs(group: str, candidate: str, module: str, suite: str) -> None:
+    """Skip a candidate whose library is not installed, and record that in the results."""
     try:
         __import__(module)
     except ImportError:
         reason = f"{module} is not installed"
-        MISSING[f"{suite}/{race}"][contestant] = reason
+        MISSING[f"{suite}/{group}"][candidate] = reason
         pytest.skip(reason)
 
 

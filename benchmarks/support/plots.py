@@ -1,4 +1,4 @@
-"""Measurements as pictures: contestants of a race, and memory modes among the cards there are."""
+"""Measurements as pictures: candidates of a group, and memory modes among the cards there are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.support.results import Race
+from benchmarks.support.results import Group
 from dpo_video.evaluation.report import templates
 
 WIDTH, HEIGHT = 760, 400
@@ -24,14 +24,14 @@ class _Point:
     hollow: bool
 
 
-def scatter(race: Race) -> str | None:
-    """An SVG: the first figure that is a number against the time over the yardstick's.
+def scatter(group: Group) -> str | None:
+    """An SVG: the first figure that is a number against the time over the baseline's.
 
     Time is on a logarithmic axis; both are better towards the lower left. None if there is no such
-    figure, or the yardstick did not run.
+    figure, or the baseline did not run.
     """
     numbers = (
-        figure for each in race.contestants for figure, value in each.figures.items()
+        figure for each in group.candidates for figure, value in each.figures.items()
         if isinstance(value, float | int)
     )  # fmt: skip
     figure = next(numbers, None)
@@ -39,8 +39,8 @@ def scatter(race: Race) -> str | None:
         return None
     found = [
         (each.name, relative, float(each.figures[figure]))
-        for each in race.contestants
-        if figure in each.figures and (relative := race.relative(each.name)) is not None
+        for each in group.candidates
+        if figure in each.figures and (relative := group.relative(each.name)) is not None
     ]
     if len(found) < 2:
         return None
@@ -59,18 +59,18 @@ def scatter(race: Race) -> str | None:
     step = next(step * part for part in (1, 0.5, 0.2, 0.1) if top / (step * part) >= 4)
     largest = sorted(found, key=lambda each: -each[2])
     points = _named(
-        ((name, across(x), up(y), name == race.yardstick) for name, x, y in largest), _BOTTOM
+        ((name, across(x), up(y), name == group.baseline) for name, x, y in largest), _BOTTOM
     )
     halves = range(round(2 * low), round(2 * high) + 1)
     return (
         templates("benchmarks.support")
-        .get_template("race.svg.j2")
+        .get_template("scatter.svg.j2")
         .render(
             width=WIDTH,
             height=HEIGHT,
             frame={"left": _LEFT, "right": _RIGHT, "top": _TOP, "bottom": _BOTTOM},
-            title=race.name,
-            x_label=f"time over that of {race.yardstick}",
+            title=group.name,
+            x_label=f"time relative to {group.baseline}",
             y_label=figure,
             x_ticks=[(across(2 ** (n / 2)), f"{2 ** (n / 2):.2g}") for n in halves],
             y_ticks=[(up(n * step), f"{n * step:.3g}") for n in range(int(top / step) + 1)],

@@ -1,8 +1,7 @@
-"""Results of benchmarks: contestants that took turns in one run, and which of them became slower.
+"""Results of benchmarks: candidates timed in alternating rounds, and which of them became slower.
 
-A time by itself says little: it depends on the machine, and on what else runs there. So every race
-has a yardstick, one contestant that is not ours, and what is compared between two runs is how each
-contestant does beside the yardstick of its own run.
+A time depends on the machine and on its load. Every group therefore has a baseline, one candidate
+that is not ours, and two runs are compared by the ratios of candidate to baseline.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from dpo_video.support.statistics import Record
 
 
 @final
-class Contestant(Record):
-    """One of those that did the same work in turns."""
+class Candidate(Record):
+    """One of several ways to do the same work."""
 
     name: str
     seconds: tuple[float, ...]
-    """Of one unit of work, one number a turn."""
+    """Seconds per unit of work, one number per round."""
     flops: float | None = None
-    """Operations in one unit of work, where they were counted."""
+    """Operations per unit of work, where counted."""
     figures: Mapping[str, float | str] = {}
-    """What else was found out about it, such as how accurate it is."""
+    """Further findings, such as accuracy or peak memory."""
 
     @property
     def median(self) -> float:
-        """Seconds of one unit of work."""
+        """Median of the seconds per unit of work."""
         return median(self.seconds)
 
     @property
@@ -47,28 +46,28 @@ class Contestant(Record):
 
 
 @final
-class Race(Record):
-    """Contestants that took turns: A B C A B C ..."""
+class Group(Record):
+    """Candidates timed in alternating rounds: A B C A B C ..."""
 
     name: str
     unit: str
-    """Of work: a pair, a frame pair, a call."""
-    yardstick: str
-    """The contestant that the others are measured by."""
-    contestants: tuple[Contestant, ...]
+    """Unit of work: a pair, a frame pair, a call."""
+    baseline: str
+    """Name of the candidate that the others are compared with."""
+    candidates: tuple[Candidate, ...]
     missing: Mapping[str, str] = {}
-    """Contestants that could not start, and why."""
+    """Candidates that did not run: name to reason."""
 
-    def of(self, name: str) -> Contestant | None:
-        """The contestant of that name, if it started."""
-        return next((each for each in self.contestants if each.name == name), None)
+    def of(self, name: str) -> Candidate | None:
+        """The candidate of that name, or None if it did not run."""
+        return next((each for each in self.candidates if each.name == name), None)
 
     def relative(self, name: str) -> float | None:
-        """Time over the yardstick's: the median over the turns of each turn's own ratio.
+        """Time relative to the baseline: the median over the rounds of the ratio within a round.
 
-        What disturbs a machine for a while disturbs both sides of a turn.
+        A disturbance of the machine affects both sides of a round.
         """
-        mine, other = self.of(name), self.of(self.yardstick)
+        mine, other = self.of(name), self.of(self.baseline)
         if mine is None or other is None:
             return None
         return median(a / b for a, b in zip(mine.seconds, other.seconds, strict=True))
@@ -76,50 +75,50 @@ class Race(Record):
 
 @final
 class SuiteResult(Record):
-    """What one run of one suite found."""
+    """Result of one run of one suite."""
 
     format: Literal["dpo-video bench"] = "dpo-video bench"
     version: Literal[1] = 1
     suite: str
     machine: str
-    """In words; no names of hosts."""
+    """Description of the machine, without host names."""
     device: str
     """cpu, or the GPU's name."""
     threads: int
     clock: Literal["wall", "cpu"]
-    """The time that passed, or that processors worked: other programs disturb the latter less."""
+    """Wall-clock time, or processor time, which other programs disturb less."""
     versions: Mapping[str, str]
     commit: str
     quick: bool
-    """Whether it was a trial on the smallest sizes, whose times mean nothing."""
-    races: tuple[Race, ...]
+    """Whether it was a trial run on the smallest sizes, whose times are meaningless."""
+    groups: tuple[Group, ...]
 
 
 @final
 class Regression(Record):
-    """A contestant that does worse beside its yardstick than it did."""
+    """A candidate whose time relative to the baseline rose."""
 
     suite: str
-    race: str
-    contestant: str
+    group: str
+    candidate: str
     old: float
-    """Time over the yardstick's."""
+    """Time relative to the baseline."""
     new: float
 
 
 def collect(report: Mapping[str, Any]) -> dict[str, SuiteResult]:
-    """What pytest-benchmark reported, by suite; the turns of a contestant put together.
+    """Results by suite from pytest-benchmark's report, with the rounds of a candidate combined.
 
     Args:
-        report: Its JSON, with `extra_info` and `dpo_video` as benchmarks/conftest.py adds them.
+        report: pytest-benchmark's JSON, with what benchmarks/conftest.py adds to it.
     """
-    turns: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = defaultdict(
+    rounds: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
     )
     for run in report["benchmarks"]:
         about = run["extra_info"]
         seconds = run["stats"]["median"] / about["work"]
-        turns[about["suite"]][about["race"]][about["contestant"]].append(
+        rounds[about["suite"]][about["group"]][about["candidate"]].append(
             {**about, "seconds": seconds}
         )
     common = report["dpo_video"]
@@ -127,78 +126,78 @@ def collect(report: Mapping[str, Any]) -> dict[str, SuiteResult]:
         suite: SuiteResult(
             suite=suite,
             commit=_commit(report.get("commit_info", {})),
-            races=tuple(
-                _race(name, contestants, common["missing"].get(f"{suite}/{name}", {}))
-                for name, contestants in races.items()
+            groups=tuple(
+                _group(name, candidates, common["missing"].get(f"{suite}/{name}", {}))
+                for name, candidates in groups.items()
             ),
             **{
                 key: common[key]
                 for key in ("machine", "device", "threads", "clock", "versions", "quick")
             },
         )
-        for suite, races in turns.items()
+        for suite, groups in rounds.items()
     }
 
 
-def _race(
-    name: str, contestants: Mapping[str, Sequence[Mapping[str, Any]]], missing: Mapping[str, str]
-) -> Race:
-    about = next(iter(contestants.values()))[0]
-    return Race(
+def _group(
+    name: str, candidates: Mapping[str, Sequence[Mapping[str, Any]]], missing: Mapping[str, str]
+) -> Group:
+    about = next(iter(candidates.values()))[0]
+    return Group(
         name=name,
         unit=about["unit"],
-        yardstick=about["yardstick"],
-        contestants=tuple(
-            Contestant(
-                name=contestant,
-                seconds=tuple(turn["seconds"] for turn in runs),
+        baseline=about["baseline"],
+        candidates=tuple(
+            Candidate(
+                name=candidate,
+                seconds=tuple(run["seconds"] for run in runs),
                 flops=runs[0]["flops"],
                 figures=runs[0]["figures"],
             )
-            for contestant, runs in contestants.items()
+            for candidate, runs in candidates.items()
         ),
         missing=missing,
     )
 
 
 def _commit(info: Mapping[str, Any]) -> str:
-    """The commit's short name, with a plus where files had changed since."""
+    """Short hash of the commit, with a plus if the working tree had changes."""
     return str(info.get("id", "unknown"))[:9] + ("+" if info.get("dirty") else "")
 
 
-def read_results(where: Path) -> dict[str, SuiteResult]:
+def read_results(path: Path) -> dict[str, SuiteResult]:
     """The results in a file, or in the files of a folder, by suite.
 
     Raises:
-        UserError: if there are none, or what is there cannot be read.
+        UserError: if there are none, or a file cannot be read.
     """
-    paths = sorted(where.glob("*.json")) if where.is_dir() else [where]
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     found = {}
-    for path in paths:
+    for file in files:
         try:
-            result = SuiteResult.model_validate_json(path.read_bytes())
+            result = SuiteResult.model_validate_json(file.read_bytes())
         except OSError as error:
             raise UserError(
-                f"'{path}' cannot be read ({error.strerror}). Name results that `dpo-video bench` "
+                f"'{file}' cannot be read ({error.strerror}). Name results that `dpo-video bench` "
                 "wrote."
             ) from error
         except ValidationError as error:
-            if where.is_dir():
-                continue  # other results may lie beside them
+            if path.is_dir():
+                continue  # a folder may hold other results
             raise UserError(
-                f"'{path}' holds no results of `dpo-video bench` "
+                f"'{file}' holds no results of `dpo-video bench` "
                 f"({first_fault(error)}). Name a file that it wrote."
             ) from error
         found[result.suite] = result
     if not found:
         raise UserError(
-            f"'{where}' holds no results of `dpo-video bench`. Name a file or folder that it wrote."
+            f"'{path}' holds no results of `dpo-video bench`. Name a file or folder that it wrote."
         )
     return found
 
 
 def write_result(folder: Path, result: SuiteResult) -> None:
-    """Write a suite's numbers, and the table that shows them, as SUITE.json and SUITE.md."""
+    """Write a suite's result as SUITE.json and as a table, SUITE.md."""
     write_text(folder / f"{result.suite}.json", result.model_dump_json(indent=1) + "\n")
     write_text(folder / f"{result.suite}.md", markdown(result))
 
@@ -206,24 +205,24 @@ def write_result(folder: Path, result: SuiteResult) -> None:
 def regressions(
     old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult], tolerance: float
 ) -> list[Regression]:
-    """The contestants whose time over the yardstick's rose by more than a share of the old one.
+    """The candidates whose time relative to the baseline rose by more than `tolerance`.
 
     Args:
         old: Results by suite.
-        new: Results by suite. What only one side has is left out.
-        tolerance: A share: 0.1 lets a ratio rise by a tenth.
+        new: Results by suite. Candidates that only one side has are left out.
+        tolerance: Allowed relative rise of the ratio: 0.1 is 10%.
     """
     found = []
-    for suite, race, contestant, before, after in _shared(old, new):
+    for suite, group, candidate, before, after in _shared(old, new):
         if after > before * (1 + tolerance):
             found.append(
-                Regression(suite=suite, race=race, contestant=contestant, old=before, new=after)
+                Regression(suite=suite, group=group, candidate=candidate, old=before, new=after)
             )
     return found
 
 
 def compared(old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]) -> int:
-    """How many contestants both sides have."""
+    """Number of candidates that both sides have."""
     return sum(1 for _ in _shared(old, new))
 
 
@@ -231,44 +230,44 @@ def _shared(
     old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]
 ) -> Iterator[tuple[str, str, str, float, float]]:
     for suite in old.keys() & new.keys():
-        earlier = {race.name: race for race in old[suite].races}
-        for race in new[suite].races:
-            before = earlier.get(race.name)
-            if before is None or before.yardstick != race.yardstick:
+        old_groups = {group.name: group for group in old[suite].groups}
+        for group in new[suite].groups:
+            earlier = old_groups.get(group.name)
+            if earlier is None or earlier.baseline != group.baseline:
                 continue
-            for each in race.contestants:
-                then, now = before.relative(each.name), race.relative(each.name)
-                if each.name != race.yardstick and then is not None and now is not None:
-                    yield suite, race.name, each.name, then, now
+            for each in group.candidates:
+                before, after = earlier.relative(each.name), group.relative(each.name)
+                if each.name != group.baseline and before is not None and after is not None:
+                    yield suite, group.name, each.name, before, after
 
 
 # --- tables ------------------------------------------------------------------------------------
 
 
 def markdown(result: SuiteResult) -> str:
-    """A suite's races as tables."""
+    """Tables of a suite's groups, in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
     lines = [f"# {result.suite}", ""]
     if result.quick:
-        lines += ["**A trial on the smallest sizes: these times mean nothing.**", ""]
+        lines += ["**A trial run on the smallest sizes: these times are meaningless.**", ""]
     clock = "processor time" if result.clock == "cpu" else "wall clock"
     lines += [
         f"Measured on {result.machine}, {threads}, device {result.device}, {clock}; {versions}; "
-        f"commit {result.commit}. Contestants took turns; medians, and the interquartile range as "
-        "a share of them.",
+        f"commit {result.commit}. Medians over alternating rounds; spread is the interquartile "
+        "range relative to the median.",
         "",
     ]
-    for race in result.races:
-        lines += [f"## {race.name}", "", *_table(race), ""]
-        lines += [f"Not run: {name} ({reason})." for name, reason in race.missing.items()]
-        lines += [""] if race.missing else []
+    for group in result.groups:
+        lines += [f"## {group.name}", "", *_table(group), ""]
+        lines += [f"Not run: {name} ({reason})." for name, reason in group.missing.items()]
+        lines += [""] if group.missing else []
     return "\n".join(lines)
 
 
-def _table(race: Race) -> Iterator[str]:
-    """In columns of even width, which a terminal shows as well as a page does."""
-    rows = list(_cells(race))
+def _table(group: Group) -> Iterator[str]:
+    """Lines of a table with aligned columns, readable in a terminal and as Markdown."""
+    rows = list(_cells(group))
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     for row in (rows[0], rule, *rows[1:]):
@@ -277,16 +276,16 @@ def _table(race: Race) -> Iterator[str]:
         yield f"| {' | '.join(aligned)} |"
 
 
-def _cells(race: Race) -> Iterator[list[str]]:
-    names = list(dict.fromkeys(name for each in race.contestants for name in each.figures))
-    yardstick = race.of(race.yardstick)
-    counted = yardstick.flops if yardstick is not None else None
-    head = ["", f"ms per {race.unit}", "spread", f"{race.unit}s per second", "time over yardstick"]
-    yield [*head, *(["GFLOP", "of the yardstick's FLOP/s"] if counted else []), *names]
-    for each in race.contestants:
-        relative = race.relative(each.name)
+def _cells(group: Group) -> Iterator[list[str]]:
+    names = list(dict.fromkeys(name for each in group.candidates for name in each.figures))
+    baseline = group.of(group.baseline)
+    counted = baseline.flops if baseline is not None else None
+    head = ["", f"ms per {group.unit}", "spread", f"{group.unit}s per second", "relative time"]
+    yield [*head, *(["GFLOP", "relative FLOP/s"] if counted else []), *names]
+    for each in group.candidates:
+        relative = group.relative(each.name)
         row = [
-            f"**{each.name}** (yardstick)" if each.name == race.yardstick else each.name,
+            f"**{each.name}** (baseline)" if each.name == group.baseline else each.name,
             _short(1000 * each.median),
             f"{each.spread:.0%}",
             _short(1 / each.median),
@@ -306,5 +305,5 @@ def _figure(value: float | str) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits that count."""
+    """A number with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

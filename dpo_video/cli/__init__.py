@@ -50,7 +50,7 @@ app.command("pack")(pack.pack)
 app.command("export-pairs")(export_pairs.export_pairs)
 app.command("list")(listing.list_strategies)
 app.command("show")(show.show)
-app.command("bench")(bench.bench)
+app.command("bench", context_settings=bench.OPEN)(bench.bench)
 app.command("config")(config.config)
 
 

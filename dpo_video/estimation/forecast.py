@@ -38,7 +38,7 @@ from dpo_video.types import PairBatch
 
 GIB = 2**30
 CPU = torch.device("cpu")
-# Assumptions, which benchmarks/fit_check.py measures where there is a GPU.
+# Assumptions, which benchmarks/estimate_check.py measures where there is a GPU.
 FRAGMENTS = 0.05  # of the activations: what the caching allocator loses to holes
 CONTEXT = 0.6 * GIB  # CUDA's own context, kernels and libraries' workspaces
 EFFICIENCY = 0.35  # of a card's published operations per second that a step of ours reaches

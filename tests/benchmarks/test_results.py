@@ -1,4 +1,4 @@
-"""What is made of timings: ratios within a run, and regressions between runs."""
+"""Ratios within a run, and regressions between runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
+from benchmarks.bench import bench
 from benchmarks.support.plots import Panel, Spot, peaks, scatter
 from benchmarks.support.results import (
-    Contestant,
-    Race,
+    Candidate,
+    Group,
     SuiteResult,
     collect,
     compared,
@@ -26,34 +26,33 @@ from benchmarks.support.results import (
     regressions,
     write_result,
 )
-from dpo_video.cli import app
 from dpo_video.errors import UserError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def result(
-    ours: list[float], theirs: list[float], suite: str = "metric", race: str = "flow"
+    ours: list[float], theirs: list[float], suite: str = "metric", group: str = "flow"
 ) -> SuiteResult:
     return SuiteResult(
         suite=suite, machine="2 cores", device="cpu", threads=1, clock="wall",
         versions={"torch": "2"}, commit="abc", quick=False,
-        races=(
-            Race(
-                name=race, unit="pair", yardstick="theirs",
-                contestants=(
-                    Contestant(name="ours", seconds=tuple(ours), flops=3e9),
-                    Contestant(name="theirs", seconds=tuple(theirs), flops=1e9),
+        groups=(
+            Group(
+                name=group, unit="pair", baseline="theirs",
+                candidates=(
+                    Candidate(name="ours", seconds=tuple(ours), flops=3e9),
+                    Candidate(name="theirs", seconds=tuple(theirs), flops=1e9),
                 ),
             ),
         ),
     )  # fmt: skip
 
 
-def timing(contestant: str, seconds: float, work: float = 1.0, **more: Any) -> dict[str, Any]:
+def timing(candidate: str, seconds: float, work: float = 1.0, **more: Any) -> dict[str, Any]:
     about = {
-        "suite": "metric", "race": "flow", "contestant": contestant, "unit": "pair",
-        "yardstick": "theirs", "work": work, "flops": None, "figures": {}, **more,
+        "suite": "metric", "group": "flow", "candidate": candidate, "unit": "pair",
+        "baseline": "theirs", "work": work, "flops": None, "figures": {}, **more,
     }  # fmt: skip
     return {"extra_info": about, "stats": {"median": seconds}}
 
@@ -67,35 +66,35 @@ def report(*timings: dict[str, Any]) -> dict[str, Any]:
     return {"benchmarks": list(timings), "commit_info": commit, "dpo_video": common}
 
 
-def test_turns_are_put_together_per_unit_of_work() -> None:
+def test_rounds_are_combined_per_unit_of_work() -> None:
     found = collect(
         report(
             timing("ours", 6.0, work=3), timing("theirs", 1.0),
             timing("ours", 9.0, work=3), timing("theirs", 2.0),
         )
     )  # fmt: skip
-    (race,) = found["metric"].races
-    assert [(each.name, each.seconds) for each in race.contestants] == [
+    (group,) = found["metric"].groups
+    assert [(each.name, each.seconds) for each in group.candidates] == [
         ("ours", (2.0, 3.0)), ("theirs", (1.0, 2.0)),
     ]  # fmt: skip
-    assert race.relative("ours") == (2.0 + 1.5) / 2
-    assert race.missing == {"absent": "it is not installed"}
+    assert group.relative("ours") == (2.0 + 1.5) / 2
+    assert group.missing == {"absent": "it is not installed"}
     assert found["metric"].commit == "012345678+"
 
 
 @given(
-    turns=st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=9),
+    rounds=st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=9),
     load=st.lists(st.floats(1, 100), min_size=9, max_size=9),
 )
-def test_what_slows_whole_turns_down_changes_no_ratio(
-    turns: list[tuple[float, float]], load: list[float]
+def test_load_on_the_machine_changes_no_ratio(
+    rounds: list[tuple[float, float]], load: list[float]
 ) -> None:
-    calm = result([a for a, _ in turns], [b for _, b in turns])
+    calm = result([a for a, _ in rounds], [b for _, b in rounds])
     busy = result(
-        [a * n for (a, _), n in zip(turns, load, strict=False)],
-        [b * n for (_, b), n in zip(turns, load, strict=False)],
+        [a * n for (a, _), n in zip(rounds, load, strict=False)],
+        [b * n for (_, b), n in zip(rounds, load, strict=False)],
     )
-    assert calm.races[0].relative("ours") == pytest.approx(busy.races[0].relative("ours"))
+    assert calm.groups[0].relative("ours") == pytest.approx(busy.groups[0].relative("ours"))
     assert regressions({"metric": calm}, {"metric": busy}, 1e-6) == []
 
 
@@ -106,14 +105,14 @@ def test_a_regression_is_a_ratio_that_rose_beyond_the_tolerance(
     old, new = {"metric": result([1.0], [1.0])}, {"metric": result([ratio], [1.0])}
     found = regressions(old, new, tolerance)
     assert bool(found) == (ratio > 1 + tolerance)
-    assert all(each.contestant == "ours" for each in found)
+    assert all(each.candidate == "ours" for each in found)
 
 
-def test_what_one_side_lacks_is_not_compared() -> None:
+def test_a_candidate_of_one_side_is_not_compared() -> None:
     old = {"metric": result([1.0], [1.0])}
     for other in (
         {"store": result([9.0], [1.0], suite="store")},
-        {"metric": result([9.0], [1.0], race="another")},
+        {"metric": result([9.0], [1.0], group="another")},
     ):
         assert regressions(old, other, 0.1) == []
         assert compared(old, other) == 0
@@ -121,21 +120,21 @@ def test_what_one_side_lacks_is_not_compared() -> None:
 
 def test_a_table_by_hand() -> None:
     text = re.sub(" +", " ", markdown(result([0.2, 0.4, 0.3], [0.1, 0.1, 0.1])))
-    # 0.3 s a pair, quartiles 0.25 and 0.35; three times as long for three times the operations.
+    # 0.3 s per pair, quartiles 0.25 and 0.35; three times the time for three times the operations.
     assert "| ours | 300 | 33% | 3.33 | 3 | 3 | 100% |" in text
-    assert "| **theirs** (yardstick) | 100 | 0% | 10 | 1 | 1 | 100% |" in text
+    assert "| **theirs** (baseline) | 100 | 0% | 10 | 1 | 1 | 100% |" in text
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0, 1000)), min_size=2, max_size=12))
-def test_a_picture_names_every_contestant_apart(found: list[tuple[float, float]]) -> None:
-    race = Race(
-        name="race", unit="pair", yardstick="0",
-        contestants=tuple(
-            Contestant(name=str(index), seconds=(time,), figures={"MiB": 1 + size})
+def test_labels_in_a_picture_do_not_overlap(found: list[tuple[float, float]]) -> None:
+    group = Group(
+        name="group", unit="pair", baseline="0",
+        candidates=tuple(
+            Candidate(name=str(index), seconds=(time,), figures={"MiB": 1 + size})
             for index, (time, size) in enumerate(found)
         ),
     )  # fmt: skip
-    picture = scatter(race)
+    picture = scatter(group)
     assert picture is not None
     assert picture.count("<circle") == len(found)
     names = re.findall(r'<text x="438" y="([-\d.]+)" fill="#1f2328">(\d+)</text>', picture)
@@ -146,14 +145,14 @@ def test_a_picture_names_every_contestant_apart(found: list[tuple[float, float]]
 
 
 def test_no_picture_without_figures_or_without_the_yardstick() -> None:
-    (race,) = result([1.0], [1.0]).races
-    assert scatter(race) is None
-    known = [each.model_copy(update={"figures": {"px": 1.0}}) for each in race.contestants]
-    assert scatter(race.model_copy(update={"contestants": tuple(known)})) is not None
-    assert scatter(race.model_copy(update={"contestants": tuple(known[:1])})) is None
+    (group,) = result([1.0], [1.0]).groups
+    assert scatter(group) is None
+    complete = [each.model_copy(update={"figures": {"px": 1.0}}) for each in group.candidates]
+    assert scatter(group.model_copy(update={"candidates": tuple(complete)})) is not None
+    assert scatter(group.model_copy(update={"candidates": tuple(complete[:1])})) is None
 
 
-def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_results_survive_writing_and_reading(tmp_path: Path) -> None:
     one, other = result([1.0], [2.0]), result([1.0], [2.0], suite="store")
     for each in (one, other):
         write_result(tmp_path, each)
@@ -169,40 +168,41 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
         read_results(tmp_path / "empty")
 
 
-def compare(folder: Path, new: SuiteResult, *more: str) -> tuple[int, str]:
+def compare(folder: Path, new: SuiteResult, *more: str) -> int:
     write_result(folder / "old", result([1.0, 1.1, 1.0], [1.0, 1.0, 1.0]))
     write_result(folder / "new", new)
-    arguments = ["bench", "--compare", str(folder / "old"), str(folder / "new"), *more]
-    done = CliRunner().invoke(app, arguments)
-    return done.exit_code, done.output
+    return bench(["--compare", str(folder / "old"), str(folder / "new"), *more])
 
 
-def test_the_command_fails_on_a_planted_regression(tmp_path: Path) -> None:
+def test_compare_fails_on_a_planted_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     planted = result([1.3, 1.3, 1.4], [1.0, 1.0, 1.0])
-    code, said = compare(tmp_path, planted)
-    assert code == 3
-    assert "ours took 1 times the yardstick's time, now 1.3 (+30%)" in said
-    assert compare(tmp_path, planted, "--tolerance", "0.5")[0] == 0
+    assert compare(tmp_path, planted) == 3
+    assert "ours: relative time 1, now 1.3 (+30%)" in capsys.readouterr().out
+    assert compare(tmp_path, planted, "--tolerance", "0.5") == 0
     # On a machine at a third of the speed, the same code is no regression.
-    assert compare(tmp_path, result([3.0, 3.3, 3.0], [3.0, 3.0, 3.0]))[0] == 0
+    assert compare(tmp_path, result([3.0, 3.3, 3.0], [3.0, 3.0, 3.0])) == 0
 
 
-def test_a_quick_trial_and_another_machine_are_pointed_out(tmp_path: Path) -> None:
+def test_compare_warns_of_trial_runs_and_other_machines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = result([1.0], [1.0]).model_copy(update={"quick": True, "threads": 4})
-    code, said = compare(tmp_path, other)
-    assert code == 0
-    assert "times mean nothing" in said
-    assert "another threads: 1, now 4" in said
+    assert compare(tmp_path, other) == 0
+    printed = capsys.readouterr().err
+    assert "its times are meaningless" in printed
+    assert "threads differs: 1, now 4" in printed
 
 
-def test_the_published_results_are_readable() -> None:
+def test_published_tables_and_pictures_match_their_results() -> None:
     folder = Path(__file__).parents[2] / "benchmarks" / "results" / "0.1.0"
     for path in folder.glob("bench/**/*.json"):
         (found,) = read_results(path).values()
         assert not found.quick
         assert path.with_suffix(".md").read_text() == markdown(found)
-        for number, race in enumerate(found.races, start=1):
-            if (picture := scatter(race)) is not None:
+        for number, group in enumerate(found.groups, start=1):
+            if (picture := scatter(group)) is not None:
                 assert path.with_name(f"{path.stem}-{number}.svg").read_text() == picture
         assert json.loads(path.read_text())["commit"]
 

@@ -1,7 +1,7 @@
 """What `dpo-video estimate` predicts against what a step takes: memory, mode by mode.
 
-    python benchmarks/fit_check.py --tier t4             # on a GPU, capped to that card's memory
-    python benchmarks/fit_check.py --case tiny           # in miniature, on any machine
+    python benchmarks/estimate_check.py --tier t4             # on a GPU, capped to that card's memory
+    python benchmarks/estimate_check.py --case tiny           # in miniature, on any machine
 
 Networks have their full size and random weights, so nothing is downloaded. On a GPU the peak is
 torch's own, over two steps of which the second finds gradients and AdamW's state, with the process
@@ -49,9 +49,9 @@ from dpo_video.training.step import Step
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # name: backbone, its options, options of the training
-    "tiny": ("tiny", {}, {"rank": 16, "precision": "no"}),
-    "animatediff": ("animatediff", {}, {"rank": 32, "precision": "fp16"}),
-    "wan-1.3b": ("wan", {"model": "wan2.1-t2v-1.3b"}, {"rank": 64, "precision": "bf16"}),
+    "tiny": ("tiny", {}, {"rank": 16, "mixed_precision": "no"}),
+    "animatediff": ("animatediff", {}, {"rank": 32, "mixed_precision": "fp16"}),
+    "wan-1.3b": ("wan", {"model": "wan2.1-t2v-1.3b"}, {"rank": 64, "mixed_precision": "bf16"}),
 }
 REFERENCES = ("toggle", "copy")
 
@@ -60,7 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--case", choices=CASES, action="append", help="all that fit the machine")
     parser.add_argument("--tier", choices=tiers(), help="the card to be held to; this one whole")
-    parser.add_argument("--machine", default="", help="what to call it in the results")
+    parser.add_argument("--machine", default="", help="description of the machine in the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     gpu = torch.cuda.is_available()
@@ -81,8 +82,8 @@ def main() -> None:
         "context": context(device),
         "rows": rows,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"fit_check--{arguments.tier or device.type}.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"estimate_check--{arguments.tier or device.type}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     if gpu:
         path.with_suffix(".svg").write_text(drawn(rows, name))
