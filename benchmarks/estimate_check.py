@@ -1,7 +1,7 @@
 """What `dpo-video estimate` predicts against what a step takes: memory, mode by mode.
 
-    python benchmarks/estimate_check.py --tier t4             # on a GPU, capped to that card's memory
-    python benchmarks/estimate_check.py --case tiny           # in miniature, on any machine
+    python -m benchmarks.estimate_check --tier t4     # on a GPU, capped to that card's memory
+    python -m benchmarks.estimate_check --case tiny   # in miniature, on any machine
 
 Networks have their full size and random weights, so nothing is downloaded. On a GPU the peak is
 torch's own, over two steps of which the second finds gradients and AdamW's state, with the process

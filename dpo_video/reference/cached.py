@@ -19,8 +19,8 @@ class Cached(Reference):
     reference predicts for each is made once, with the adapter off, and kept beside the pairs. Up to
     `draws` epochs this is `toggle` to the bit, later the draws repeat. The price, on `tiny`: the
     mean gradient over 1, 4 or 16 draws of 2 pairs has a cosine of 0.67, 0.90 or 0.99 with that over
-    fresh ones (benchmarks/reference_cache.py). Time is saved only where pairs are visited more often
-    than they have draws, or by several runs.
+    fresh ones (benchmarks/reference_cache.py). Time is saved only where pairs are visited more
+    often than they have draws, or by several runs.
     """
 
     noise_draws: int = Field(default=4, ge=1)
