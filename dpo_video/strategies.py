@@ -18,7 +18,6 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Generator, Tensor, nn
 
-from dpo_video.errors import UserError
 from dpo_video.types import (
     Clip,
     Context,
@@ -184,54 +183,61 @@ class ReferenceModel(ABC):
 # --- the kinds -------------------------------------------------------------------------------
 
 
-class Labeler(Strategy, ABC):
-    """Says which of two videos is better, per segment."""
+class AnyLabeler(Strategy, ABC):
+    """What every strategy of the kind `labeler` shares.
+
+    A labeler derives from one of `Labeler`, `LabelerFactory` and `StoreLabeler`.
+    """
 
     kind: ClassVar[str] = "labeler"
     incidental: ClassVar[frozenset[str]] = frozenset()
-    """Options that change how it works, not what it says (a port, a price): labelling goes on under
-    the same name when they change."""
+    """Options that do not change the labels (a port, a price): labelling resumes under the same
+    name when they change."""
+
+
+class Labeler(AnyLabeler, ABC):
+    """Judges which of two videos is better, per segment."""
 
     @abstractmethod
     def __call__(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
     ) -> Float[Tensor, "b s"]:
-        """+1 where the first is better, -1 the second, 0 a tie; one column a segment."""
+        """+1 where the first video is better, -1 the second, 0 for a tie; a column per segment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelResult:
-    """Labels, and what there is to say about them."""
+    """Labels, their reasons and their cost."""
 
     labels: Float[Tensor, "b s"]
     notes: Sequence[str]
-    """One a pair: why."""
+    """The reason, one per pair."""
     figures: Mapping[str, float]
-    """What it took, by name, to be summed over calls: requests, tokens, cost."""
+    """Costs by name, summed over calls: requests, tokens, US dollars."""
 
 
 class ReasonedLabeler(Labeler, ABC):
-    """A labeler that says why, and what its labels cost."""
+    """A labeler that gives reasons and reports its costs."""
 
     @abstractmethod
     def judge(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
     ) -> LabelResult:
-        """Label, and explain."""
+        """Labels with reasons and costs."""
 
     @final
     def __call__(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
     ) -> Float[Tensor, "b s"]:
-        """The labels alone."""
+        """The labels of `judge` alone."""
         return self.judge(prompts, first, second, segments).labels
 
 
-class MeasuringLabeler(Labeler, ABC):
-    """Names the metrics that it judges by; with them it becomes the labeler that can judge.
+class LabelerFactory(AnyLabeler, ABC):
+    """Makes a labeler out of metrics that it names.
 
-    A kind does not know the names of another, so whoever reads the configuration looks the metrics
-    up and hands them over.
+    A kind does not import another, so the workflow that reads the configuration loads the metrics
+    and passes them to `with_metrics`.
     """
 
     options: dict[str, dict[str, Any]] = {}
@@ -239,73 +245,56 @@ class MeasuringLabeler(Labeler, ABC):
 
     @property
     @abstractmethod
-    def measures(self) -> Sequence[str]:
-        """The names of the metrics."""
+    def metric_names(self) -> Sequence[str]:
+        """Names of the metrics to pass to `with_metrics`."""
 
     @abstractmethod
     def with_metrics(self, metrics: Mapping[str, Metric]) -> Labeler:
-        """The labeler that judges by these metrics: one of each name in `measures`."""
-
-    @final
-    def __call__(
-        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
-    ) -> Float[Tensor, "b s"]:
-        """A TypeError: it has no metrics yet."""
-        raise TypeError(f"{type(self).__name__} has no metrics yet: call its with_metrics first")
+        """The labeler that judges by these metrics, one for each of `metric_names`."""
 
 
-class LabelWork(ABC):
-    """A stored set of pairs to label, and where the labels go."""
+class LabelTask(ABC):
+    """A stored set of pairs to label, and the labels recorded so far."""
 
     pairs: Sequence[int]
-    """The indices of all of them, labelled or not."""
+    """Indices of all pairs, labelled or not."""
     segments: Sequence[slice]
     """In pixel frames."""
     fps: float
 
     @abstractmethod
     def prompt(self, pair: int) -> str:
-        """What both videos of a pair should show."""
+        """The prompt of a pair."""
 
     @abstractmethod
     def videos(self, pair: int) -> tuple[Video, Video]:
-        """The first and the second, decoded when asked for, on the CPU."""
+        """The first and the second video, decoded on demand, on the CPU."""
 
     @property
     @abstractmethod
     def raters(self) -> Sequence[str]:
-        """Everyone who said something, in order of appearance."""
+        """Everyone who recorded a label, in order of appearance."""
 
     @abstractmethod
-    def marks(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
-        """What a rater says by now, one mark a segment; None in it where something is open."""
+    def labels_by(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
+        """A rater's labels so far by pair, one per segment; None where a segment has none yet."""
 
     @abstractmethod
     def record(
-        self, pair: int, marks: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
+        self, pair: int, labels: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
     ) -> None:
-        """Save what a rater says of a pair; on the disk when this returns.
+        """Write a rater's labels of a pair to the disk before returning.
 
-        It takes the place of what the rater said of that pair before, for relabelling and undoing.
+        They replace that rater's earlier labels of the pair, for relabelling and undoing.
         """
 
 
-class SetLabeler(Labeler, ABC):
-    """Labels a stored set in its own way: interactive, as a person is, or from a file of labels."""
+class StoreLabeler(AnyLabeler, ABC):
+    """Labels a stored set by itself: interactively, or from a file of labels."""
 
     @abstractmethod
-    def label_set(self, work: LabelWork) -> None:
-        """Label as much as there is to label; a KeyboardInterrupt inside ends it as well."""
-
-    @final
-    def __call__(
-        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
-    ) -> Float[Tensor, "b s"]:
-        """A UserError: there is no set yet while pairs are built."""
-        raise UserError(
-            f"{type(self).__name__} labels finished sets only. Build the pairs without it, then "
-            "label them: dpo-video label PAIRS --labeler NAME."
-        )
+    def label_store(self, task: LabelTask) -> None:
+        """Record labels until all pairs have one, the rater stops or Ctrl-C is pressed."""
 
 
 class PairBuilder(Strategy, ABC):

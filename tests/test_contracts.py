@@ -27,8 +27,8 @@ from dpo_video.pairs.jitter import Jitter
 from dpo_video.strategies import (
     Backbone,
     Labeler,
+    LabelerFactory,
     Loss,
-    MeasuringLabeler,
     Metric,
     PairBuilder,
     Reference,
@@ -96,7 +96,7 @@ def test_labelers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                     "frames": 2, "size": 64},
         }  # fmt: skip
         labeler = made("labeler", name, **options.get(name, {}))
-        measures = labeler.measures if isinstance(labeler, MeasuringLabeler) else ()
+        measures = labeler.metric_names if isinstance(labeler, LabelerFactory) else ()
         check_labeler(labeler, metrics={each: made("metric", each) for each in measures})
 
 

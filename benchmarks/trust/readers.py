@@ -249,7 +249,7 @@ def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
 
 
 def recorded(bench: Bench) -> Reading:
-    from dpo_video.data.label import StoreWork, recipe
+    from dpo_video.data.label import StoreTask, recipe
     from dpo_video.data.labels import LabelSet
     from dpo_video.labeler.recorded import Recorded
 
@@ -260,7 +260,7 @@ def recorded(bench: Bench) -> Reading:
         path.write_bytes(data)
         book = LabelSet.open_or_create(bench.store.folder, "copied", made)
         try:
-            Recorded(file=str(path)).label_set(StoreWork(bench.store, bench.model, book))
+            Recorded(file=str(path)).label_store(StoreTask(bench.store, bench.model, book))
         finally:
             book.path.unlink(missing_ok=True)
         return None

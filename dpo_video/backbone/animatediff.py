@@ -53,7 +53,11 @@ class AnimateDiff(Backbone):
 
     guards: ClassVar[tuple[str, ...]] = ("sharpness",)
 
-    training: ClassVar[Mapping[str, Any]] = {"rank": 16, "alpha": 32.0, "lr": 1e-5}  # Video-DPO
+    training: ClassVar[Mapping[str, Any]] = {
+        "rank": 16,
+        "alpha": 32.0,
+        "learning_rate": 1e-5,
+    }  # Video-DPO
 
     model: str = "emilianJR/epiCRealism"
     """Hub id or folder of the base model. A folder whose UNet already has motion modules needs no

@@ -57,10 +57,10 @@ class CogVideoX(Backbone):
     training: ClassVar[Mapping[str, Any]] = {
         "rank": 64,
         "alpha": 128.0,
-        "lr": 1e-5,
+        "learning_rate": 1e-5,
         "betas": (0.9, 0.95),
         "weight_decay": 1e-3,
-        "warmup": 10,
+        "warmup_steps": 10,
     }
 
     model: str = "THUDM/CogVideoX-2b"

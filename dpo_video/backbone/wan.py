@@ -64,10 +64,10 @@ class Wan(Backbone):
     training: ClassVar[Mapping[str, Any]] = {
         "rank": 64,
         "alpha": 128.0,
-        "lr": 5e-6,
+        "learning_rate": 5e-6,
         "betas": (0.9, 0.95),
         "weight_decay": 1e-3,
-        "warmup": 10,
+        "warmup_steps": 10,
     }
 
     model: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"

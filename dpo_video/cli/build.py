@@ -91,9 +91,9 @@ def build(
         raise UserError(f"'{config.pairs}' holds pairs already. Name a strategy to build others.")
     sharing = _worker(worker)
     console.quiet = sharing.number > 0 and worker is None
-    from dpo_video.workflows.session import check_labeler, load_model, pick_device
+    from dpo_video.workflows.session import builder_labeler, load_model, pick_device
 
-    check_labeler(config)
+    builder_labeler(config)
     model = load_model(config, pick_device(config.run.device))
     store = obtain_pairs(
         config, model, out or Path("runs/pairs"), exact=out is not None, worker=sharing
@@ -147,7 +147,7 @@ def obtain_pairs(
     from dpo_video.data.build import Worker, wanted
     from dpo_video.data.build import build as build_pairs
     from dpo_video.data.store import PairStore
-    from dpo_video.workflows.session import open_source, open_store
+    from dpo_video.workflows.session import builder_labeler, open_source, open_store
 
     if isinstance(config.pairs, str):
         store = PairStore(config.pairs)
@@ -172,7 +172,7 @@ def obtain_pairs(
             model,
             config.build,
             seed=config.run.seed,
-            labeler=config.labeler,
+            labeler=builder_labeler(config),
             available=source.count,
             worker=worker or Worker(),
         ):

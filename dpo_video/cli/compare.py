@@ -215,10 +215,10 @@ def _check_same(folder: Path, config: Config) -> None:
 
 
 def _measure(name: str, config: Config, folder: Path, out: Path) -> Evaluation:
-    from dpo_video.workflows.session import accelerator_for, check_labeler, load_model
+    from dpo_video.workflows.session import accelerator_for, builder_labeler, load_model
 
     console.rule(f"{name}, seed {config.run.seed}")
-    check_labeler(config)
+    builder_labeler(config)
     accelerator = accelerator_for(config, folder)
     model = load_model(config, accelerator.device)
     base = _base_videos(config, out)

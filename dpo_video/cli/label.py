@@ -48,7 +48,7 @@ def label(
     from dpo_video.data.label import recipe
     from dpo_video.data.labels import LabelSet
     from dpo_video.data.store import PairStore
-    from dpo_video.strategies import SetLabeler
+    from dpo_video.strategies import StoreLabeler
     from dpo_video.workflows.session import load_model, made_with, pick_device
 
     store = PairStore(pairs)
@@ -71,7 +71,7 @@ def label(
     name = name or str(table["name"])
     book = LabelSet.open_or_create(store.folder, name, recipe(store, model, settled, seconds))
     figures: Counter[str] = Counter()
-    if isinstance(config.labeler, SetLabeler):
+    if isinstance(config.labeler, StoreLabeler):
         with suppress(KeyboardInterrupt):
             list(label_pairs(store, model, config.labeler, book))
     else:
@@ -126,7 +126,7 @@ def _agreements(store: PairStore, book: LabelSet) -> dict[str, Agreement]:
             found[both] = agreement(book.verdicts(), other.verdicts())
     for one, two in combinations(book.raters, 2):
         both = f"{one or 'no name'} and {two or 'no name'}"
-        found[both] = agreement(book.marks(one), book.marks(two))
+        found[both] = agreement(book.labels_by(one), book.labels_by(two))
     return found
 
 

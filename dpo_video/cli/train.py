@@ -138,12 +138,12 @@ def train(
         accelerator_for,
         apply_labels,
         as_launched,
-        check_labeler,
+        builder_labeler,
         load_model,
     )
 
     check_backward(config.loss, config.memory)
-    check_labeler(config)
+    builder_labeler(config)
     asked, config = config.memory, as_launched(config)
     accelerator: Accelerator = accelerator_for(config, folder)
     console.quiet = not accelerator.is_main_process

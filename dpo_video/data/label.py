@@ -16,9 +16,9 @@ from dpo_video.data.store import PairStore
 from dpo_video.strategies import (
     Labeler,
     LabelResult,
-    LabelWork,
+    LabelTask,
     ReasonedLabeler,
-    SetLabeler,
+    StoreLabeler,
     VideoModel,
 )
 from dpo_video.types import SegmentLabel, Video
@@ -39,7 +39,7 @@ class LabelReport:
 
 
 @final
-class StoreWork(LabelWork):
+class StoreTask(LabelTask):
     """A pair store and a book, for a labeler that goes through them by itself."""
 
     def __init__(self, store: PairStore, model: VideoModel, book: LabelSet) -> None:
@@ -64,9 +64,9 @@ class StoreWork(LabelWork):
         """Those in the book."""
         return self.book.raters
 
-    def marks(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
+    def labels_by(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
         """What the book says."""
-        return self.book.marks(rater)
+        return self.book.labels_by(rater)
 
     def record(
         self, pair: int, marks: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
@@ -100,16 +100,16 @@ def recipe(
 
 
 def label(
-    store: PairStore, model: VideoModel, labeler: Labeler, book: LabelSet
+    store: PairStore, model: VideoModel, labeler: Labeler | StoreLabeler, book: LabelSet
 ) -> Iterator[LabelReport]:
     """Label the pairs that have no label yet, one report a pair.
 
-    A `SetLabeler` goes through the set by itself and reports nothing.
+    A `StoreLabeler` goes through the set by itself and reports nothing.
     """
     store.check_fits(model)
-    work = StoreWork(store, model, book)
-    if isinstance(labeler, SetLabeler):
-        labeler.label_set(work)
+    work = StoreTask(store, model, book)
+    if isinstance(labeler, StoreLabeler):
+        labeler.label_store(work)
         return
     done = book.done()
     for pair in work.pairs:
@@ -130,7 +130,7 @@ def label(
         )
 
 
-def _judge(labeler: Labeler, work: StoreWork, pair: int) -> LabelResult:
+def _judge(labeler: Labeler, work: StoreTask, pair: int) -> LabelResult:
     first, second = work.videos(pair)
     asked = [work.prompt(pair)], first[None], second[None], work.segments
     if isinstance(labeler, ReasonedLabeler):

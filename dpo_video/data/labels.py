@@ -164,13 +164,13 @@ class LabelSet:
         self.lines.append(line)
         return line
 
-    def marks(self, rater: str = "") -> dict[int, tuple[SegmentLabel, ...]]:
+    def labels_by(self, rater: str = "") -> dict[int, tuple[SegmentLabel, ...]]:
         """What a rater says by now of every pair, unfinished ones included."""
         return {line.pair: line.labels for line in self.lines if line.rater == rater}
 
     def done(self, rater: str = "") -> set[int]:
         """The pairs that a rater has finished."""
-        return {pair for pair, marks in self.marks(rater).items() if None not in marks}
+        return {pair for pair, marks in self.labels_by(rater).items() if None not in marks}
 
     def verdicts(self) -> dict[int, tuple[SegmentLabel, ...]]:
         """Per pair what the raters who finished it say together: one's own marks, or their vote.
@@ -179,7 +179,7 @@ class LabelSet:
         """
         finished: dict[int, list[tuple[SegmentLabel, ...]]] = {}
         for rater in self.raters:
-            for pair, marks in self.marks(rater).items():
+            for pair, marks in self.labels_by(rater).items():
                 if None not in marks:
                     finished.setdefault(pair, []).append(marks)
         return {pair: vote(finished[pair]) for pair in sorted(finished)}

@@ -11,12 +11,12 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
 from dpo_video.errors import UserError
-from dpo_video.strategies import Labeler, LabelResult, MeasuringLabeler, Metric, ReasonedLabeler
+from dpo_video.strategies import Labeler, LabelerFactory, LabelResult, Metric, ReasonedLabeler
 from dpo_video.types import PerPair, Videos
 
 
 @final
-class ByMetric(MeasuringLabeler):
+class ByMetric(LabelerFactory):
     """The better video by one metric or a weighted mix, segment by segment.
 
     A metric's lead is the difference of the two values, relative to their mean size, so that
@@ -40,7 +40,7 @@ class ByMetric(MeasuringLabeler):
     """How much less a winner may move than the loser, relative to the loser."""
 
     @property
-    def measures(self) -> Sequence[str]:
+    def metric_names(self) -> Sequence[str]:
         """The weighted metrics, and the one of motion."""
         return list(dict.fromkeys([*self.weights, *([self.motion] if self.motion else [])]))
 

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from dpo_video.errors import UserError
 from dpo_video.labeler._page.sitting import LabelSession, Summary
-from dpo_video.strategies import LabelWork, SetLabeler
+from dpo_video.strategies import LabelTask, StoreLabeler
 
 
 @final
-class Page(SetLabeler):
+class Page(StoreLabeler):
     """People compare both videos on a local web page, segment by segment (Wu et al. 2025).
 
     The sides are random and unmarked (a blind comparison). Every answer is on the disk before the
@@ -37,7 +37,7 @@ class Page(SetLabeler):
     browser: bool = True
     """Open the page in a browser; the link is printed in any case."""
 
-    def label_set(self, work: LabelWork) -> None:
+    def label_store(self, work: LabelTask) -> None:
         """Serve the page until a rater ends it, or Ctrl-C does."""
         try:
             from dpo_video.labeler._page.server import LOOPBACK, listen, serve

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpo_video.errors import UserError, first_fault
-from dpo_video.strategies import LabelWork, SetLabeler
+from dpo_video.strategies import LabelTask, StoreLabeler
 from dpo_video.types import SegmentLabel
 
 _WORDS: Mapping[str, float] = {"first": 1.0, "second": -1.0, "tie": 0.0}
@@ -44,7 +44,7 @@ class _Line(BaseModel):
 
 
 @final
-class Recorded(SetLabeler):
+class Recorded(StoreLabeler):
     """Anyone's labels, from a JSONL file.
 
     One line a label. It names its pair by index, or by the prompt where only one pair has it:
@@ -63,7 +63,7 @@ class Recorded(SetLabeler):
     file: str
     """The path of the JSONL file."""
 
-    def label_set(self, work: LabelWork) -> None:
+    def label_store(self, work: LabelTask) -> None:
         """Copy what the book does not have yet; nothing if any line of the file is wrong."""
         final: dict[tuple[str, int], tuple[tuple[SegmentLabel, ...], str]] = {}
         for number, line in self._lines():
@@ -74,7 +74,7 @@ class Recorded(SetLabeler):
                 )
             final[line.rater, self._pair(number, line, work)] = marks, line.note
         for (rater, pair), (marks, note) in final.items():
-            if work.marks(rater).get(pair) != marks:
+            if work.labels_by(rater).get(pair) != marks:
                 work.record(pair, marks, rater=rater, note=note)
 
     def _lines(self) -> Iterator[tuple[int, _Line]]:
@@ -95,7 +95,7 @@ class Recorded(SetLabeler):
                     raise self._error(number, f"is no label ({_reason(error)})") from error
                 yield number, line
 
-    def _pair(self, number: int, line: _Line, work: LabelWork) -> int:
+    def _pair(self, number: int, line: _Line, work: LabelTask) -> int:
         if line.pair is not None:
             if line.pair not in work.pairs:
                 raise self._error(number, f"names pair {line.pair} of {len(work.pairs)}")

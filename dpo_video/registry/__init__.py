@@ -117,9 +117,11 @@ def _by_name(kind: str) -> dict[str, list[Entry]]:
 
 def _fault(loaded: Any, kind: str, entry: Entry) -> str:
     """What is wrong with a class, so far as it can be said without running it; "" for nothing."""
-    base = _base(kind)
-    if not (isinstance(loaded, type) and issubclass(loaded, base)):
-        return f"is not a {base.__name__}. Derive it from dpo_video.strategies.{base.__name__}."
+    bases = _bases(kind)
+    base = next((b for b in bases if isinstance(loaded, type) and issubclass(loaded, b)), None)
+    if base is None:
+        names = " or ".join(each.__name__ for each in bases)
+        return f"is not a {names}. Derive it from dpo_video.strategies.{bases[0].__name__}."
     if not entry.can_be_typed:
         return "has a name that cannot be typed. Names are of letters, digits, _ and -."
     if inspect.isabstract(loaded):
@@ -155,16 +157,17 @@ def _summary(entry: Entry) -> str:
     return ""
 
 
-def _base(kind: str) -> type[Strategy]:
+def _bases(kind: str) -> tuple[type[Strategy], ...]:
+    """The abstract classes of a kind; a strategy derives from one of them."""
     from dpo_video import strategies
 
-    bases = {
-        "pairs": strategies.PairBuilder,
-        "labeler": strategies.Labeler,
-        "loss": strategies.Loss,
-        "reference": strategies.Reference,
-        "metric": strategies.Metric,
-        "backbone": strategies.Backbone,
+    bases: dict[str, tuple[type[Strategy], ...]] = {
+        "pairs": (strategies.PairBuilder,),
+        "labeler": (strategies.Labeler, strategies.LabelerFactory, strategies.StoreLabeler),
+        "loss": (strategies.Loss,),
+        "reference": (strategies.Reference,),
+        "metric": (strategies.Metric,),
+        "backbone": (strategies.Backbone,),
     }
     return bases[kind]
 

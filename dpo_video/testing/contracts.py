@@ -15,12 +15,13 @@ from torch import Generator
 
 from dpo_video.errors import UserError
 from dpo_video.strategies import (
+    AnyLabeler,
     Labeler,
+    LabelerFactory,
     Loss,
-    MeasuringLabeler,
     Metric,
     PairBuilder,
-    SetLabeler,
+    StoreLabeler,
     Strategy,
     SuppliedPairs,
     VideoModel,
@@ -300,28 +301,31 @@ def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
 
 
 def check_labeler(
-    labeler: Labeler,
+    labeler: AnyLabeler,
     prompts: Sequence[str] | None = None,
     *,
     metrics: Mapping[str, Metric] | None = None,
 ) -> None:
     """One label in [-1, 1] per video and segment, blind to the order of the two videos.
 
-    Of a `SetLabeler` only the options are checked: it judges no videos that are handed to it.
+    Only the options of a `StoreLabeler` are checked, because it takes no videos.
 
     Args:
         labeler: The strategy.
         prompts: Two that it can read; captions of the embedded model if left out.
-        metrics: For a `MeasuringLabeler`, one of each name in its `measures`.
+        metrics: For a `LabelerFactory`, one for each of its `metric_names`.
     """
     check_options(labeler)
     name = type(labeler).__name__
     strays = labeler.incidental - type(labeler).model_fields.keys()
     law(not strays, f"{name} calls {sorted(strays)} incidental, which are no options of it.")
-    if isinstance(labeler, SetLabeler):
+    if isinstance(labeler, StoreLabeler):
         return
-    if isinstance(labeler, MeasuringLabeler):
-        labeler = labeler.with_metrics({each: (metrics or {})[each] for each in labeler.measures})
+    if isinstance(labeler, LabelerFactory):
+        given = metrics or {}
+        labeler = labeler.with_metrics({each: given[each] for each in labeler.metric_names})
+    if not isinstance(labeler, Labeler):
+        raise AssertionError(f"{name} is no Labeler, LabelerFactory or StoreLabeler.")
     prompts = spread_captions(2) if prompts is None else list(prompts)
     count, segments = len(prompts), [slice(0, 2), slice(2, 4)]
     first, second = (small_videos(count, 4, seed=seed) for seed in (0, 1))

@@ -31,11 +31,12 @@ from dpo_video.settings import (
 from dpo_video.strategies import (
     Backbone,
     Labeler,
+    LabelerFactory,
     Loss,
-    MeasuringLabeler,
     Metric,
     PairBuilder,
     Reference,
+    StoreLabeler,
 )
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -71,7 +72,7 @@ class Config:
     backbone: Backbone
     pairs: PairBuilder | str
     """A strategy, or the folder or URL of pairs built earlier."""
-    labeler: Labeler | None
+    labeler: Labeler | StoreLabeler | None
     loss: Loss
     reference: Reference
     metrics: Mapping[str, Metric]
@@ -263,7 +264,7 @@ def _make(tables: Tables) -> Config:
             name = _name(tables, kind)
             made[kind] = _build(registry.load(kind, name), options, kind, name)
     settled = made["labeler"]
-    if isinstance(settled, MeasuringLabeler):
+    if isinstance(settled, LabelerFactory):
         settled, made["labeler"] = _give_metrics(settled)
     metrics = {
         name: cast(Metric, _build(registry.load("metric", name), table, f"metric.{name}", name))
@@ -279,12 +280,12 @@ def _make(tables: Tables) -> Config:
     return Config(**engines, **made, metrics=metrics, tables=resolved)  # type: ignore[arg-type]
 
 
-def _give_metrics(labeler: MeasuringLabeler) -> tuple[MeasuringLabeler, Labeler]:
+def _give_metrics(labeler: LabelerFactory) -> tuple[LabelerFactory, Labeler]:
     """The labeler with its metrics' options spelled out, and the one that judges by them."""
-    if strays := sorted(labeler.options.keys() - set(labeler.measures)):
-        raise unknown("metric among the labeler's", strays[0], labeler.measures)
+    if strays := sorted(labeler.options.keys() - set(labeler.metric_names)):
+        raise unknown("metric among the labeler's", strays[0], labeler.metric_names)
     metrics = {}
-    for name in labeler.measures:
+    for name in labeler.metric_names:
         options = labeler.options.get(name, {})
         made = _build(registry.load("metric", name), options, f"metric.{name}", name)
         metrics[name] = cast(Metric, made)

@@ -22,7 +22,14 @@ from dpo_video.diffusion.pretrained import arranged
 from dpo_video.errors import StoreError, UserError
 from dpo_video.memory.packed_weights import check_base, frozen_weights, pack_frozen_weights
 from dpo_video.memory.sharding import Shard
-from dpo_video.strategies import PACKED, PairBuilder, SetLabeler, SuppliedPairs, VideoModel
+from dpo_video.strategies import (
+    PACKED,
+    Labeler,
+    PairBuilder,
+    StoreLabeler,
+    SuppliedPairs,
+    VideoModel,
+)
 from dpo_video.support.reproducibility import settle
 from dpo_video.types import Skipped
 from dpo_video.workflows import distributed
@@ -94,13 +101,13 @@ class OpenedSource:
     """The user's files that give none; grows while clips are read."""
 
 
-def check_labeler(config: Config) -> None:
-    """A UserError if the pairs to be built and the labeler named do not go together.
+def builder_labeler(config: Config) -> Labeler | None:
+    """The labeler that pairs are built with; None for pairs that are built or need none.
 
-    Asked before anything is loaded.
+    Call it before anything is loaded: it raises a UserError if builder and labeler do not match.
     """
     if isinstance(config.pairs, str):
-        return
+        return None
     kind = config.tables["pairs"]["name"]
     if config.labeler is None and config.pairs.needs_labeler:
         raise UserError(
@@ -112,11 +119,12 @@ def check_labeler(config: Config) -> None:
             f"Pairs of kind '{kind}' know who is better and ask no labeler. Leave --labeler out, "
             "or label them once they are built: dpo-video label PAIRS --labeler NAME"
         )
-    if isinstance(config.labeler, SetLabeler):
+    if isinstance(config.labeler, StoreLabeler):
         raise UserError(
             f"The labeler '{config.tables['labeler']['name']}' labels finished sets only. Build "
             "the pairs without it, then: dpo-video label PAIRS --labeler NAME"
         )
+    return config.labeler
 
 
 def open_source(config: Config, model: VideoModel) -> OpenedSource:

@@ -12,11 +12,11 @@ from small_labels import COUNT, random_store
 from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.data.label import StoreWork, label, recipe
+from dpo_video.data.label import StoreTask, label, recipe
 from dpo_video.data.labels import LabelSet, preferences
 from dpo_video.data.store import PairStore
 from dpo_video.errors import StoreError
-from dpo_video.strategies import Labeler, LabelResult, LabelWork, ReasonedLabeler, SetLabeler
+from dpo_video.strategies import Labeler, LabelResult, LabelTask, ReasonedLabeler, StoreLabeler
 
 SECONDS = 2 / SHAPE.fps  # two frames a segment, so two segments
 
@@ -41,12 +41,12 @@ class Reasoned(ReasonedLabeler):
         return LabelResult(labels=labels, notes=[f"of {prompts[0]}"], figures={"requests": 2})
 
 
-class Everything(SetLabeler):
+class Everything(StoreLabeler):
     """Ties all, and keeps what it was given."""
 
-    def label_set(self, work: LabelWork) -> None:
+    def label_store(self, work: LabelTask) -> None:
         for pair in work.pairs:
-            if pair not in work.marks("me"):
+            if pair not in work.labels_by("me"):
                 first, second = work.videos(pair)
                 assert first.shape == second.shape == (3, SHAPE.frames, SHAPE.height, SHAPE.width)
                 work.record(pair, [0.0] * len(work.segments), rater="me", note=work.prompt(pair))
@@ -113,7 +113,7 @@ def test_a_labeler_of_whole_sets_goes_through_them_itself(
     book = open_book(store, small_model)
     assert list(label(store, small_model, Everything(), book)) == []
     again = LabelSet(store.folder, "mine")
-    assert again.raters == ["me"] == list(StoreWork(store, small_model, again).raters)
+    assert again.raters == ["me"] == list(StoreTask(store, small_model, again).raters)
     assert {line.note for line in again.lines} == {f"prompt {i}" for i in range(COUNT)}
     assert all(line.time is not None for line in again.lines)
     list(label(store, small_model, Everything(), again))

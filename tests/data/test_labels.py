@@ -83,7 +83,7 @@ def test_a_label_is_on_the_disk_when_record_returns(tmp_path: Path) -> None:
     """)
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert LabelSet(tmp_path, "mine").marks() == {7: (1.0, "skip")}
+    assert LabelSet(tmp_path, "mine").labels_by() == {7: (1.0, "skip")}
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_undoing_a_label_is_a_line_as_well(book: LabelSet) -> None:
 def test_a_pair_counts_once_it_is_finished(book: LabelSet) -> None:
     book.record(0, [1, None], rater="ann")
     assert book.labels() == {} and book.done("ann") == set()
-    assert book.marks("ann") == {0: (1.0, None)}
+    assert book.labels_by("ann") == {0: (1.0, None)}
     book.record(0, [1, "skip"], rater="ann")
     assert book.done("ann") == {0} and book.done("bob") == set()
     assert labels_of(book) == {0: [1, 0]}

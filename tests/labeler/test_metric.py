@@ -45,7 +45,7 @@ class Change(Metric):
 def labeler(weights: dict[str, float], **options: object) -> Measuring:
     metrics = {"bright": Brightness(), "still": FrameDifference(), "moves": Change()}
     rule = ByMetric(weights=weights, **{"motion": "", **options})  # type: ignore[arg-type]
-    made = rule.with_metrics({name: metrics[name] for name in rule.measures})
+    made = rule.with_metrics({name: metrics[name] for name in rule.metric_names})
     assert isinstance(made, Measuring)
     return made
 

@@ -32,7 +32,7 @@ from starlette.types import ASGIApp
 from test_store import largest_file
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.data.label import StoreWork, recipe
+from dpo_video.data.label import StoreTask, recipe
 from dpo_video.data.labels import LabelSet
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import UserError
@@ -40,7 +40,7 @@ from dpo_video.labeler._page.server import application, listen, serve
 from dpo_video.labeler._page.sheets import SpriteSheets, columns, eight_bits, sheet
 from dpo_video.labeler._page.sitting import IDLE, Answer, LabelSession
 from dpo_video.labeler.page import Page as PageLabeler
-from dpo_video.strategies import LabelWork
+from dpo_video.strategies import LabelTask
 from dpo_video.testing import small_videos
 from dpo_video.types import Pair, SegmentLabel
 
@@ -87,9 +87,9 @@ def store(
 
 
 @pytest.fixture
-def work(store: PairStore, model: AnimateDiffModel, request: pytest.FixtureRequest) -> StoreWork:
+def work(store: PairStore, model: AnimateDiffModel, request: pytest.FixtureRequest) -> StoreTask:
     """The store with a new book."""
-    return StoreWork(store, model, new_book(store, model, request.node.name))
+    return StoreTask(store, model, new_book(store, model, request.node.name))
 
 
 def new_book(store: PairStore, model: AnimateDiffModel, name: str) -> LabelSet:
@@ -98,12 +98,12 @@ def new_book(store: PairStore, model: AnimateDiffModel, name: str) -> LabelSet:
     return LabelSet.open_or_create(store.folder, re.sub(r"[^A-Za-z0-9]", "-", name), made)
 
 
-def on_disk(work: StoreWork, rater: str) -> dict[int, tuple[SegmentLabel, ...]]:
+def on_disk(work: StoreTask, rater: str) -> dict[int, tuple[SegmentLabel, ...]]:
     """What another process would read."""
-    return LabelSet(work.store.folder, work.book.name).marks(rater)
+    return LabelSet(work.store.folder, work.book.name).labels_by(rater)
 
 
-class Memory(LabelWork):
+class Memory(LabelTask):
     """Work without videos or a disk, for what is about order and counting alone."""
 
     def __init__(self, pairs: int, segments: int) -> None:
@@ -122,7 +122,7 @@ class Memory(LabelWork):
     def raters(self) -> list[str]:
         return list(self.said)
 
-    def marks(self, rater: str = "") -> dict[int, tuple[SegmentLabel, ...]]:
+    def labels_by(self, rater: str = "") -> dict[int, tuple[SegmentLabel, ...]]:
         return self.said.get(rater, {})
 
     def record(self, pair: int, marks: Any, *, rater: str = "", note: str = "") -> None:
@@ -152,7 +152,7 @@ def test_an_answer_is_kept_in_the_stores_order(
     sitting.answer(rater, pair, 1, answer)
     first_side = "left" if sitting.is_first(rater, pair, "left") else "right"
     kept = {first_side: 1.0, "tie": 0.0, "skip": "skip"}.get(answer, -1.0)
-    assert work.marks(rater) == {pair: (None, kept)}
+    assert work.labels_by(rater) == {pair: (None, kept)}
     assert sitting.is_first(rater, pair, "left") != sitting.is_first(rater, pair, "right")
     # And the next time it is shown as it was given.
     again = LabelSession(work, seed)
@@ -195,10 +195,10 @@ def test_undo_takes_everything_back_in_turn(
     sitting = LabelSession(work, seed=0)
     history = []
     for answer in answers:
-        history.append(dict(work.marks("a")))
+        history.append(dict(work.labels_by("a")))
         give(sitting, "a", [answer])
     if rest:
-        history.append(dict(work.marks("a")))
+        history.append(dict(work.labels_by("a")))
         current = sitting.view("a").current
         if current is None:
             history.pop()
@@ -211,9 +211,9 @@ def test_undo_takes_everything_back_in_turn(
     else:
         for before in reversed(history):
             sitting.undo("a", sitting.view("a").revision)
-            said = {pair: marks for pair, marks in work.marks("a").items() if any_said(marks)}
+            said = {pair: marks for pair, marks in work.labels_by("a").items() if any_said(marks)}
             assert said == {pair: marks for pair, marks in before.items() if any_said(marks)}
-    assert not any(any_said(marks) for marks in work.marks("a").values())
+    assert not any(any_said(marks) for marks in work.labels_by("a").values())
     view = sitting.view("a")
     assert not view.undoable
     assert sitting.undo("a", view.revision) == view
@@ -230,7 +230,7 @@ def test_an_undo_that_arrives_twice_is_done_once() -> None:
     revision = sitting.view("a").revision
     once = sitting.undo("a", revision)
     assert sitting.undo("a", revision) == once
-    assert [mark for marks in work.marks("a").values() for mark in marks] == [0, None]
+    assert [mark for marks in work.labels_by("a").values() for mark in marks] == [0, None]
 
 
 def test_a_pair_is_finished_once_every_segment_has_an_answer() -> None:
@@ -328,12 +328,12 @@ def test_a_pair_is_decoded_once_and_few_are_kept() -> None:
 # --- the interface ---------------------------------------------------------------------------
 
 
-def app_of(work: LabelWork) -> ASGIApp:
+def app_of(work: LabelTask) -> ASGIApp:
     return application(LabelSession(work, seed=0), TOKEN, finish=lambda: None)
 
 
 @pytest.fixture
-def client(work: StoreWork) -> TestClient:
+def client(work: StoreTask) -> TestClient:
     return TestClient(app_of(work), base_url=f"http://{HOST}/{TOKEN}/")
 
 
@@ -371,7 +371,7 @@ def test_without_the_token_nothing_is_told(client: TestClient, path: str, rest: 
     ids=str,
 )
 def test_other_hosts_and_origins_are_refused(
-    client: TestClient, work: StoreWork, headers: dict[str, str]
+    client: TestClient, work: StoreTask, headers: dict[str, str]
 ) -> None:
     assert client.get("", headers=headers).status_code == 403
     assert client.post("answer", json=GOOD, headers=headers).status_code == 403
@@ -414,7 +414,7 @@ def test_every_answer_forbids_caching_sniffing_and_framing(client: TestClient) -
     ids=lambda value: str(value)[:30],
 )
 def test_nonsense_is_refused_and_not_kept(
-    client: TestClient, work: StoreWork, change: dict[str, Any], status: int
+    client: TestClient, work: StoreTask, change: dict[str, Any], status: int
 ) -> None:
     found = client.post("answer", json={**GOOD, **change})
     assert found.status_code == status and found.json()["error"]
@@ -431,7 +431,7 @@ def test_forms_of_other_pages_are_refused(client: TestClient) -> None:
 
 
 def test_a_side_shows_the_video_that_its_answer_prefers(
-    client: TestClient, work: StoreWork
+    client: TestClient, work: StoreTask
 ) -> None:
     for pair in work.pairs:
         first, second = (pixels(video) for video in work.videos(pair))
@@ -448,7 +448,7 @@ def test_nothing_tells_the_sides_apart(client: TestClient) -> None:
     assert "flip" not in told and "winner" not in told
 
 
-def test_a_full_disk_is_said_and_nothing_is_counted(client: TestClient, work: StoreWork) -> None:
+def test_a_full_disk_is_said_and_nothing_is_counted(client: TestClient, work: StoreTask) -> None:
     client.post("answer", json=GOOD)
     before = client.get("view?rater=a").json()
     with largest_file(work.book.path.stat().st_size):
@@ -457,11 +457,11 @@ def test_a_full_disk_is_said_and_nothing_is_counted(client: TestClient, work: St
     assert client.get("view?rater=a").json() == before
 
 
-def test_a_missing_extra_is_one_sentence(work: StoreWork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_one_sentence(work: StoreTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "dpo_video.labeler._page.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"needs uvicorn\. .* pip install 'dpo-video\[page\]'"):
-        PageLabeler().label_set(work)
+        PageLabeler().label_store(work)
 
 
 def test_a_port_in_use_is_one_sentence() -> None:
@@ -513,11 +513,11 @@ def test_an_answer_survives_kill_9_and_ctrl_c_sums_up(store: PairStore) -> None:
         post(f"{link}answer", GOOD)
         process.kill()  # SIGKILL, at once
         assert process.wait() == -signal.SIGKILL
-    (marks,) = LabelSet(store.folder, "killed").marks("a").values()
+    (marks,) = LabelSet(store.folder, "killed").labels_by("a").values()
     assert marks[0] in (1.0, -1.0) and marks[1] is None
 
     with command(store, "killed") as (process, link):
-        assert LabelSet(store.folder, "killed").marks("a") == {0: marks}
+        assert LabelSet(store.folder, "killed").labels_by("a") == {0: marks}
         view = post(f"{link}answer", {**GOOD, "segment": 1, "answer": "tie"})
         assert view["finished"] == 1
         process.send_signal(signal.SIGINT)
@@ -546,7 +546,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def link(work: StoreWork) -> Iterator[str]:
+def link(work: StoreTask) -> Iterator[str]:
     """A running server."""
     with listen(0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/{TOKEN}/"
@@ -627,7 +627,7 @@ def sat_down(browser: Browser, link: str, name: str = "ann", **options: Any) -> 
         context.close()
 
 
-def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, work: StoreWork) -> None:
+def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, work: StoreTask) -> None:
     sides = LabelSession(work, seed=0)
     keys = {"ArrowLeft": "left", "2": "right", "ArrowDown": "tie", "s": "skip", "1": "left",
             "ArrowRight": "right"}  # fmt: skip
@@ -651,7 +651,7 @@ def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, work: Stor
 
 
 def test_both_canvases_show_the_same_frame_to_the_bit(
-    browser: Browser, link: str, work: StoreWork
+    browser: Browser, link: str, work: StoreTask
 ) -> None:
     with sat_down(browser, link) as ann:
         pair, _ = ann.current()
@@ -705,7 +705,7 @@ def test_speed_is_changed_by_keys(browser: Browser, link: str) -> None:
             assert ann.text("#speed") == speed
 
 
-def test_a_reload_loses_nothing(browser: Browser, link: str, work: StoreWork) -> None:
+def test_a_reload_loses_nothing(browser: Browser, link: str, work: StoreTask) -> None:
     with sat_down(browser, link) as ann:
         ann.press("ArrowLeft")
         place, shown = ann.current(), ann.text("#prompt")
@@ -720,7 +720,7 @@ def test_a_reload_loses_nothing(browser: Browser, link: str, work: StoreWork) ->
         assert ann.complaints == []
 
 
-def test_undo_goes_back_over_pairs(browser: Browser, link: str, work: StoreWork) -> None:
+def test_undo_goes_back_over_pairs(browser: Browser, link: str, work: StoreTask) -> None:
     with sat_down(browser, link) as ann:
         places = []
         for key in ("ArrowLeft", "Shift+S", "ArrowRight"):
@@ -735,7 +735,7 @@ def test_undo_goes_back_over_pairs(browser: Browser, link: str, work: StoreWork)
         assert not any(any_said(marks) for marks in on_disk(work, "ann").values())
 
 
-def test_a_held_or_hasty_key_answers_once(browser: Browser, link: str, work: StoreWork) -> None:
+def test_a_held_or_hasty_key_answers_once(browser: Browser, link: str, work: StoreTask) -> None:
     with sat_down(browser, link) as ann:
         for _ in range(10):
             ann.page.keyboard.down("ArrowLeft")  # the first is a press, the others repeats
@@ -775,7 +775,7 @@ def test_a_hostile_prompt_is_shown_as_it_is(browser: Browser, link: str) -> None
 
 
 def test_two_raters_at_once_see_their_agreement(
-    browser: Browser, link: str, work: StoreWork
+    browser: Browser, link: str, work: StoreTask
 ) -> None:
     sides = LabelSession(work, seed=0)
     with sat_down(browser, link, "ann") as ann, sat_down(browser, link, "Bob & Co") as bob:
@@ -804,7 +804,7 @@ def test_two_raters_at_once_see_their_agreement(
 
 
 def test_when_the_server_is_gone_the_page_says_so_and_stays(
-    browser: Browser, link: str, work: StoreWork
+    browser: Browser, link: str, work: StoreTask
 ) -> None:
     with sat_down(browser, link) as ann:
         place = ann.current()

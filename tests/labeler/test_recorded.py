@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dpo_video.errors import UserError
 from dpo_video.labeler.recorded import Recorded
-from dpo_video.strategies import LabelWork
+from dpo_video.strategies import LabelTask
 from dpo_video.types import SegmentLabel, Video
 
 
-class Notebook(LabelWork):
+class Notebook(LabelTask):
     """Three pairs, two of one prompt, and labels in memory."""
 
     def __init__(self) -> None:
@@ -33,7 +32,7 @@ class Notebook(LabelWork):
     def raters(self) -> Sequence[str]:
         return list(dict.fromkeys(by for _, _, by, _ in self.written))
 
-    def marks(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
+    def labels_by(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
         return {pair: marks for pair, marks, by, _ in self.written if by == rater}
 
     def record(
@@ -46,7 +45,7 @@ def labels(folder: Path, *lines: Any) -> Notebook:
     file = folder / "labels.jsonl"
     file.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
     work = Notebook()
-    Recorded(file=str(file)).label_set(work)
+    Recorded(file=str(file)).label_store(work)
     return work
 
 
@@ -70,17 +69,17 @@ def test_the_last_line_of_a_pair_and_rater_counts(tmp_path: Path) -> None:
         {"pair": 0, "label": 1, "rater": "ann"},
         {"pair": 0, "label": -1},
     )
-    assert work.marks() == {0: (-1, -1)} and work.marks("ann") == {0: (1, 1)}
+    assert work.labels_by() == {0: (-1, -1)} and work.labels_by("ann") == {0: (1, 1)}
 
 
 def test_reading_it_again_adds_only_what_changed(tmp_path: Path) -> None:
     work = labels(tmp_path, {"pair": 0, "label": 1}, {"pair": 1, "label": 1})
     file = tmp_path / "labels.jsonl"
-    Recorded(file=str(file)).label_set(work)
+    Recorded(file=str(file)).label_store(work)
     assert len(work.written) == 2
     file.write_text('{"pair": 0, "label": 0}\n{"pair": 1, "label": 1}\n')
-    Recorded(file=str(file)).label_set(work)
-    assert len(work.written) == 3 and work.marks()[0] == (0, 0)
+    Recorded(file=str(file)).label_store(work)
+    assert len(work.written) == 3 and work.labels_by()[0] == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -108,10 +107,4 @@ def test_a_wrong_line_is_named_and_nothing_is_recorded(
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot read .*--set labeler.file=labels.jsonl"):
-        Recorded(file=str(tmp_path / "none.jsonl")).label_set(Notebook())
-
-
-def test_it_has_nothing_to_say_during_a_build() -> None:
-    video = torch.zeros(1, 3, 4, 2, 2)
-    with pytest.raises(UserError, match="Recorded labels finished sets only"):
-        Recorded(file="x")(["a"], video, video, [slice(0, 4)])
+        Recorded(file=str(tmp_path / "none.jsonl")).label_store(Notebook())

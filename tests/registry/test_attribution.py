@@ -15,7 +15,7 @@ from dpo_video.cli import main
 from dpo_video.data.segments import sound_labels
 from dpo_video.errors import TrainingError, UserError
 from dpo_video.evaluation.evaluate import compare
-from dpo_video.labeler.recorded import Recorded
+from dpo_video.labeler.vlm import VLM
 from dpo_video.loss.global_ import Global
 from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.registry.attribution import blamed, plugin_of
@@ -194,9 +194,9 @@ def test_a_loss_of_one_number_for_all_pairs_is_refused(faulty: Faulty) -> None:
 @pytest.mark.parametrize("labels", [torch.ones(2), torch.ones(1, 3), torch.full((1, 2), 2.0),
                                     torch.full((1, 2), torch.nan)])  # fmt: skip
 def test_labels_that_nobody_asked_for_are_refused(labels: torch.Tensor) -> None:
-    labeler = Recorded(file="labels.jsonl")
+    labeler = VLM(model="none")
     assert sound_labels(labeler, torch.tensor([[1.0, -0.5]]), 2).tolist() == [[1.0, -0.5]]
-    with pytest.raises(UserError, match=r"labeler Recorded of .* does not give one number in"):
+    with pytest.raises(UserError, match=r"labeler VLM of .* does not give one number in"):
         sound_labels(labeler, labels, 2)
 
 

@@ -40,6 +40,9 @@ def test_built_ins_come_in_by_entry_points_of_our_own() -> None:
     [
         ("loss", "region", strategies.Loss),
         ("pairs", "local", strategies.PairBuilder),
+        ("labeler", "vlm", strategies.Labeler),
+        ("labeler", "metric", strategies.LabelerFactory),
+        ("labeler", "page", strategies.StoreLabeler),
         ("reference", "toggle", strategies.Reference),
         ("backbone", "tiny", strategies.Backbone),
     ],
@@ -140,6 +143,8 @@ class Odd(strategies.{base}):
         ("loss", strategy("model_config = ConfigDict(frozen=False)"), "is not frozen, or takes"),
         ("loss", strategy("model_config = ConfigDict(extra='allow')"), "is not frozen, or takes"),
         ("loss", "from dpo_video.strategies import Loss as Odd", "is not finished: it lacks __c"),
+        ("labeler", "from dpo_video.strategies import StoreLabeler as Odd", "lacks label_store"),
+        ("labeler", strategy("", "AnyLabeler"), "is not a Labeler or LabelerFactory or StoreLab"),
         ("metric", strategy("unit: ClassVar[str] = ''", "Metric"), "does not say its higher_is_b"),
         ("pairs", strategy("needs_video: ClassVar[bool] = True; store: str = ''", "PairBuilder"),
          "has an option 'store', which means a folder"),

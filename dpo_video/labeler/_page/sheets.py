@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image
 
-from dpo_video.strategies import LabelWork
+from dpo_video.strategies import LabelTask
 from dpo_video.types import Video
 
 KEEP = 2**30  # bytes of decoded frames: ten pairs of 49 frames at 480x720
@@ -30,7 +30,7 @@ Frames = UInt8[ndarray, "F H W 3"]
 class SpriteSheets:
     """The pictures of a set: decoded when asked for, one pair at a time, and kept for a while."""
 
-    def __init__(self, work: LabelWork, keep: int = KEEP) -> None:
+    def __init__(self, work: LabelTask, keep: int = KEEP) -> None:
         self._work = work
         self._keep = keep
         self._pairs: OrderedDict[int, tuple[Frames, Frames]] = OrderedDict()

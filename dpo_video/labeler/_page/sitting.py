@@ -13,7 +13,7 @@ from typing import Literal, final
 from pydantic import BaseModel, ConfigDict
 
 from dpo_video.data.labels import Agreement, agreement
-from dpo_video.strategies import LabelWork
+from dpo_video.strategies import LabelTask
 from dpo_video.types import SegmentLabel
 
 Side = Literal["left", "right"]
@@ -98,7 +98,7 @@ class LabelSession:
     """
 
     def __init__(
-        self, work: LabelWork, seed: int, clock: Callable[[], float] = time.monotonic
+        self, work: LabelTask, seed: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.work = work
         self._seed = seed
@@ -110,7 +110,7 @@ class LabelSession:
     def view(self, rater: str) -> View:
         """What a rater is to be shown now."""
         state = self._state(rater)
-        marks = self.work.marks(rater)
+        marks = self.work.labels_by(rater)
         open_pairs = [pair for pair in self._order if not _finished(marks.get(pair))]
         current = None
         if open_pairs:
@@ -146,7 +146,7 @@ class LabelSession:
         if pair not in self.work.pairs or not 0 <= segment < len(self.work.segments):
             raise KeyError(f"there is no segment {segment} of a pair {pair}")
         state = self._state(rater)
-        before = self._marks(self.work.marks(rater), pair)
+        before = self._marks(self.work.labels_by(rater), pair)
         mark = self._mark(rater, pair, answer)
         after = tuple(
             mark if number == segment or (rest and old is None) else old
@@ -187,14 +187,14 @@ class LabelSession:
 
     def summary(self, rater: str) -> Summary:
         """What a rater did, and how far the others agree."""
-        marks = self.work.marks(rater)
+        marks = self.work.labels_by(rater)
         counts: Counter[Answer] = Counter()
         for pair, line in marks.items():
             counts.update(
                 answer for mark in line if (answer := self._answer(rater, pair, mark)) is not None
             )
         others = tuple(
-            OtherRater(rater=name, agreement=agreement(marks, self.work.marks(name)))
+            OtherRater(rater=name, agreement=agreement(marks, self.work.labels_by(name)))
             for name in self.raters()
             if name != rater
         )
@@ -240,14 +240,14 @@ class LabelSession:
         return finished / state.worked * 3600
 
     def _count_finished(self, rater: str) -> int:
-        marks = self.work.marks(rater)
+        marks = self.work.labels_by(rater)
         return sum(_finished(marks.get(pair)) for pair in self._order)
 
     def _last_change(self, rater: str) -> tuple[int, tuple[SegmentLabel, ...]] | None:
         history = self._state(rater).history
         if history:
             return history[-1]
-        marks = self.work.marks(rater)
+        marks = self.work.labels_by(rater)
         for pair in reversed(self._order):
             line = self._marks(marks, pair)
             given = [number for number, mark in enumerate(line) if mark is not None]
