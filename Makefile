@@ -27,10 +27,11 @@ demo: setup ## Local pairs, region loss, toggled reference on the embedded model
 	    --set train.learning_rate=3e-4 --set train.save_steps=40 --set loss.sft_weight=1000
 	$(BIN)/dpo-video evaluate $(DEMO) --seeds 12
 
-check: setup ## Lint, formatting and types
+check: setup ## Lint, formatting, types and import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 test: check ## All checks and all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable --durations 15
