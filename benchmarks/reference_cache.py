@@ -76,7 +76,7 @@ def measure(folder: Path, pairs: int, noise_draws: int, steps: int) -> dict[str,
         build(
             store,
             in_order(clips),
-            Jitter(winner="clip"),
+            Jitter(chosen="clip"),
             model,
             BuildSettings(count=pairs, previews=False),
             seed=SEED,

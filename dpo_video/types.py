@@ -83,8 +83,8 @@ class Pair:
     source: str
     """The name of the clip it was made from."""
     strength: float = 0.0
-    """The noise level in (0, 1] that the loser was regenerated from (LocalDPO's alpha, DenseDPO's
-    eta); 0 where nothing was re-noised."""
+    """Share of the noise schedule, in (0, 1], that the rejected video was regenerated from
+    (LocalDPO's alpha, DenseDPO's eta); 0 if it was not re-noised."""
     context: Context | None = None
     """The encoded prompt, with a leading axis of 1, where it came with the pair; None where the
     model is to encode `prompt`."""
@@ -145,14 +145,14 @@ class PairErrors:
         return self.policy_second - self.reference_second
 
     @property
-    def winner(self) -> PerPair:
-        """+1 where most frames prefer the first, -1 the second, 0 where they are even."""
+    def label(self) -> PerPair:
+        """+1 where most frames prefer the first video, -1 the second, 0 for as many of each."""
         return self.preference.sum(dim=1).sign()
 
     @property
     def majority(self) -> Preference:
-        """The winner, as the label of every frame."""
-        return self.winner[:, None].expand_as(self.preference)
+        """`label` for every frame."""
+        return self.label[:, None].expand_as(self.preference)
 
 
 @dataclass(frozen=True, kw_only=True)

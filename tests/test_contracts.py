@@ -336,7 +336,7 @@ class Leaking(PairBuilder):
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
-        pair = Jitter(winner="clip")(clip, model, labeler, generator)
+        pair = Jitter(chosen="clip")(clip, model, labeler, generator)
         return replace(pair, region=torch.zeros_like(pair.region))
 
 
@@ -350,7 +350,7 @@ class Stuck(PairBuilder):
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
-        return Jitter(winner="clip")(clip, model, labeler, Generator().manual_seed(0))
+        return Jitter(chosen="clip")(clip, model, labeler, Generator().manual_seed(0))
 
 
 class Flat(PairBuilder):
@@ -363,7 +363,7 @@ class Flat(PairBuilder):
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
-        pair = Jitter(winner="clip")(clip, model, labeler, generator)
+        pair = Jitter(chosen="clip")(clip, model, labeler, generator)
         return replace(pair, context={"prompt_embeds": torch.zeros(77, 16)})
 
 

@@ -109,7 +109,7 @@ def test_generate_writes_videos(place: Path) -> None:
 
 def test_jitter_with_copy(place: Path) -> None:
     dpo_video(
-        "train", "--pairs=jitter", "--loss=global", "--reference=copy", "--set=pairs.winner=clip",
+        "train", "--pairs=jitter", "--loss=global", "--reference=copy", "--set=pairs.chosen=clip",
         "--count=1", "--steps=1", *QUICK, cwd=place,
     )  # fmt: skip
     assert (place / "runs" / "jitter-global" / "log.jsonl").exists()
@@ -117,7 +117,7 @@ def test_jitter_with_copy(place: Path) -> None:
 
 def test_region_loss_on_pairs_without_regions_says_so(place: Path) -> None:
     done = dpo_video(
-        "train", "--pairs=jitter", "--loss=region", "--set=pairs.winner=clip", "--count=1",
+        "train", "--pairs=jitter", "--loss=region", "--set=pairs.chosen=clip", "--count=1",
         "--steps=1", *QUICK, cwd=place, ok=False,
     )  # fmt: skip
     assert done.returncode == 2

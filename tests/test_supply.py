@@ -71,7 +71,7 @@ def test_nothing_is_sent_anywhere(tmp_path: Path) -> None:
         [
             "train",
             "--pairs=jitter",
-            "--set=pairs.winner=clip",
+            "--set=pairs.chosen=clip",
             "--loss=global",
             "--count=1",
             "--steps=1",

@@ -35,7 +35,7 @@ RECORD = Path(__file__).parent / "trajectory.json"
 STEPS = 3
 RECIPES: Mapping[str, Sequence[str]] = {
     "local, region": ("build.count=1", "pairs.num_inference_steps=2", "loss.sft_weight=10"),
-    "jitter, sdpo": ("build.count=2", "pairs.winner=clip"),
+    "jitter, sdpo": ("build.count=2", "pairs.chosen=clip"),
 }
 FIGURES = ("loss", "margin", "chosen_change", "rejected_change", "grad_norm")
 TOLERANCE = 2e-3

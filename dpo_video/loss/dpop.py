@@ -36,7 +36,7 @@ class DPOP(Loss):
     def __call__(self, errors: PairErrors) -> LossOutput:
         """The loss of every pair."""
         output = clip_loss(errors, self.beta)
-        decided = errors.winner.abs()  # an even pair has no winner to pay for
+        decided = errors.label.abs()  # an even pair has no winner to pay for
         rise = decided * F.relu(output.chosen_change)
         logits = output.logits - self.beta * self.penalty * rise
         output = replace(output, loss=-F.logsigmoid(logits), gradient_factor=torch.sigmoid(-logits))

@@ -18,21 +18,21 @@ from dpo_video.types import (
 
 
 def sigmoid_loss(
-    first: PerPair, second: PerPair, winner: PerPair, beta: float | PerPair
+    first: PerPair, second: PerPair, label: PerPair, beta: float | PerPair
 ) -> LossOutput:
     """`-logsigmoid(beta * m)` of the changes of error `d(first)`, `d(second)`, one per pair.
 
-    `m = d(rejected) - d(chosen)`. An even pair (`winner` 0) has margin 0 and no gradient.
+    `m = d(rejected) - d(chosen)`. An even pair (`label` 0) has margin 0 and no gradient.
     """
-    margin = winner * (second - first)
+    margin = label * (second - first)
     logits = beta * margin
     return LossOutput(
         loss=-F.logsigmoid(logits),
         margin=margin,
         logits=logits,
         gradient_factor=torch.sigmoid(-logits),
-        chosen_change=torch.where(winner >= 0, first, second),
-        rejected_change=torch.where(winner >= 0, second, first),
+        chosen_change=torch.where(label >= 0, first, second),
+        rejected_change=torch.where(label >= 0, second, first),
     )
 
 
@@ -45,7 +45,7 @@ def clip_loss(errors: PairErrors, beta: float) -> LossOutput:
     first, second = (
         change.mean(dim=(1, 2, 3, 4)) for change in (errors.change_first, errors.change_second)
     )
-    return sigmoid_loss(first, second, errors.winner, beta)
+    return sigmoid_loss(first, second, errors.label, beta)
 
 
 def with_sft(

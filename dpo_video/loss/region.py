@@ -47,7 +47,7 @@ class Region(Loss):
         inside = sigmoid_loss(
             masked_mean(errors.change_first, errors.region),
             masked_mean(errors.change_second, errors.region),
-            errors.winner,
+            errors.label,
             self.beta * self._scale(errors.strength),
         )
         pull = chosen_error(errors, errors.majority, errors.region)

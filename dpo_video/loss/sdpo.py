@@ -48,11 +48,11 @@ class SDPO(Loss):
         first, second = (
             change.mean(dim=(1, 2, 3, 4)) for change in (errors.change_first, errors.change_second)
         )
-        winner, scale = errors.winner, self.loser_scale(errors)
+        label, scale = errors.label, self.loser_scale(errors)
         output = sigmoid_loss(
-            torch.where(winner >= 0, first, _with_gradient_times(first, scale)),
-            torch.where(winner >= 0, _with_gradient_times(second, scale), second),
-            winner,
+            torch.where(label >= 0, first, _with_gradient_times(first, scale)),
+            torch.where(label >= 0, _with_gradient_times(second, scale), second),
+            label,
             self.beta,
         )
         return with_sft(output, errors, self.sft_weight)
@@ -61,7 +61,7 @@ class SDPO(Loss):
     def loser_scale(self, errors: PairErrors) -> PerPair:
         """`s` of every pair, in [0, 1]."""
         own = torch.where(
-            errors.winner >= 0,
+            errors.label >= 0,
             errors.policy_first.mean(dim=(1, 2, 3, 4)),
             errors.policy_second.mean(dim=(1, 2, 3, 4)),
         )

@@ -1,4 +1,4 @@
-"""Clip-level pairs: a video against the same video with noise on every frame."""
+"""Clip-level pairs: a video and the same video with noise on every frame."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ import torch
 from pydantic import Field
 from torch import Generator
 
-from dpo_video.pairs._winner import OWN_SAMPLE, Winner, winning_video
+from dpo_video.pairs._chosen import OWN_SAMPLE, Chosen, chosen_video
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair, Videos
 
 
 @final
 class Jitter(PairBuilder):
-    """The loser flickers: every frame gets noise and a colour shift of its own.
+    """Video-DPO's noise injection: adds noise and a colour shift to every frame.
 
-    Video-DPO's "noise injection": `clip01(frame + s N(0, 1) + U(-s/4, s/4) per channel)`. Both
-    videos go through the same encoder, so that nothing else tells them apart.
+    The rejected video is `clip01(frame + s N(0, 1) + U(-s/4, s/4) per channel)` of the chosen one's
+    frames, drawn anew for every frame, so it flickers. The same encoder encodes both videos, so
+    nothing else distinguishes them.
     """
 
     asks_labeler: ClassVar[bool] = False
 
-    winner: Winner = "sample"
+    chosen: Chosen = "sample"
     """The model's own sample of the prompt, or the real clip."""
     noise: float = Field(default=0.15, gt=0, le=1)
     """`s`, in units of the pixel range."""
     num_inference_steps: int | None = Field(default=None, ge=1)
-    """Sampling steps of the winner; the backbone's own number when not set (25 in the paper)."""
+    """Sampling steps of the chosen video; the backbone's default if unset (the paper uses 25)."""
     guidance_scale: float | None = Field(default=None, ge=0)
-    """Classifier-free guidance of the winner; the backbone's own when not set (7.5)."""
+    """Classifier-free guidance of the chosen video; the backbone's default if unset (7.5)."""
 
     @property
     def needs_video(self) -> bool:
-        """Only when the real clip wins."""
-        return self.winner == "clip"
+        """Only if the real clip is chosen."""
+        return self.chosen == "clip"
 
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
         """Jitter a sample or the clip."""
-        video = winning_video(
-            self.winner,
+        video = chosen_video(
+            self.chosen,
             clip,
             model,
             generator,
@@ -50,15 +51,15 @@ class Jitter(PairBuilder):
             guidance_scale=self.guidance_scale,
         )
         both = torch.cat([video, jitter(video, self.noise, generator)])
-        winner, loser = model.encode_videos(both).cpu()
-        frames = winner.shape[1]
+        chosen, rejected = model.encode_videos(both).cpu()
+        frames = chosen.shape[1]
         return Pair(
-            first=winner,
-            second=loser,
+            first=chosen,
+            second=rejected,
             preference=torch.ones(frames),
-            region=torch.ones(1, *winner.shape[1:]),
+            region=torch.ones(1, *chosen.shape[1:]),
             prompt=clip.caption,
-            source=clip.name if self.winner == "clip" else OWN_SAMPLE,
+            source=clip.name if self.chosen == "clip" else OWN_SAMPLE,
         )
 
 

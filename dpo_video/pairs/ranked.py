@@ -11,7 +11,7 @@ from torch import Generator
 
 from dpo_video.data.segments import SECONDS, sound_labels, split
 from dpo_video.errors import UserError
-from dpo_video.pairs._winner import OWN_SAMPLE
+from dpo_video.pairs._chosen import OWN_SAMPLE
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair, Videos
 

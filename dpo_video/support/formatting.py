@@ -1,8 +1,10 @@
-"""Numbers as a person writes them."""
+"""Numbers for people to read, and HTML tables for notebooks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from html import escape
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -33,3 +35,18 @@ def option(value: float) -> str:
 def percent(share: float | None) -> str:
     """A signed percentage, such as `+4.2%`."""
     return "n/a" if share is None else f"{share:+.1%}".replace("-", MINUS)
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:
+    """A table for `_repr_html_`; every cell is escaped, and an empty one stands for None."""
+    parts = ["<table>"]
+    if caption:
+        parts.append(f"<caption>{escape(caption)}</caption>")
+    parts.append(_html_row("th", columns))
+    parts += [_html_row("td", row) for row in rows]
+    return "\n".join([*parts, "</table>"])
+
+
+def _html_row(tag: str, cells: Sequence[object]) -> str:
+    texts = ("" if cell is None else escape(str(cell)) for cell in cells)
+    return f"<tr>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"

@@ -130,7 +130,7 @@ def check_loss(loss: Loss) -> None:
 
 def _check_gradients(loss: Loss, errors: PairErrors) -> None:
     name = type(loss).__name__
-    decided = PairErrors(**{k: v[errors.winner != 0] for k, v in vars(errors).items()})
+    decided = PairErrors(**{k: v[errors.label != 0] for k, v in vars(errors).items()})
     policy = [
         value.clone().requires_grad_() for value in (decided.policy_first, decided.policy_second)
     ]

@@ -31,6 +31,6 @@ class Focal(Loss):
         """The loss of every pair."""
         first = errors.change_first.mean(dim=(1, 2, 3, 4))
         second = errors.change_second.mean(dim=(1, 2, 3, 4))
-        output = sigmoid_loss(first, second, errors.winner, self.beta)
+        output = sigmoid_loss(first, second, errors.label, self.beta)
         # p^gamma as exp(-gamma * -log p): log p is the number that does not underflow.
         return replace(output, loss=(-self.gamma * output.loss).exp() * output.loss)

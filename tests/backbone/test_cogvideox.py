@@ -267,7 +267,7 @@ BUILDERS = [
     Jitter(num_inference_steps=2),
     Dense(num_inference_steps=4),
     Ranked(samples=2, num_inference_steps=2),
-    Img2Img(winner="clip", num_inference_steps=7),
+    Img2Img(chosen="clip", num_inference_steps=7),
 ]
 
 

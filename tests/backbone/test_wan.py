@@ -368,7 +368,7 @@ def test_repainting_everything_is_re_noising(model: WanModel) -> None:
         Jitter(num_inference_steps=2),
         Dense(num_inference_steps=4),
         Ranked(samples=2, num_inference_steps=2),
-        Img2Img(winner="clip", num_inference_steps=7),
+        Img2Img(chosen="clip", num_inference_steps=7),
     ],
     ids=lambda builder: type(builder).__name__,
 )

@@ -172,7 +172,7 @@ def test_every_command_explains_itself(command: str) -> None:
 def test_build_skips_what_is_damaged_and_goes_on_where_it_was(
     run: Run, small: list[str], clips: Path, tmp_path: Path
 ) -> None:
-    arguments = ["build", "--pairs=jitter", "--set=pairs.winner=clip", *small, "--clips", clips,
+    arguments = ["build", "--pairs=jitter", "--set=pairs.chosen=clip", *small, "--clips", clips,
                  "--out", tmp_path / "pairs"]  # fmt: skip
     done = run(*arguments, "--count=1")
     assert done.code == 0, done.err

@@ -21,7 +21,7 @@ from dpo_video.training.run_dir import latest_checkpoint
     ("layout", "pairs", "loss", "reference"),
     [
         ("2b", ["local"], "region", "toggle"),
-        ("1.5", ["img2img", "--set=pairs.winner=clip", "--set=pairs.strength=0.5"], "global",
+        ("1.5", ["img2img", "--set=pairs.chosen=clip", "--set=pairs.strength=0.5"], "global",
          "cached"),
     ],
     ids=["2b", "1.5"],

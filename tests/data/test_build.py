@@ -64,7 +64,7 @@ def small_build(
 ) -> Iterator[BuildReport]:
     model = load_small(folder)
     settings = BuildSettings(count=pairs, previews=previews)
-    builder = builder or Jitter(winner="clip")
+    builder = builder or Jitter(chosen="clip")
     store = new_store(out, model)
     return build(store, source, builder, model, settings, seed=seed, worker=worker)
 
@@ -191,7 +191,7 @@ def test_a_store_of_another_model_is_refused(
     settings = BuildSettings(count=1)
     small_model.identity = "0123456789abcdef"
     with pytest.raises(StoreError, match="made with other weights"):
-        next(build(store, clips, Jitter(winner="clip"), small_model, settings, seed=0))
+        next(build(store, clips, Jitter(chosen="clip"), small_model, settings, seed=0))
     assert len(PairStore(tmp_path / "pairs")) == 0
 
 

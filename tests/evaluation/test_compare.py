@@ -186,7 +186,7 @@ def test_it_measures_once_and_goes_on(tmp_path: Path) -> None:
     path.write_text(
         f"[own]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, "
         "'pairs.num_inference_steps=2']\n"
-        f"[clips]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, \"pairs.winner='clip'\"]\n"
+        f"[clips]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, \"pairs.chosen='clip'\"]\n"
         "seeds = [1]\n"
     )
     command = ["compare", str(path), "--out", str(out), "--steps", "1", "--videos", "2"]

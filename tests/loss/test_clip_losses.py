@@ -180,7 +180,7 @@ def test_losses_and_gradients_follow_the_formula(name: str, seed: int) -> None:
     errors = replace(random_errors(seed, len(PREFERENCES), change=2e-3), preference=PREFERENCES)
     output, (first, second) = loss(errors), gradients(loss, errors)
     elements = first[0].numel()
-    for i, winner in enumerate(errors.winner.tolist()):
+    for i, winner in enumerate(errors.label.tolist()):
         if winner == 0:
             assert not first[i].any() and not second[i].any()
             continue

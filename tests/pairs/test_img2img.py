@@ -22,8 +22,8 @@ def made(model: AnimateDiffModel, clip: Clip, seed: int = 0, **options: Any) -> 
 
 
 def test_it_keeps_the_contract(small_model: AnimateDiffModel, clip: Clip) -> None:
-    check_pairs(Img2Img(winner="sample"), small_model, clip=clip)
-    check_pairs(Img2Img(winner="clip"), small_model, clip=clip)
+    check_pairs(Img2Img(chosen="sample"), small_model, clip=clip)
+    check_pairs(Img2Img(chosen="clip"), small_model, clip=clip)
 
 
 def test_every_frame_is_regenerated_alone_with_a_noise_of_its_own(
@@ -38,9 +38,9 @@ def test_every_frame_is_regenerated_alone_with_a_noise_of_its_own(
         return original(context, noise, **options)
 
     monkeypatch.setattr(small_model, "sample", spy)
-    made(small_model, clip, winner="clip")
+    made(small_model, clip, chosen="clip")
     (call,) = calls
-    assert call["level"] == 0.15 and call["steps"] == 20
+    assert call["strength"] == 0.15 and call["num_inference_steps"] == 20
     frames = call["noise"][0].transpose(0, 1).flatten(1)
     assert (torch.corrcoef(frames) - torch.eye(len(frames))).abs().max() < 0.4
     # What a frame becomes depends on no other one: change all but the first, and it stays.
@@ -65,16 +65,16 @@ def test_both_sides_take_the_same_path(
         return options["clean"] if options.get("per_frame") else original(context, noise, **options)
 
     monkeypatch.setattr(small_model, "sample", unchanged)
-    for winner in ("sample", "clip"):
-        pair = made(small_model, clip, winner=winner)
+    for chosen in ("sample", "clip"):
+        pair = made(small_model, clip, chosen=chosen)
         assert torch.equal(pair.first, pair.second)
 
 
-def test_the_winner_is_first_everywhere(small_model: AnimateDiffModel, clip: Clip) -> None:
+def test_the_chosen_video_is_first_everywhere(small_model: AnimateDiffModel, clip: Clip) -> None:
     pair = made(small_model, clip)
     assert (pair.preference == 1).all() and (pair.region == 1).all()
     assert pair.strength == 0.15 and pair.prompt == clip.caption and pair.source == "own sample"
-    assert made(small_model, clip, winner="clip").source == clip.name
+    assert made(small_model, clip, chosen="clip").source == clip.name
 
 
 def test_it_begins_with_the_sample_that_jitter_begins_with(
@@ -97,7 +97,7 @@ def test_strength_changes_the_loser_more_and_more(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     def change(strength: float) -> float:
-        pair = made(small_model, clip, winner="clip", strength=strength)
+        pair = made(small_model, clip, chosen="clip", strength=strength)
         return (pair.second - pair.first).norm().item()
 
     assert change(0.05) < change(0.3)
@@ -114,5 +114,5 @@ def test_a_strength_that_runs_no_step_is_refused(options: dict[str, Any]) -> Non
 
 def test_a_clip_that_is_to_win_must_be_there(small_model: AnimateDiffModel) -> None:
     bare = Clip(name="prompt", caption="a red square")
-    with pytest.raises(UserError, match=r"--clips DIR.*--set pairs\.winner=sample"):
-        made(small_model, bare, winner="clip")
+    with pytest.raises(UserError, match=r"--clips DIR.*--set pairs\.chosen=sample"):
+        made(small_model, bare, chosen="clip")

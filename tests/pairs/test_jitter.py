@@ -64,9 +64,9 @@ def test_the_video_itself_is_left_alone_and_the_seed_decides() -> None:
     assert torch.equal(video, GREY)
 
 
-@pytest.mark.parametrize("winner", ["sample", "clip"])
+@pytest.mark.parametrize("chosen", ["sample", "clip"])
 def test_both_videos_take_the_same_path(
-    small_model: AnimateDiffModel, clip: Clip, winner: str, monkeypatch: pytest.MonkeyPatch
+    small_model: AnimateDiffModel, clip: Clip, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One call encodes both: same encoder, same precision, same batch."""
     seen: list[Tensor] = []
@@ -77,24 +77,24 @@ def test_both_videos_take_the_same_path(
         return original(videos)
 
     monkeypatch.setattr(small_model, "encode_videos", spy)
-    builder = Jitter(winner=winner, noise=0.2)  # type: ignore[arg-type]
+    builder = Jitter(chosen=chosen, noise=0.2)  # type: ignore[arg-type]
     pair = builder(clip, small_model, None, Generator().manual_seed(0))
     assert len(seen) == 1 and len(seen[0]) == 2
     first, second = original(seen[0])
     assert torch.equal(pair.first, first) and torch.equal(pair.second, second)
     difference = seen[0][1] - seen[0][0]
     assert 0.02 < difference.std() < 0.25
-    if winner == "clip":
+    if chosen == "clip":
         assert clip.video is not None and torch.equal(seen[0][0], clip.video)
 
 
-def test_the_winner_is_first_everywhere_and_all_may_differ(
+def test_the_chosen_video_is_first_everywhere_and_all_may_differ(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     pair = Jitter()(clip, small_model, None, Generator().manual_seed(0))
     assert (pair.preference == 1).all() and (pair.region == 1).all()
     assert pair.strength == 0 and pair.prompt == clip.caption and pair.source == "own sample"
-    real = Jitter(winner="clip")(clip, small_model, None, Generator().manual_seed(0))
+    real = Jitter(chosen="clip")(clip, small_model, None, Generator().manual_seed(0))
     assert real.source == clip.name
 
 
@@ -112,8 +112,8 @@ def test_the_sample_is_the_models_with_the_options_given(
 
 
 def test_it_needs_videos_only_when_they_win(small_model: AnimateDiffModel, clip: Clip) -> None:
-    check_pairs(Jitter(winner="sample"), small_model, clip=clip)
-    check_pairs(Jitter(winner="clip"), small_model, clip=clip)
+    check_pairs(Jitter(chosen="sample"), small_model, clip=clip)
+    check_pairs(Jitter(chosen="clip"), small_model, clip=clip)
     bare = Clip(name="prompt", caption=clip.caption)
-    with pytest.raises(UserError, match=r"--clips DIR.*--set pairs\.winner=sample"):
-        Jitter(winner="clip")(bare, small_model, None, Generator())
+    with pytest.raises(UserError, match=r"--clips DIR.*--set pairs\.chosen=sample"):
+        Jitter(chosen="clip")(bare, small_model, None, Generator())

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dpo_video.support.formatting import brief, option, percent
+from dpo_video.support.formatting import brief, html_table, option, percent
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,9 @@ def test_numbers_are_brief(value: float | None, text: str) -> None:
 def test_shares_and_options_read_as_typed() -> None:
     assert (percent(-0.2574), percent(0.042)) == ("\u221225.7%", "+4.2%")
     assert (option(3e-5), option(1e-3), option(2500.0)) == ("3e-5", "0.001", "2500")
+
+
+def test_an_html_table_escapes_its_cells() -> None:
+    text = html_table(["a<b"], [["<script>"], [None], [1.5]], caption="x & y")
+    assert "<caption>x &amp; y</caption>" in text and "<th>a&lt;b</th>" in text
+    assert "<td>&lt;script&gt;</td>" in text and "<td></td>" in text and "<td>1.5</td>" in text

@@ -1,4 +1,4 @@
-"""The winner of pairs whose loser is made of it: the model's own sample, or a real clip."""
+"""The chosen video that a rejected one is derived from: a sample of the model or a real clip."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dpo_video.errors import UserError
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Clip, Videos
 
-Winner = Literal["sample", "clip"]
-OWN_SAMPLE = "own sample"  # the source of a pair that is made of no clip
+Chosen = Literal["sample", "clip"]
+OWN_SAMPLE = "own sample"  # `Pair.source` of a pair that is made of no clip
 
 
-def winning_video(
-    winner: Winner,
+def chosen_video(
+    chosen: Chosen,
     clip: Clip,
     model: VideoModel,
     generator: Generator,
@@ -24,16 +24,16 @@ def winning_video(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
 ) -> Videos:
-    """A batch of one, on the CPU; `steps` and `guidance` are those of a sample.
+    """The chosen video as a batch of one, on the CPU; the sampling options apply to a sample only.
 
     Raises:
-        UserError: if the clip is to win, and is a prompt alone.
+        UserError: if a real clip is asked for and `clip` has no video.
     """
-    if winner == "clip":
+    if chosen == "clip":
         if clip.video is None:
             raise UserError(
-                "A real clip can only win where there is one. Name videos with --clips DIR, or let "
-                "the model's samples win (--set pairs.winner=sample)."
+                "pairs.chosen=clip needs real clips. Name videos with --clips DIR, or choose the "
+                "model's samples with --set pairs.chosen=sample."
             )
         return clip.video[None]
     noise = torch.randn(model.latent_shape, generator=generator)[None]
