@@ -38,7 +38,7 @@ from dpo_video.strategies import Loss, Reference, VideoModel
 from dpo_video.training.loop import train
 from dpo_video.training.lora import adapt
 from dpo_video.training.objective import noised
-from dpo_video.types import Pair, PairBatch
+from dpo_video.types import Pair, PairBatch, Placement
 
 PAIRS = 4
 SETTINGS = TrainSettings(
@@ -81,7 +81,7 @@ class StepInputs:
 
 
 def tiny(folder: Path, device: torch.device, quick: bool) -> VideoModel:
-    return Tiny().load(device, torch.float32)
+    return Tiny().load(Placement(device))
 
 
 def small_wan(folder: Path, device: torch.device, quick: bool) -> VideoModel:
@@ -115,7 +115,7 @@ def small_wan(folder: Path, device: torch.device, quick: bool) -> VideoModel:
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     size = 32 if quick else 256
     options = Wan(model=str(folder), frames=17, height=size, width=size, text_length=64)
-    return options.load(device, torch.float32)
+    return options.load(Placement(device))
 
 
 MODELS = {"tiny": tiny, "a small Wan": small_wan}

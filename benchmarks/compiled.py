@@ -39,7 +39,7 @@ from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import VideoModel
 from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
-from dpo_video.types import PairBatch
+from dpo_video.types import PairBatch, Placement
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0" / "compiled.json"
 STEPS = 12  # of each
@@ -78,7 +78,7 @@ def small_cogvideox(folder: Path, device: torch.device, quick: bool) -> VideoMod
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline"}))
     size = 32 if quick else 256
     options = CogVideoX(model=str(folder), frames=17, height=size, width=size)
-    return options.load(device, torch.float32)
+    return options.load(Placement(device))
 
 
 MODELS: dict[str, Callable[[Path, torch.device, bool], VideoModel]] = {

@@ -26,7 +26,6 @@ from rich.table import Table
 
 from benchmarks.support.plots import Panel, Spot, peaks
 from dpo_video import registry
-from dpo_video.diffusion.pretrained import on_meta
 from dpo_video.estimation.forecast import (
     BACKWARDS,
     CHECKPOINTINGS,
@@ -45,6 +44,7 @@ from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference
 from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
+from dpo_video.types import Placement
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -171,9 +171,8 @@ def measure(
 ) -> dict[str, Any]:
     """Two steps on random weights."""
     dtype = DTYPES[settings.mixed_precision]
-    with on_meta():
-        model = backbone.load(device, dtype)
-        prompt = model.prompt_shapes()
+    model = backbone.load(Placement(device, dtype, on_meta=True))
+    prompt = model.prompt_shapes()
     assert prompt is not None
     with torch.device("meta"):
         policy = adapt(model, settings, seed=0)

@@ -130,7 +130,6 @@ CASES = {
 def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     """SD1.5 with AnimateDiff v1.5.2, 16 frames of 512x512, fp16 autocast, LoRA of rank 32."""
     from dpo_video.backbone.animatediff import AnimateDiff
-    from dpo_video.diffusion.pretrained import on_meta
     from dpo_video.estimation.forecast import empty_pairs, give_tensors
     from dpo_video.loss.global_ import Global
     from dpo_video.memory.peak import as_on_cuda, peak_bytes
@@ -138,12 +137,12 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     from dpo_video.settings import TrainSettings
     from dpo_video.training.lora import adapt
     from dpo_video.training.step import Step, checkpoint_blocks
+    from dpo_video.types import Placement
 
     cpu, half = torch.device("cpu"), torch.float16
-    with on_meta():
-        backbone = AnimateDiff(model="sd1.5", motion_adapter="animatediff-v1-5-2")
-        model = backbone.load(cpu, half)
-        prompt = model.prompt_shapes()
+    backbone = AnimateDiff(model="sd1.5", motion_adapter="animatediff-v1-5-2")
+    model = backbone.load(Placement(cpu, half, on_meta=True))
+    prompt = model.prompt_shapes()
     assert prompt is not None
     with torch.device("meta"):
         policy = adapt(model, TrainSettings(rank=32, alpha=32), seed=0)

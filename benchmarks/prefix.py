@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
-from dpo_video.diffusion.pretrained import on_meta
 from dpo_video.estimation.forecast import DTYPES, MemoryMode, empty_pairs, forecast, give_tensors
 from dpo_video.loss.global_ import Global
 from dpo_video.memory.peak import as_on_cuda, peak_bytes
@@ -29,6 +28,7 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone
 from dpo_video.training.lora import adapt
+from dpo_video.types import Placement
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 MODELS: dict[str, tuple[Backbone, str]] = {
@@ -52,9 +52,8 @@ class _ReachedError(Exception):
 def counted(backbone: Backbone, precision: str) -> dict[str, float]:
     """Operations of one video: up to the first adapter, and of the whole pass."""
     settings = TrainSettings(rank=16, mixed_precision=precision)  # type: ignore[arg-type]
-    with on_meta():
-        model = backbone.load(torch.device("cpu"), DTYPES[precision])
-        prompt = model.prompt_shapes()
+    model = backbone.load(Placement(dtype=DTYPES[precision], on_meta=True))
+    prompt = model.prompt_shapes()
     assert prompt is not None
     with torch.device("meta"):
         policy = adapt(model, settings, seed=0)

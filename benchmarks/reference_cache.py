@@ -35,6 +35,7 @@ from dpo_video.support.rng import generator
 from dpo_video.training.lora import adapt
 from dpo_video.training.objective import noised, pair_errors, reference_predictions
 from dpo_video.training.reference_cache import PairDraw, ReferenceCache, ReferenceCacheManifest
+from dpo_video.types import Placement
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 SEED, SIZES, BANKS = 0, (1, 4, 16), 400
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def measure(folder: Path, pairs: int, noise_draws: int, steps: int) -> dict[str, object]:
-    model = Tiny().load(torch.device("cpu"), torch.float32)
+    model = Tiny().load(Placement())
     manifest = Manifest(
         recipe={}, identity=model.identity, latent_shape=model.latent_shape, fps=model.shape.fps
     )

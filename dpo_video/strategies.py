@@ -28,6 +28,7 @@ from dpo_video.types import (
     PairErrors,
     PairSource,
     PerPair,
+    Placement,
     Region,
     SegmentLabel,
     Video,
@@ -379,8 +380,12 @@ class Backbone(Strategy, ABC):
     """Options of [train] as the family's papers have them, where nobody sets others."""
 
     @abstractmethod
-    def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
-        """Load the model, frozen and in evaluation mode."""
+    def load(self, placement: Placement) -> VideoModel:
+        """Load the model, frozen and in evaluation mode.
+
+        `dpo_video.diffusion.pretrained` follows all of a placement; a backbone that loads in its
+        own way needs `device` and `dtype` only.
+        """
 
     @abstractmethod
     def clips(self, seed: int) -> Iterator[Clip] | None:

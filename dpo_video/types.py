@@ -7,13 +7,13 @@ Axes: `b` pair, `c` latent channel, `f` latent frame, `h w` latent height and wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 Video = Float[Tensor, "3 F H W"]
 Videos = Float[Tensor, "b 3 F H W"]
@@ -26,6 +26,8 @@ SegmentLabel = float | Literal["skip"] | None
 # What the text encoder gives the denoiser: named tensors whose first axis is `b`.
 Context = Mapping[str, Tensor]
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VideoShape:
@@ -35,6 +37,23 @@ class VideoShape:
     height: int
     width: int
     fps: float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a backbone loads a model to, in which precision, and what happens to its denoiser."""
+
+    device: torch.device = _CPU
+    dtype: torch.dtype = torch.float32
+    """Precision of the weights."""
+    _: KW_ONLY
+    pack: Callable[[nn.Module], object] | None = None
+    """Called with the frozen denoiser before it is moved to `device`: quantizes, offloads or shards
+    its weights in place, so that a denoiser that does not fit on the device is never there whole.
+    Optional for a backbone: whoever loads the model packs a denoiser that is not packed yet."""
+    on_meta: bool = False
+    """Build networks from their configurations on the meta device, without weights, to estimate
+    memory. `device` is then the device that the model would run on."""
 
 
 @dataclass(frozen=True, kw_only=True)

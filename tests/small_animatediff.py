@@ -77,8 +77,6 @@ def load_small(folder: Path) -> AnimateDiffModel:
     """Load a fresh copy of the small model."""
     model = load_checkpoint(
         Checkpoint(source=str(folder)),
-        device=CPU,
-        dtype=torch.float32,
         shape=SHAPE,
         sampling=Sampling(num_inference_steps=4, guidance_scale=2.0),
     )

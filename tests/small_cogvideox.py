@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from dpo_video.backbone.cogvideox import CogVideoX, CogVideoXModel
 from dpo_video.tiny import scenes
+from dpo_video.types import Placement
 
 Layout = Literal["2b", "5b", "1.5"]
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def save_small_cogvideox(folder: Path, layout: Layout = "2b", **transformer: Any
 
 def load_small_cogvideox(folder: Path, **options: Any) -> CogVideoXModel:
     """Load a fresh copy."""
-    model = CogVideoX(model=str(folder), **{**OPTIONS, **options}).load(CPU, torch.float32)
+    model = CogVideoX(model=str(folder), **{**OPTIONS, **options}).load(Placement())
     assert isinstance(model, CogVideoXModel)
     return model
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import CPU
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dpo_video.backbone.wan import Wan, WanModel
 from dpo_video.tiny import scenes
+from dpo_video.types import Placement
 
 TEXT_LENGTH = 12
 OPTIONS = {"frames": 5, "height": 16, "width": 16, "fps": 8.0, "text_length": TEXT_LENGTH}
@@ -109,6 +109,6 @@ def save_small_wan(
 
 def load_small_wan(folder: Path, **options: Any) -> WanModel:
     """Load a fresh copy."""
-    model = Wan(model=str(folder), **{**OPTIONS, **options}).load(CPU, torch.float32)
+    model = Wan(model=str(folder), **{**OPTIONS, **options}).load(Placement())
     assert isinstance(model, WanModel)
     return model

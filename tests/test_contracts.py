@@ -13,7 +13,7 @@ import small_cogvideox
 import small_wan
 import torch
 from chat_server import serving
-from conftest import CPU, SHAPE
+from conftest import SHAPE
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
@@ -49,7 +49,7 @@ from dpo_video.testing import (
     small_videos,
 )
 from dpo_video.tiny import WEIGHTS
-from dpo_video.types import Clip, LossOutput, Pair, PairErrors, PairSource
+from dpo_video.types import Clip, LossOutput, Pair, PairErrors, PairSource, Placement
 
 
 def installed(kind: str) -> list[str]:
@@ -113,7 +113,7 @@ def test_backbones(name: str, small_folder: Path, tmp_path: Path) -> None:
     check_backbone(backbone)
     if name == "tiny" and not WEIGHTS.is_dir():
         pytest.skip("the embedded model is not trained yet")
-    check_backbone_model(backbone.load(CPU, torch.float32))
+    check_backbone_model(backbone.load(Placement()))
 
 
 def test_the_checks_leave_the_model_as_it_was(small_model: AnimateDiffModel) -> None:

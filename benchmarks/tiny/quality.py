@@ -26,7 +26,7 @@ from dpo_video.support.rng import generator
 from dpo_video.tiny import WEIGHTS
 from dpo_video.tiny import scenes as world
 from dpo_video.tiny.judge import BROKEN, FEATURES, judge_videos, video_features
-from dpo_video.types import Videos
+from dpo_video.types import Placement, Videos
 
 BREAKS_UP = 0.25  # of a clip's frames
 _AT_ONCE = 8
@@ -172,7 +172,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     from dpo_video.backbone.tiny import Tiny
 
     console = Console()
-    model = Tiny(model=options.model).load(torch.device(options.device), torch.float32)
+    model = Tiny(model=options.model).load(Placement(torch.device(options.device)))
     captions = world.spread_captions(options.clips)
     generated = sample(model, captions, options.seed)
     reference, _ = real(options.clips, options.seed, "reference")

@@ -59,8 +59,8 @@ class DDIMModel(VideoModel):
 
     def sample_timesteps(self, n: int, generator: Generator) -> PerPair:
         """Uniform timesteps `t ~ U{0..T-1}`."""
-        num_inference_steps = self.scheduler.config.num_train_timesteps
-        return torch.randint(num_inference_steps, (n,), generator=generator).float()
+        count = self.scheduler.config.num_train_timesteps
+        return torch.randint(count, (n,), generator=generator).float()
 
     def add_noise(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
         """`sqrt(abar) clean + sqrt(1 - abar) noise`."""
@@ -119,7 +119,7 @@ class DDIMModel(VideoModel):
             return self.scheduler.step(prediction, times[index], latents).prev_sample
 
         return Schedule(
-            timesteps=times.float(), reached=(times - ahead).clamp(min=0).float(), step=step
+            timesteps=times.float(), next_timesteps=(times - ahead).clamp(min=0).float(), step=step
         )
 
     def _empty_context(self, count: int) -> Context:

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpo_video.backbone._ddim import DDIMModel
 from dpo_video.backbone._prompts import diverse
-from dpo_video.diffusion.pretrained import Checkpoint, Lazy, assembling, identity, place
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place, place_denoiser
 from dpo_video.diffusion.sampling import frame_by_frame
 from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
@@ -31,6 +31,7 @@ from dpo_video.types import (
     Latents,
     LoraNames,
     PerPair,
+    Placement,
     Region,
     Videos,
     VideoShape,
@@ -81,19 +82,18 @@ class AnimateDiff(Backbone):
     "linspace", as in its AnimateDiff examples, its steps do not end where the next ones begin, and
     leave noise in the video; with few steps, much."""
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
+    def load(self, placement: Placement) -> VideoModel:
         """Load the parts; a UserError if one is missing."""
         shape = VideoShape(frames=self.frames, height=self.height, width=self.width, fps=self.fps)
         return load_checkpoint(
-            Checkpoint(source=self.model, revision=self.revision),
-            device=device,
-            dtype=dtype,
+            Checkpoint(source=self.model, revision=self.revision, placement=placement),
             shape=shape,
             sampling=Sampling(num_inference_steps=25, guidance_scale=7.5),
             motion_adapter=Checkpoint(
                 source=self.motion_adapter,
                 revision=self.motion_adapter_revision,
                 option="backbone.motion_adapter",
+                placement=placement,
             ),
             timestep_spacing=self.timestep_spacing,
         )
@@ -110,8 +110,6 @@ class AnimateDiff(Backbone):
 def load_checkpoint(
     checkpoint: Checkpoint,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     shape: VideoShape,
     sampling: Sampling,
     motion_adapter: Checkpoint | None = None,
@@ -123,6 +121,7 @@ def load_checkpoint(
     the one that motion modules were trained on. Otherwise all is as the checkpoint says.
     """
     schedule: dict[str, Any] = {}
+    dtype = checkpoint.placement.dtype
     if timestep_spacing is not None:
         schedule["timestep_spacing"] = timestep_spacing
     digests = [checkpoint.digest("unet", "vae", "text_encoder", "scheduler")]
@@ -137,7 +136,7 @@ def load_checkpoint(
     else:
         adapter = motion_adapter.load(MotionAdapter.from_pretrained, torch_dtype=dtype)
         spatial = checkpoint.load(UNet2DConditionModel.from_pretrained, "unet", torch_dtype=dtype)
-        with assembling():
+        with torch.device("meta" if checkpoint.placement.on_meta else "cpu"):
             unet = UNetMotionModel.from_unet2d(spatial, adapter).to(dtype)
         schedule = {**_MOTION_SCHEDULE, **schedule}
         digests.append(motion_adapter.digest(""))
@@ -146,8 +145,6 @@ def load_checkpoint(
         checkpoint=checkpoint,
         motion_adapter=motion_adapter,
         scheduler=checkpoint.load(DDIMScheduler.from_pretrained, "scheduler", **schedule),
-        device=device,
-        dtype=dtype,
         shape=shape,
         sampling=sampling,
         identity=identity(*digests, dtype=dtype),
@@ -165,13 +162,13 @@ class AnimateDiffModel(DDIMModel):
         checkpoint: Checkpoint,
         motion_adapter: Checkpoint | None,
         scheduler: DDIMScheduler,
-        device: torch.device,
-        dtype: torch.dtype,
         shape: VideoShape,
         sampling: Sampling,
         identity: str,
     ) -> None:
-        self.denoiser: nn.Module = place(unet, device)
+        placement = checkpoint.placement
+        device, dtype = placement.device, placement.dtype
+        self.denoiser: nn.Module = place_denoiser(unet, placement)
         self.identity = identity
         self._checkpoint, self._motion_adapter = checkpoint, motion_adapter
         self.device, self.dtype, self.shape, self.sampling = device, dtype, shape, sampling
@@ -179,11 +176,11 @@ class AnimateDiffModel(DDIMModel):
 
         def load_vae() -> AutoencoderKL:
             vae = checkpoint.load(AutoencoderKL.from_pretrained, "vae", torch_dtype=dtype)
-            return place(vae, device)
+            return place(vae, placement)
 
         def load_text_encoder() -> CLIPTextModel:
             encoder = checkpoint.load(CLIPTextModel.from_pretrained, "text_encoder", dtype=dtype)
-            return place(encoder, device)
+            return place(encoder, placement)
 
         super().__init__(
             scheduler=scheduler,

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from dpo_video.backbone._ddim import DDIMModel
 from dpo_video.backbone._prompts import diverse
-from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place, place_denoiser
 from dpo_video.diffusion.sampling import frame_by_frame
 from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
@@ -31,6 +31,7 @@ from dpo_video.types import (
     Latents,
     LoraNames,
     PerPair,
+    Placement,
     Region,
     Videos,
     VideoShape,
@@ -80,9 +81,9 @@ class CogVideoX(Backbone):
     tiling: bool = False
     """Encode and decode videos in tiles: less memory, slightly other pixels."""
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
+    def load(self, placement: Placement) -> VideoModel:
         """Load the denoiser; a UserError if a part is missing or the shape does not fit it."""
-        checkpoint = Checkpoint(source=self.model, revision=self.revision)
+        checkpoint = Checkpoint(source=self.model, revision=self.revision, placement=placement)
         described = checkpoint.config("transformer").get("_class_name")
         if described != CogVideoXTransformer3DModel.__name__:
             raise UserError(
@@ -91,8 +92,6 @@ class CogVideoX(Backbone):
             )
         return CogVideoXModel(
             checkpoint,
-            device=device,
-            dtype=dtype,
             shape=VideoShape(
                 frames=self.frames, height=self.height, width=self.width, fps=self.fps
             ),
@@ -117,12 +116,12 @@ class CogVideoXModel(DDIMModel):
         self,
         checkpoint: Checkpoint,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
         shape: VideoShape,
         dynamic_guidance: bool = False,
         tiling: bool = False,
     ) -> None:
+        placement = checkpoint.placement
+        device, dtype = placement.device, placement.dtype
         self.device, self.dtype, self.shape = device, dtype, shape
         self._checkpoint = checkpoint
         self.sampling = Sampling(num_inference_steps=50, guidance_scale=6.0)
@@ -141,24 +140,24 @@ class CogVideoXModel(DDIMModel):
                 "v_prediction. Take the scheduler_config.json of the original checkpoint."
             )
         self.tokenizer = checkpoint.load(AutoTokenizer.from_pretrained, "tokenizer")
-        self.denoiser: nn.Module = place(
+        self.denoiser: nn.Module = place_denoiser(
             checkpoint.load(
                 CogVideoXTransformer3DModel.from_pretrained, "transformer", torch_dtype=dtype
             ),
-            device,
+            placement,
         )
 
         def load_vae() -> AutoencoderKLCogVideoX:
             vae = checkpoint.load(AutoencoderKLCogVideoX.from_pretrained, "vae", torch_dtype=dtype)
             if tiling:
                 vae.enable_tiling()
-            return place(vae, device)
+            return place(vae, placement)
 
         def load_text_encoder() -> T5EncoderModel:
             text_encoder = checkpoint.load(
                 T5EncoderModel.from_pretrained, "text_encoder", dtype=dtype
             )
-            return place(text_encoder, device)
+            return place(text_encoder, placement)
 
         super().__init__(
             scheduler=scheduler,

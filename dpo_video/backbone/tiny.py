@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, final
 
-import torch
-
 from dpo_video.backbone.animatediff import load_checkpoint
 from dpo_video.diffusion.pretrained import Checkpoint
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.support.rng import generator
 from dpo_video.tiny import WEIGHTS, scenes
-from dpo_video.types import Clip, VideoShape
+from dpo_video.types import Clip, Placement, VideoShape
 
 _DRAWN_AT_ONCE = 16
 
@@ -32,12 +30,10 @@ class Tiny(Backbone):
     model: Path | None = None
     """A folder that the recipe wrote; the embedded weights when not set."""
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
+    def load(self, placement: Placement) -> VideoModel:
         """Load the parts."""
         return load_checkpoint(
-            Checkpoint(source=str(self.model or WEIGHTS)),
-            device=device,
-            dtype=dtype,
+            Checkpoint(source=str(self.model or WEIGHTS), placement=placement),
             shape=VideoShape(
                 frames=scenes.FRAMES, height=scenes.SIZE, width=scenes.SIZE, fps=scenes.FPS
             ),

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from dpo_video.backbone._prompts import diverse
 from dpo_video.diffusion.experts import Experts
-from dpo_video.diffusion.pretrained import Checkpoint, Lazy, free, identity, place
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, free, identity, place, place_denoiser
 from dpo_video.diffusion.sampling import Schedule, denoise, first_step, frame_by_frame
 from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
@@ -35,6 +35,7 @@ from dpo_video.types import (
     Latents,
     LoraNames,
     PerPair,
+    Placement,
     Region,
     Videos,
     VideoShape,
@@ -87,7 +88,7 @@ class Wan(Backbone):
     shift: float | None = Field(default=None, gt=0)
     """Shift of the sampling schedule towards noise; the checkpoint's own when not set. Wan's advice
     is 3 for 480p and 5 for 720p."""
-    timesteps: Literal["logit_normal", "uniform"] = "logit_normal"
+    timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
     """How training draws its noise levels sigma, before they are shifted: the sigmoid of N(0, 1),
     as DenseDPO and LocalDPO do, or uniform in (0, 1)."""
     timestep_shift: float | None = Field(default=None, gt=0)
@@ -116,9 +117,10 @@ class Wan(Backbone):
             )
         return frames
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> VideoModel:
+    def load(self, placement: Placement) -> VideoModel:
         """Load the denoiser; a UserError if a part is missing or does not fit."""
-        checkpoint = Checkpoint(source=self.model, revision=self.revision)
+        dtype = placement.dtype
+        checkpoint = Checkpoint(source=self.model, revision=self.revision, placement=placement)
         index = checkpoint.config(file="model_index.json")
         if index.get("_class_name") != "WanPipeline":
             raise UserError(
@@ -149,15 +151,14 @@ class Wan(Backbone):
             )
         return WanModel(
             options=self,
-            denoiser=place(denoiser, device),
-            vae=Lazy(lambda: _load_vae(checkpoint, device)),
-            text=Lazy(lambda: _load_text(checkpoint, device, dtype)),
+            denoiser=place_denoiser(denoiser, placement),
+            vae=Lazy(lambda: _load_vae(checkpoint)),
+            text=Lazy(lambda: _load_text(checkpoint)),
             scheduler=scheduler,
             vae_config=vae_config,
             patch=config["patch_size"],
             expand_timesteps=index.get("expand_timesteps", False),
-            device=device,
-            dtype=dtype,
+            checkpoint=checkpoint,
             identity=identity(
                 checkpoint.digest(*names, "vae", "text_encoder", "scheduler"), dtype=dtype
             ),
@@ -189,17 +190,19 @@ def cleaned(prompt: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
 
 
-def _load_vae(checkpoint: Checkpoint, device: torch.device) -> AutoencoderKLWan:
+def _load_vae(checkpoint: Checkpoint) -> AutoencoderKLWan:
     # Always fp32, as diffusers' documentation of Wan has it: half precision shows in the pixels.
     vae = checkpoint.load(AutoencoderKLWan.from_pretrained, "vae", torch_dtype=torch.float32)
-    return place(vae, device)
+    return place(vae, checkpoint.placement)
 
 
-def _load_text(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> _Text:
-    encoder = checkpoint.load(UMT5EncoderModel.from_pretrained, "text_encoder", dtype=dtype)
+def _load_text(checkpoint: Checkpoint) -> _Text:
+    encoder = checkpoint.load(
+        UMT5EncoderModel.from_pretrained, "text_encoder", dtype=checkpoint.placement.dtype
+    )
     return _Text(
         tokenizer=checkpoint.load(AutoTokenizer.from_pretrained, "tokenizer"),
-        encoder=place(encoder, device),
+        encoder=place(encoder, checkpoint.placement),
     )
 
 
@@ -250,12 +253,12 @@ class WanModel(VideoModel):
         vae_config: Mapping[str, Any],
         patch: Sequence[int],
         expand_timesteps: bool,
-        device: torch.device,
-        dtype: torch.dtype,
+        checkpoint: Checkpoint,
         identity: str,
     ) -> None:
         self.denoiser, self.scheduler = denoiser, scheduler
-        self.device, self.dtype, self.identity = device, dtype, identity
+        self.device, self.dtype = checkpoint.placement.device, checkpoint.placement.dtype
+        self.identity, self._checkpoint = identity, checkpoint
         self.shape = VideoShape(
             frames=options.frames, height=options.height, width=options.width, fps=options.fps
         )
@@ -337,7 +340,7 @@ class WanModel(VideoModel):
             share = self._cumulative(boundary / self._timesteps, shift)
             low, high = (share, 1.0) if options.experts == "high" else (0.0, share)
         drawn = low + (high - low) * torch.rand(n, generator=generator, dtype=torch.float64)
-        if options.timesteps == "logit_normal":
+        if options.timestep_sampling == "logit_normal":
             drawn = torch.special.ndtri(drawn).sigmoid()
         sigmas = shift * drawn / (1 + (shift - 1) * drawn)
         return (sigmas * self._timesteps).float()
@@ -345,7 +348,7 @@ class WanModel(VideoModel):
     def _cumulative(self, sigma: float, shift: float) -> float:
         """The share of the levels below `sigma`, if all are drawn."""
         unshifted = torch.tensor(sigma / (shift - (shift - 1) * sigma), dtype=torch.float64)
-        if self._options.timesteps == "logit_normal":
+        if self._options.timestep_sampling == "logit_normal":
             return torch.special.ndtr(torch.logit(unshifted)).item()
         return unshifted.item()
 
@@ -437,7 +440,9 @@ class WanModel(VideoModel):
         return denoise(
             self,
             self.denoiser if denoiser is None else denoiser,
-            Schedule(timesteps=times, before=exact[:-1], reached=exact[1:], step=step),
+            Schedule(
+                timesteps=times, exact_timesteps=exact[:-1], next_timesteps=exact[1:], step=step
+            ),
             context,
             noise.float(),
             empty=self._empty(len(noise)) if high > 1 else None,
@@ -487,7 +492,6 @@ class WanModel(VideoModel):
         options, networks = self._options, {"transformer": self.denoiser}
         if isinstance(self.denoiser, Experts):
             networks = dict(self.denoiser.named_children())
-        checkpoint = Checkpoint(source=options.model, revision=options.revision)
         vae = 'AutoencoderKLWan.from_pretrained({source}, subfolder="vae")'  # fp32, as here
         call = {
             "negative_prompt": options.negative_prompt or None,
@@ -500,8 +504,8 @@ class WanModel(VideoModel):
             revision=options.revision,
             networks=networks,
             scheduler=self.scheduler,
-            index=checkpoint.config(file="model_index.json"),
-            folder=checkpoint.folder,
+            index=self._checkpoint.config(file="model_index.json"),
+            folder=self._checkpoint.folder,
             comfy=comfy_names,
             comfy_place="For Wan in ComfyUI: put the .safetensors file into `models/loras` and "
             "choose it in the node LoraLoaderModelOnly.",

@@ -8,10 +8,8 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
@@ -32,6 +30,7 @@ from transformers import PreTrainedModel
 from dpo_video.diffusion.known_models import find_model
 from dpo_video.errors import UserError
 from dpo_video.support.hashing import file_digest
+from dpo_video.types import Placement
 
 Loaded = TypeVar("Loaded")
 Network = TypeVar("Network", bound=nn.Module)
@@ -42,48 +41,6 @@ _DESCRIBING = ("*.json", "*.txt", "*.model")  # configurations, vocabularies, in
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
 _VARIANTS = ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*.bf16-*", "*non_ema*")  # other copies
 _BLOB = re.compile(r"[0-9a-f]{64}")
-_OUTLINED = ContextVar("outlined", default=False)
-_ARRANGED: ContextVar[Callable[[nn.Module, torch.device], object] | None] = ContextVar(
-    "arranged", default=None
-)
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Inside, models are loaded without their weights: their shape is all that there is.
-
-    Networks are made of their configurations, on the meta device, in the precision that they would
-    be loaded in. What only encodes and decodes is None. Nothing but JSON is read, for known models
-    that of the package.
-    """
-    token = _OUTLINED.set(True)
-    try:
-        yield
-    finally:
-        _OUTLINED.reset(token)
-
-
-@contextmanager
-def arranged(arrange: Callable[[nn.Module, torch.device], object]) -> Iterator[None]:
-    """Inside, `arrange` is given every denoiser before it is moved to its device.
-
-    So one that does not fit there whole can be packed, or kept elsewhere, before it has to.
-    """
-    token = _ARRANGED.set(arrange)
-    try:
-        yield
-    finally:
-        _ARRANGED.reset(token)
-
-
-@contextmanager
-def assembling() -> Iterator[None]:
-    """To be held where a network is put together of loaded ones: none has weights in an outline."""
-    if _OUTLINED.get():
-        with torch.device("meta"):
-            yield
-    else:
-        yield
 
 
 @final
@@ -101,7 +58,11 @@ class Checkpoint:
     revision: str | None = None
     """Branch, tag or commit on the hub; its main branch if None."""
     option: str = "backbone.model"
-    """What names the source, for the next step that an error gives."""
+    """The option that names the source, for error messages."""
+    placement: Placement = field(default_factory=Placement)
+    """With `on_meta`, networks are built on the meta device in the precision that they would be
+    loaded in, tokenizers and text encoders are None, and nothing but JSON is read: for known models
+    that of the package."""
 
     def __post_init__(self) -> None:
         known = find_model(self.source)
@@ -114,7 +75,7 @@ class Checkpoint:
 
     def folder(self, part: str = "") -> Path:
         """The part's folder, on the disk when this returns; a UserError if there is none."""
-        known = find_model(self.source) if _OUTLINED.get() else None
+        known = find_model(self.source) if self.placement.on_meta else None
         if self._local.is_dir():
             root = self._local
         else:
@@ -148,7 +109,7 @@ class Checkpoint:
             UserError: if that fails, or the network would have weights that no file gives, which
                 libraries draw at random and only warn of.
         """
-        if _OUTLINED.get() and not _is_scheduler(load):
+        if self.placement.on_meta and not _is_scheduler(load):
             outline: Loaded = self._outline(load, part, **options)
             return outline
         folder = self.folder(part)
@@ -194,7 +155,7 @@ class Checkpoint:
         A network with other settings predicts otherwise from the same weights, and so does one
         whose scheduler counts on another prediction. What only says who wrote the file is left out.
         """
-        if _OUTLINED.get():
+        if self.placement.on_meta:
             return "outline"
         digest = hashlib.sha256()
         for part in parts:
@@ -213,7 +174,7 @@ class Checkpoint:
         if not _HUB_ID.fullmatch(self.source):
             raise self._missing(part, "there is no such folder")
         try:
-            if _OUTLINED.get():
+            if self.placement.on_meta:
                 return self._snapshot(part, _DESCRIBING)
             root = self._snapshot(part, (*_DESCRIBING, _SAFE))
             if not weight_files(root / part):
@@ -309,21 +270,27 @@ def free(*parts: Lazy[Any]) -> None:
         torch.cuda.empty_cache()
 
 
-def place(network: Network, device: torch.device) -> Network:
+def place(network: Network, placement: Placement) -> Network:
     """The network on its device, frozen, in evaluation mode, in memory of its own.
 
     Loaded weights lie wherever their file has them. Kernels round differently by that, and a copy
-    of the network would not equal it to the bit. An outline has neither weights nor a device.
+    of the network would not equal it to the bit. On the meta device nothing is moved.
     """
-    if _OUTLINED.get():
-        return network.eval().requires_grad_(False)
     network = network.eval().requires_grad_(False)
-    if (arrange := _ARRANGED.get()) is not None:
-        arrange(network, device)
-    network = network.to(device)
+    if placement.on_meta:
+        return network
+    network = network.to(placement.device)
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.clone()
     return network
+
+
+def place_denoiser(denoiser: Network, placement: Placement) -> Network:
+    """As `place`, packed before it is moved."""
+    denoiser = denoiser.eval().requires_grad_(False)
+    if placement.pack is not None and not placement.on_meta:
+        placement.pack(denoiser)
+    return place(denoiser, placement)
 
 
 def _is_network(load: Callable[..., Any]) -> bool:

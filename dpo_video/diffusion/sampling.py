@@ -39,15 +39,13 @@ class Schedule:
     """The steps of a whole schedule, from noise to a video."""
 
     timesteps: Float[Tensor, " n"]
-    """What the denoiser is told at each step, as the family's `predict` and `add_noise` want it."""
-    reached: Float[Tensor, " n"]
-    """The level of the latents after each step, as `add_noise` wants it. The last one is not used:
-    after the last step there is no noise."""
+    """Input of the denoiser at each step, in the family's unit (see `VideoModel.add_noise`)."""
+    next_timesteps: Float[Tensor, " n"]
+    """Timestep of the latents after each step. The last one is not used: no noise is left then."""
     step: Callable[[Latents, int, Latents], Latents]
-    """The prediction, the index of the step and the latents, to the latents one step on."""
-    before: Float[Tensor, " n"] | None = None
-    """The level of the latents before each step, as `add_noise` wants it, where the denoiser is
-    told another one: a rounded one."""
+    """`(prediction, index of the step, latents)` to the latents after the step."""
+    exact_timesteps: Float[Tensor, " n"] | None = None
+    """Timestep of the latents before each step, where `timesteps` are rounded."""
 
 
 def first_step(strength: float, num_inference_steps: int) -> int:
@@ -93,11 +91,12 @@ def denoise(
     if empty is not None:
         context = {name: torch.cat([empty[name].to(value), value])
                    for name, value in context.items()}  # fmt: skip
-    timesteps, reached = schedule.timesteps.to(device), schedule.reached.to(device)
+    timesteps = schedule.timesteps.to(device)
+    next_timesteps = schedule.next_timesteps.to(device)
     latents = noise
     if clean is not None:
-        before = timesteps if schedule.before is None else schedule.before.to(device)
-        latents = model.add_noise(clean, noise, before[first].expand(count))
+        exact = timesteps if schedule.exact_timesteps is None else schedule.exact_timesteps
+        latents = model.add_noise(clean, noise, exact[first].to(device).expand(count))
     for index in range(first, len(timesteps)):
         timestep = timesteps[index].expand(count)
         if empty is None:
@@ -114,7 +113,7 @@ def denoise(
             last = index + 1 == len(timesteps)
             outside = clean
             if not last:
-                outside = model.add_noise(clean, noise, reached[index].expand(count))
+                outside = model.add_noise(clean, noise, next_timesteps[index].expand(count))
             latents = torch.where(region.to(device) > 0, latents, outside)
     return latents
 

@@ -1,7 +1,8 @@
 """What a training step will need, told from the model's configuration alone.
 
-The model is outlined (pretrained.outlined): its networks have shapes and no weights. On them the
-training's own step runs, forward and backward, with tensors that have no memory either, while
+The model is loaded on the meta device (`Placement.on_meta`): its networks have shapes and no
+weights. On them the training's own step runs, forward and backward, with tensors that have no
+memory either, while
 dpo_video.memory.peak counts what would be alive. So no formula of ours stands between the
 prediction and the step. What no tensor holds is added as stated here (`FRAGMENTS`, `CONTEXT`).
 """
@@ -21,7 +22,6 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from dpo_video.diffusion.experts import Experts
-from dpo_video.diffusion.pretrained import on_meta
 from dpo_video.errors import UserError
 from dpo_video.memory.blocks import passes
 from dpo_video.memory.modes import apply_memory_modes
@@ -34,7 +34,7 @@ from dpo_video.strategies import Backbone, Loss, Reference, VideoModel
 from dpo_video.support.statistics import Record
 from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
-from dpo_video.types import PairBatch
+from dpo_video.types import PairBatch, Placement
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -212,7 +212,7 @@ def forecast(
             this one runs is added.
 
     Raises:
-        UserError: if the model's configuration cannot be read or the backbone cannot be outlined.
+        UserError: if the model's configuration cannot be read or the backbone has no prompt shapes.
     """
     ran = TraceCache() if traces is None else traces
     model = ran.outline(backbone, settings)
@@ -347,9 +347,8 @@ def _outline(
     backbone: Backbone, settings: TrainSettings, layers: int | None = None
 ) -> tuple[VideoModel, Mapping[str, tuple[int, ...]]]:
     """The model without weights, and what a prompt looks like; with so many layers in its stack."""
-    with on_meta():
-        model = backbone.load(CPU, DTYPES[settings.mixed_precision])
-        prompt = model.prompt_shapes()
+    model = backbone.load(Placement(CPU, DTYPES[settings.mixed_precision], on_meta=True))
+    prompt = model.prompt_shapes()
     if prompt is None:
         raise UserError(
             f"{type(backbone).__name__} cannot say what its prompts look like without encoding "

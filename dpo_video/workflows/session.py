@@ -18,7 +18,6 @@ from dpo_video.data.build import Source, cycle_prompts, in_order
 from dpo_video.data.clips import open_clips
 from dpo_video.data.labels import open_books, pinned, preferences
 from dpo_video.data.store import Manifest, PairStore
-from dpo_video.diffusion.pretrained import arranged
 from dpo_video.errors import StoreError, UserError
 from dpo_video.memory.packed_weights import check_base, frozen_weights, pack_frozen_weights
 from dpo_video.memory.sharding import Shard
@@ -31,7 +30,7 @@ from dpo_video.strategies import (
     VideoModel,
 )
 from dpo_video.support.reproducibility import settle
-from dpo_video.types import Skipped
+from dpo_video.types import Placement, Skipped
 from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config, Tables
 from dpo_video.workflows.distributed import launcher_request
@@ -75,14 +74,15 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
     # One process alone, which looks at what several have trained, has all to itself.
     shared = memory.shard > 1 and torch.distributed.is_initialized()
     if memory.quantization == "native" and not on_host and not shared:
-        return config.backbone.load(device, dtype)
+        return config.backbone.load(Placement(device, dtype))
     check_base(memory.quantization)
     shard = Shard.among(memory.shard) if shared else None
-    arrange = partial(pack_frozen_weights, base=memory.quantization, on_host=on_host, shard=shard)
-    with arranged(arrange):
-        model = config.backbone.load(device, dtype)
+    pack = partial(
+        pack_frozen_weights, device=device, base=memory.quantization, on_host=on_host, shard=shard
+    )
+    model = config.backbone.load(Placement(device, dtype, pack=pack))
     if next(frozen_weights(model.denoiser), None) is None:  # a backbone that loads in its own way
-        arrange(model.denoiser, device)
+        pack(model.denoiser)
     if memory.quantization != "native":
         model.identity += f"{PACKED}{memory.quantization}"
     return model

@@ -22,6 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dpo_video.backbone.animatediff import AnimateDiff, AnimateDiffModel
 from dpo_video.errors import UserError
 from dpo_video.strategies import Sampling
+from dpo_video.types import Placement
 
 PROMPT = "a red square moving left slowly"
 
@@ -71,7 +72,7 @@ def base_folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def load_base(base: Path, adapter: Path, **options: Any) -> AnimateDiffModel:
     shape = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
     backbone = AnimateDiff(model=str(base), motion_adapter=str(adapter), **{**shape, **options})
-    model = backbone.load(CPU, torch.float32)
+    model = backbone.load(Placement())
     assert isinstance(model, AnimateDiffModel)
     return model
 
@@ -284,7 +285,7 @@ def test_a_low_level_stays_nearer_to_the_clip(
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot load the unet of .*backbone\.model"):
-        AnimateDiff(model=str(tmp_path)).load(CPU, torch.float32)
+        AnimateDiff(model=str(tmp_path)).load(Placement())
 
 
 def test_a_missing_adapter_is_named_by_its_own_option(base_folder: Path, tmp_path: Path) -> None:
@@ -332,7 +333,7 @@ def test_half_precision_reaches_the_denoiser_and_latents_stay_single(
 ) -> None:
     shape = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
     backbone = AnimateDiff(model=str(base_folder), motion_adapter=str(adapter_folder), **shape)
-    model = backbone.load(CPU, torch.bfloat16)
+    model = backbone.load(Placement(CPU, torch.bfloat16))
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
     video = model.encode_videos(torch.rand(1, 3, SHAPE.frames, SHAPE.height, SHAPE.width))
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))

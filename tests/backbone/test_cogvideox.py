@@ -42,7 +42,7 @@ from dpo_video.settings import TrainSettings
 from dpo_video.strategies import PairBuilder
 from dpo_video.testing import check_backbone_model, check_pairs, small_videos
 from dpo_video.training.loop import train
-from dpo_video.types import Pair
+from dpo_video.types import Pair, Placement
 
 PROMPT = "a red square moving left slowly"
 
@@ -323,14 +323,14 @@ def test_in_the_loop_winner_and_loser_get_the_same_gaussian_noise_and_level(
         validation_videos=0,
         report_to="none",
     )
-    num_inference_steps = train(
+    steps = train(
         model, store, Global(), Toggle(), settings, seed=0, out=tmp_path / "run",
         accelerator=Accelerator(cpu=True),
     )  # fmt: skip
     parts = weakref.ref(model.vae), weakref.ref(model.text_encoder)
-    next(num_inference_steps)
+    next(steps)
     assert [part() for part in parts] == [None, None]  # the denoiser trains alone
-    assert len(list(num_inference_steps)) == 11
+    assert len(list(steps)) == 11
     noises, timesteps = [], []
     for noisy, timestep in seen:
         (winner, loser), (higher, lower) = noisy.chunk(2), timestep.chunk(2)
@@ -374,16 +374,16 @@ def test_positions_beyond_those_of_training_are_refused_where_there_are_none(ben
 
 def test_other_models_are_refused(small_folder: Path, tmp_path: Path, bench: Bench) -> None:
     with pytest.raises(UserError, match="Cannot load the transformer"):
-        CogVideoX(model=str(small_folder)).load(CPU, torch.float32)
+        CogVideoX(model=str(small_folder)).load(Placement())
     with pytest.raises(UserError, match="Cannot load the unet"):
-        AnimateDiff(model=str(bench.folder)).load(CPU, torch.float32)
+        AnimateDiff(model=str(bench.folder)).load(Placement())
     pictures = save_small_cogvideox(tmp_path, "5b", in_channels=8)
     with pytest.raises(UserError, match="image-to-video"):
         load_small_cogvideox(pictures)
 
 
 def test_precision_reaches_the_denoiser_and_latents_stay_single(bench: Bench) -> None:
-    model = CogVideoX(model=str(bench.folder), **OPTIONS).load(CPU, torch.bfloat16)
+    model = CogVideoX(model=str(bench.folder), **OPTIONS).load(Placement(CPU, torch.bfloat16))
     assert isinstance(model, CogVideoXModel)
     assert next(model.denoiser.parameters()).dtype == torch.bfloat16
     latents = model.encode_videos(small_videos(1, 9, 16, 32))

@@ -164,24 +164,24 @@ def test_noise_and_target_are_the_schedulers(model: WanModel) -> None:
     clean, noise = drawn(model, 3, seed=1), drawn(model, 3)
     scheduler = unipc()
     scheduler.set_timesteps(8)
-    num_inference_steps = torch.tensor([0, 3, 7])
-    timestep = 1000 * scheduler.sigmas[num_inference_steps]
+    indices = torch.tensor([0, 3, 7])
+    timestep = 1000 * scheduler.sigmas[indices]
     noisy = model.add_noise(clean, noise, timestep)
-    expected = scheduler.add_noise(clean, noise, scheduler.timesteps[num_inference_steps])
+    expected = scheduler.add_noise(clean, noise, scheduler.timesteps[indices])
     torch.testing.assert_close(noisy, expected, rtol=1e-5, atol=1e-5)
     other = euler()
     other.set_timesteps(8)
-    expected = other.scale_noise(clean, other.timesteps[num_inference_steps], noise)
+    expected = other.scale_noise(clean, other.timesteps[indices], noise)
     torch.testing.assert_close(
-        model.add_noise(clean, noise, other.timesteps[num_inference_steps]),
+        model.add_noise(clean, noise, other.timesteps[indices]),
         expected,
         rtol=1e-5,
         atol=1e-5,
     )
     # A perfect prediction is one from which the scheduler finds the clip again.
     for step in range(3):
-        scheduler.set_begin_index(int(num_inference_steps[step]))
-        scheduler._init_step_index(scheduler.timesteps[num_inference_steps[step]])
+        scheduler.set_begin_index(int(indices[step]))
+        scheduler._init_step_index(scheduler.timesteps[indices[step]])
         found = scheduler.convert_model_output(
             model.target(clean, noise, timestep)[step], sample=noisy[step]
         )
@@ -250,19 +250,21 @@ def test_levels_are_logit_normal_and_shifted(checkpoints: Checkpoints) -> None:
 
     # One standard deviation to both sides of the median: sigmoid(-1), sigmoid(0), sigmoid(1).
     assert quantiles("2.1") == pytest.approx([268.9, 500.0, 731.1], abs=8)
-    assert quantiles("2.1", timesteps="uniform") == pytest.approx([158.7, 500.0, 841.3], abs=8)
+    assert quantiles("2.1", timestep_sampling="uniform") == pytest.approx(
+        [158.7, 500.0, 841.3], abs=8
+    )
     # 3 s / (1 + 2 s)
     shifted = [524.6, 750.0, 890.8]
     assert quantiles("2.1", timestep_shift=3.0) == pytest.approx(shifted, abs=8)
     assert quantiles("a14b") == pytest.approx(shifted, abs=8)
 
 
-@pytest.mark.parametrize("timesteps", ["logit_normal", "uniform"])
+@pytest.mark.parametrize("sampling", ["logit_normal", "uniform"])
 def test_one_experts_levels_are_those_of_both_on_its_side(
-    checkpoints: Checkpoints, timesteps: str
+    checkpoints: Checkpoints, sampling: str
 ) -> None:
     both, high, low = (
-        checkpoints.load("a14b", experts=experts, timesteps=timesteps).sample_timesteps(
+        checkpoints.load("a14b", experts=experts, timestep_sampling=sampling).sample_timesteps(
             20_000, Generator().manual_seed(0)
         )
         for experts in ("both", "high", "low")
@@ -423,7 +425,7 @@ def test_only_the_expert_in_use_is_on_the_device() -> None:
     experts(elsewhere, torch.tensor([100.0, 200.0]), elsewhere)
     devices = {name: parameter.device.type for name, parameter in experts.named_parameters()}
     assert devices["transformer.scale"] == "cpu" and devices["transformer_2.scale"] == "meta"
-    with pytest.raises(UserError, match=r"both experts at once.*train\.batch=1"):
+    with pytest.raises(UserError, match=r"both experts at once.*train\.batch_size=1"):
         experts(elsewhere, torch.tensor([100.0, 900.0]), elsewhere)
 
 

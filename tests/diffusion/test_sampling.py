@@ -14,9 +14,7 @@ from dpo_video.diffusion.sampling import Schedule, denoise, first_step, frame_by
     ("strength", "steps", "first"),
     [(1.0, 50, 0), (0.75, 50, 12), (0.95, 50, 2), (0.15, 20, 17), (0.001, 50, 49), (0.5, 1, 0)],
 )
-def test_the_last_round_of_level_times_steps_are_run(
-    strength: float, steps: int, first: int
-) -> None:
+def test_round_of_strength_times_steps_are_run(strength: float, steps: int, first: int) -> None:
     assert first_step(strength, steps) == first
 
 
@@ -38,7 +36,7 @@ def test_guidance_leads_away_from_the_empty_prompt_step_by_step(
     empty = {"prompt_embeds": torch.full((1, 3, 16), 2.0)}
     schedule = Schedule(
         timesteps=torch.tensor([900.0, 100.0]),
-        reached=torch.tensor([100.0, 0.0]),
+        next_timesteps=torch.tensor([100.0, 0.0]),
         step=lambda prediction, index, latents: latents + prediction,
     )
     noise = torch.zeros(1, *small_model.latent_shape)

@@ -14,7 +14,6 @@ from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.wan import Wan
 from dpo_video.diffusion.known_models import FOLDER, known_models
-from dpo_video.diffusion.pretrained import on_meta
 from dpo_video.errors import UserError
 from dpo_video.estimation.forecast import (
     BACKWARDS,
@@ -39,7 +38,7 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
-from dpo_video.types import PairBatch
+from dpo_video.types import PairBatch, Placement
 
 SETTINGS = TrainSettings(rank=2, alpha=4, gradient_accumulation_steps=1, batch_size=2, steps=10)
 REFERENCES = {"toggle": Toggle(), "copy": Copy(), "cached": Cached()}
@@ -64,9 +63,8 @@ def need_of(found: Forecast, mode: MemoryMode) -> MemoryEstimate:
 
 
 def test_an_outline_is_the_model_without_its_weights(backbone: AnimateDiff) -> None:
-    loaded = backbone.load(CPU, torch.float16)
-    with on_meta():
-        outline = backbone.load(CPU, torch.float16)
+    loaded = backbone.load(Placement(CPU, torch.float16))
+    outline = backbone.load(Placement(CPU, torch.float16, on_meta=True))
     described = {name: (p.shape, p.dtype) for name, p in loaded.denoiser.state_dict().items()}
     assert described == {
         name: (p.shape, p.dtype) for name, p in outline.denoiser.state_dict().items()
@@ -81,9 +79,9 @@ def test_an_outline_is_the_model_without_its_weights(backbone: AnimateDiff) -> N
 @pytest.mark.parametrize("model", [m for m in known_models() if m.backbone in ("wan", "cogvideox")])
 def test_a_known_model_is_outlined_offline_by_its_name(model: object) -> None:
     chosen = registry.load("backbone", model.backbone)(model=model.name)  # type: ignore[attr-defined]
-    with on_meta():
-        outline = chosen.load(CPU, torch.bfloat16)  # type: ignore[attr-defined]
-        assert outline.prompt_shapes()["prompt_embeds"][1] == 4096
+    placement = Placement(CPU, torch.bfloat16, on_meta=True)
+    outline = chosen.load(placement)  # type: ignore[attr-defined]
+    assert outline.prompt_shapes()["prompt_embeds"][1] == 4096
     parameters = sum(parameter.numel() for parameter in outline.denoiser.parameters())
     assert parameters == model.parameters  # type: ignore[attr-defined]
     assert outline.lora_targets()
@@ -94,7 +92,7 @@ def test_a_known_model_is_outlined_offline_by_its_name(model: object) -> None:
 def test_it_predicts_what_the_step_takes_on_real_tensors(
     backbone: AnimateDiff, found: Forecast, checkpointing: Checkpointing, backward: Backward
 ) -> None:
-    model = backbone.load(CPU, torch.float32)
+    model = backbone.load(Placement())
     policy = adapt(model, SETTINGS, seed=0)
     if checkpointing == "blocks":
         checkpoint_blocks(policy)
@@ -227,7 +225,7 @@ def test_processes_that_share_the_weights_hold_their_part_each(
     (need,) = forecast(
         backbone, {"toggle": REFERENCES["toggle"]}, Global(), SETTINGS, modes=[shared]
     ).needs
-    model = backbone.load(CPU, torch.float32)
+    model = backbone.load(Placement())
     pack_frozen_weights(model.denoiser, CPU, "native")
     parts = [part.nbytes for each in frozen_weights(model.denoiser) for part in each.parts]
     # Memory is given in blocks of 512 bytes.

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import CPU, SHAPE
+from conftest import SHAPE
 from diffusers import (
     AutoencoderKL,
     MotionAdapter,
@@ -37,7 +37,7 @@ from dpo_video.evaluation.evaluate import merged
 from dpo_video.exporting.export import Check, Format, export
 from dpo_video.exporting.model_card import loading_script
 from dpo_video.strategies import Sampling, VideoModel
-from dpo_video.types import ExportSpec
+from dpo_video.types import ExportSpec, Placement
 
 PROMPT = "a red square moving left slowly"
 RANK, ALPHA = 2, 6.0  # not equal, so that a lost alpha shows
@@ -89,7 +89,7 @@ def load_small_sd(folder: Path) -> VideoModel:
         model=str(folder),
         motion_adapter=str(folder / "adapter"),
         frames=SHAPE.frames, height=SHAPE.height, width=SHAPE.width,
-    ).load(CPU, torch.float32)  # fmt: skip
+    ).load(Placement())  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU
 from diffusers.models.attention_processor import AttnProcessor
 from small_cogvideox import OPTIONS as COGVIDEOX
 from small_wan import OPTIONS as WAN
@@ -28,6 +27,7 @@ from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Backbone
 from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
+from dpo_video.types import Placement
 
 # Sizes in which no number of tokens is a number of channels.
 SIZES: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ def policy(
     made: Backbone = registry.load("backbone", name)(
         model=str(folder or save_small_wan(tmp_path)), **SIZES[name]
     )  # type: ignore[assignment]
-    model = made.load(CPU, torch.float32)
+    model = made.load(Placement())
     return model, adapt(model, TrainSettings(rank=2), seed=0)
 
 
@@ -104,7 +104,7 @@ def test_no_step_holds_a_matrix_of_tokens_by_tokens(policy: tuple[Any, nn.Module
 def test_a_processor_that_would_is_replaced(small_folder: Path) -> None:
     model = registry.load("backbone", "animatediff")(
         model=str(small_folder), **SIZES["animatediff"]
-    ).load(CPU, torch.float32)  # type: ignore[attr-defined]
+    ).load(Placement())  # type: ignore[attr-defined]
     network = adapt(model, TrainSettings(rank=2), seed=0)
     expected, _ = step_of(model, network)
     for module in network.modules():

@@ -10,12 +10,12 @@ from dpo_video.backbone.tiny import Tiny
 from dpo_video.errors import UserError
 from dpo_video.strategies import VideoModel
 from dpo_video.testing import check_pairs, small_videos
-from dpo_video.types import Clip, Pair
+from dpo_video.types import Clip, Pair, Placement
 
 
 @pytest.fixture(scope="module")
 def model() -> VideoModel:
-    return Tiny().load(torch.device("cpu"), torch.float32)
+    return Tiny().load(Placement())
 
 
 def pair_of(model: VideoModel, builder: Shuffle, seed: int = 0) -> Pair:
