@@ -27,11 +27,12 @@ demo: setup ## Local pairs, region loss, toggled reference on the embedded model
 	    --set train.learning_rate=3e-4 --set train.save_steps=40 --set loss.sft_weight=1000
 	$(BIN)/dpo-video evaluate $(DEMO) --seeds 12
 
-check: setup ## Lint, formatting, types and import layers
+check: setup ## Lint, formatting, types, import layers and documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: check ## All checks and all tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable --durations 15
@@ -64,4 +65,4 @@ tiny: setup ## Train the embedded model from scratch (about two hours on 2 cores
 	$(BIN)/python -m benchmarks.tiny.recipe
 
 clean: ## Delete what set-up made; runs/ stays
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache

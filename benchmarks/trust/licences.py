@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS, TABLE = ROOT / "constraints.txt", ROOT / "THIRD_PARTY.md"
 OWN = "dpo-video"
-EXTRAS = ("cogvideox", "nf4", "http", "vlm", "page")
+EXTRAS = ("cogvideox", "nf4", "http", "vlm", "page", "docs")
 HEAD = """# Third-party licences
 
 None of these packages is part of this one: pip installs them beside it. Their licences, as their
@@ -79,7 +79,8 @@ def licence(distribution: Distribution) -> str:
         if text.startswith("License ::")
     ]
     text = str(metadata.get("License") or "").strip()
-    return text if text and "\n" not in text else ", ".join(classifiers)
+    named = text not in ("", "UNKNOWN") and "\n" not in text
+    return text if named else ", ".join(classifiers)
 
 
 def needed(found: Mapping[str, Distribution]) -> dict[str, str]:
