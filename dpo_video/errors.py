@@ -1,4 +1,4 @@
-"""Errors that are raised on purpose. Each says what is wrong and what to do next."""
+"""Exceptions for faults that the user can fix. Each message names the fault and the next step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-_LONGEST = 2000  # characters; a file's whole content in its place tells nobody more
+_LONGEST = 2000  # characters of a message
 
 
 class UserError(Exception):
-    """Something the user can put right: shown as one line, exit code 2, no traceback.
+    """A fault that the user can fix: shown as one line without a traceback, exit code 2.
 
-    Whatever a message quotes of a file, it stays one line that any terminal can show.
+    The message is reduced to one printable line, whatever it quotes from a file.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,20 +23,20 @@ class UserError(Exception):
 
 
 def one_line(text: str) -> str:
-    """A text without line breaks, terminal codes and what UTF-8 cannot say; cut in the middle."""
+    """The text as one printable line, with escapes for control characters, cut in the middle."""
     half = _LONGEST // 2
-    if len(text) > _LONGEST:  # first: what is quoted may be megabytes
+    if len(text) > _LONGEST:  # first, because a quoted file may be large
         text = f"{text[:half]} ... {text[-half:]}"
     words = " ".join(text.split()) if any(c in text for c in "\n\r\t\v\f") else text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 def first_fault(error: ValidationError) -> str:
-    """What is wrong with what was read, and where in it."""
+    """Location and reason of the first validation error."""
     detail = error.errors()[0]
-    place = ".".join(str(part) for part in detail["loc"])
+    location = ".".join(str(part) for part in detail["loc"])
     reason = detail["msg"].removeprefix("Value error, ")
-    return f"{place}: {reason}" if place else reason
+    return f"{location}: {reason}" if location else reason
 
 
 class PluginError(UserError):
@@ -48,23 +48,23 @@ class StoreError(UserError):
 
 
 class RunError(UserError):
-    """A run directory that is missing, damaged, or does not fit what is asked of it."""
+    """A run directory that is missing, damaged, or does not match the request."""
 
 
 class TrainingError(UserError):
-    """Training stopped itself, and says why."""
+    """Training stopped, or cannot start."""
 
 
 class BudgetError(UserError):
-    """No number of checkpointed blocks fits the memory that there is."""
+    """No number of checkpointed blocks fits the memory budget."""
 
 
 class ExportError(UserError):
-    """An export that does not load back as what was exported; nothing of it is left."""
+    """An export that does not load back as what was exported; its files have been removed."""
 
 
 def unknown(what: str, name: str, available: Iterable[str]) -> UserError:
-    """An error for a name that does not exist, with the nearest one that does."""
+    """The UserError for an unknown name, with the closest available one."""
     options = sorted(available)
     near = difflib.get_close_matches(name, options, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""

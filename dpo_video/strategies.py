@@ -38,36 +38,36 @@ from dpo_video.types import (
 
 
 class Strategy(BaseModel):
-    """What all kinds share: frozen options, no others accepted."""
+    """Base of all kinds: frozen options, no unknown ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     kind: ClassVar[str]
 
 
-# --- what strategies make for a run ----------------------------------------------------------
+# --- what strategies create for a run ----------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """A family's own sampling settings, used wherever an option leaves them open."""
+    """Default sampling settings of a family, used where an option is not set."""
 
     num_inference_steps: int
     guidance_scale: float
 
 
-PACKED = "+"  # in an identity, between the hash of the weights and what they were packed into
+PACKED = "+"  # separates the hash of the weights from their quantization in an identity
 
 
 def weights_of(identity: str) -> str:
-    """The part of an identity that stands for the weights alone, packed or not."""
+    """The part of an identity that names the weights, without their quantization."""
     return identity.partition(PACKED)[0]
 
 
 class VideoModel(ABC):
     """A loaded video diffusion model; the only class that knows its family.
 
-    The denoiser is there from the start. What encodes and decodes is loaded when it is first used,
-    and can be freed.
+    The denoiser is loaded from the start. The VAE and the text encoder are loaded on first use and
+    can be freed.
     """
 
     denoiser: nn.Module
@@ -75,8 +75,8 @@ class VideoModel(ABC):
     sampling: Sampling
     device: torch.device
     identity: str
-    """A hash of the weights: what pairs and checkpoints were made with. Where they were packed into
-    fewer bits since, that follows: `hash+nf4`."""
+    """Hash of the weights, recorded in pairs and checkpoints. Quantized weights append their type:
+    `hash+nf4`."""
 
     @property
     @abstractmethod
@@ -85,33 +85,33 @@ class VideoModel(ABC):
 
     @abstractmethod
     def encode_videos(self, videos: Videos) -> Latents:
-        """Pixels in [0, 1] to scaled latents, by the mean of the posterior."""
+        """Encode pixels in [0, 1] to scaled latents, the mean of the VAE's posterior."""
 
     @abstractmethod
     def decode_videos(self, latents: Latents) -> Videos:
-        """Scaled latents to pixels in [0, 1]."""
+        """Decode scaled latents to pixels in [0, 1]."""
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Context:
-        """What the denoiser needs to know of the prompts."""
+        """Encode prompts to the denoiser's conditioning."""
 
     @abstractmethod
     def sample_timesteps(self, n: int, generator: Generator) -> PerPair:
-        """Draw `n` training noise levels from the family's distribution, on the CPU."""
+        """Draw `n` training timesteps from the family's distribution, on the CPU."""
 
     @abstractmethod
     def add_noise(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
-        """The forward process at `level`, one level per video."""
+        """Forward process at `timestep`, one timestep per video."""
 
     @abstractmethod
     def target(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
-        """What the denoiser is trained to predict: epsilon, v or flow velocity."""
+        """Training target of the denoiser: epsilon, v or flow velocity."""
 
     @abstractmethod
     def predict(
         self, denoiser: nn.Module, noisy: Latents, timestep: PerPair, context: Context
     ) -> Latents:
-        """Run a denoiser of this family (the model's own, adapted or not)."""
+        """Prediction of a denoiser of this family, with or without an adapter."""
 
     @abstractmethod
     def sample(
@@ -127,58 +127,58 @@ class VideoModel(ABC):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Latents:
-        """Draw videos' latents, deterministically given `noise`.
+        """Sample latents of videos, deterministically given `noise`.
 
-        Pure noise gives text-to-video. With `clean`, sampling starts from `clean` noised to
-        `level`, a share in (0, 1] of the schedule (guided re-noising). With `region` as well, only
-        the region is repainted and everything outside equals `clean` to the bit. `per_frame` treats
-        every frame as a video of its own.
+        Without `clean` it samples text-to-video. With `clean`, sampling starts from `clean` noised
+        to `strength`, a share in (0, 1] of the schedule (as in img2img). With `region` as well,
+        only the region is regenerated, and everything outside equals `clean` to the bit.
+        `per_frame` samples every frame as a video of its own.
         """
 
     def strength_at(self, sigma: float, num_inference_steps: int | None = None) -> float:
-        """The share of the schedule, as `sample` takes it, whose noise is at most `noise_level`.
+        """The largest `strength` of `sample` whose starting noise is at most `sigma`.
 
-        That is itself where steps are spread evenly over the noise levels, t / T in (0, 1]; not on
-        a shifted schedule.
+        It equals `sigma` on a schedule with uniformly spaced timesteps (t / T in (0, 1]); a shifted
+        schedule overrides it.
         """
         return sigma
 
     @abstractmethod
     def latent_frames(self, segment: slice) -> slice:
-        """The latent frames that a slice of pixel frames covers."""
+        """Latent frames covered by a slice of pixel frames."""
 
     @abstractmethod
     def lora_targets(self) -> list[str]:
-        """Names of the modules of `denoiser` that an adapter goes on."""
+        """Names of the modules of `denoiser` that get a LoRA."""
 
     def prompt_shapes(self) -> Mapping[str, tuple[int, ...]] | None:
-        """Shapes of one encoded prompt by name, told without encoding any; None if it cannot."""
+        """Shapes of one encoded prompt by name, without encoding one; None if unknown."""
         return None
 
     @abstractmethod
     def release(self) -> None:
-        """Free what only encodes and decodes: the denoiser's weights are all that stays.
+        """Free the VAE and the text encoder, so that only the denoiser stays in memory.
 
-        It is loaded again when it is next used. The encoded empty prompt, which sampling is guided
-        away from, is kept if it was there.
+        They are loaded again on their next use. An encoded empty prompt for classifier-free
+        guidance is kept.
         """
 
     def publication(self) -> ExportSpec | None:
-        """How other programs call its parts; None where none runs such models."""
+        """Names of its parts in diffusers and ComfyUI; None if neither runs the model."""
         return None
 
 
 class ReferenceModel(ABC):
-    """The frozen model that a policy is compared with, for the length of a run."""
+    """The frozen model that a policy is compared with during a run."""
 
     noise_draws: int | None = None
-    """How many noises and levels a pair has; its visits then take them in turn, and the loop keeps
-    the predictions for them (dpo_video/training/reference_cache.py). None for a fresh draw at every
+    """Number of (noise, timestep) draws per pair. A pair then cycles through them, and their
+    reference predictions are cached (training/reference_cache.py). None for a new draw at every
     visit."""
 
     @abstractmethod
     def network(self) -> AbstractContextManager[nn.Module]:
-        """The reference network, for use inside the `with` block only."""
+        """The reference network, valid inside the `with` block only."""
 
 
 # --- the kinds -------------------------------------------------------------------------------
@@ -299,28 +299,28 @@ class StoreLabeler(AnyLabeler, ABC):
 
 
 class PairBuilder(Strategy, ABC):
-    """Makes a preference pair of a clip or of a prompt."""
+    """Builds a preference pair from a clip or a prompt."""
 
     kind: ClassVar[str] = "pairs"
     asks_labeler: ClassVar[bool] = True
-    """False where the way a pair is made says who is better."""
+    """False if the construction of a pair determines which video is better."""
     needs_labeler: ClassVar[bool] = False
-    """True where a pair cannot be made without one."""
+    """True if a pair cannot be built without a labeler."""
 
     @property
     @abstractmethod
     def needs_video(self) -> bool:
-        """Whether the clips must have a video; otherwise a prompt is enough."""
+        """Whether clips need a video; otherwise a prompt is enough."""
 
     @abstractmethod
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
-        """Make one pair; all randomness comes from `generator`."""
+        """Build one pair; all randomness comes from `generator`."""
 
 
 class SuppliedPairs(PairBuilder, ABC):
-    """A pair builder that brings what its pairs are made of, such as somebody's finished pairs."""
+    """A pair builder with its own source of clips, such as finished pairs on disk."""
 
     @abstractmethod
     def material(self, model: VideoModel, prompt: str | None) -> PairSource:
@@ -332,42 +332,43 @@ class SuppliedPairs(PairBuilder, ABC):
 
 
 class Loss(Strategy, ABC):
-    """A pure function of the errors: one value per pair, never a mean over the batch."""
+    """A pure function of the errors: one value per pair, without a mean over the batch."""
 
     kind: ClassVar[str] = "loss"
     needs_region: ClassVar[bool] = False
-    """Whether it makes sense only for pairs whose videos are equal outside a region."""
+    """Whether it needs pairs whose videos are equal outside a region."""
     linear_in_mean_error: ClassVar[bool] = False
-    """Whether its gradient on a video's errors is one number for all of them, as it is where they
-    enter by their mean alone. Such a loss can be trained with `memory.backward = linear`."""
+    """Whether the loss depends on a video's errors by their mean only, so its gradient is the
+    same for all of them. Such a loss can be trained with `memory.backward = linear`."""
 
     @abstractmethod
     def __call__(self, errors: PairErrors) -> LossOutput:
-        """The loss of every pair."""
+        """Loss of every pair."""
 
 
 class Reference(Strategy, ABC):
-    """Where the frozen model's predictions come from."""
+    """The way the frozen model's predictions are obtained."""
 
     kind: ClassVar[str] = "reference"
 
     @abstractmethod
     def attach(self, policy: nn.Module) -> ReferenceModel:
-        """The anchor of a policy: a peft model whose only trainable part is its adapter."""
+        """Reference model of a policy, a peft model that trains its adapter only."""
 
 
 class Metric(Strategy, ABC):
-    """A video to one number."""
+    """Measures a video with one number."""
 
     kind: ClassVar[str] = "metric"
     higher_is_better: ClassVar[bool]
     unit: ClassVar[str]
     role: ClassVar[Literal["target", "motion", "guard"]] = "target"
-    """What to improve, how much moves, or what must not be lost on the way."""
+    """target: what training should improve; motion: the amount of motion; guard: what must not get
+    worse."""
 
     @abstractmethod
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
-        """One number a video."""
+        """One number per video."""
 
 
 class Backbone(Strategy, ABC):
@@ -375,9 +376,9 @@ class Backbone(Strategy, ABC):
 
     kind: ClassVar[str] = "backbone"
     guards: ClassVar[tuple[str, ...]]
-    """Names of the metrics that must not get worse when another one improves."""
+    """Names of the guard metrics of its evaluations."""
     training: ClassVar[Mapping[str, Any]] = {}
-    """Options of [train] as the family's papers have them, where nobody sets others."""
+    """Defaults of [train] for this family, from its papers."""
 
     @abstractmethod
     def load(self, placement: Placement) -> VideoModel:
@@ -389,8 +390,8 @@ class Backbone(Strategy, ABC):
 
     @abstractmethod
     def clips(self, seed: int) -> Iterator[Clip] | None:
-        """The family's own endless supply of real clips; None if it has none."""
+        """Endless iterator of the family's own clips; None if it has none."""
 
     @abstractmethod
     def prompts(self, n: int) -> list[str]:
-        """`n` prompts spread over what the family can show, for evaluation."""
+        """`n` diverse evaluation prompts."""

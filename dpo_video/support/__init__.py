@@ -1,1 +1,1 @@
-"""Files, hashes, random generators, statistics and other helpers that know nothing of videos."""
+"""Helpers without video or diffusion: files, hashes, random generators, statistics."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and one sentence when the disk says no."""
+"""Atomic file writes, and disk errors as a UserError."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _REASONS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
     errno.EIO: "the disk reports an error",
-    errno.EFBIG: "the file would be larger than is allowed here",
-    errno.ENOTDIR: "a part of that path is a file",
-    errno.EEXIST: "a file of that name is in the way",
+    errno.EFBIG: "the file would exceed the size limit",
+    errno.ENOTDIR: "a parent of that path is a file",
+    errno.EEXIST: "a file of that name exists",
 }
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
+    """Write a text file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file atomically."""
     with publishing(path) as partial:
         partial.write_bytes(data)
 
@@ -42,17 +42,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file that appears whole or not at all."""
+    """Write a safetensors file atomically."""
     data = save({name: t.contiguous() for name, t in tensors.items()}, metadata)
     with publishing(path) as partial:
-        # Their own save_file makes files that only their owner can read.
+        # safetensors' own save_file creates files that only their owner can read.
         partial.write_bytes(data)
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Add a line, without its break, to a file; it is on the disk when this returns.
+    """Append a line (given without its line break) to a file and sync it to disk.
 
-    What did not arrive whole is taken back, or the next line would be glued to it.
+    A partial write is truncated again, so that the next line does not continue it.
     """
     rest = line + b"\n"
     with path.open("ab", buffering=0) as file:
@@ -68,9 +68,9 @@ def append_line(path: Path, line: bytes) -> None:
 
 @contextmanager
 def publishing(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; sync it and rename it into place at the end.
+    """Yield a temporary path beside `path`; sync it and rename it to `path` on success.
 
-    The name keeps its ending, by which encoders choose their format.
+    The temporary name keeps the suffix, from which encoders choose their format.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
@@ -84,8 +84,8 @@ def publishing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """See that a file's content, or a folder's names, outlive a power cut."""
-    if path.is_dir() and os.name != "posix":  # Windows syncs no folders
+    """Flush a file's content or a folder's entries to disk (fsync)."""
+    if path.is_dir() and os.name != "posix":  # Windows cannot sync folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -104,14 +104,14 @@ def writing(where: Path) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(
-            f"Cannot write to '{where}': {reason}. What was written before is safe; put that right "
-            "and run the same command again to go on."
+            f"Cannot write to '{where}': {reason}. Everything written before is intact; fix the "
+            "cause and run the same command again to resume."
         ) from error
 
 
 def _reason(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return _REASONS.get(error.errno or 0)
-    # peft saves by safetensors, which reports the system's error number in its text only.
+    # safetensors (used by peft) reports the system's error number in its message only.
     number = re.search(r"(?:os error|code:) (\d+)", str(error))
     return _REASONS.get(int(number[1])) if number else None

@@ -1,4 +1,4 @@
-"""Numbers for people to read, and HTML tables for notebooks."""
+"""Numbers formatted for people, and HTML tables for notebooks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def brief(value: float | None) -> str:
 
 
 def option(value: float) -> str:
-    """A number as one would type it: `3e-5`, `0.001`, `500`."""
+    """A number as typed on a command line: `3e-5`, `0.001`, `500`."""
     if not 0 < abs(value) < 1e-3:
         return f"{value:g}"
     mantissa, _, power = f"{value:.5e}".partition("e")

@@ -1,4 +1,4 @@
-"""What stands for files and tensors where they are compared: SHA-256 of their bytes."""
+"""SHA-256 digests of files and tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def file_digest(path: Path) -> str:
-    """Of a file's content: 64 hex digits. Raises OSError where it cannot be read."""
+    """SHA-256 of a file's content, 64 hex digits. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of named tensors of any shapes, with their names, types and shapes: 64 hex digits."""
+    """SHA-256 of named tensors: names, dtypes, shapes and values; 64 hex digits."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Out of memory: the error that every user meets, and what to do about it."""
+"""Out-of-memory errors as one sentence with a next step."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ import torch
 
 from dpo_video.errors import UserError
 
-# A CPU's allocator and Metal's have no class of error of their own.
-_SAID = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED")
-_WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
+# The CPU's and Metal's allocators raise no exception class of their own.
+_MESSAGE = re.compile(r"can't allocate memory|not enough memory|out of memory|ALLOC_FAILED")
+_SIZE = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 
 
 def shortage(error: BaseException) -> UserError | None:
-    """One sentence for an allocation that failed; None for any other error."""
+    """The UserError for a failed allocation; None for any other error."""
     short = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and _SAID.search(str(error))
+        isinstance(error, RuntimeError) and _MESSAGE.search(str(error))
     )
     if not short:
         return None
-    wanted = _WANTED.search(str(error))
+    size = _SIZE.search(str(error))
     return UserError(
         "Out of memory"
-        + (f" (the last thing that was asked for: {wanted[1]})" if wanted else "")
-        + ". What was saved before is safe. Training: dpo-video estimate, with the same "
-        "options, shows "
-        "which memory modes fit, and --set memory.checkpointing=auto chooses one. Anything else: "
-        "lower evaluate.batch_size, or backbone.frames, height or width; --set "
-        "memory.offload=blocks "
-        "keeps the weights on the host."
+        + (f" (tried to allocate {size[1]})" if size else "")
+        + ". Everything saved before is intact. For training, `dpo-video estimate` with the same "
+        "options shows which memory modes fit, and --set memory.checkpointing=auto chooses one. "
+        "Otherwise lower evaluate.batch_size or backbone.frames, height or width, or keep the "
+        "weights in CPU memory with --set memory.offload=blocks."
     )

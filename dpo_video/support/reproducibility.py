@@ -1,4 +1,4 @@
-"""Runs that are equal to the bit: kernels that always add in the same order, or none at all."""
+"""Deterministic kernels: identical runs give identical bits."""
 
 from __future__ import annotations
 
@@ -17,39 +17,38 @@ _CUBLAS = "it uses CuBLAS"
 
 
 def settle(deterministic: bool) -> None:
-    """Choose the kernels of this process; before its first matrix product on a GPU.
+    """Set PyTorch's determinism flags for this process, before its first GPU matrix product.
 
-    Everything that this project draws has a generator of its own (seeds.py). What can still differ
-    between two runs on one machine is the order in which a kernel adds, and which kernel a library
-    takes for the fastest.
+    All random draws of this package have their own generators (support/rng.py). The remaining
+    differences between two runs on one machine come from the summation order of a kernel and from
+    benchmarking kernels.
 
     Raises:
-        UserError: if the environment asks cuBLAS for something else.
+        UserError: if CUBLAS_WORKSPACE_CONFIG is set to a non-deterministic value.
     """
     if deterministic:
         found = os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])
         if found not in _WORKSPACES:
             raise UserError(
-                f"run.deterministic needs {_WORKSPACE} to be {' or '.join(_WORKSPACES)}, and the "
-                f"environment says '{found}'. Unset it, or leave --deterministic out."
+                f"run.deterministic needs {_WORKSPACE} to be {' or '.join(_WORKSPACES)}, and it is "
+                f"set to '{found}'. Unset it, or omit --deterministic."
             )
-        torch.backends.cudnn.benchmark = False  # it would take what is fastest this time
+        torch.backends.cudnn.benchmark = False  # it would choose kernels by timing
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic)
 
 
 def refusal(error: RuntimeError) -> UserError | None:
-    """What torch says of an operation that it cannot repeat, as a sentence; None of other errors.
+    """The UserError for an operation without a deterministic kernel; None for other errors.
 
-    Torch has no class for it.
+    PyTorch raises a plain RuntimeError for it.
     """
     found = _NO_KERNEL.search(str(error))
     operation = found[1] if found else "cuBLAS" if _CUBLAS in str(error) else None
     if operation is None:
         return None
     return UserError(
-        f"'{operation}' cannot be repeated to the bit on this device, and run.deterministic asks "
-        "for that. Leave --deterministic out (--set run.deterministic=false for a run that has it "
-        "written down), run it on another --device, or use a strategy that does without that "
-        "operation."
+        f"'{operation}' has no deterministic kernel on this device, and run.deterministic is on. "
+        "Omit --deterministic (or --set run.deterministic=false to override a run.toml), choose "
+        "another --device, or use a strategy that does not need this operation."
     )

@@ -1,6 +1,6 @@
-"""Randomness by name: every draw has a generator of its own, whatever ran before it.
+"""Named random draws: each has its own generator, independent of what ran before.
 
-A resumed, sharded or reordered run therefore draws what an unbroken one draws.
+A resumed, distributed or reordered run therefore draws the same values as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Generator
 
 
 def derive(*parts: int | str) -> int:
-    """A seed in [0, 2^63) for the draw that `parts` name, e.g. `derive(seed, "pair", 3)`."""
+    """Seed in [0, 2^63) of the draw named by `parts`, e.g. `derive(seed, "pair", 3)`."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(*parts: int | str) -> Generator:
-    """A CPU generator for the draw that `parts` name."""
+    """CPU generator for the draw named by `parts`."""
     return Generator().manual_seed(derive(*parts))
 
 
 def global_states() -> dict[str, Any]:
-    """Every generator that a backbone or a plugin might draw from behind our back."""
+    """States of the global generators, which a backbone or a plugin may draw from."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -39,7 +39,7 @@ def global_states() -> dict[str, Any]:
 
 
 def set_global_states(state: dict[str, Any]) -> None:
-    """Put the generators back to where `global_states` found them."""
+    """Restore the states that `global_states` returned."""
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,4 +1,4 @@
-"""Is the difference between two sets of videos real? Numpy only."""
+"""Confidence intervals of paired differences, and agreement of raters. NumPy only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Z = _NORMAL.inv_cdf(0.975)  # two-sided 95%
 
 
 class Record(BaseModel):
-    """What is kept of a run: frozen, strict about names, and valid JSON even with nan in it."""
+    """Base of stored records: frozen, no unknown fields, and valid JSON even with NaN values."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings"
@@ -29,7 +29,7 @@ class PairedDifference(Record):
     """The mean of tuned - base over pairs of the same prompt and seed, with 95% intervals."""
 
     pairs: int
-    """Pairs that count: those where both values are finite."""
+    """Number of pairs with two finite values."""
     base_mean: float
     tuned_mean: float
     difference: float
@@ -51,18 +51,18 @@ def paired_difference(
 ) -> PairedDifference:
     """Bootstrap the mean paired difference and its size relative to the base.
 
-    Pairs are resampled, never single values, since base and tuned share their prompt and noise. The
-    intervals are BCa (Efron 1987), widened for small samples as a t interval is (Hesterberg 2015,
-    arXiv 1411.5279, section 5.3). Against the plain percentile interval, in simulations of 1500
-    draws: for normal differences it covers 94% instead of 90% at 10 pairs and 95% for both at 47;
-    for skewed ones (exponential) at 47 pairs 94% instead of 92%, with misses of 3.1% below and
-    2.8% above instead of 6.4% and 1.7%.
+    Whole pairs are resampled, because base and tuned share their prompt and noise. The intervals
+    are BCa (Efron 1987), widened for small samples as a t interval is (Hesterberg 2015, arXiv
+    1411.5279, section 5.3). Coverage against the plain percentile interval, in simulations of 1500
+    draws: for normal differences 94% instead of 90% at 10 pairs, and 95% for both at 47; for
+    exponential ones at 47 pairs 94% instead of 92%, with misses of 3.1% below and 2.8% above
+    instead of 6.4% and 1.7%.
 
     Args:
-        base: one value a pair.
-        tuned: the same pairs in the same order.
-        resamples: bootstrap draws.
-        seed: of the draws; the result depends on nothing else.
+        base: One value per pair.
+        tuned: Values of the same pairs in the same order.
+        resamples: Number of bootstrap draws.
+        seed: Seed of the draws; the only source of randomness.
 
     Raises:
         ValueError: the lengths differ, or fewer than 2 pairs are finite.
@@ -83,7 +83,7 @@ def paired_difference(
     base_mean, difference = float(before.mean()), float(change.mean())
     low, high = _interval(difference, change_draws, change_left_out)
     relative = relative_low = relative_high = None
-    # A base that is 0 in some draw has no relative change there, so none is claimed.
+    # A base of 0 in some draw has no relative change, so none is reported.
     if base_mean != 0 and base_draws.all() and base_left_out.all():
         relative = difference / abs(base_mean)
         relative_low, relative_high = _interval(
@@ -105,15 +105,15 @@ def paired_difference(
 
 
 def cohen_kappa(first: Sequence[int], second: Sequence[int]) -> float | None:
-    """Agreement of two raters beyond chance (Cohen 1960): 1 is full, 0 is what chance gives.
+    """Agreement of two raters beyond chance (Cohen 1960): 1 is full agreement, 0 is chance.
 
     `(observed - chance) / (1 - chance)`, with chance from how often each rater uses each category.
-    None where it is undefined: without items, and where both raters give every item the same one
-    category, so that chance alone would agree on everything.
+    None where it is undefined: without items, and where both raters use one and the same category
+    for every item.
 
     Args:
-        first: one category an item.
-        second: the other rater's, of the same items in the same order.
+        first: One category per item.
+        second: Categories of the other rater for the same items in the same order.
 
     Raises:
         ValueError: the lengths differ.
@@ -123,7 +123,7 @@ def cohen_kappa(first: Sequence[int], second: Sequence[int]) -> float | None:
     count = len(first)
     observed = sum(one == other for one, other in zip(first, second, strict=True))
     counts, others = Counter(first), Counter(second)
-    # In whole numbers, so that "everything by chance" is recognised exactly.
+    # Integers, so that full agreement by chance is recognised exactly.
     chance = sum(counts[category] * others[category] for category in counts)
     if chance == count**2:
         return None
@@ -131,10 +131,10 @@ def cohen_kappa(first: Sequence[int], second: Sequence[int]) -> float | None:
 
 
 def _interval(estimate: float, draws: Array, left_out: Array) -> tuple[float, float]:
-    """The expanded BCa interval of an estimate, from its draws and its jackknife values."""
+    """Expanded BCa interval of an estimate, from its bootstrap draws and jackknife values."""
     pull = left_out.mean() - left_out
     spread = float((pull**2).sum())
-    # A spread of rounding errors only: every pair says the same.
+    # The spread is rounding error only: all pairs have the same value.
     if math.sqrt(spread) <= 1e-12 * max(abs(estimate), 1e-300):
         return estimate, estimate
     acceleration = float((pull**3).sum()) / (6 * spread**1.5)

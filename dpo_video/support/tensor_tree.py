@@ -1,4 +1,4 @@
-"""A tree of dicts, lists, numbers, strings and tensors in one safetensors file, without pickle."""
+"""Nested dicts, lists, numbers, strings and tensors in one safetensors file, without pickle."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _TENSOR, _PAIRS = "__tensor__", "__pairs__"
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write a tree of dicts, lists, numbers, strings and tensors to one safetensors file.
+    """Write nested dicts, lists, numbers, strings and tensors to one safetensors file, atomically.
 
-    The file appears whole or not at all.
+    Raises:
+        TypeError: for any other type.
     """
     tensors: dict[str, Tensor] = {}
     skeleton = json.dumps(_pack(state, tensors))
@@ -26,16 +27,16 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """Read back what `save_state` wrote, tensors on the CPU.
+    """Read a file of `save_state`, with tensors on the CPU.
 
     Raises:
-        ValueError: if it is not such a file.
-        OSError, SafetensorError: if it cannot be read.
+        ValueError: if the file does not hold such a state.
+        OSError, SafetensorError: if the file cannot be read.
     """
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("state")
     if text is None:
-        raise ValueError("it holds no state")
+        raise ValueError("it has no state metadata")
     tensors = load_file(path)
     try:
         return _unpack(json.loads(text), tensors)

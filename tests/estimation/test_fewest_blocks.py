@@ -106,7 +106,7 @@ def test_what_waits_on_the_host_is_of_a_checkpointed_block(bench: Bench) -> None
 
 @pytest.mark.parametrize("value", ["some", -1, True, 1.5])
 def test_a_number_of_blocks_is_a_whole_one(value: object) -> None:
-    with pytest.raises(ValueError, match="neither none, blocks, auto nor a number of blocks"):
+    with pytest.raises(ValueError, match="must be none, blocks, auto or a number of blocks"):
         MemorySettings.model_validate({"checkpointing": value})
     assert MemorySettings(checkpointing=0) == MemorySettings()
     assert MemorySettings.model_validate({"budget": "auto"}).budget is None

@@ -24,7 +24,7 @@ def test_a_refused_allocation_is_told_from_other_errors() -> None:
          "2.50 GiB"),
         (RuntimeError("MPS backend out of memory (MPS allocated: 1 GiB). Tried to allocate 3.1 GB"),
          "3.1 GB"),
-        (MemoryError(), "Out of memory. What"),
+        (MemoryError(), "Out of memory. Everything"),
     ],
 )  # fmt: skip
 def test_the_amount_is_told_where_it_is_known(error: BaseException, wanted: str) -> None:
