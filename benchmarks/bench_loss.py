@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import Measure
 from torch import Tensor
 
+from benchmarks.support.rounds import Measure
 from dpo_video import registry
 from dpo_video.strategies import Loss
 from dpo_video.types import PairErrors

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Measure
 
+from benchmarks.support.rounds import Measure
 from dpo_video.pairs._masks import draw_region
 
 SHAPES = {

@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Measure, needs
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
+from benchmarks.support.rounds import Measure, needs
 from dpo_video.metric._flow import dense_flow
 from dpo_video.metric.warp_error import WarpError
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Measure
+
+from benchmarks.support.rounds import Measure
 
 PYTHON, TORCH = "python -c pass", "python -c 'import torch'"
 COMMANDS = {

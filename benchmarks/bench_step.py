@@ -10,7 +10,6 @@ product, measured in the same round. `networks alone` makes the same passes on p
 from __future__ import annotations
 
 import atexit
-import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,15 +21,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import Measure
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
-from practice import frozen_copy, research_script, step, video_dpo
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
+from benchmarks.practice import frozen_copy, research_script, step, video_dpo
+from benchmarks.support.rounds import Measure
+from benchmarks.support.small_models import small_wan, tiny
 from dpo_video import registry
-from dpo_video.backbone.tiny import Tiny
-from dpo_video.backbone.wan import Wan
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.memory.peak import Peak, peak_bytes
 from dpo_video.settings import MemorySettings, TrainSettings
@@ -38,7 +34,7 @@ from dpo_video.strategies import Loss, Reference, VideoModel
 from dpo_video.training.loop import train
 from dpo_video.training.lora import adapt
 from dpo_video.training.objective import noised
-from dpo_video.types import Pair, PairBatch, Placement
+from dpo_video.types import Pair, PairBatch
 
 PAIRS = 4
 SETTINGS = TrainSettings(
@@ -78,44 +74,6 @@ class StepInputs:
     batch: PairBatch
     noise: Tensor
     timestep: Tensor
-
-
-def tiny(folder: Path, device: torch.device, quick: bool) -> VideoModel:
-    return Tiny().load(Placement(device))
-
-
-def small_wan(folder: Path, device: torch.device, quick: bool) -> VideoModel:
-    """Wan's classes with random weights: 1280 tokens of 384 channels in 4 layers.
-
-    Wide enough for matrix products to dominate a layer's time, as at full size: with 320 tokens of
-    192 channels, a call of one video took more than half the time of a call of two.
-    """
-    if not folder.exists():
-        torch.manual_seed(0)
-        heads, layers, width = (2, 1, 24) if quick else (6, 4, 64)
-        parts = {
-            "transformer": WanTransformer3DModel(
-                num_attention_heads=heads, attention_head_dim=width, in_channels=4, out_channels=4,
-                text_dim=64, freq_dim=64, ffn_dim=8 * heads * width // 3, num_layers=layers,
-                rope_max_seq_len=64,
-            ),
-            "vae": AutoencoderKLWan(
-                base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
-            ),
-            "text_encoder": UMT5EncoderModel(
-                UMT5Config(vocab_size=8, d_model=64, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-            ),
-            "scheduler": UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-            ),
-        }  # fmt: skip
-        for name, part in parts.items():
-            part.save_pretrained(folder / name)
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
-    size = 32 if quick else 256
-    options = Wan(model=str(folder), frames=17, height=size, width=size, text_length=64)
-    return options.load(Placement(device))
 
 
 MODELS = {"tiny": tiny, "a small Wan": small_wan}

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Measure
 from safetensors.torch import load_file
 
+from benchmarks.support.rounds import Measure
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.types import Pair
 

@@ -1,11 +1,10 @@
-"""A set of 100,000 small pairs: made, opened, read in random order, as files and packed.
+"""A set of 100,000 small pairs: written, opened and read in random order, as files and packed.
 
     OMP_NUM_THREADS=1 python -m benchmarks.big_set --out benchmarks/results/0.1.0/big_set.json
 
-Every figure of reading is of a process of its own, in seconds of the processor, for the machine may
-be shared; for opening, `wall s` is the clock's. `bare` are the same files read by the standard
-library, whole, in the same order: what no reader can go below. All files are in the system's
-cache, as far as they fit.
+Each reading is measured in a separate process, in processor seconds; opening also in wall-clock
+seconds (`wall s`). `bare` reads the same files completely with the standard library, in the same
+order: a lower bound for any reader. All files are in the page cache, as far as they fit.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from typing import Any
 
 SHAPE = (4, 8, 8, 8)
 PROMPTS = 1000
-READS = 20_000  # at random, after the first pass over all pairs
+READS = 20_000  # in random order, after a first pass over all pairs
 
 
 def resident() -> float:
-    """MiB of this process."""
+    """Resident memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
 
 
-def timed(act: Callable[[], Any]) -> tuple[float, Any]:
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     started = time.process_time()
-    done = act()
-    return round(time.process_time() - started, 3), done
+    result = call()
+    return round(time.process_time() - started, 3), result
 
 
 def make(folder: Path, count: int, synced: bool) -> float:
-    """Append pairs; pairs per second. Without syncing each to the disk unless asked for."""
+    """Append pairs and return pairs per second; `synced` writes each to the disk."""
     import torch
 
     from dpo_video.data.store import Manifest, PairStore
@@ -55,7 +54,7 @@ def make(folder: Path, count: int, synced: bool) -> float:
     started = time.perf_counter()
     for index in range(count):
         first, second = torch.randn(2, *SHAPE, generator=generator)
-        preference = torch.full(SHAPE[1:2], float(index % 50 > 0))  # now and then a tie
+        preference = torch.full(SHAPE[1:2], float(index % 50 > 0))  # every 50th is a tie
         pair = Pair(
             first=first, second=second, preference=preference, region=torch.ones(1, *SHAPE[1:]),
             prompt=f"a square that moves like number {index % PROMPTS}", source=f"clip {index}",
@@ -65,26 +64,26 @@ def make(folder: Path, count: int, synced: bool) -> float:
 
 
 def opened(folder: Path) -> dict[str, Any]:
-    """What opening takes and how much memory."""
+    """Time and memory of opening."""
     from dpo_video.data.store import PairStore
 
     before = resident()
     started = time.perf_counter()
     opening, store = timed(lambda: PairStore(folder))
-    waited = round(time.perf_counter() - started, 3)
+    elapsed = round(time.perf_counter() - started, 3)
     after = resident()
     deciding, decided = timed(store.decided)
     hashing, _ = timed(lambda: store.digest)
     return {
         "pairs": len(store), "decided": len(decided), "open s": opening,
-        "open, wall s": waited, "decided s": deciding,
+        "open, wall s": elapsed, "decided s": deciding,
         "digest s": hashing, "MiB before": before,
         "MiB that opening adds": round(after - before, 1),
     }  # fmt: skip
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Every pair once in random order, then some again: the memory must not grow."""
+    """Every pair once in random order, then some again, which must not use more memory."""
     import torch
 
     from dpo_video.data.store import PairStore
@@ -104,7 +103,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def bare(folder: Path) -> dict[str, Any]:
-    """The files of each pair, read and forgotten."""
+    """Read the files of each pair without keeping them."""
     import torch
 
     from dpo_video.data.store import PairStore
@@ -127,25 +126,25 @@ def in_a_process(what: str, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def measure(place: Path, count: int) -> dict[str, Any]:
+def measure(folder: Path, count: int) -> dict[str, Any]:
     from dpo_video.data.pack import pack
     from dpo_video.data.store import PairStore
 
     found: dict[str, Any] = {"count": count, "latents": SHAPE, "prompts": PROMPTS}
-    found["append, synced, pairs/s"] = make_apart(place / "synced", min(1000, count), True)
-    found["append, not synced, pairs/s"] = make_apart(place / "pairs", count, False)
-    found["pack s"], _ = timed(lambda: list(pack(PairStore(place / "pairs"), place / "packed")))
+    found["append, synced, pairs/s"] = make_in_a_process(folder / "synced", min(1000, count), True)
+    found["append, not synced, pairs/s"] = make_in_a_process(folder / "pairs", count, False)
+    found["pack s"], _ = timed(lambda: list(pack(PairStore(folder / "pairs"), folder / "packed")))
     for name in ("pairs", "packed"):
-        folder = place / name
+        store = folder / name
         found[name] = {
-            "files": sum(path.is_file() for path in folder.rglob("*")),
-            **in_a_process("opened", folder), **in_a_process("read", folder),
+            "files": sum(path.is_file() for path in store.rglob("*")),
+            **in_a_process("opened", store), **in_a_process("read", store),
         }  # fmt: skip
-    found["bare files"] = in_a_process("bare", place / "pairs")
+    found["bare files"] = in_a_process("bare", folder / "pairs")
     return found
 
 
-def make_apart(folder: Path, count: int, synced: bool) -> float:
+def make_in_a_process(folder: Path, count: int, synced: bool) -> float:
     command = [sys.executable, "-m", "benchmarks.big_set", "--only=make", f"--folder={folder}",
                f"--pairs={count}", *(["--synced"] if synced else [])]  # fmt: skip
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -155,20 +154,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", choices=("make", "opened", "read", "bare"), help="one part")
-    parser.add_argument("--folder", type=Path, help="the part's")
-    parser.add_argument("--synced", action="store_true", help="of the part make")
+    parser.add_argument(
+        "--only", choices=("make", "opened", "read", "bare"), help="run one part alone"
+    )
+    parser.add_argument("--folder", type=Path, help="folder of the part")
+    parser.add_argument(
+        "--synced", action="store_true", help="for make: write each pair to the disk"
+    )
     given = parser.parse_args(arguments)
     if given.only == "make":
         print(json.dumps(make(given.folder, given.pairs, given.synced)))
     elif given.only:
         print(json.dumps({"opened": opened, "read": read, "bare": bare}[given.only](given.folder)))
     else:
-        place = Path(tempfile.mkdtemp(prefix="dpo-video-big-"))
+        scratch = Path(tempfile.mkdtemp(prefix="dpo-video-big-"))
         try:
-            found = measure(place, given.pairs)
+            found = measure(scratch, given.pairs)
         finally:
-            shutil.rmtree(place)
+            shutil.rmtree(scratch)
         text = json.dumps(found, indent=2) + "\n"
         print(text)
         if given.out:

@@ -17,10 +17,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 THREADS = int(os.environ.get("DPO_VIDEO_BENCH_THREADS", "1"))
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -32,38 +31,9 @@ import torch  # noqa: E402
 from pytest_benchmark.fixture import BenchmarkFixture  # noqa: E402
 
 import dpo_video  # noqa: E402
+from benchmarks.support.rounds import MISSING, Measure  # noqa: E402
 
 WARMED: set[tuple[str, str]] = set()
-MISSING: dict[str, dict[str, str]] = defaultdict(dict)
-
-
-class Measure(Protocol):
-    """Times one round of the test's candidate."""
-
-    def __call__(
-        self,
-        group: str,
-        call: Callable[[], Any],
-        *,
-        unit: str,
-        baseline: str,
-        work: float = 1,
-        flops: float | None = None,
-        figures: Mapping[str, float | str] | None = None,
-        calls: int = 1,
-    ) -> None:
-        """Time `call`, after an untimed warm-up call in the candidate's first round.
-
-        Args:
-            group: Name of the group.
-            call: The function to time.
-            unit: Unit of work.
-            baseline: Name of the candidate that the others are compared with.
-            work: Units of work per call.
-            flops: Operations per unit of work.
-            figures: Further findings about the candidate.
-            calls: Calls per round, where one call is too short to time.
-        """
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -142,16 +112,6 @@ def measure(
         benchmark.pedantic(finished, rounds=1, iterations=calls, warmup_rounds=int(first))
 
     return run
-
-
-def needs(group: str, candidate: str, module: str, suite: str) -> None:
-    """Skip a candidate whose library is not installed, and record that in the results."""
-    try:
-        __import__(module)
-    except ImportError:
-        reason = f"{module} is not installed"
-        MISSING[f"{suite}/{group}"][candidate] = reason
-        pytest.skip(reason)
 
 
 def pytest_benchmark_update_json(

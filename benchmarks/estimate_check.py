@@ -1,12 +1,12 @@
-"""What `dpo-video estimate` predicts against what a step takes: memory, mode by mode.
+"""Memory of a step in every mode: `dpo-video estimate` compared with measurements.
 
     python -m benchmarks.estimate_check --tier t4     # on a GPU, capped to that card's memory
     python -m benchmarks.estimate_check --case tiny   # in miniature, on any machine
 
 Networks have their full size and random weights, so nothing is downloaded. On a GPU the peak is
-torch's own, over two steps of which the second finds gradients and AdamW's state, with the process
-held to the memory of --tier by `set_per_process_memory_fraction`; a mode that runs out says so.
-What CUDA takes beside torch is measured too. On a CPU the bytes of real tensors are counted.
+torch's own, over two steps (in the second, gradients and AdamW's state exist), with the process
+limited to the memory of --tier by `set_per_process_memory_fraction`; a mode that runs out of memory
+is reported. CUDA's own memory is measured too. On a CPU the bytes of tensors are counted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from dpo_video.types import Placement
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    # name: backbone, its options, options of the training
+    # name: backbone, its options, training options
     "tiny": ("tiny", {}, {"rank": 16, "mixed_precision": "no"}),
     "animatediff": ("animatediff", {}, {"rank": 32, "mixed_precision": "fp16"}),
     "wan-1.3b": ("wan", {"model": "wan2.1-t2v-1.3b"}, {"rank": 64, "mixed_precision": "bf16"}),
@@ -58,8 +58,12 @@ REFERENCES = ("toggle", "copy")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--case", choices=CASES, action="append", help="all that fit the machine")
-    parser.add_argument("--tier", choices=tiers(), help="the card to be held to; this one whole")
+    parser.add_argument(
+        "--case", choices=CASES, action="append", help="default: those for this machine"
+    )
+    parser.add_argument(
+        "--tier", choices=tiers(), help="card whose memory limits the process; default: none"
+    )
     parser.add_argument("--machine", default="", help="description of the machine in the results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
@@ -68,8 +72,8 @@ def main() -> None:
     device = torch.device("cuda" if gpu else "cpu")
     if gpu and arguments.tier:
         total = torch.cuda.get_device_properties(device).total_memory
-        share = find_tier(arguments.tier).memory_gib * GIB / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+        fraction = find_tier(arguments.tier).memory_gib * GIB / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
     cases = arguments.case or (["animatediff", "wan-1.3b"] if gpu else ["tiny"])
     rows = [row for case in cases for row in check(case, device)]
     name = torch.cuda.get_device_name(device) if gpu else platform.machine()
@@ -92,11 +96,11 @@ def main() -> None:
 
 
 def drawn(rows: list[dict[str, Any]], gpu: str) -> str:
-    """The picture of what a GPU took: peaks against times."""
+    """SVG of the measured peaks against the times."""
     panels = [
         Panel(
             name=f"{case}, measured on {gpu}",
-            cost="seconds of a pair",
+            cost="seconds per pair",
             spots=[
                 Spot(
                     name=f"{row['reference']} {row['checkpointing']} {row['backward']}",
@@ -157,7 +161,7 @@ def compare(
         "predicted": need.tensors,
         "predicted_card": need.card,
         **measured,
-        "off": None if peak is None else need.tensors / peak - 1,
+        "error": None if peak is None else need.tensors / peak - 1,
     }
 
 
@@ -224,7 +228,7 @@ def measure(
 
 
 def context(device: torch.device) -> int | None:
-    """Bytes of the card that are neither free nor torch's: CUDA's own, if nothing else runs."""
+    """Bytes of the card that are neither free nor torch's: CUDA's own, if no other process runs."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
@@ -240,7 +244,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         "backward",
         "predicted",
         "measured",
-        "off",
+        "error",
     ):
         table.add_column(column)
     for row in rows:
@@ -249,7 +253,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             *(row[key] for key in ("case", "reference", "checkpointing", "backward")),
             f"{row['predicted'] / GIB:.3f} GiB",
             "out of memory" if peak is None else f"{peak / GIB:.3f} GiB",
-            "" if peak is None else f"{row['off']:+.1%}",
+            "" if peak is None else f"{row['error']:+.1%}",
         )
     Console().print(table)
 

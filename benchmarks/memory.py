@@ -1,16 +1,14 @@
-"""How much a training step needs in each memory mode, predicted on shapes at full size.
+"""Memory of a training step in each memory mode, predicted on shapes at full size.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py            # a table, memory.json, memory.svg
-    OMP_NUM_THREADS=1 python benchmarks/memory.py --keep     # only what the file lacks
+    OMP_NUM_THREADS=1 python -m benchmarks.memory            # a table, memory.json, memory.svg
+    OMP_NUM_THREADS=1 python -m benchmarks.memory --keep     # only the rows that the file lacks
 
-The step is the one that trains, on tensors without memory (dpo_video.estimation.forecast), so the
-figures are the same on any machine. Nothing here was measured on a GPU: its context, its libraries'
-workspaces and what its allocator loses to fragments come on top; "on a card" adds what fit assumes
-of them.
-Beside the modes of `dpo-video estimate` stands, for each card, what fits it with the fewest
-checkpointed blocks.
-Half precision is autocast, as `train.mixed_precision` has it: norms run in fp32, and their inputs
-are kept in fp32.
+The training step runs on tensors without storage (dpo_video.estimation), so the numbers are equal
+on any machine. Nothing was measured on a GPU: its context, library workspaces and fragmentation of
+its allocator come on top; the column "on a card" includes the assumptions of `dpo-video estimate`
+about them. In addition to the modes of `dpo-video estimate`, each card has rows with the fewest
+checkpointed blocks that fit it. Half precision is autocast, as in `train.mixed_precision`: norms
+run in fp32 and save fp32 inputs.
 """
 
 from __future__ import annotations
@@ -82,32 +80,32 @@ class Row(BaseModel):
     model: str
     need: MemoryEstimate
     seconds: float
-    """That the prediction took."""
+    """Duration of the prediction."""
 
 
 def rows(only: str, kept: list[Row]) -> Iterator[Row]:
-    """Every mode of every model, as it is predicted; those that are kept are not run again."""
+    """Every mode of every model; rows in `kept` are not predicted again."""
     for model, (backbone, settings) in MODELS.items():
         if only not in model:
             continue
-        ran = TraceCache()  # what was run already is not run again
-        known = {row.need.mode: row for row in kept if row.model == model}
+        traces = TraceCache()
+        remaining = {row.need.mode: row for row in kept if row.model == model}
         needs: dict[MemoryMode, MemoryEstimate] = {}
         for mode in candidate_modes(list(REFERENCES), Global()):
             began = time.monotonic()
-            if mode in known:
-                needs[mode] = known.pop(mode).need
+            if mode in remaining:
+                needs[mode] = remaining.pop(mode).need
                 yield next(row for row in kept if row.model == model and row.need.mode == mode)
                 continue
             reference = {mode.reference: REFERENCES[mode.reference]}
-            found = forecast(backbone, reference, Global(), settings, modes=[mode], traces=ran)
+            found = forecast(backbone, reference, Global(), settings, modes=[mode], traces=traces)
             needs[mode] = found.needs[0]
             yield Row(model=model, need=needs[mode], seconds=round(time.monotonic() - began, 1))
-        if known:  # the fewest blocks
-            yield from known.values()
+        if remaining:  # rows with the fewest blocks
+            yield from remaining.values()
             continue
         began = time.monotonic()
-        for need in sorted(partial(backbone, settings, needs, ran), key=lambda each: -each.card):
+        for need in sorted(partial(backbone, settings, needs, traces), key=lambda each: -each.card):
             yield Row(model=model, need=need, seconds=round(time.monotonic() - began, 1))
             began = time.monotonic()
 
@@ -116,9 +114,9 @@ def partial(
     backbone: Backbone,
     settings: TrainSettings,
     needs: dict[MemoryMode, MemoryEstimate],
-    ran: TraceCache,
+    traces: TraceCache,
 ) -> set[MemoryEstimate]:
-    """Per card, the fewest checkpointed blocks with which a step of one graph or of two fits it."""
+    """Per card, the fewest checkpointed blocks that fit it, in `joint` and in `linear` mode."""
     found = set()
     for card in tiers().values():
         memory = SHARE * card.memory_gib * GIB
@@ -127,7 +125,7 @@ def partial(
             if needs[mode].card > memory:
                 continue
             choice = fewest_blocks(
-                backbone, REFERENCES["toggle"], Global(), settings, mode, memory, traces=ran
+                backbone, REFERENCES["toggle"], Global(), settings, mode, memory, traces=traces
             )
             if isinstance(choice.need.mode.checkpointing, int):
                 found.add(choice.need)
@@ -135,12 +133,12 @@ def partial(
 
 
 def drawn(found: list[Row]) -> str:
-    """The picture: what each mode holds against its operations, among the cards."""
+    """SVG of each mode's peak against its operations, with the cards' capacities."""
     cards = {card.card.removeprefix("NVIDIA "): card.memory_gib for card in tiers().values()}
     panels = [
         Panel(
             name=model,
-            cost="TFLOP of a pair (predicted); hollow: another base, which changes the numbers",
+            cost="TFLOP per pair (predicted); hollow: quantized weights, which change the numbers",
             spots=[
                 Spot(
                     name=brief(row.need.mode),
@@ -158,7 +156,7 @@ def drawn(found: list[Row]) -> str:
 
 
 def shown(found: list[Row]) -> Table:
-    table = Table(title="Predicted peaks of one step, GiB")
+    table = Table(title="Predicted peak of one step, GiB")
     for name in ("model", "mode"):
         table.add_column(name)
     for name in ("weights", "activations", "all", "host", "TFLOP", "on a card", "smallest"):
@@ -177,9 +175,11 @@ def shown(found: list[Row]) -> Table:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="a part of a model's name")
+    parser.add_argument("--only", default="", help="models whose name contains this")
     parser.add_argument("--out", type=Path, default=RESULTS / "memory.json")
-    parser.add_argument("--keep", action="store_true", help="run only what --out does not hold")
+    parser.add_argument(
+        "--keep", action="store_true", help="predict only the rows that --out lacks"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept = []

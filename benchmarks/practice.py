@@ -1,18 +1,17 @@
-"""A DPO step as others publish it, written by us from their description, on our models.
+"""DPO steps of other implementations, written from their descriptions, on our models.
 
-`research_script`: diffusers' research project `diffusion_dpo`. Both videos in one batch, one noise
-and one timestep for both, the policy first, then the reference without a graph as the same network
-with its adapters disabled; errors averaged per video; clip, AdamW, and four figures read back.
+`research_script`: diffusers' research project `diffusion_dpo`. Both videos in one batch with the
+same noise and timestep; the policy first, then the reference without a graph, as the same network
+with its adapters disabled; errors averaged per video; clipping, AdamW, four figures read back.
 
 `video_dpo`: Video-DPO's standard mode. The reference is a deep copy, made before the adapter; each
-video goes through each network in a pass of its own, and both videos' graphs live until the one
-backward pass.
+video passes each network separately, and both graphs exist until the single backward pass.
 
-Both get latents and prompts that are encoded already, as ours does: the research script encodes
-images and prompts in every step, which is not counted against it. `bench_step.py` times them; this
-file by itself predicts, on shapes, what they hold at full size beside ours:
+Both receive encoded latents and prompts, as ours does: the research script encodes images and
+prompts in every step, which is not counted. `bench_step.py` times them; this script predicts their
+memory at full size, on shapes, beside ours:
 
-    OMP_NUM_THREADS=1 python benchmarks/practice.py
+    OMP_NUM_THREADS=1 python -m benchmarks.practice
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ GIB = 2**30
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 
 Passes = Callable[[PairBatch, Tensor, Tensor], list[Tensor]]
-"""Forward and backward of a pair: batch, noise and level to the figures that are read back."""
+"""Forward and backward passes of a pair: batch, noise and timestep to the figures read back."""
 
 
 def research_script(model: VideoModel, policy: PeftModel) -> Passes:
@@ -55,8 +54,8 @@ def research_script(model: VideoModel, policy: PeftModel) -> Passes:
         errors = F.mse_loss(predicted.float(), target.float(), reduction="none")
         of_policy = errors.mean(dim=(1, 2, 3, 4)).chunk(2)
         with policy.disable_adapter(), torch.no_grad():
-            with_sft = model.predict(policy, noisy, timestep, context).detach()
-            errors = F.mse_loss(with_sft.float(), target.float(), reduction="none")
+            predicted = model.predict(policy, noisy, timestep, context).detach()
+            errors = F.mse_loss(predicted.float(), target.float(), reduction="none")
             of_reference = errors.mean(dim=(1, 2, 3, 4)).chunk(2)
         inside = (of_reference[0] - of_reference[1]) - (of_policy[0] - of_policy[1])
         loss = -F.logsigmoid(SLOPE * inside).mean()
@@ -68,7 +67,7 @@ def research_script(model: VideoModel, policy: PeftModel) -> Passes:
 
 
 def plain(policy: PeftModel) -> PeftModel:
-    """With peft's own treatment of an adapted layer's input, without what `adapt` does to it."""
+    """Undo `adapt`'s change of the input cast of PEFT's layers."""
     for module in policy.modules():
         vars(module).pop("_cast_input_dtype", None)
     return policy
@@ -88,9 +87,9 @@ def video_dpo(model: VideoModel, policy: PeftModel, reference: nn.Module) -> Pas
                 model.target(clean, noise, timestep),
             )
             with torch.no_grad():
-                with_sft = model.predict(reference, noisy, timestep, batch.context)
+                reference_predicted = model.predict(reference, noisy, timestep, batch.context)
             predicted = model.predict(policy, noisy, timestep, batch.context)
-            of_reference = F.mse_loss(with_sft.float(), target.float())
+            of_reference = F.mse_loss(reference_predicted.float(), target.float())
             rewards.append(of_reference - F.mse_loss(predicted.float(), target.float()))
         loss = -F.logsigmoid(SLOPE * (rewards[0] - rewards[1]))
         loss.backward()
@@ -105,14 +104,14 @@ def step(
     """An optimizer step of one pair."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
 
-    def whole(batch: PairBatch, noise: Tensor, timestep: Tensor) -> None:
+    def run(batch: PairBatch, noise: Tensor, timestep: Tensor) -> None:
         figures = passes(batch, noise, timestep)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         _ = [figure.item() for figure in figures]
 
-    return whole
+    return run
 
 
 # --- at full size, on shapes -------------------------------------------------------------------
@@ -169,7 +168,7 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
                 mode=mode, backward=torch.autograd.backward,
             )  # fmt: skip
         trained = [p for p in policy.parameters() if p.requires_grad]
-        with as_on_cuda(half), _Believing():
+        with as_on_cuda(half), _EqualityHolds():
             peak = peak_bytes(
                 lambda: (passes(*given), None)[1], networks=networks,
                 optimizer=torch.optim.AdamW(trained),
@@ -179,15 +178,15 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
             "tflop": peak.flops / 1e12}  # fmt: skip
 
 
-class _Believing(torch.overrides.TorchFunctionMode):
-    """Lets comparisons of values pass, where there are none."""
+class _EqualityHolds(torch.overrides.TorchFunctionMode):
+    """Makes torch.equal true: fake tensors have no values to compare."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return True if func is torch.equal else func(*args, **(kwargs or {}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Predicted peaks of one step at full size")
+    parser = argparse.ArgumentParser(description="Predicted peaks of one step at full size.")
     parser.add_argument("--out", type=Path, default=RESULTS / "practice.json")
     out: Path = parser.parse_args().out
     torch.set_num_threads(1)
@@ -196,12 +195,14 @@ def main() -> None:
     for name, (which, checkpointing) in CASES.items():
         rows[name] = predicted(which, checkpointing)
         print(f"{name}: {rows[name]['gib']:.1f} GiB, {rows[name]['tflop']:.0f} TFLOP", flush=True)
-    said = " ".join((predicted.__doc__ or "").split())
+    setting = " ".join((predicted.__doc__ or "").split())
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"predicted": True, "of": said, "rows": rows}, indent=1) + "\n")
+    out.write_text(
+        json.dumps({"predicted": True, "setting": setting, "rows": rows}, indent=1) + "\n"
+    )
     table = ["| step | peak, GiB | TFLOP |", "| --- | ---: | ---: |"]
     table += [f"| {name} | {row['gib']:.1f} | {row['tflop']:.0f} |" for name, row in rows.items()]
-    text = f"# What a step holds at full size, predicted\n\n{said}\n\n" + "\n".join(table) + "\n"
+    text = f"# Memory of a step at full size, predicted\n\n{setting}\n\n" + "\n".join(table) + "\n"
     out.with_suffix(".md").write_text(text)
 
 

@@ -1,10 +1,10 @@
-"""How much of a step lies before the first adapter, where policy and toggled reference are equal.
+"""Share of a step before the first adapter, where policy and toggled reference compute the same.
 
-    OMP_NUM_THREADS=1 python benchmarks/prefix.py
+    OMP_NUM_THREADS=1 python -m benchmarks.prefix
 
-What is computed there could be computed once for both. Operations are counted on shapes: those of
-the network up to the first layer that has an adapter, beside those of the network's pass and of the
-step with a toggled reference (two passes without a graph, two with one, and their backward).
+That part could be computed once for both. Operations are counted on shapes: of the network up to
+the first layer with an adapter, of a complete pass, and of a step with a toggled reference (two
+passes without a graph, two with a graph, and their backward passes).
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ MODELS: dict[str, tuple[Backbone, str]] = {
 }
 
 
-class _ReachedError(Exception):
-    """The first adapter."""
+class _ReachedAdapterError(Exception):
+    """The forward pass arrived at the first adapter."""
 
 
 def counted(backbone: Backbone, precision: str) -> dict[str, float]:
-    """Operations of one video: up to the first adapter, and of the whole pass."""
+    """TFLOP of one video: up to the first adapter, of a complete pass, and of a step."""
     settings = TrainSettings(rank=16, mixed_precision=precision)  # type: ignore[arg-type]
     model = backbone.load(Placement(dtype=DTYPES[precision], on_meta=True))
     prompt = model.prompt_shapes()
@@ -60,7 +60,7 @@ def counted(backbone: Backbone, precision: str) -> dict[str, float]:
     layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
 
     def stop(*_: Any) -> None:
-        raise _ReachedError
+        raise _ReachedAdapterError
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         give_tensors(policy, torch.device("cpu"))
@@ -70,10 +70,10 @@ def counted(backbone: Backbone, precision: str) -> dict[str, float]:
             try:
                 with as_on_cuda(DTYPES[precision]):
                     model.predict(policy, noise, timestep, batch.context)
-            except _ReachedError:
+            except _ReachedAdapterError:
                 pass
 
-        whole = peak_bytes(forward).flops
+        complete = peak_bytes(forward).flops
         hooks = [layer.register_forward_pre_hook(stop) for layer in layers]
         prefix = peak_bytes(forward).flops
         for hook in hooks:
@@ -82,9 +82,9 @@ def counted(backbone: Backbone, precision: str) -> dict[str, float]:
     step = forecast(backbone, {"toggle": Toggle()}, Global(), settings, modes=[mode]).needs[0].flops
     return {
         "prefix": prefix / 1e12,
-        "pass": whole / 1e12,
+        "pass": complete / 1e12,
         "step": step / 1e12,
-        # Of both videos of the reference's.
+        # The reference's prefix, for both videos.
         "saved": 2 * prefix / step,
     }
 

@@ -1,12 +1,11 @@
-"""What a finite bank of draws does to loss and gradient, and what it saves.
+"""Effect of a finite reference cache on loss and gradient, and the time that it saves.
 
-    OMP_NUM_THREADS=1 python benchmarks/bank.py
+    OMP_NUM_THREADS=1 python -m benchmarks.reference_cache
 
-A policy on `tiny` is moved away from its base by a few steps. Then the gradient of every one of
-many draws of each pair is taken. A bank of K draws is K of them a pair, picked at random; the mean
-gradient over such a bank is what a long training on it follows. It is compared with the mean over
-other, fresh draws: by its angle, its size and its scatter. Times are the process's own, which other
-load on the machine does not stretch.
+A policy on `tiny` takes a few steps away from its base. Then the gradients of many draws of noise
+and timestep per pair are computed. A cache of K draws is a random choice of K draws per pair; a
+long training on it follows the mean gradient over them. It is compared with the mean over other,
+fresh draws: by cosine, length and spread. Times are processor seconds.
 """
 
 from __future__ import annotations
@@ -38,31 +37,34 @@ from dpo_video.training.reference_cache import PairDraw, ReferenceCache, Referen
 from dpo_video.types import Placement
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
-SEED, SIZES, BANKS = 0, (1, 4, 16), 400
+SEED, SIZES, CACHES = 0, (1, 4, 16), 400
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--draws", type=int, default=48, help="of each pair; half are the truth")
-    parser.add_argument("--steps", type=int, default=6, help="that move the policy first")
-    parser.add_argument("--machine", default="2-core x86-64 CPU")
+    parser.add_argument(
+        "--draws", type=int, default=48, help="draws per pair; half are the fresh ones"
+    )
+    parser.add_argument("--steps", type=int, default=6, help="training steps before measuring")
+    parser.add_argument("--machine", default="2-core x86-64 CPU", help="in the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), arguments.pairs, arguments.noise_draws, arguments.steps)
-    versions = {"dpo-video": dpo_video.__version__} if hasattr(dpo_video, "__version__") else {}
+        result = measure(Path(folder), arguments.pairs, arguments.draws, arguments.steps)
+    versions = {"dpo-video": dpo_video.__version__}
     result = {
         "machine": arguments.machine,
         "threads": 1,
         "versions": {**versions, "torch": torch.__version__, "python": platform.python_version()},
         **result,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "bank.json").write_text(json.dumps(result, indent=2) + "\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "reference_cache.json").write_text(json.dumps(result, indent=2) + "\n")
     console = Console(record=True, width=100)
     console.print(table(result))
-    (RESULTS / "bank.txt").write_text(console.export_text())
+    (arguments.out / "reference_cache.txt").write_text(console.export_text())
 
 
 def measure(folder: Path, pairs: int, noise_draws: int, steps: int) -> dict[str, object]:
@@ -88,8 +90,8 @@ def measure(folder: Path, pairs: int, noise_draws: int, steps: int) -> dict[str,
     reference_model = Toggle().attach(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=3e-4)
-    seconds: dict[str, list[float]] = {"reference": [], "policy": [], "bank": []}
-    bank = ReferenceCache(store, ReferenceCacheManifest.of(model, SEED, "no"))
+    seconds: dict[str, list[float]] = {"reference": [], "policy": [], "cache": []}
+    cache = ReferenceCache(store, ReferenceCacheManifest.of(model, SEED, "no"))
 
     def draw(pair: int, name: str, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         source = generator(SEED, name, pair, number)
@@ -100,21 +102,23 @@ def measure(folder: Path, pairs: int, noise_draws: int, steps: int) -> dict[str,
         batch = store.batch([pair])
         noise, timestep = draw(pair, name, number)
         start = time.process_time()
-        known = reference_predictions(model, reference_model, noised(model, batch, noise, timestep))
+        prediction = reference_predictions(
+            model, reference_model, noised(model, batch, noise, timestep)
+        )
         middle = time.process_time()
         errors = pair_errors(
-            model, policy, reference_model, batch, noise, timestep, reference_prediction=known
+            model, policy, reference_model, batch, noise, timestep, reference_prediction=prediction
         )
         loss = Global()(errors).loss.sum()
         optimizer.zero_grad()
         loss.backward()
         seconds["reference"].append(middle - start)
         seconds["policy"].append(time.process_time() - middle)
-        visit = PairDraw(pair, number)
-        bank.fill([visit], lambda _: known)
+        cached = PairDraw(pair, number)
+        cache.fill([cached], lambda _: prediction)
         start = time.process_time()
-        bank.read([visit])
-        seconds["bank"].append(time.process_time() - start)
+        cache.read([cached])
+        seconds["cache"].append(time.process_time() - start)
         flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         return loss.item(), flat.numpy().copy()
 
@@ -130,40 +134,40 @@ def measure(folder: Path, pairs: int, noise_draws: int, steps: int) -> dict[str,
             rows[-1].append(row)
         print(f"pair {pair + 1} of {pairs}: {time.process_time():.0f} s", flush=True)
     gradients = np.array(rows, dtype=np.float64)  # [pairs, draws, weights]
-    banked, fresh = gradients[:, : noise_draws // 2], gradients[:, noise_draws // 2 :]
-    truth = fresh.mean(axis=(0, 1))
+    cached, fresh = gradients[:, : noise_draws // 2], gradients[:, noise_draws // 2 :]
+    target = fresh.mean(axis=(0, 1))
     return {
         "pairs": pairs,
         "draws": noise_draws,
         "steps_before": steps,
-        "banks": BANKS,
+        "caches": CACHES,
         "seconds": {name: float(np.median(values)) for name, values in seconds.items()},
-        "bytes_per_prediction": sum(t.nbytes for t in bank.read([PairDraw(0, 0)])),
+        "bytes_per_prediction": sum(t.nbytes for t in cache.read([PairDraw(0, 0)])),
         "loss": {"mean": float(losses.mean()), "sd_over_draws": float(losses.std(axis=1).mean())},
-        "all_banked": compare(banked.mean(axis=(0, 1)), truth),
+        "all_cached": compare(cached.mean(axis=(0, 1)), target),
         "sizes": {
-            str(k): statistics(banked, losses[:, : noise_draws // 2], truth, k) for k in SIZES
+            str(k): statistics(cached, losses[:, : noise_draws // 2], target, k) for k in SIZES
         },
     }
 
 
-def compare(mean: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    size = float(np.linalg.norm(truth))
-    cosine = float(mean @ truth / np.linalg.norm(mean) / size)
+def compare(mean: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    size = float(np.linalg.norm(target))
+    cosine = float(mean @ target / np.linalg.norm(mean) / size)
     return {"cosine": cosine, "length": float(np.linalg.norm(mean) / size)}
 
 
 def statistics(
-    banked: np.ndarray, losses: np.ndarray, truth: np.ndarray, size: int
+    cached: np.ndarray, losses: np.ndarray, target: np.ndarray, size: int
 ) -> dict[str, float]:
-    """Over many random banks of a size."""
+    """Means over many random caches of `size` draws per pair."""
     pick = np.random.default_rng(SEED)
     pairs, noise_draws = losses.shape
     found, means = [], []
-    for _ in range(BANKS):
+    for _ in range(CACHES):
         chosen = np.stack([pick.permutation(noise_draws)[:size] for _ in range(pairs)])
         rows = np.arange(pairs)[:, None]
-        found.append(compare(banked[rows, chosen].mean(axis=(0, 1)), truth))
+        found.append(compare(cached[rows, chosen].mean(axis=(0, 1)), target))
         means.append(losses[rows, chosen].mean())
     cosines = np.array([each["cosine"] for each in found])
     return {
@@ -178,25 +182,25 @@ def statistics(
 
 def table(result: dict[str, object]) -> Table:
     out = Table(
-        title=f"The mean gradient over a bank of K draws a pair, against {result['draws']} / 2 "
-        "fresh ones"
+        title="Mean gradient over a cache of K draws per pair, compared with "
+        f"{result['draws']} / 2 fresh draws"
     )
-    for column in ("K", "loss", "sd over banks", "cosine", "10% to 90%", "length"):
+    for column in ("K", "loss", "sd over caches", "cosine", "10% to 90%", "length"):
         out.add_column(column, justify="right")
     for size, row in result["sizes"].items():  # type: ignore[attr-defined]
         out.add_row(
             size, f"{row['loss_mean']:.3f}", f"{row['loss_sd']:.3f}", f"{row['cosine']:.3f}",
             f"{row['cosine_p10']:.3f} to {row['cosine_p90']:.3f}", f"{row['length']:.2f}",
         )  # fmt: skip
-    ceiling = result["all_banked"]
+    ceiling = result["all_cached"]
     out.add_row(
         "fresh", f"{result['loss']['mean']:.3f}", "", f"{ceiling['cosine']:.3f}", "",  # type: ignore[index]
         f"{ceiling['length']:.2f}",  # type: ignore[index]
     )  # fmt: skip
     seconds = result["seconds"]
     out.caption = (
-        f"Seconds of one pair: reference {seconds['reference']:.3f}, policy forward and backward "  # type: ignore[index]
-        f"{seconds['policy']:.3f}, a read of the bank {seconds['bank']:.4f}"  # type: ignore[index]
+        f"Seconds per pair: reference {seconds['reference']:.3f}, policy forward and backward "  # type: ignore[index]
+        f"{seconds['policy']:.3f}, reading the cache {seconds['cache']:.4f}"  # type: ignore[index]
     )
     return out
 

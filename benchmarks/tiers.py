@@ -1,8 +1,8 @@
-"""What every tier's presets need of its card, for each model that has a named configuration.
+"""Memory that every tier's presets need on its card, for each named model configuration.
 
-    OMP_NUM_THREADS=1 python benchmarks/tiers.py
+    OMP_NUM_THREADS=1 python -m benchmarks.tiers
 
-As `dpo-video estimate --tier T --backbone B --set backbone.model=M` predicts it, on shapes and
+As predicted by `dpo-video estimate --tier T --backbone B --set backbone.model=M`, on shapes and
 without a GPU; written to tiers.json and tiers.md. Exit code 1 if a preset does not fit its card.
 """
 
@@ -35,7 +35,7 @@ MODELS = {
 
 
 def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
-    """What the presets choose, and what that needs."""
+    """The mode that the presets select, and its predicted memory."""
     config = resolve(
         tier=tier.name,
         choices={"backbone": backbone},
@@ -59,7 +59,7 @@ def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
         "model": model,
         **size,
         "rank": config.train.rank,
-        "precision": config.train.mixed_precision,
+        "mixed_precision": config.train.mixed_precision,
         "blocks": blocks,
         "mode": need.mode.model_dump(mode="json"),
         "brief": brief(need.mode),
@@ -72,9 +72,9 @@ def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table."""
+    """The table in Markdown."""
     lines = [
-        "| model | tier | rank | mode | blocks | GiB of the card's | host GiB | TFLOP a pair |",
+        "| model | tier | rank | mode | blocks | GiB of the card | host GiB | TFLOP per pair |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in rows:
@@ -89,8 +89,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=MODELS, action="append", help="all if left out")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of tiers.json")
+    parser.add_argument("--model", choices=MODELS, action="append", help="default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of tiers.json")
     options = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
