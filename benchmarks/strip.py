@@ -1,6 +1,6 @@
 """A still of videos before and after, for a README or a paper.
 
-    python benchmarks/strip.py runs/NAME --video 1 --video 15 --out strip.png
+    python -m benchmarks.strip runs/NAME --video 1 --video 15 --out strip.png
 
 Of every video of an evaluation: the base's frames, how much each differs from the frame before
 (six times enlarged), and the same of the tuned model.
