@@ -26,18 +26,11 @@ from rich.table import Table
 
 from benchmarks.support.plots import Panel, Spot, peaks
 from dpo_video import registry
-from dpo_video.estimation.forecast import (
-    BACKWARDS,
-    CHECKPOINTINGS,
-    DTYPES,
-    GIB,
-    Forecast,
-    MemoryMode,
-    empty_pairs,
-    forecast,
-    give_tensors,
-)
+from dpo_video.estimation.estimate import estimate_memory
+from dpo_video.estimation.modes import BACKWARDS, CHECKPOINTINGS, MemoryMode
+from dpo_video.estimation.results import GIB, Estimate
 from dpo_video.estimation.tiers import find_tier, tiers
+from dpo_video.estimation.tracing import DTYPES, empty_pairs, give_tensors
 from dpo_video.memory.blocks import checkpoint_blocks
 from dpo_video.memory.peak import peak_bytes
 from dpo_video.settings import TrainSettings
@@ -126,19 +119,19 @@ def check(case: str, device: torch.device) -> list[dict[str, Any]]:
         name: registry.load("reference", name)()  # type: ignore[misc]
         for name in REFERENCES
     }
-    predicted = forecast(backbone, references, loss, settings)
+    predicted = estimate_memory(backbone, references, loss, settings)
     return [
         {
             "case": case,
             **compare(predicted, need.mode, backbone, references, loss, settings, device),
         }
-        for need in predicted.needs
+        for need in predicted.estimates
         if need.mode.checkpointing in CHECKPOINTINGS and need.mode.backward in BACKWARDS
     ]
 
 
 def compare(
-    predicted: Forecast,
+    predicted: Estimate,
     mode: MemoryMode,
     backbone: Backbone,
     references: dict[str, Reference],
@@ -146,7 +139,7 @@ def compare(
     settings: TrainSettings,
     device: torch.device,
 ) -> dict[str, Any]:
-    need = predicted.of(mode)
+    need = predicted.for_mode(mode)
     assert need is not None
     try:
         measured = measure(backbone, references[mode.reference], loss, settings, mode, device)
@@ -159,7 +152,7 @@ def compare(
     return {
         **mode.model_dump(),
         "predicted": need.tensors,
-        "predicted_card": need.card,
+        "predicted_card": need.total,
         **measured,
         "error": None if peak is None else need.tensors / peak - 1,
     }

@@ -29,17 +29,12 @@ from benchmarks.support.plots import Panel, Spot, peaks
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
-from dpo_video.cli.estimate import brief
-from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
-from dpo_video.estimation.forecast import (
-    GIB,
-    MemoryEstimate,
-    MemoryMode,
-    TraceCache,
-    candidate_modes,
-    forecast,
-)
+from dpo_video.estimation.estimate import estimate_memory
+from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, fewest_blocks
+from dpo_video.estimation.modes import MemoryMode, candidate_modes
+from dpo_video.estimation.results import GIB, MemoryEstimate
 from dpo_video.estimation.tiers import tiers
+from dpo_video.estimation.tracing import TraceCache
 from dpo_video.loss.global_ import Global
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
@@ -98,14 +93,18 @@ def rows(only: str, kept: list[Row]) -> Iterator[Row]:
                 yield next(row for row in kept if row.model == model and row.need.mode == mode)
                 continue
             reference = {mode.reference: REFERENCES[mode.reference]}
-            found = forecast(backbone, reference, Global(), settings, modes=[mode], traces=traces)
-            needs[mode] = found.needs[0]
+            found = estimate_memory(
+                backbone, reference, Global(), settings, modes=[mode], traces=traces
+            )
+            needs[mode] = found.estimates[0]
             yield Row(model=model, need=needs[mode], seconds=round(time.monotonic() - began, 1))
         if remaining:  # rows with the fewest blocks
             yield from remaining.values()
             continue
         began = time.monotonic()
-        for need in sorted(partial(backbone, settings, needs, traces), key=lambda each: -each.card):
+        for need in sorted(
+            partial(backbone, settings, needs, traces), key=lambda each: -each.total
+        ):
             yield Row(model=model, need=need, seconds=round(time.monotonic() - began, 1))
             began = time.monotonic()
 
@@ -119,16 +118,16 @@ def partial(
     """Per card, the fewest checkpointed blocks that fit it, in `joint` and in `linear` mode."""
     found = set()
     for card in tiers().values():
-        memory = SHARE * card.memory_gib * GIB
+        memory = BUDGET_SHARE * card.memory_gib * GIB
         for backward in ("joint", "linear"):
             mode = MemoryMode(reference="toggle", checkpointing="blocks", backward=backward)
-            if needs[mode].card > memory:
+            if needs[mode].total > memory:
                 continue
             choice = fewest_blocks(
                 backbone, REFERENCES["toggle"], Global(), settings, mode, memory, traces=traces
             )
-            if isinstance(choice.need.mode.checkpointing, int):
-                found.add(choice.need)
+            if isinstance(choice.estimate.mode.checkpointing, int):
+                found.add(choice.estimate)
     return found
 
 
@@ -141,9 +140,9 @@ def drawn(found: list[Row]) -> str:
             cost="TFLOP per pair (predicted); hollow: quantized weights, which change the numbers",
             spots=[
                 Spot(
-                    name=brief(row.need.mode),
+                    name=row.need.mode.brief(),
                     cost=row.need.flops / 1e12,
-                    gib=row.need.card / GIB,
+                    gib=row.need.total / GIB,
                     hollow=row.need.mode.quantization != "native",
                 )
                 for row in found
@@ -164,11 +163,11 @@ def shown(found: list[Row]) -> Table:
     cards = sorted(tiers().values(), key=lambda card: card.memory_gib)
     for row in found:
         need = row.need
-        fits = (card.name for card in cards if need.card <= card.memory_gib * GIB)
+        fits = (card.name for card in cards if need.total <= card.memory_gib * GIB)
         table.add_row(
             row.model.split(",")[0], str(need.mode), f"{need.weights / GIB:.2f}",
             f"{need.activations / GIB:.2f}", f"{need.tensors / GIB:.2f}", f"{need.host / GIB:.1f}",
-            f"{need.flops / 1e12:.0f}", f"{need.card / GIB:.1f}", next(fits, "none"),
+            f"{need.flops / 1e12:.0f}", f"{need.total / GIB:.1f}", next(fits, "none"),
         )  # fmt: skip
     return table
 

@@ -129,7 +129,7 @@ CASES = {
 def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     """SD1.5 with AnimateDiff v1.5.2, 16 frames of 512x512, fp16 autocast, LoRA of rank 32."""
     from dpo_video.backbone.animatediff import AnimateDiff
-    from dpo_video.estimation.forecast import empty_pairs, give_tensors
+    from dpo_video.estimation.tracing import empty_pairs, give_tensors
     from dpo_video.loss.global_ import Global
     from dpo_video.memory.peak import as_on_cuda, peak_bytes
     from dpo_video.reference.toggle import Toggle

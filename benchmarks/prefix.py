@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.backbone.wan import Wan
-from dpo_video.estimation.forecast import DTYPES, MemoryMode, empty_pairs, forecast, give_tensors
+from dpo_video.estimation.estimate import estimate_memory
+from dpo_video.estimation.modes import MemoryMode
+from dpo_video.estimation.tracing import DTYPES, empty_pairs, give_tensors
 from dpo_video.loss.global_ import Global
 from dpo_video.memory.peak import as_on_cuda, peak_bytes
 from dpo_video.reference.toggle import Toggle
@@ -79,7 +81,8 @@ def counted(backbone: Backbone, precision: str) -> dict[str, float]:
         for hook in hooks:
             hook.remove()
     mode = MemoryMode(reference="toggle", checkpointing="none", backward="joint")
-    step = forecast(backbone, {"toggle": Toggle()}, Global(), settings, modes=[mode]).needs[0].flops
+    found = estimate_memory(backbone, {"toggle": Toggle()}, Global(), settings, modes=[mode])
+    step = found.estimates[0].flops
     return {
         "prefix": prefix / 1e12,
         "pass": complete / 1e12,

@@ -18,9 +18,9 @@ from typing import Any
 import diffusers
 import torch
 
-from dpo_video.cli.estimate import brief, mode_of, predict
-from dpo_video.estimation.fewest_blocks import SHARE, fewest_blocks
-from dpo_video.estimation.forecast import GIB
+from dpo_video.cli.estimate import mode_of, predict
+from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, fewest_blocks
+from dpo_video.estimation.results import GIB
 from dpo_video.estimation.tiers import Tier, tiers
 from dpo_video.workflows.config import resolve
 
@@ -45,12 +45,17 @@ def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
     mode = mode_of(config)
     if config.memory.checkpointing == "auto":
         choice = fewest_blocks(
-            config.backbone, config.reference, config.loss, config.train, mode, SHARE * memory
+            config.backbone,
+            config.reference,
+            config.loss,
+            config.train,
+            mode,
+            BUDGET_SHARE * memory,
         )
-        need, blocks = choice.need, choice.blocks
+        need, blocks = choice.estimate, choice.blocks
     else:
         found = predict(config, alone=True)
-        need, blocks = found.needs[0], found.blocks
+        need, blocks = found.estimates[0], found.blocks
     size = config.backbone.model_dump(include={"frames", "height", "width"})
     return {
         "predicted": True,
@@ -62,11 +67,11 @@ def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
         "mixed_precision": config.train.mixed_precision,
         "blocks": blocks,
         "mode": need.mode.model_dump(mode="json"),
-        "brief": brief(need.mode),
-        "gib": need.card / GIB,
+        "brief": need.mode.brief(),
+        "gib": need.total / GIB,
         "host_gib": need.host / GIB,
         "tflop": need.flops / 1e12,
-        "fits": need.card <= memory,
+        "fits": need.total <= memory,
         "seconds": round(time.monotonic() - began, 1),
     }
 

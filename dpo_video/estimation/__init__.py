@@ -1,1 +1,1 @@
-"""Peak memory and time of a run, predicted before a weight is loaded."""
+"""Peak memory and time of a run, predicted before any weight is loaded."""

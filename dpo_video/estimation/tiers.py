@@ -1,4 +1,4 @@
-"""Presets by card: what to train with on it, and what it can do. No torch before `auto`."""
+"""Cards and their presets. Torch is imported for `auto` only."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dpo_video.diffusion.known_models import find_model
 from dpo_video.errors import UserError, unknown
 
 AUTO = "auto"
-# A card reports a little more or less memory with the driver and with error correction on.
+# The reported memory varies a little with the driver and with error correction.
 _SLACK = 0.03
 
 
 @final
 class Tier(BaseModel):
-    """A card, and the options to train with on it."""
+    """A card and its preset options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
-    """What `--tier` calls it."""
+    """Name for `--tier`."""
     card: str
     """The card's name."""
     memory_gib: float = Field(gt=0)
-    """Its memory, as torch reports it."""
+    """Memory in GiB, as torch reports it."""
     tflops: float = Field(gt=0)
     """Dense fp16 or bf16 operations per second with fp32 accumulation, in 10^12."""
     source: str
@@ -36,14 +36,14 @@ class Tier(BaseModel):
     options: dict[str, Any]
     """Option path to value, for every backbone."""
     backbone: dict[str, dict[str, Any]] = {}
-    """The same for one backbone, by its name."""
+    """Backbone name to further options."""
     model: dict[str, dict[str, Any]] = {}
-    """The same for one model, by the name that its configuration ships under."""
+    """Model name, as its configuration ships, to further options."""
 
     def preset(self, backbone: str, model: str | None = None) -> dict[str, Any]:
-        """Option path to value for a backbone, and for one of its models by any of its names."""
-        known = find_model(model) if model is not None else None
-        own = self.model.get(known.name, {}) if known and known.backbone == backbone else {}
+        """Option path to value for a backbone, and for one of its models under any of its names."""
+        found = find_model(model) if model is not None else None
+        own = self.model.get(found.name, {}) if found and found.backbone == backbone else {}
         return {**self.options, **self.backbone.get(backbone, {}), **own}
 
 
@@ -56,20 +56,20 @@ def tiers() -> dict[str, Tier]:
 
 
 def find_tier(name: str) -> Tier:
-    """The tier of a name; "auto" is that of the GPU that is here.
+    """The tier of a name; "auto" is the tier of this machine's GPU.
 
     Raises:
         UserError: for an unknown name, and for "auto" without a GPU or with too small a one.
     """
     if name == AUTO:
-        return _of_this_gpu()
+        return _tier_of_this_gpu()
     if name not in tiers():
         raise unknown("tier", name, [*tiers(), AUTO])
     return tiers()[name]
 
 
 def tier_of_card(card: str, memory_gib: float) -> Tier | None:
-    """The tier of that card, or the best one that asks for no more memory; None if all do."""
+    """The tier of that card, or the best tier with no more memory; None if there is none."""
     held = [tier for tier in tiers().values() if tier.memory_gib <= memory_gib * (1 + _SLACK)]
     words = card.upper().replace("-", " ").split()
     for tier in held:
@@ -78,14 +78,12 @@ def tier_of_card(card: str, memory_gib: float) -> Tier | None:
     return max(held, key=lambda tier: (round(tier.memory_gib), tier.tflops), default=None)
 
 
-def _of_this_gpu() -> Tier:
+def _tier_of_this_gpu() -> Tier:
     import torch
 
     names = ", ".join(tiers())
     if not torch.cuda.is_available():
-        raise UserError(
-            f"--tier auto reads the memory of the GPU, and there is none here. Name one of {names}."
-        )
+        raise UserError(f"--tier auto needs a GPU, and this machine has none. Name one of {names}.")
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     memory = properties.total_memory / 2**30
     tier = tier_of_card(properties.name, memory)
@@ -93,7 +91,7 @@ def _of_this_gpu() -> Tier:
         least = min(tiers().values(), key=lambda tier: tier.memory_gib)
         raise UserError(
             f"This GPU ({properties.name}) has {memory:.1f} GiB, less than the smallest tier, "
-            f"{least.name}, asks for ({least.memory_gib:.1f}). Name a tier and lower "
-            "backbone.frames, height or width until dpo-video estimate says that it fits."
+            f"{least.name} ({least.memory_gib:.1f}). Name a tier and lower backbone.frames, height "
+            "or width until dpo-video estimate reports that it fits."
         )
     return tier

@@ -1,4 +1,4 @@
-"""The fewest checkpointed blocks that fit are chosen, and written down."""
+"""The fewest checkpointed blocks that fit are chosen and recorded in run.toml."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ from small_cogvideox import OPTIONS, save_small_cogvideox
 from dpo_video.backbone.cogvideox import CogVideoX
 from dpo_video.cli.estimate import choose_blocks, predict
 from dpo_video.errors import UserError
-from dpo_video.estimation.fewest_blocks import SHARE, _guess, fewest_blocks
-from dpo_video.estimation.forecast import (
-    GIB,
-    Checkpointing,
-    MemoryEstimate,
-    MemoryMode,
-    TraceCache,
-    forecast,
-)
+from dpo_video.estimation.estimate import estimate_memory
+from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, _guess, fewest_blocks
+from dpo_video.estimation.modes import Checkpointing, MemoryMode
+from dpo_video.estimation.results import GIB, MemoryEstimate
 from dpo_video.estimation.tiers import find_tier
+from dpo_video.estimation.tracing import TraceCache
 from dpo_video.loss.global_ import Global
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings, TrainSettings
@@ -32,54 +28,54 @@ SETTINGS = TrainSettings(rank=2, alpha=4, gradient_accumulation_steps=1)
 MODE = MemoryMode(reference="toggle", checkpointing="blocks", backward="joint")
 
 
-class Bench:
-    """A small model, what its step needs with any number of blocks, and the choice among them."""
+class Setup:
+    """A small model, the estimate of its step with any number of blocks, and the choice."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.ran = TraceCache()
-        what = self.backbone, Toggle(), Global(), SETTINGS
-        self.choose = partial(fewest_blocks, *what, traces=self.ran)
+        self.traces = TraceCache()
+        arguments = self.backbone, Toggle(), Global(), SETTINGS
+        self.choose = partial(fewest_blocks, *arguments, traces=self.traces)
 
-    def need(self, count: Checkpointing, mode: MemoryMode = MODE) -> MemoryEstimate:
+    def estimate(self, count: Checkpointing, mode: MemoryMode = MODE) -> MemoryEstimate:
         asked = mode.model_copy(update={"checkpointing": count})
-        found = forecast(
+        found = estimate_memory(
             self.backbone, {"toggle": Toggle()}, Global(), SETTINGS, modes=[asked],
-            traces=self.ran,
+            traces=self.traces,
         )  # fmt: skip
-        return found.needs[0]
+        return found.estimates[0]
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     """Five blocks."""
     folder = save_small_cogvideox(tmp_path_factory.mktemp("five"), num_layers=5)
-    return Bench(CogVideoX(model=str(folder), **{**OPTIONS, "height": 64, "width": 64}))
+    return Setup(CogVideoX(model=str(folder), **{**OPTIONS, "height": 64, "width": 64}))
 
 
-def test_what_is_chosen_fits_and_one_block_less_does_not(bench: Bench) -> None:
-    most, least = bench.need("none"), bench.need("blocks")
-    budget = least.card + 0.3 * (most.card - least.card)
-    choice = bench.choose(MODE, budget)
-    count = choice.need.mode.checkpointing
+def test_the_choice_fits_and_one_block_fewer_does_not(setup: Setup) -> None:
+    most, least = setup.estimate("none"), setup.estimate("blocks")
+    budget = least.total + 0.3 * (most.total - least.total)
+    choice = setup.choose(MODE, budget)
+    count = choice.estimate.mode.checkpointing
     assert isinstance(count, int) and 1 < count < choice.blocks == 5
-    assert choice.need.card <= budget < bench.need(count - 1).card
-    assert choice.need == bench.need(count)
+    assert choice.estimate.total <= budget < setup.estimate(count - 1).total
+    assert choice.estimate == setup.estimate(count)
     assert f"{count} of 5 blocks" in str(choice) and "more operations" in str(choice)
 
 
-def test_none_all_or_a_refusal_where_no_number_between_is_right(bench: Bench) -> None:
-    most, least = bench.need("none").card, bench.need("blocks").card
-    assert bench.choose(MODE, most).need.mode.checkpointing == "none"
-    assert bench.choose(MODE, most - 1).need.mode.checkpointing == 1
-    assert bench.choose(MODE, least).need.mode.checkpointing == "blocks"
+def test_the_choice_is_none_or_all_blocks_or_an_error_at_the_ends(setup: Setup) -> None:
+    most, least = setup.estimate("none").total, setup.estimate("blocks").total
+    assert setup.choose(MODE, most).need.mode.checkpointing == "none"
+    assert setup.choose(MODE, most - 1).need.mode.checkpointing == 1
+    assert setup.choose(MODE, least).need.mode.checkpointing == "blocks"
     with pytest.raises(UserError, match=r"with all 5 blocks.*Set memory\.backward=split, .*=8, "):
-        bench.choose(MODE, least - 1)
+        setup.choose(MODE, least - 1)
 
 
 @pytest.mark.parametrize("left", [0.98, 0.8, 0.5])
 @pytest.mark.parametrize("budget", [0.999, 0.3, 0.11, 0.02])
-def test_where_each_block_takes_the_same_share_the_first_guess_is_right(
+def test_the_first_guess_is_right_if_each_block_saves_the_same_fraction(
     left: float, budget: float
 ) -> None:
     few, enough = 3, 40
@@ -93,19 +89,17 @@ def test_where_each_block_takes_the_same_share_the_first_guess_is_right(
 @pytest.mark.parametrize("above", [1 + 1e-12, 2.0, 1e6])
 @pytest.mark.parametrize("below", [1.0, 1 - 1e-12, 1e-6])
 @pytest.mark.parametrize("enough", [2, 3, 60])
-def test_a_guess_is_always_a_number_that_was_not_tried(
-    above: float, below: float, enough: int
-) -> None:
+def test_a_guess_lies_between_the_counts_tried(above: float, below: float, enough: int) -> None:
     assert 0 < _guess(0, enough, above, below) < enough
 
 
-def test_what_waits_on_the_host_is_of_a_checkpointed_block(bench: Bench) -> None:
+def test_offloaded_checkpoints_need_a_checkpointed_block(setup: Setup) -> None:
     mode = MODE.model_copy(update={"offload": ("checkpoints",)})
-    assert bench.choose(mode, 1e15).need.mode.checkpointing == 1
+    assert setup.choose(mode, 1e15).need.mode.checkpointing == 1
 
 
 @pytest.mark.parametrize("value", ["some", -1, True, 1.5])
-def test_a_number_of_blocks_is_a_whole_one(value: object) -> None:
+def test_checkpointing_takes_whole_numbers_only(value: object) -> None:
     with pytest.raises(ValueError, match="must be none, blocks, auto or a number of blocks"):
         MemorySettings.model_validate({"checkpointing": value})
     assert MemorySettings(checkpointing=0) == MemorySettings()
@@ -115,8 +109,8 @@ def test_a_number_of_blocks_is_a_whole_one(value: object) -> None:
 # --- commands --------------------------------------------------------------------------------
 
 
-def configured(bench: Bench, *assignments: str) -> Config:
-    options = [f"backbone.{name}={value}" for name, value in bench.backbone if value is not None]
+def configured(setup: Setup, *assignments: str) -> Config:
+    options = [f"backbone.{name}={value}" for name, value in setup.backbone if value is not None]
     return resolve(
         choices={"backbone": "cogvideox", "loss": "global"},
         assignments=[
@@ -129,28 +123,28 @@ def configured(bench: Bench, *assignments: str) -> Config:
     )
 
 
-def test_a_run_writes_down_the_number(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    budget = bench.need(1).card / GIB
-    settled = choose_blocks(configured(bench, f"memory.budget={budget}"))
-    assert settled.memory.checkpointing == 1
+def test_a_run_records_the_chosen_number(setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
+    budget = setup.estimate(1).total / GIB
+    resolved = choose_blocks(configured(setup, f"memory.budget={budget}"))
+    assert resolved.memory.checkpointing == 1
     assert "Checkpointing 1 of 5 blocks" in capsys.readouterr().err
-    written = tomllib.loads(settled.toml())["memory"]
-    assert MemorySettings(**written) == settled.memory
-    assert choose_blocks(settled) is settled
+    written = tomllib.loads(resolved.toml())["memory"]
+    assert MemorySettings(**written) == resolved.memory
+    assert choose_blocks(resolved) is resolved
 
 
-def test_fit_shows_the_fewest_blocks_that_fit_a_card(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+def test_estimate_shows_the_fewest_blocks_that_fit_a_card(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = [MODE.model_copy(update={"checkpointing": count}) for count in ("none", "blocks")]
-    monkeypatch.setattr("dpo_video.estimation.forecast.ladder", lambda references, loss: ends)
-    config = configured(bench)
-    memory = bench.need(3).card / SHARE / GIB
+    monkeypatch.setattr("dpo_video.estimation.modes.candidate_modes", lambda references, loss: ends)
+    config = configured(setup)
+    memory = setup.estimate(3).total / BUDGET_SHARE / GIB
     card = find_tier("t4").model_copy(update={"memory_gib": memory})
-    rows = predict(config, card=card).needs
+    rows = predict(config, card=card).estimates
     assert [need.mode.checkpointing for need in rows] == ["none", 3, "blocks"]
 
 
-def test_a_device_that_does_not_say_needs_a_budget(bench: Bench) -> None:
+def test_auto_checkpointing_needs_a_budget_without_a_gpu(setup: Setup) -> None:
     with pytest.raises(UserError, match=r"no budget on the device cpu\. Set memory\.budget=GIB"):
-        choose_blocks(configured(bench), device=torch.device("cpu"))
+        choose_blocks(configured(setup), device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Tiers: what they hold, and which one a card gets."""
+"""Tiers: their presets, and the tier of a card."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import pytest
 
 from dpo_video.cli.estimate import mode_of
 from dpo_video.errors import UserError
-from dpo_video.estimation.fewest_blocks import SHARE
-from dpo_video.estimation.forecast import GIB, forecast
+from dpo_video.estimation.estimate import estimate_memory
+from dpo_video.estimation.fewest_blocks import BUDGET_SHARE
+from dpo_video.estimation.results import GIB
 from dpo_video.estimation.tiers import find_tier, tier_of_card, tiers
 from dpo_video.workflows.config import resolve
 
 
-def test_the_presets_of_video_dpo_are_there() -> None:
+def test_the_presets_are_those_of_video_dpo() -> None:
     ranks = {name: tier.preset("animatediff")["train.rank"] for name, tier in tiers().items()}
     assert ranks == {"t4": 4, "l4": 16, "4090": 16, "a100": 32, "h100": 32}
     assert tiers()["t4"].preset("animatediff")["train.gradient_accumulation_steps"] == 2
 
 
-def test_an_option_for_one_backbone_wins_over_that_for_all() -> None:
+def test_a_backbones_option_overrides_the_general_one() -> None:
     t4 = find_tier("t4")
     assert t4.preset("animatediff")["memory.backward"] == "joint"
     assert t4.preset("a stranger's")["memory.backward"] == "split"
 
 
-def test_an_option_for_one_model_wins_by_any_of_its_names() -> None:
+def test_a_models_option_overrides_under_any_of_its_names() -> None:
     t4 = find_tier("t4")
     for name in ("cogvideox-5b", "THUDM/CogVideoX-5b", "thudm/cogvideox-5B"):
         assert t4.preset("cogvideox", name)["memory.forward_chunks"] == 8
@@ -35,7 +36,7 @@ def test_an_option_for_one_model_wins_by_any_of_its_names() -> None:
         assert "memory.forward_chunks" not in t4.preset("cogvideox", name)
 
 
-def test_the_model_that_a_run_names_decides_before_the_flags_do(tmp_path: Path) -> None:
+def test_the_model_selects_presets_and_flags_override_them(tmp_path: Path) -> None:
     chosen = {"backbone": "cogvideox"}
     large = ["backbone.model=cogvideox-5b"]
     assert resolve(tier="t4", choices=chosen).memory.backward == "joint"  # the default model's
@@ -63,28 +64,28 @@ def test_the_model_that_a_run_names_decides_before_the_flags_do(tmp_path: Path) 
         ("NVIDIA GeForce RTX 3060", 11.6, None),
     ],
 )
-def test_a_card_gets_its_own_tier_or_the_best_that_needs_no_more_memory(
+def test_a_card_gets_its_own_tier_or_the_best_smaller_one(
     card: str, memory: float, tier: str | None
 ) -> None:
     found = tier_of_card(card, memory)
     assert (found.name if found else None) == tier
 
 
-def test_an_unknown_tier_names_those_that_there_are() -> None:
+def test_an_unknown_tier_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"Unknown tier 'l44'\. Did you mean 'l4'\?.*auto"):
         find_tier("l44")
 
 
-def test_auto_without_a_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_a_gpu_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match=r"there is none here\. Name one of t4, l4, 4090, a100"):
+    with pytest.raises(UserError, match=r"this machine has none\. Name one of t4, l4, 4090, a100"):
         find_tier("auto")
 
 
 # --- in a configuration ------------------------------------------------------------------------
 
 
-def test_a_tier_stands_over_a_file_and_below_the_other_flags(tmp_path: Path) -> None:
+def test_a_tier_overrides_a_file_and_flags_override_a_tier(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
         '[train]\nrank = 64\nalpha = 1.0\nsteps = 7\n[backbone]\nname = "animatediff"\n'
@@ -98,13 +99,13 @@ def test_a_tier_stands_over_a_file_and_below_the_other_flags(tmp_path: Path) -> 
     assert (over.memory.checkpointing, over.memory.backward) == ("auto", "split")
 
 
-def test_alpha_goes_along_with_a_rank_that_is_set_over_the_tiers() -> None:
+def test_alpha_follows_a_rank_set_by_flag() -> None:
     chosen = resolve(tier="a100", choices={"backbone": "animatediff"}, assignments=["train.rank=8"])
     assert (chosen.train.rank, chosen.train.alpha) == (8, 16)
 
 
 @pytest.mark.parametrize("backbone", ["tiny", "animatediff", "cogvideox", "wan"])
-def test_every_option_of_every_tier_is_one_of_the_backbones(backbone: str) -> None:
+def test_every_preset_option_exists_for_the_backbone(backbone: str) -> None:
     for name, tier in tiers().items():
         tables = resolve(tier=name, choices={"backbone": backbone}).tables
         for path, value in tier.preset(backbone, tables["backbone"].get("model")).items():
@@ -112,19 +113,19 @@ def test_every_option_of_every_tier_is_one_of_the_backbones(backbone: str) -> No
             assert tables[head][option] == value, path
 
 
-# The one that takes seconds; benchmarks/tiers.py asks for all, and what `auto` chooses.
+# The fastest case; benchmarks/tiers.py covers all tiers, and what `auto` chooses.
 def test_the_smallest_card_holds_its_presets_with_all_blocks_checkpointed() -> None:
     config = resolve(tier="t4", choices={"backbone": "cogvideox"})
     assert (config.memory.checkpointing, config.memory.quantization) == ("auto", "native")
-    (need,) = forecast(
+    (need,) = estimate_memory(
         config.backbone, {"toggle": config.reference}, config.loss, config.train,
         modes=[mode_of(config)],
-    ).needs  # fmt: skip
+    ).estimates  # fmt: skip
     assert need.mode.checkpointing == "blocks"
-    assert need.card <= SHARE * find_tier("t4").memory_gib * GIB
+    assert need.total <= BUDGET_SHARE * find_tier("t4").memory_gib * GIB
 
 
-def test_a_resolved_run_holds_the_options_and_not_the_tiers_name(tmp_path: Path) -> None:
+def test_a_resolved_run_stores_options_and_no_tier_name(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     first = resolve(tier="t4", choices={"backbone": "wan"})
     file.write_text(first.toml())

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_video import registry
-from dpo_video.estimation.forecast import empty_pairs
+from dpo_video.estimation.tracing import empty_pairs
 from dpo_video.loss.global_ import Global
 from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.reference.toggle import Toggle

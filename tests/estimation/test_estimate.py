@@ -1,4 +1,4 @@
-"""Predictions against what real tensors take."""
+"""Predictions against the memory of real tensors."""
 
 from __future__ import annotations
 
@@ -15,19 +15,16 @@ from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.wan import Wan
 from dpo_video.diffusion.known_models import FOLDER, known_models
 from dpo_video.errors import UserError
-from dpo_video.estimation.forecast import (
+from dpo_video.estimation.estimate import estimate_memory
+from dpo_video.estimation.modes import (
     BACKWARDS,
     CHECKPOINTINGS,
-    CONTEXT,
-    GIB,
     Backward,
     Checkpointing,
-    Forecast,
-    MemoryEstimate,
     MemoryMode,
-    forecast,
 )
-from dpo_video.estimation.tiers import tiers
+from dpo_video.estimation.results import CONTEXT, GIB, Estimate, MemoryEstimate
+from dpo_video.estimation.tiers import find_tier, tiers
 from dpo_video.loss.global_ import Global
 from dpo_video.memory.blocks import checkpoint_blocks
 from dpo_video.memory.packed_weights import frozen_weights, pack_frozen_weights
@@ -52,17 +49,17 @@ def backbone(small_folder: Path) -> AnimateDiff:
 
 
 @pytest.fixture(scope="module")
-def found(backbone: AnimateDiff) -> Forecast:
-    return forecast(backbone, REFERENCES, Global(), SETTINGS)
+def found(backbone: AnimateDiff) -> Estimate:
+    return estimate_memory(backbone, REFERENCES, Global(), SETTINGS)
 
 
-def need_of(found: Forecast, mode: MemoryMode) -> MemoryEstimate:
-    need = found.of(mode)
+def need_of(found: Estimate, mode: MemoryMode) -> MemoryEstimate:
+    need = found.for_mode(mode)
     assert need is not None
     return need
 
 
-def test_an_outline_is_the_model_without_its_weights(backbone: AnimateDiff) -> None:
+def test_a_model_on_meta_is_the_model_without_weights(backbone: AnimateDiff) -> None:
     loaded = backbone.load(Placement(CPU, torch.float16))
     outline = backbone.load(Placement(CPU, torch.float16, on_meta=True))
     described = {name: (p.shape, p.dtype) for name, p in loaded.denoiser.state_dict().items()}
@@ -77,7 +74,7 @@ def test_an_outline_is_the_model_without_its_weights(backbone: AnimateDiff) -> N
 
 
 @pytest.mark.parametrize("model", [m for m in known_models() if m.backbone in ("wan", "cogvideox")])
-def test_a_known_model_is_outlined_offline_by_its_name(model: object) -> None:
+def test_a_known_model_is_built_on_meta_offline_by_name(model: object) -> None:
     chosen = registry.load("backbone", model.backbone)(model=model.name)  # type: ignore[attr-defined]
     placement = Placement(CPU, torch.bfloat16, on_meta=True)
     outline = chosen.load(placement)  # type: ignore[attr-defined]
@@ -89,8 +86,8 @@ def test_a_known_model_is_outlined_offline_by_its_name(model: object) -> None:
 
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
-def test_it_predicts_what_the_step_takes_on_real_tensors(
-    backbone: AnimateDiff, found: Forecast, checkpointing: Checkpointing, backward: Backward
+def test_the_prediction_matches_real_tensors(
+    backbone: AnimateDiff, found: Estimate, checkpointing: Checkpointing, backward: Backward
 ) -> None:
     model = backbone.load(Placement())
     policy = adapt(model, SETTINGS, seed=0)
@@ -100,18 +97,18 @@ def test_it_predicts_what_the_step_takes_on_real_tensors(
     step = Step(
         model=model, policy=policy, reference_model=reference_model, loss=Global(), mode=backward
     )
-    shape = (SETTINGS.batch, *model.latent_shape)
+    shape = (SETTINGS.batch_size, *model.latent_shape)
     batch = PairBatch(
         first=torch.randn(shape),
         second=torch.randn(shape),
-        preference=torch.ones(SETTINGS.batch, shape[2]),
-        region=torch.ones(SETTINGS.batch, 1, *shape[2:]),
-        strength=torch.ones(SETTINGS.batch),
-        context=model.encode_prompts(["a red square"] * SETTINGS.batch),
+        preference=torch.ones(SETTINGS.batch_size, shape[2]),
+        region=torch.ones(SETTINGS.batch_size, 1, *shape[2:]),
+        strength=torch.ones(SETTINGS.batch_size),
+        context=model.encode_prompts(["a red square"] * SETTINGS.batch_size),
         keys=["a", "b"],
     )
     optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
-    noise, timestep = torch.randn(shape), torch.full((SETTINGS.batch,), 500.0)
+    noise, timestep = torch.randn(shape), torch.full((SETTINGS.batch_size,), 500.0)
 
     def run() -> None:
         step(batch, noise, timestep)
@@ -120,28 +117,28 @@ def test_it_predicts_what_the_step_takes_on_real_tensors(
     mode = MemoryMode(reference="toggle", checkpointing=checkpointing, backward=backward)
     need = need_of(found, mode)
     assert need.tensors == pytest.approx(taken.total, rel=0.002)
-    assert need.flops == taken.flops // SETTINGS.batch
+    assert need.flops == taken.flops // SETTINGS.batch_size
     adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert found.trainable == adapter and need.gradients == 4 * adapter
 
 
-# A run with cached predictions holds those as well, which the derivation leaves out.
+# A run with cached predictions also holds those, which the derivation leaves out.
 @pytest.mark.parametrize(("name", "apart"), [("copy", 0.001), ("cached", 0.01)])
-def test_what_is_derived_from_another_reference_is_what_its_own_run_gives(
-    backbone: AnimateDiff, found: Forecast, name: str, apart: float
+def test_a_derived_estimate_equals_the_traced_one(
+    backbone: AnimateDiff, found: Estimate, name: str, apart: float
 ) -> None:
-    alone = forecast(
+    alone = estimate_memory(
         backbone, {name: REFERENCES[name]}, Global(), SETTINGS, backwards=["joint", "split"],
         checkpointings=["none"],
     )  # fmt: skip
-    for need in alone.needs:
+    for need in alone.estimates:
         derived = need_of(found, need.mode)
         assert derived.tensors == pytest.approx(need.tensors, rel=apart)
         assert derived.weights == need.weights and derived.flops == need.flops
         assert derived.fresh == need.fresh == (name != "cached")
 
 
-def test_every_mode_spares_what_it_is_there_for(found: Forecast) -> None:
+def test_every_mode_saves_memory(found: Estimate) -> None:
     def tensors(reference: str, checkpointing: Checkpointing, backward: Backward) -> int:
         mode = MemoryMode(reference=reference, checkpointing=checkpointing, backward=backward)
         return need_of(found, mode).tensors
@@ -151,38 +148,42 @@ def test_every_mode_spares_what_it_is_there_for(found: Forecast) -> None:
     assert tensors("toggle", "blocks", "split") < tensors("toggle", "none", "split")
 
 
-def test_a_loss_without_one_slope_a_video_is_not_offered_the_linear_backward(
+def test_linear_backward_is_left_out_for_losses_that_it_cannot_train(
     backbone: AnimateDiff,
 ) -> None:
     loss = registry.load("loss", "segment")()
-    found = forecast(backbone, {"toggle": Toggle()}, loss, SETTINGS, checkpointings=["none"])  # type: ignore[arg-type]
-    assert [need.mode.backward for need in found.needs] == ["joint", "split"]
+    found = estimate_memory(
+        backbone, {"toggle": Toggle()}, loss, SETTINGS, checkpointings=["none"]  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert [need.mode.backward for need in found.estimates] == ["joint", "split"]
 
 
-def test_the_best_mode_is_the_fastest_with_fresh_noises_that_fits(found: Forecast) -> None:
+def test_the_best_mode_is_the_fastest_fitting_one_with_fresh_noise(found: Estimate) -> None:
     best = found.best(1e15)
     assert best is not None and best.mode.checkpointing == "none" and best.fresh
-    assert best.flops == min(need.flops for need in found.needs if need.fresh)
+    assert best.flops == min(need.flops for need in found.estimates if need.fresh)
     assert found.best(CONTEXT) is None
-    tight = min(need.card for need in found.needs if need.fresh)
+    tight = min(need.total for need in found.estimates if need.fresh)
     chosen = found.best(tight)
     assert chosen is not None and chosen.card == tight
 
 
-def test_hours_follow_from_operations_and_efficiency(found: Forecast) -> None:
-    need = found.needs[0]
-    assert found.pairs == SETTINGS.steps * SETTINGS.batch
-    assert found.hours(need, 1e-6, 0.5) == pytest.approx(found.pairs * need.flops / 0.5e6 / 3600)
+def test_hours_follow_from_operations_and_efficiency(found: Estimate) -> None:
+    need = found.estimates[0]
+    assert found.pairs == SETTINGS.steps * SETTINGS.batch_size
+    half = found.model_copy(update={"efficiency": 0.5})
+    card = find_tier("t4").model_copy(update={"tflops": 1e-6})
+    assert half.hours(need, card) == pytest.approx(found.pairs * need.flops / 0.5e6 / 3600)
 
 
-def test_a_model_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_model_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Cannot load the unet"):
-        forecast(AnimateDiff(model=str(tmp_path)), REFERENCES, Global(), SETTINGS)
+        estimate_memory(AnimateDiff(model=str(tmp_path)), REFERENCES, Global(), SETTINGS)
 
 
-# Blocks checkpointed: all; at one end alone; more in front than behind.
+# Checkpointed blocks: all; at one end only; more in front than behind.
 @pytest.mark.parametrize("counts", [("blocks",), (1, 5)], ids=str)
-def test_a_transformer_of_many_layers_is_what_its_first_layers_say(
+def test_a_deep_transformer_is_extrapolated_exactly_from_its_first_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[Checkpointing, ...]
 ) -> None:
     folder = tmp_path / "thin"
@@ -192,41 +193,41 @@ def test_a_transformer_of_many_layers_is_what_its_first_layers_say(
     path.write_text(json.dumps({**json.loads(path.read_text()), **thin, "text_dim": 8}))
     backbone = Wan(model=str(folder), frames=33, height=128, width=128, text_length=4)
     references = {"toggle": Toggle()}
-    settings = SETTINGS.model_copy(update={"precision": "bf16"})
+    settings = SETTINGS.model_copy(update={"mixed_precision": "bf16"})
 
-    def found() -> Forecast:
-        return forecast(
+    def found() -> Estimate:
+        return estimate_memory(
             backbone, references, Global(), settings,
             checkpointings=counts, backwards=["split" if counts == ("blocks",) else "joint"],
         )  # fmt: skip
 
     short = found()
-    monkeypatch.setattr("dpo_video.estimation.forecast._stack", lambda network: None)
+    monkeypatch.setattr("dpo_video.estimation.estimate.layer_stack", lambda network: None)
     assert short == found()
 
 
 def test_wan_at_full_size_fits_the_smallest_card() -> None:
     settings = TrainSettings(rank=64, mixed_precision="bf16", gradient_accumulation_steps=1)
-    found = forecast(
+    found = estimate_memory(
         Wan(), {"toggle": Toggle()}, Global(), settings,
         checkpointings=["blocks"], backwards=["split"],
     )  # fmt: skip
-    (need,) = found.needs
+    (need,) = found.estimates
     assert found.parameters == 1_418_996_800 and found.latent_shape == (16, 21, 60, 104)
     assert 8 < need.tensors / GIB < 12
-    assert need.card < tiers()["t4"].memory_gib * GIB
+    assert need.total < tiers()["t4"].memory_gib * GIB
 
 
-def test_processes_that_share_the_weights_hold_their_part_each(
-    backbone: AnimateDiff, found: Forecast
+def test_sharded_weights_are_split_evenly_among_processes(
+    backbone: AnimateDiff, found: Estimate
 ) -> None:
     alone = need_of(found, MemoryMode(reference="toggle", checkpointing="none", backward="joint"))
     shared = alone.mode.model_copy(update={"shard": 4})
-    (need,) = forecast(
+    (need,) = estimate_memory(
         backbone, {"toggle": REFERENCES["toggle"]}, Global(), SETTINGS, modes=[shared]
-    ).needs
+    ).estimates
     model = backbone.load(Placement())
     pack_frozen_weights(model.denoiser, CPU, "native")
     parts = [part.nbytes for each in frozen_weights(model.denoiser) for part in each.parts]
-    # Memory is given in blocks of 512 bytes.
+    # The allocator hands out blocks of 512 bytes.
     assert alone.weights - need.weights == pytest.approx(sum(parts) * 3 / 4, abs=512 * len(parts))

@@ -1,0 +1,383 @@
+"""Trace a training step on tensors without memory: its peak bytes and its operations.
+
+The model is built on the meta device: its networks have shapes and no weights. The training step
+itself (`dpo_video.training.step`) runs on them, forward and backward, under `FakeTensorMode`, while
+`dpo_video.memory.peak` counts the bytes alive. So no formula stands between prediction and step.
+What no tensor holds is added in `dpo_video.estimation.results` (`FRAGMENTS`, `CONTEXT`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from dpo_video.diffusion.experts import Experts
+from dpo_video.errors import UserError
+from dpo_video.estimation.modes import MemoryMode
+from dpo_video.estimation.results import MemoryEstimate
+from dpo_video.memory.modes import apply_memory_modes
+from dpo_video.memory.offload import HostAdamW
+from dpo_video.memory.packed_weights import Base, frozen_weights, pack_frozen_weights
+from dpo_video.memory.peak import BLOCK, Peak, choosing_as_cuda, peak_bytes
+from dpo_video.memory.sharding import Shard
+from dpo_video.settings import TrainSettings
+from dpo_video.strategies import Backbone, Loss, Reference, VideoModel
+from dpo_video.training.lora import adapt
+from dpo_video.training.step import Step
+from dpo_video.types import PairBatch, Placement
+
+CPU = torch.device("cpu")
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEEP = 12  # layers from which on tracing a few of them saves time
+
+WeightStorage = tuple[Base, bool, int]
+"""Quantization, whether the weights are in CPU memory, number of processes that share them."""
+
+
+class TraceCache:
+    """Traces of one configuration, so that no step is traced twice."""
+
+    def __init__(self) -> None:
+        self.estimates: dict[tuple[int | None, MemoryMode], MemoryEstimate] = {}
+        """Number of layers (None: all of them) and mode to estimate."""
+        self._model: VideoModel | None = None
+        self._stages: dict[tuple[int | None, WeightStorage], _Stage] = {}
+
+    def outline(self, backbone: Backbone, settings: TrainSettings) -> VideoModel:
+        """The model without weights."""
+        if self._model is None:
+            self._model, _ = _outline(backbone, settings)
+        return self._model
+
+    def stage(
+        self,
+        backbone: Backbone,
+        references: Mapping[str, Reference],
+        settings: TrainSettings,
+        layers: int | None,
+        weights: WeightStorage,
+    ) -> _Stage:
+        """The stage that steps with these references run on."""
+        stage = self._stages.get((layers, weights))
+        if stage is None or not references.keys() <= stage.references.keys():
+            stage = _Stage(backbone, references, settings, layers, weights)
+            self._stages[layers, weights] = stage
+        return stage
+
+    def trainable(self, layers: int | None) -> int:
+        """Parameters of the adapter, extrapolated to `layers`; 0 if nothing was traced."""
+        sizes = {depth: stage.trainable for (depth, _), stage in self._stages.items()}
+        if layers is None or not sizes:
+            return next(iter(sizes.values()), 0)
+        (few, adapter), (more, larger) = [(depth or 0, sizes[depth]) for depth in list(sizes)[:2]]
+        return adapter + (layers - few) * (larger - adapter) // (more - few)
+
+
+def _outline(
+    backbone: Backbone, settings: TrainSettings, layers: int | None = None
+) -> tuple[VideoModel, Mapping[str, tuple[int, ...]]]:
+    """The model without weights, its stack cut to `layers`, and the shapes of a prompt."""
+    model = backbone.load(Placement(CPU, DTYPES[settings.mixed_precision], on_meta=True))
+    prompt = model.prompt_shapes()
+    if prompt is None:
+        raise UserError(
+            f"{type(backbone).__name__} does not know the shapes of its prompts before it encodes "
+            "one, so its memory cannot be predicted. Train a few steps and read the GiB column."
+        )
+    stack = layer_stack(model.denoiser)
+    if layers is not None and stack is not None:
+        del stack[layers:]
+    return model, prompt
+
+
+def layer_stack(network: nn.Module) -> nn.ModuleList | None:
+    """The transformer's list of more than DEEP equal layers; None if there is none."""
+    for module in network.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > DEEP:
+            first, *others = ([p.shape for p in layer.parameters()] for layer in module)
+            if all(other == first for other in others):
+                return module
+    return None
+
+
+def storage_of(mode: MemoryMode) -> WeightStorage:
+    """How a mode stores the frozen weights."""
+    return mode.quantization, "blocks" in mode.offload, mode.shard
+
+
+class _Stage:
+    """A model on tensors without memory, with an adapter and references, for many traces."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        references: Mapping[str, Reference],
+        settings: TrainSettings,
+        layers: int | None,
+        weights: WeightStorage,
+    ) -> None:
+        quantization, on_host, processes = weights
+        self.model, self.prompt = _outline(backbone, settings, layers)
+        with torch.device("meta"):
+            self.policy = adapt(self.model, settings, seed=0)
+            self.references = {name: each.attach(self.policy) for name, each in references.items()}
+        self._optimizers: dict[bool, Optimizer] = {}
+        self._tensors = FakeTensorMode(allow_non_fake_inputs=True)
+        with self._tensors:
+            give_tensors(self.policy, CPU)
+            self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+            if quantization != "native" or on_host or processes > 1:
+                shard = Shard(rank=0, count=processes) if processes > 1 else None
+                pack_frozen_weights(self.policy, CPU, quantization, on_host=on_host, shard=shard)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters of the adapter."""
+        return sum(parameter.numel() for parameter in self.trained)
+
+    def optimizer(self, *, on_host: bool) -> Optimizer:
+        """The optimizer; from the second call on, its state exists."""
+        if on_host not in self._optimizers:
+            kind = HostAdamW if on_host else torch.optim.AdamW
+            self._optimizers[on_host] = kind(self.trained)
+        return self._optimizers[on_host]
+
+    def trace_step(
+        self, modes: Sequence[MemoryMode], loss: Loss, settings: TrainSettings
+    ) -> dict[MemoryMode, MemoryEstimate]:
+        """Trace a step in each mode."""
+        estimates: dict[MemoryMode, MemoryEstimate] = {}
+        with self._tensors:
+            for memory in dict.fromkeys(mode.memory for mode in modes):
+                apply_memory_modes(self.policy, memory)
+                done: list[_StepTrace] = []
+                for name in self.references:
+                    for mode in modes:
+                        if mode.reference != name or mode.memory != memory:
+                            continue
+                        trace = _StepTrace(self, loss, mode, settings)
+                        estimates[mode] = trace.derive_from(done) or trace.run()
+                        done.append(trace)
+        return estimates
+
+
+class _StepTrace:
+    """One step on tensors without memory."""
+
+    def __init__(
+        self, stage: _Stage, loss: Loss, mode: MemoryMode, settings: TrainSettings
+    ) -> None:
+        self.model, self.policy, self.prompt = stage.model, stage.policy, stage.prompt
+        self.reference_model = stage.references[mode.reference]
+        self.mode, self.settings = mode, settings
+        self.step = Step(
+            model=self.model,
+            policy=self.policy,
+            reference_model=self.reference_model,
+            loss=loss,
+            mode=mode.backward,
+            # Tensor.backward disables function modes, which recomputed blocks need.
+            backward=torch.autograd.backward,
+            autocast=self._autocast,
+        )
+        with self.reference_model.network() as reference:
+            give_tensors(reference, CPU)
+        self.own = nn.Module() if reference is self.policy else reference
+        self.trained, self.optimizer = stage.trained, stage.optimizer
+        self.done: MemoryEstimate | None = None
+
+    @property
+    def weights(self) -> int:
+        """Bytes on the device of the policy, and of a reference with its own weights."""
+        packed = _allocated(self._frozen(on_host=False))
+        return _bytes(self.policy) + _bytes(self.own) + packed - self.parked
+
+    def _frozen(self, *, on_host: bool) -> list[Tensor]:
+        """Stored tensors of packed or offloaded weights, on the device or in CPU memory."""
+        found = (each for each in frozen_weights(self.policy) if each.on_host == on_host)
+        return [part for each in found for part in each.parts]
+
+    @property
+    def parked(self) -> int:
+        """Bytes of the expert that is not in use, without its adapter."""
+        return _allocated(
+            tensor
+            for experts in self.policy.modules()
+            if isinstance(experts, Experts) and experts.park
+            for name, tensor in experts.transformer_2.named_parameters()
+            if ".lora_" not in name
+        )
+
+    @property
+    def is_a_copy(self) -> bool:
+        """Whether the reference is the policy, or a copy of it without the adapter."""
+        adapter = _allocated(self.trained)
+        return _bytes(self.own) in (0, _bytes(self.policy) - adapter)
+
+    def derive_from(self, done: Sequence[_StepTrace]) -> MemoryEstimate | None:
+        """Derive the estimate from a trace of another reference; None if that is not possible.
+
+        A copy computes what the policy without its adapter does, on its own weights. A cached
+        reference leaves out a forward pass, whose peak lies below that of the step.
+        """
+        for other in done:
+            if other.done is None or not (self.is_a_copy and other.is_a_copy):
+                continue
+            traced = other.done
+            if self.reference_model.noise_draws is None:
+                if traced.fresh:
+                    self.done = traced.model_copy(
+                        update={"mode": self.mode, "weights": self.weights}
+                    )
+            elif traced.fresh:
+                left_out = other.reference_alone()
+                if left_out.total - self.parked < traced.tensors:
+                    self.done = traced.model_copy(
+                        update={
+                            "mode": self.mode,
+                            "weights": self.weights,
+                            "fresh": False,
+                            "flops": traced.flops - left_out.flops,
+                        }
+                    )
+            if self.done is not None:
+                return self.done
+        return None
+
+    def reference_alone(self) -> Peak:
+        """Peak and operations of the reference's forward passes of one pair alone."""
+        batch, noise, timestep = empty_pairs(self.model, self.prompt, 1, self.dtype)
+        with self._choices():
+            return peak_bytes(
+                lambda: _discard(self.step.reference(batch, noise, timestep)),
+                networks=[self.policy, self.own],
+            )
+
+    def run(self) -> MemoryEstimate:
+        """Run the step and read its peak."""
+        on_host = "optimizer" in self.mode.offload
+        optimizer = self.optimizer(on_host=on_host)
+        gradients = self._gradients_before()
+        count = self.settings.batch_size
+        batch, noise, timestep = empty_pairs(self.model, self.prompt, count, self.dtype)
+        cached = None if self.reference_model.noise_draws is None else torch.cat([noise, noise])
+        checks = _PassValueChecks() if self.mode.backward == "linear" else nullcontext()
+        with self._choices(), checks:
+            peak = peak_bytes(
+                lambda: _discard(self.step(batch, noise, timestep, reference_prediction=cached)),
+                networks=[self.policy, self.own, gradients],
+                optimizer=optimizer,
+                weights=self._frozen(on_host=False),
+                host=self._frozen(on_host=True),
+            )
+        adapter = sum(p.nbytes for p in self.trained)
+        for parameter in self.trained:
+            parameter.grad = None
+        state = 0
+        if not on_host:
+            state = sum(value.nbytes for of in optimizer.state.values() for value in of.values())
+        self.done = MemoryEstimate(
+            mode=self.mode,
+            fresh=cached is None,
+            weights=self.weights,
+            gradients=adapter,
+            optimizer=state,
+            activations=max(0, peak.total - self.parked - self.weights - adapter - state),
+            flops=peak.flops // self.settings.batch_size,
+            host=peak.host,
+        )
+        return self.done
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the forward passes."""
+        return DTYPES[self.settings.mixed_precision]
+
+    @property
+    def _mixed(self) -> bool:
+        return self.dtype != torch.float32
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Autocast of each forward pass, as in training."""
+        return torch.autocast("cpu", self.dtype, enabled=self._mixed)
+
+    def _choices(self) -> AbstractContextManager[None]:
+        return choosing_as_cuda() if self._mixed else nullcontext()
+
+    def _gradients_before(self) -> nn.Module:
+        """Gradients of the earlier batches of an optimizer step, if there are any."""
+        holder = nn.Module()
+        if self.settings.gradient_accumulation_steps > 1:
+            for index, parameter in enumerate(self.trained):
+                parameter.grad = torch.zeros_like(parameter)
+                holder.register_buffer(str(index), parameter.grad)
+        return holder
+
+
+def empty_pairs(
+    model: VideoModel, prompt: Mapping[str, tuple[int, ...]], count: int, dtype: torch.dtype
+) -> tuple[PairBatch, Tensor, Tensor]:
+    """Empty pairs, noise and timesteps in the shapes of a training step.
+
+    Args:
+        model: Gives the latent shape and the device.
+        prompt: Shapes of an encoded prompt.
+        count: Number of pairs.
+        dtype: Precision of the encoded prompts.
+    """
+    size, device = (count, *model.latent_shape), model.device
+    batch = PairBatch(
+        first=torch.zeros(size),
+        second=torch.zeros(size),
+        preference=torch.ones(count, size[2]),
+        region=torch.ones(count, 1, *size[2:]),
+        strength=torch.ones(count),
+        context={name: torch.zeros(count, *each, dtype=dtype) for name, each in prompt.items()},
+        keys=[""] * count,
+    )
+    return batch.to(device), torch.zeros(size, device=device), torch.ones(count, device=device)
+
+
+class _PassValueChecks(TorchFunctionMode):
+    """Makes `torch.equal` true: tensors without memory have no values to compare."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return True if func is torch.equal else func(*args, **(kwargs or {}))
+
+
+def give_tensors(network: nn.Module, device: torch.device) -> None:
+    """Replace a network's meta tensors by empty tensors on a device.
+
+    Under `FakeTensorMode` these have a device and no memory.
+    """
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def _bytes(network: nn.Module) -> int:
+    return _allocated((*network.parameters(), *network.buffers()))
+
+
+def _allocated(tensors: Iterable[Tensor]) -> int:
+    """Bytes rounded up to the allocator's blocks."""
+    return sum(BLOCK * math.ceil(tensor.nbytes / BLOCK) for tensor in tensors)
+
+
+def _discard(result: object) -> None:
+    """Drop a result, so that its tensors are freed within the trace."""
