@@ -163,7 +163,7 @@ class VideoModel(ABC):
         guidance is kept.
         """
 
-    def publication(self) -> ExportSpec | None:
+    def export_spec(self) -> ExportSpec | None:
         """Names of its parts in diffusers and ComfyUI; None if neither runs the model."""
         return None
 

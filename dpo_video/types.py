@@ -204,7 +204,7 @@ class LoraNames:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSpec:
-    """How diffusers and ComfyUI call a model's parts, for an adapter that loads there."""
+    """Names of a model's parts in diffusers and ComfyUI, for exported adapters."""
 
     pipeline: str
     """The class of diffusers that runs the model."""
@@ -215,16 +215,16 @@ class ExportSpec:
     """diffusers' networks that the denoiser is made of, by the pipeline's names. Where there are
     several, the names of the denoiser's modules begin with these."""
     scheduler: Any
-    """What samples, as of diffusers."""
+    """Scheduler, a class of diffusers."""
     index: Mapping[str, Any]
-    """What model_index.json says: a part's name to its library and class, and the pipeline's
+    """Contents of model_index.json: a part's name to its library and class, and the pipeline's
     options."""
     folder: Callable[[str], Path]
-    """Where the files of a part of `index` are."""
+    """Folder of a part of `index`."""
     comfy: Callable[[str], LoraNames | None]
-    """A network's module to the names of its update in ComfyUI; None where it has none."""
-    comfy_place: str
-    """Where such files go in ComfyUI, and the node that loads them."""
+    """Module of a network to the names of its update in ComfyUI; None if it has none."""
+    comfy_usage: str
+    """The folder for such files in ComfyUI, and the node that loads them, as a sentence."""
     arguments: Mapping[str, str] = field(default_factory=dict)
     """Further arguments of the pipeline's `from_pretrained`, as Python, with {source} for the
     checkpoint. What has no {source} comes from elsewhere; a merged checkpoint holds it itself."""

@@ -306,7 +306,7 @@ class AnimateDiffModel(DDIMModel):
         """The attention projections of the motion modules, and nothing else."""
         return [name for name, _ in self.denoiser.named_modules() if _ATTENTION.match(name)]
 
-    def publication(self) -> ExportSpec:
+    def export_spec(self) -> ExportSpec:
         """As diffusers' AnimateDiffPipeline and ComfyUI's AnimateDiff-Evolved call it."""
         arguments = {}
         if (adapter := self._motion_adapter) is not None:
@@ -323,7 +323,7 @@ class AnimateDiffModel(DDIMModel):
             index=_INDEX,
             folder=self._checkpoint.folder,
             comfy=comfy_names,
-            comfy_place="For AnimateDiff-Evolved in ComfyUI: put the .safetensors file into "
+            comfy_usage="For AnimateDiff-Evolved in ComfyUI: put the .safetensors file into "
             "`models/animatediff_motion_lora` and choose it in the node Load AnimateDiff LoRA.",
             arguments=arguments,
         )

@@ -355,7 +355,7 @@ class CogVideoXModel(DDIMModel):
         """The projections of every block's attention, as in LocalDPO's table."""
         return [name for name, _ in self.denoiser.named_modules() if _ATTENTION.fullmatch(name)]
 
-    def publication(self) -> ExportSpec:
+    def export_spec(self) -> ExportSpec:
         """As diffusers' CogVideoXPipeline and ComfyUI call it."""
         call: dict[str, Any] = {"use_dynamic_cfg": True} if self._dynamic else {}
         if (length := self._config["max_text_seq_length"]) != _PIPELINE_TEXT_LENGTH:
@@ -369,7 +369,7 @@ class CogVideoXModel(DDIMModel):
             index=self._checkpoint.config(file="model_index.json"),
             folder=self._checkpoint.folder,
             comfy=comfy_names,
-            comfy_place="For ComfyUI's own CogVideoX: put the .safetensors file into "
+            comfy_usage="For ComfyUI's own CogVideoX: put the .safetensors file into "
             "`models/loras` and choose it in the node LoraLoaderModelOnly. "
             "ComfyUI-CogVideoXWrapper reads what `--format diffusers` writes instead.",
             call=call,

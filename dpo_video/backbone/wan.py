@@ -487,7 +487,7 @@ class WanModel(VideoModel):
         """Free VAE and text encoder; the encoded negative prompt stays."""
         free(self._vae, self._text)
 
-    def publication(self) -> ExportSpec:
+    def export_spec(self) -> ExportSpec:
         """As diffusers' WanPipeline and ComfyUI call it."""
         options, networks = self._options, {"transformer": self.denoiser}
         if isinstance(self.denoiser, Experts):
@@ -507,7 +507,7 @@ class WanModel(VideoModel):
             index=self._checkpoint.config(file="model_index.json"),
             folder=self._checkpoint.folder,
             comfy=comfy_names,
-            comfy_place="For Wan in ComfyUI: put the .safetensors file into `models/loras` and "
+            comfy_usage="For Wan in ComfyUI: put the .safetensors file into `models/loras` and "
             "choose it in the node LoraLoaderModelOnly.",
             arguments={} if self.dtype is torch.float32 else {"vae": vae},
             call={key: value for key, value in call.items() if value is not None},

@@ -90,27 +90,27 @@ def export(
     from dpo_video.workflows.session import load_model, pick_device
 
     folder = checkpoint_at(run, checkpoint)
-    story = _story(run, config, folder.name)
-    place = out or run / "export" / f"{target.value}-{story.step}"
+    summary = _summary(run, config, folder.name)
+    place = out or run / "export" / f"{target.value}-{summary.step}"
     if place.exists():
         raise RunError(f"'{place}' exists already. Delete it, or name another folder with --out.")
     where = pick_device(config.run.device)
     model = load_model(config, where)
 
-    def card(publication: ExportSpec, check: Check) -> str:
+    def card(spec: ExportSpec, check: Check) -> str:
         script = ""
         if target is not Target.comfyui:
             script = loading_script(
                 model,
-                publication,
+                spec,
                 format=target.value,
                 folder=place,
                 adapted=check.adapted,
                 prompt=config.backbone.prompts(1)[0],
             )
         return model_card(
-            story,
-            publication,
+            summary,
+            spec,
             format=target.value,
             script=script,
             change=check.change,
@@ -128,7 +128,7 @@ def export(
         folder / "adapter",
         Format(target.value),
         place,
-        name=story.name,
+        name=summary.name,
         card=card,
         reload=reload,
         dtype=dtypes[dtype.value] if dtype else None,
@@ -145,7 +145,7 @@ def export(
     console.print(f"How to load it: [bold]{place / 'README.md'}[/]")
 
 
-def _story(run: Path, config: Config, checkpoint: str) -> RunSummary:
+def _summary(run: Path, config: Config, checkpoint: str) -> RunSummary:
     from dpo_video.evaluation.results import Evaluation
     from dpo_video.exporting.model_card import RunSummary
     from dpo_video.training.diagnosis import judge_training

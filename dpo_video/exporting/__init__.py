@@ -1,1 +1,1 @@
-"""LoRA files that other programs load, and model cards."""
+"""LoRA files that other programs load, and their model cards."""

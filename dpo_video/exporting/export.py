@@ -1,7 +1,7 @@
-"""A run's adapter in the files that other programs load.
+"""Write a run's adapter in the files that other programs load.
 
-Everything is written to a folder of another name, loaded back from there as those programs do it,
-and compared with the run's own adapted denoiser by what it predicts. Only then it gets its name.
+The export is written to a temporary folder, loaded back as those programs do, and its predictions
+are compared with those of the run's own adapted denoiser. Only then is the folder renamed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from dpo_video.diffusion.pretrained import weight_files
 from dpo_video.errors import ExportError, RunError, UserError
 from dpo_video.exporting.lora_formats import (
-    Comfy,
-    Diffusers,
+    ComfyFormat,
+    DiffusersFormat,
     LoraDelta,
     LoraFormat,
-    Peft,
+    PeftFormat,
     precision,
     read_delta,
     remove_adapter,
@@ -39,20 +39,20 @@ from dpo_video.training.checkpoint import load_adapter
 from dpo_video.types import Context, ExportSpec, Latents
 
 LAYER_TOLERANCE = 4.0
-"""Rounding errors of the stored precision by which a layer's update may be off."""
-SHARE_TOLERANCE = 0.02
-"""Share of what the adapter changes in a prediction by which the exported one may be off."""
+"""Largest error of a layer's update, in rounding errors of the stored precision."""
+CHANGE_TOLERANCE = 0.02
+"""Largest error of a prediction, as a fraction of the change that the adapter makes."""
 NOISE_TOLERANCE = 32.0
-"""Rounding errors of the denoiser's precision by which a prediction may be off besides: the same
-numbers, added in another order."""
-_SUMS = 1e-5  # what the order of a sum in fp32 makes
-_LEVELS = 16  # drawn; the highest and the lowest are tried, so that every expert is
-_INPUTS = 8  # vectors that a layer's update is tried on
-_DESCRIBING = {".json", ".txt", ".model"}
+"""Further error of a prediction, in rounding errors of the denoiser's precision: the exported
+network adds the same numbers in another order."""
+_SUMS = 1e-5  # relative error from the order of a sum in fp32
+_TIMESTEPS = 16  # drawn; the highest and lowest are compared, so that every expert is
+_INPUTS = 8  # random vectors that a layer's update is compared on
+_CONFIG_SUFFIXES = {".json", ".txt", ".model"}
 
 
 class Format(StrEnum):
-    """Who is to load it."""
+    """Program that loads the export."""
 
     DIFFUSERS = "diffusers"
     PEFT = "peft"
@@ -62,14 +62,14 @@ class Format(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """How what was loaded back compares with the run's own adapted denoiser."""
+    """Comparison of the reloaded export with the run's own adapted denoiser."""
 
     change: float
-    """What the adapter changes in the denoiser's predictions, relative to them."""
+    """Relative change of the denoiser's predictions by the adapter."""
     difference: float
-    """How far the exported one's predictions are off, relative to them."""
+    """Relative difference between the predictions of export and run."""
     adapted: tuple[str, ...]
-    """The networks that the adapter is on, by the pipeline's names."""
+    """Names, in the pipeline, of the networks that have the adapter."""
 
 
 def export(
@@ -83,41 +83,41 @@ def export(
     reload: Callable[[Path], VideoModel],
     dtype: torch.dtype | None = None,
 ) -> Check:
-    """Write an adapter, load it back, compare it, and only then call its folder `out`.
+    """Write an adapter, load it back, compare it, and then rename its folder to `out`.
 
     Args:
-        model: The base; not to be used afterwards.
+        model: The base model; it must not be used afterwards.
         adapter: A folder in PEFT's format.
-        format: Who is to load it.
+        format: The program that loads the export.
         out: The new folder.
-        name: What ComfyUI will list it as.
-        card: Writes README.md, told how the comparison came out.
+        name: Name of the file in ComfyUI's list.
+        card: Returns the text of README.md for the result of the comparison.
         reload: Loads the same backbone from another folder, for merged checkpoints.
-        dtype: Of the stored weights; their own if None.
+        dtype: Precision of the stored weights; None keeps their own.
 
     Raises:
-        ExportError: if the adapter is not finite, or what was written does not load back or
-            predicts something else; nothing of it is left.
-        RunError: if `out` exists, the adapter does not fit, or nobody else runs such models.
+        ExportError: if the adapter is not finite, or the export does not load back or predicts
+            something else; nothing is left on disk.
+        RunError: if `out` exists, the adapter does not fit, or no other program runs the model.
     """
     if out.exists():
         raise RunError(f"'{out}' exists already. Delete it, or name another folder with --out.")
-    publication = model.publication()
-    if publication is None:
+    spec = model.export_spec()
+    if spec is None:
         raise RunError(
-            "No other program runs models of this backbone. In PEFT's format its adapter is "
-            f"'{adapter}' already."
+            "No other program runs models of this backbone. The adapter is already in PEFT's "
+            f"format: '{adapter}'."
         )
     probe = _Probe.of(model)
     bare = probe.predict(model)
     policy = _adapted(model, adapter)
-    wanted = probe.predict(model)
-    if not wanted.isfinite().all():
+    expected = probe.predict(model)
+    if not expected.isfinite().all():
         raise ExportError(
-            f"What '{adapter}' predicts is not finite: its training has diverged. Export an "
-            "earlier checkpoint (--checkpoint N)."
+            f"The predictions with '{adapter}' are not finite: its training has diverged. Export "
+            "an earlier checkpoint (--checkpoint N)."
         )
-    adapted = [name for name, network in publication.networks.items() if read_delta(network)]
+    adapted = [name for name, network in spec.networks.items() if read_delta(network)]
     epsilon = _epsilon(model.denoiser, dtype, format)
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -125,17 +125,17 @@ def export(
         with writing(out):
             partial.mkdir(parents=True)
             if format is Format.MERGED:
-                _write_merged(policy, publication, partial, dtype)
-                for network in publication.networks.values():
-                    network.to("meta")  # its memory is needed, and it is on the disk
+                _write_merged(policy, spec, partial, dtype)
+                for network in spec.networks.values():
+                    network.to("meta")  # frees its memory; it is on disk
                 found = probe.predict(_reloaded(reload, partial))
             else:
-                updates = _take_off(publication)
-                layout = _layout(format, policy, name)
-                layout.write(partial, publication, updates, dtype)
-                found = _predict_loaded(model, probe, layout, partial, publication, updates, dtype)
-            check = _compare(bare, wanted, found, adapted, epsilon)
-            write_text(partial / "README.md", card(publication, check))
+                updates = _detach_updates(spec)
+                lora_format = _lora_format(format, policy, name)
+                lora_format.write(partial, spec, updates, dtype)
+                found = _predict_loaded(model, probe, lora_format, partial, spec, updates, dtype)
+            check = _compare(bare, expected, found, adapted, epsilon)
+            write_text(partial / "README.md", card(spec, check))
             partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -145,7 +145,7 @@ def export(
 @final
 @dataclass(frozen=True, kw_only=True)
 class _Probe:
-    """What denoisers are compared on."""
+    """Inputs on which denoisers are compared."""
 
     noisy: Latents
     timesteps: Tensor
@@ -154,7 +154,7 @@ class _Probe:
     @classmethod
     def of(cls, model: VideoModel) -> Self:
         draw = generator("export")
-        timesteps = model.sample_timesteps(_LEVELS, draw)
+        timesteps = model.sample_timesteps(_TIMESTEPS, draw)
         context = model.encode_prompts(["a cinematic shot of an old lighthouse at dusk"])
         model.release()
         return cls(
@@ -165,7 +165,7 @@ class _Probe:
 
     @torch.no_grad()
     def predict(self, model: VideoModel) -> Tensor:
-        """The predictions at both levels, in fp32 on the CPU."""
+        """The predictions at both timesteps, in fp32 on the CPU."""
         noisy, timesteps = self.noisy.to(model.device), self.timesteps.to(model.device)
         context = {name: value.to(model.device) for name, value in self.context.items()}
         predictions = [
@@ -179,105 +179,104 @@ def _adapted(model: VideoModel, adapter: Path) -> PeftModel:
     return load_adapter(model.denoiser, adapter, instead).eval()
 
 
-def _take_off(publication: ExportSpec) -> dict[str, LoraDelta]:
-    """The updates of every network that has some, which is bare afterwards."""
+def _detach_updates(spec: ExportSpec) -> dict[str, LoraDelta]:
+    """Read the updates of every adapted network and remove the adapter from it."""
     found = {}
-    for name, network in publication.networks.items():
+    for name, network in spec.networks.items():
         if updates := read_delta(network):
             found[name] = updates
         remove_adapter(network)
     return found
 
 
-def _layout(format: Format, policy: PeftModel, name: str) -> LoraFormat:
+def _lora_format(format: Format, policy: PeftModel, name: str) -> LoraFormat:
     if format is Format.DIFFUSERS:
-        return Diffusers()
+        return DiffusersFormat()
     if format is Format.PEFT:
-        return Peft(policy.peft_config[policy.active_adapter])
-    return Comfy(name)
+        return PeftFormat(policy.peft_config[policy.active_adapter])
+    return ComfyFormat(name)
 
 
 def _predict_loaded(
     model: VideoModel,
     probe: _Probe,
-    layout: LoraFormat,
+    lora_format: LoraFormat,
     folder: Path,
-    publication: ExportSpec,
+    spec: ExportSpec,
     updates: Mapping[str, LoraDelta],
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Load what was written back, compare it layer by layer, and predict with it."""
+    """Load the export back, compare it layer by layer, and predict with it."""
     try:
-        with layout.loaded(folder, publication, list(updates)):
+        with lora_format.loaded(folder, spec, list(updates)):
             for name, layers in updates.items():
-                _compare_layers(layers, read_delta(publication.networks[name]), dtype)
+                _compare_layers(layers, read_delta(spec.networks[name]), dtype)
             return probe.predict(model)
     except (RuntimeError, ValueError, LookupError, OSError, SafetensorError) as error:
         raise _does_not_load(error) from error
 
 
-def _compare_layers(wanted: LoraDelta, found: LoraDelta, dtype: torch.dtype | None) -> None:
-    """By what each layer's output gains: exact where the prediction of a whole network is not."""
-    if strays := sorted(wanted.keys() ^ found.keys()):
+def _compare_layers(expected: LoraDelta, found: LoraDelta, dtype: torch.dtype | None) -> None:
+    """Compare the change of each layer's output, which is more exact than a whole prediction."""
+    if different := sorted(expected.keys() ^ found.keys()):
         raise ExportError(
-            f"Loaded back, the export has other layers than the run ({len(strays)} in all, "
-            f"'{strays[0]}' first). {_NEXT}"
+            f"The reloaded export adapts other layers than the run ({len(different)} differ, "
+            f"'{different[0]}' first). {_NEXT}"
         )
     draw = generator("export", "layers")
-    for name, update in wanted.items():
+    for name, update in expected.items():
         inputs = torch.randn(_INPUTS, update.down.shape[1], generator=draw)
-        right, got = update.applied(inputs), found[name].applied(inputs)
-        off = _relative(got - right, right)
-        # Readers may widen what they read, and may narrow it to the network's own precision.
+        output = update.applied(inputs)
+        error = _relative(found[name].applied(inputs) - output, output)
+        # A reader may widen the weights, or narrow them to the network's own precision.
         kinds = {found[name].down.dtype, dtype or torch.float32}
         epsilon = max(torch.finfo(kind).eps for kind in kinds)
-        if not off <= LAYER_TOLERANCE * epsilon + _SUMS:
+        if not error <= LAYER_TOLERANCE * epsilon + _SUMS:
             raise ExportError(
-                f"Loaded back, the update of '{name}' is off by {off:.1%}. Its numbers may be too "
-                "small for the precision that they are stored in: export with --dtype fp32, or "
-                "report this."
+                f"The reloaded update of '{name}' differs by {error:.1%}. Its numbers may be too "
+                "small for the stored precision: export with --dtype fp32, or report this."
             )
 
 
 def _write_merged(
-    policy: PeftModel, publication: ExportSpec, folder: Path, dtype: torch.dtype | None
+    policy: PeftModel, spec: ExportSpec, folder: Path, dtype: torch.dtype | None
 ) -> None:
-    """A checkpoint in diffusers' layout: the networks merged, the other parts as they were."""
-    for network in publication.networks.values():
-        network.to("cpu")  # whole: of two experts one may wait there, without its adapter
+    """Write a diffusers checkpoint: merged networks, and the other parts unchanged."""
+    for network in spec.networks.values():
+        network.to("cpu")  # the base of an idle expert may be there already, its adapter not
         if dtype is torch.float32:
             _cast(network, dtype)  # before merging, so that the sum is not rounded
     policy.merge_and_unload(safe_merge=True)
-    for name, network in publication.networks.items():
+    for name, network in spec.networks.items():
         if hasattr(network, "peft_config"):
             del network.peft_config
         if dtype is not None:
             _cast(network, dtype)
         network.save_pretrained(folder / name)
-    publication.scheduler.save_pretrained(folder / "scheduler")
-    written = {*publication.networks, "scheduler"}
-    for name, kind in publication.index.items():
+    spec.scheduler.save_pretrained(folder / "scheduler")
+    written = {*spec.networks, "scheduler"}
+    for name, kind in spec.index.items():
         if isinstance(kind, (list, tuple)) and any(kind) and name not in written:
-            _copy_part(publication.folder(name), folder / name)
-    library = {"_class_name": publication.pipeline, "_diffusers_version": diffusers.__version__}
-    index = {**publication.index, **library}
+            _copy_part(spec.folder(name), folder / name)
+    library = {"_class_name": spec.pipeline, "_diffusers_version": diffusers.__version__}
+    index = {**spec.index, **library}
     write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """As `from_pretrained(torch_dtype=...)` does: some modules are kept in fp32."""
+    """Cast as `from_pretrained(torch_dtype=...)` does: some modules stay in fp32."""
     kept = getattr(network, "_keep_in_fp32_modules", None) or ()
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
             tensor.data = tensor.data.to(dtype)
 
 
-def _copy_part(source: Path, place: Path) -> None:
-    place.mkdir()
+def _copy_part(source: Path, target: Path) -> None:
+    target.mkdir()
     weights = set(weight_files(source))
     for path in source.iterdir():
-        if path in weights or path.suffix in _DESCRIBING:
-            shutil.copyfile(path, place / path.name)
+        if path in weights or path.suffix in _CONFIG_SUFFIXES:
+            shutil.copyfile(path, target / path.name)
 
 
 def _reloaded(reload: Callable[[Path], VideoModel], folder: Path) -> VideoModel:
@@ -288,25 +287,25 @@ def _reloaded(reload: Callable[[Path], VideoModel], folder: Path) -> VideoModel:
 
 
 def _epsilon(denoiser: nn.Module, dtype: torch.dtype | None, format: Format) -> float:
-    """The rounding error of what predicts: of the denoiser, and of merged weights once stored."""
+    """Rounding error of the denoiser, and of merged weights in their stored precision."""
     own = precision(denoiser)
     kinds = {own, dtype or own} if format is Format.MERGED else {own}
     return max(torch.finfo(kind).eps for kind in kinds)
 
 
 def _compare(
-    bare: Tensor, wanted: Tensor, found: Tensor, adapted: Sequence[str], epsilon: float
+    bare: Tensor, expected: Tensor, found: Tensor, adapted: Sequence[str], epsilon: float
 ) -> Check:
     check = Check(
-        change=_relative(wanted - bare, wanted),
-        difference=_relative(found - wanted, wanted),
+        change=_relative(expected - bare, expected),
+        difference=_relative(found - expected, expected),
         adapted=tuple(adapted),
     )
-    allowed = SHARE_TOLERANCE * check.change + NOISE_TOLERANCE * epsilon
-    if not check.difference <= allowed:  # nor if it is not a number
+    allowed = CHANGE_TOLERANCE * check.change + NOISE_TOLERANCE * epsilon
+    if not check.difference <= allowed:  # also true for nan
         raise ExportError(
-            f"Loaded back, the export predicts something else than the run: off by "
-            f"{check.difference:.2g} of the prediction, of which the adapter changes "
+            f"The reloaded export predicts something else than the run: the predictions differ by "
+            f"{check.difference:.2g} of their size; the adapter changes them by "
             f"{check.change:.2g}. {_NEXT}"
         )
     return check
@@ -319,7 +318,7 @@ def _relative(difference: Tensor, to: Tensor) -> float:
 
 def _does_not_load(error: Exception) -> ExportError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ExportError(f"What was written does not load back ({reason}). {_NEXT}")
+    return ExportError(f"The export does not load back ({reason}). {_NEXT}")
 
 
 _NEXT = (

@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how it is loaded, how it was trained, what it does."""
+"""The model card of an export: its use, its training and its evaluation."""
 
 from __future__ import annotations
 
@@ -26,49 +26,49 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What is known of a run."""
+    """What a model card tells about a run."""
 
     name: str
     tables: Mapping[str, Any]
-    """Of its run.toml."""
+    """Contents of run.toml."""
     versions: Mapping[str, str]
     pairs: str
-    """How many there were and what they were made of, in words."""
+    """Number and kind of the training pairs, in words."""
     checkpoint: str
-    """The checkpoint's name."""
+    """Name of the checkpoint."""
     step: int
-    """How many steps it had then."""
+    """Optimizer steps of the checkpoint."""
     verdict: TrainingVerdict | None
     evaluation: Evaluation | None
 
 
 def model_card(
-    story: RunSummary,
-    publication: ExportSpec,
+    summary: RunSummary,
+    spec: ExportSpec,
     *,
     format: str,
     script: str,
     change: float,
     difference: float,
 ) -> str:
-    """README.md, in Markdown with the hub's header.
+    """Render README.md: Markdown with the metadata header of the Hugging Face hub.
 
     Args:
-        story: What is known of the run.
-        publication: How the model is called outside.
+        summary: The run.
+        spec: Names of the model's parts in other programs.
         format: One of `dpo_video.exporting.export.Format`.
-        script: The Python that loads it; empty for ComfyUI.
-        change: What the adapter changes in predictions, relative to them.
-        difference: How far the exported one's predictions were off, relative to them.
+        script: Python that loads the export; empty for ComfyUI.
+        change: Relative change of the predictions by the adapter.
+        difference: Relative difference between the predictions of export and run.
     """
     merged = format == "merged"
-    base = publication.source if _on_hub(publication) else None
+    base = spec.source if _on_hub(spec) else None
     environment = Environment(
         loader=PackageLoader("dpo_video.exporting"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        autoescape=False,  # Markdown, and _cell keeps its tables whole
+        autoescape=False,  # Markdown; _cell escapes table cells
         keep_trailing_newline=True,
     )
     return environment.get_template("model_card.md.j2").render(
@@ -76,59 +76,59 @@ def model_card(
         base=f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint",
         merged=merged,
         library="peft" if format == "peft" else "diffusers",
-        name=story.name,
+        name=summary.name,
         what="A fine-tuned checkpoint" if merged else "A LoRA adapter",
-        use=_use(publication, format),
+        use=_use(spec, format),
         script=script,
-        settings=[(key, _cell(value)) for key, value in _settings(story, publication)],
-        verdict=story.verdict,
-        evaluation=story.evaluation,
-        scores=_scores(story.evaluation) if story.evaluation else [],
-        measured=_measured(story),
+        settings=[(key, _cell(value)) for key, value in _settings(summary, spec)],
+        verdict=summary.verdict,
+        evaluation=summary.evaluation,
+        scores=_scores(summary.evaluation) if summary.evaluation else [],
+        measured=_measured(summary),
         change=f"{change:.2g}",
         difference=f"{difference:.2g}",
         licence=_licence(base),
-        toml=tomli_w.dumps(_without_paths(story.tables)).strip(),
+        toml=tomli_w.dumps(_without_paths(summary.tables)).strip(),
     )
 
 
 def loading_script(
     model: VideoModel,
-    publication: ExportSpec,
+    spec: ExportSpec,
     *,
     format: str,
     folder: Path,
     adapted: Sequence[str],
     prompt: str,
 ) -> str:
-    """Python that makes the stock pipeline, loads the export into it, and draws a video.
+    """Write Python that builds the stock pipeline, loads the export and generates a video.
 
     Args:
-        model: For its shape and sampling.
-        publication: How it is called outside.
+        model: Gives the size of the video and the sampling options.
+        spec: Names of the model's parts in diffusers.
         format: "diffusers", "peft" or "merged".
-        folder: The export's.
-        adapted: The networks that the adapter is on, by the pipeline's names.
-        prompt: What the video is to show.
+        folder: Folder of the export.
+        adapted: Names, in the pipeline, of the networks that have the adapter.
+        prompt: Prompt of the video.
     """
     merged = format == "merged"
-    source = _quoted(folder if merged else publication.source)
-    if publication.revision and not merged:
-        source += f", revision={_quoted(publication.revision)}"
-    arguments, classes = [source], {publication.pipeline}
-    for key, value in publication.arguments.items():
+    source = _quoted(folder if merged else spec.source)
+    if spec.revision and not merged:
+        source += f", revision={_quoted(spec.revision)}"
+    arguments, classes = [source], {spec.pipeline}
+    for key, value in spec.arguments.items():
         if not merged or "{source}" in value:
             arguments.append(f"{key}={value.replace('{source}', source)}")
             classes |= set(re.findall(r"(\w+)\.from_pretrained", value))
     dtype = precision(model.denoiser)
     if dtype is not torch.float32:
         arguments.append(f"torch_dtype={dtype}")
-    lines = [f"pipe = {publication.pipeline}.from_pretrained({', '.join(arguments)})"]
-    if not merged and (scheduler := _scheduler_line(publication)):
+    lines = [f"pipe = {spec.pipeline}.from_pretrained({', '.join(arguments)})"]
+    if not merged and (scheduler := _scheduler_line(spec)):
         lines.append(f"pipe.scheduler = {scheduler}")
-        classes.add(type(publication.scheduler).__name__)
+        classes.add(type(spec.scheduler).__name__)
     for name in () if merged else adapted:
-        lines.append(_loading_line(publication, format, folder, name))
+        lines.append(_loading_line(spec, format, folder, name))
     if model.device.type != "cpu":
         lines.append(f"pipe.to({_quoted(model.device.type)})")
     shape = model.shape
@@ -138,11 +138,11 @@ def loading_script(
         "width": shape.width,
         "num_inference_steps": model.sampling.num_inference_steps,
         "guidance_scale": model.sampling.guidance_scale,
-        **publication.call,
+        **spec.call,
     }
-    said = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    options = ", ".join(f"{key}={value!r}" for key, value in call.items())
     lines.append(
-        f"video = pipe({_quoted(prompt)}, {said}, generator=torch.Generator().manual_seed(0))"
+        f"video = pipe({_quoted(prompt)}, {options}, generator=torch.Generator().manual_seed(0))"
         ".frames[0]"
     )
     heads = ["import torch", f"from diffusers import {', '.join(sorted(classes))}"]
@@ -151,18 +151,18 @@ def loading_script(
     return "\n".join([*heads, *lines])
 
 
-def _loading_line(publication: ExportSpec, format: str, folder: Path, name: str) -> str:
-    place = _quoted(folder / subfolder(publication, name))
+def _loading_line(spec: ExportSpec, format: str, folder: Path, name: str) -> str:
+    path = _quoted(folder / subfolder(spec, name))
     if format == "peft":
-        return f"pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {place})"
-    options = "".join(f", {key}={value}" for key, value in load_options(publication, name).items())
-    return f'pipe.load_lora_weights({place}, weight_name="{DIFFUSERS_FILE}"{options})'
+        return f"pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {path})"
+    options = "".join(f", {key}={value}" for key, value in load_options(spec, name).items())
+    return f'pipe.load_lora_weights({path}, weight_name="{DIFFUSERS_FILE}"{options})'
 
 
-def _scheduler_line(publication: ExportSpec) -> str:
-    """What makes the checkpoint's scheduler the run's; empty if it is already."""
-    ours = publication.scheduler
-    text = (publication.folder("scheduler") / "scheduler_config.json").read_text(encoding="utf-8")
+def _scheduler_line(spec: ExportSpec) -> str:
+    """Expression for the run's scheduler; empty if the checkpoint has the same one."""
+    ours = spec.scheduler
+    text = (spec.folder("scheduler") / "scheduler_config.json").read_text(encoding="utf-8")
     config = json.loads(text)
     theirs = getattr(diffusers, config["_class_name"]).from_config(config)
     plain = type(ours).from_config(theirs.config).config
@@ -173,26 +173,26 @@ def _scheduler_line(publication: ExportSpec) -> str:
     }
     if type(ours) is type(theirs) and not changed:
         return ""
-    said = "".join(f", {key}={value!r}" for key, value in changed.items())
-    return f"{type(ours).__name__}.from_config(pipe.scheduler.config{said})"
+    options = "".join(f", {key}={value!r}" for key, value in changed.items())
+    return f"{type(ours).__name__}.from_config(pipe.scheduler.config{options})"
 
 
-def _use(publication: ExportSpec, format: str) -> str:
+def _use(spec: ExportSpec, format: str) -> str:
     if format == "comfyui":
-        text = publication.comfy_place
-        if len(publication.networks) > 1:
-            first, second = publication.networks
+        text = spec.comfy_usage
+        if len(spec.networks) > 1:
+            first, second = spec.networks
             text += (
-                f" The file ending in `-{first}` belongs to the high-noise model, that in "
-                f"`-{second}` to the low-noise one."
+                f" The file ending in `-{first}` is for the high-noise model, the file ending in "
+                f"`-{second}` for the low-noise model."
             )
         return text
     return (
-        f"In diffusers' `{publication.pipeline}`"
+        f"Load it into diffusers' `{spec.pipeline}`"
         + {
             "diffusers": ":",
-            "peft": ", through PEFT:",
-            "merged": ", and in dpo-video by `--set backbone.model=FOLDER`:",
+            "peft": " by PEFT:",
+            "merged": ", or in dpo-video by `--set backbone.model=FOLDER`:",
         }[format]
     )
 
@@ -201,38 +201,36 @@ def _quoted(text: str | Path) -> str:
     return json.dumps(str(text), ensure_ascii=False)
 
 
-def _on_hub(publication: ExportSpec) -> bool:
-    source = publication.source
+def _on_hub(spec: ExportSpec) -> bool:
+    source = spec.source
     return bool(_HUB_ID.fullmatch(source)) and not Path(source).is_dir()
 
 
-def _settings(story: RunSummary, publication: ExportSpec) -> list[tuple[str, str]]:
-    tables = story.tables
+def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:
+    tables = summary.tables
     train, run = tables["train"], tables["run"]
-    base = publication.source if _on_hub(publication) else Path(publication.source).name
+    base = spec.source if _on_hub(spec) else Path(spec.source).name
     loss = {key: value for key, value in tables["loss"].items() if key != "name"}
-    per_step = train["batch"] * train["accumulation"]
+    per_step = train["batch_size"] * train["gradient_accumulation_steps"]
     return [
         ("backbone", tables["backbone"]["name"]),
-        ("base model", base + (f" at {publication.revision}" if publication.revision else "")),
-        *_packed(tables.get("memory", {}).get("base", "native")),
-        ("pairs", story.pairs),
-        ("labels", ", ".join(train.get("labels", ())) or "the pairs' own"),
+        ("base model", base + (f" at {spec.revision}" if spec.revision else "")),
+        *_quantization(tables.get("memory", {}).get("quantization", "native")),
+        ("pairs", summary.pairs),
+        ("labels", ", ".join(train.get("labels", ())) or "those stored with the pairs"),
         ("loss", f"{tables['loss']['name']} ({', '.join(f'{k} {v}' for k, v in loss.items())})"),
         ("reference", tables["reference"]["name"]),
         ("LoRA", f"rank {train['rank']}, alpha {train['alpha']:g}"),
-        ("learning rate", f"{train['lr']:g}"),
-        ("steps", f"{story.step} of {train['steps']}, of {per_step} pairs each"),
+        ("learning rate", f"{train['learning_rate']:g}"),
+        ("steps", f"{summary.step} of {train['steps']}, {per_step} pairs each"),
         ("seed", str(run["seed"])),
-        ("precision", train["precision"]),
-        ("versions", ", ".join(f"{name} {number}" for name, number in story.versions.items())),
+        ("precision", train["mixed_precision"]),
+        ("versions", ", ".join(f"{name} {number}" for name, number in summary.versions.items())),
     ]
 
 
-def _packed(base: str) -> list[tuple[str, str]]:
-    if base == "native":
-        return []
-    return [("trained on", f"the base's weights in {base}, not as they are published")]
+def _quantization(kind: str) -> list[tuple[str, str]]:
+    return [] if kind == "native" else [("quantization", f"base weights in {kind} during training")]
 
 
 def _scores(evaluation: Evaluation) -> list[dict[str, str]]:
@@ -254,29 +252,29 @@ def _scores(evaluation: Evaluation) -> list[dict[str, str]]:
     return rows
 
 
-def _measured(story: RunSummary) -> str:
-    """Which checkpoint was evaluated, if it is another one."""
-    if story.evaluation is None:
+def _measured(summary: RunSummary) -> str:
+    """Note on the evaluated checkpoint, if it is another one."""
+    if summary.evaluation is None:
         return ""
-    measured = story.evaluation.facts.get("Checkpoint", story.checkpoint)
-    return "" if measured == story.checkpoint else f"of another checkpoint, {measured}"
+    measured = summary.evaluation.facts.get("Checkpoint", summary.checkpoint)
+    return "" if measured == summary.checkpoint else f"measured on another checkpoint, {measured}"
 
 
 def _licence(base: str | None) -> str:
     if base is None:
         return (
-            "It was made of a local checkpoint, whose licence applies to it; put that licence's "
-            "name here before you publish it."
+            "It is derived from a local checkpoint, whose licence applies. Name that licence here "
+            "before you publish it."
         )
     return (
-        f"It was made of [{base}](https://huggingface.co/{base}), whose licence applies to it, "
-        "with what that says about use and about passing it on. So may the licence of the videos "
-        "that it was trained on."
+        f"It is derived from [{base}](https://huggingface.co/{base}), whose licence applies, "
+        "including its terms of use and redistribution. The licence of the training videos may "
+        "apply too."
     )
 
 
 def _without_paths(value: Any) -> Any:
-    """Settings with the last part of every path on somebody's disk only."""
+    """Settings in which every absolute path is reduced to its last part."""
     if isinstance(value, Mapping):
         return {key: _without_paths(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What is exported does in other programs what the run's own denoiser does here."""
+"""An export predicts in other programs what the run's own denoiser predicts."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from dpo_video.strategies import Sampling, VideoModel
 from dpo_video.types import ExportSpec, Placement
 
 PROMPT = "a red square moving left slowly"
-RANK, ALPHA = 2, 6.0  # not equal, so that a lost alpha shows
+RANK, ALPHA = 2, 6.0  # unequal, so that a lost alpha is noticed
 STEPS = 2
 
 
 def save_small_sd(folder: Path, small_folder: Path) -> Path:
-    """Stable Diffusion and a motion adapter, apart: how people come with AnimateDiff."""
+    """Stable Diffusion and a separate motion adapter, the usual form of AnimateDiff."""
     unet = UNetMotionModel.from_pretrained(small_folder / "unet")
     torch.manual_seed(0)
     spatial = UNet2DConditionModel(
@@ -76,7 +76,7 @@ def save_small_sd(folder: Path, small_folder: Path) -> Path:
         motion_max_seq_length=SHAPE.frames,
         use_motion_mid_block=False,
     )
-    for module in adapter.modules():  # its own init leaves the motion modules without effect
+    for module in adapter.modules():  # zero-initialised, they would have no effect
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.3)
     assert unet.config.motion_max_seq_length == SHAPE.frames
@@ -116,11 +116,11 @@ class Case:
         """Export, and the script of the card."""
         model = self.load()
 
-        def card(publication: ExportSpec, check: Check) -> str:
+        def card(spec: ExportSpec, check: Check) -> str:
             if format == "comfyui":
                 return ""
             return loading_script(
-                model, publication, format=format, folder=out, adapted=check.adapted, prompt=PROMPT
+                model, spec, format=format, folder=out, adapted=check.adapted, prompt=PROMPT
             )
 
         check = export(
@@ -170,16 +170,16 @@ def cases(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 def frames(model: VideoModel) -> Tensor:
-    """What `dpo-video generate` draws, `[frames, height, width, 3]` in [0, 1]."""
+    """The video of `dpo-video generate`, `[frames, height, width, 3]` in [0, 1]."""
     latents = model.sample(model.encode_prompts([PROMPT]), initial_noise(model, [0]))
     return model.decode_videos(latents)[0].permute(1, 2, 3, 0)
 
 
 def run_script(script: str, noise: Tensor) -> Tensor:
-    """The card's script with the noise of `generate` in the place of its generator."""
+    """Run the card's script with the noise of `generate` instead of its generator."""
     script, count = re.subn(
         r"generator=torch\.Generator\(\)\.manual_seed\(0\)",
-        'latents=noise, output_type="np"',  # pictures would be rounded
+        'latents=noise, output_type="np"',  # PIL images would be rounded
         script,
     )
     assert count == 1
@@ -195,7 +195,7 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-# --- the five lines of a newcomer --------------------------------------------------------------
+# --- the script of the model card --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
         *itertools.product(("cogvideox 1.5", "wan"), ("diffusers",)),
     ],
 )
-def test_the_cards_script_draws_what_generate_draws(
+def test_the_cards_script_generates_the_same_video_as_generate(
     cases: Callable[[str], Case], family: str, format: str, tmp_path: Path
 ) -> None:
     case = cases(family)
@@ -236,7 +236,7 @@ COMFY_COGVIDEOX = {
 
 
 def add_by_evolved(network: nn.Module, file: dict[str, Tensor]) -> None:
-    """As AnimateDiff-Evolved patches motion modules; their names as diffusers converts them."""
+    """Patch motion modules as AnimateDiff-Evolved does, with the names of diffusers."""
     weights = dict(network.named_parameters())
     for key in [key for key in file if "up." not in key]:
         name = key.replace("processor.", "").replace("_lora", "").replace("down.", "")
@@ -251,7 +251,7 @@ def add_by_evolved(network: nn.Module, file: dict[str, Tensor]) -> None:
 
 
 def add_by_comfy(network: nn.Module, file: dict[str, Tensor]) -> None:
-    """As ComfyUI patches its own CogVideoX: `lora_B @ lora_A`, and no alpha means no scale."""
+    """Patch CogVideoX as ComfyUI does: `lora_B @ lora_A`, without a scale if alpha is absent."""
     weights = dict(network.named_parameters())
     for key in [key for key in file if key.endswith(".lora_A.weight")]:
         stem = key.removesuffix(".lora_A.weight")
@@ -261,7 +261,7 @@ def add_by_comfy(network: nn.Module, file: dict[str, Tensor]) -> None:
 
 
 def add_by_diffusers(network: nn.Module, file: dict[str, Tensor]) -> None:
-    """diffusers reads ComfyUI's files for Wan, by a table of its own."""
+    """Load by diffusers, which converts ComfyUI's files for Wan with its own table."""
     state = diffusers.WanPipeline.lora_state_dict(dict(file))
     network.load_lora_adapter(state, prefix="transformer")
 
@@ -283,14 +283,14 @@ def predicted(model: VideoModel) -> Tensor:
 
 
 @pytest.mark.parametrize("family", READERS)
-def test_a_file_for_comfyui_means_the_same_to_somebody_elses_reader(
+def test_an_independent_reader_gets_the_same_update_from_a_comfyui_file(
     cases: Callable[[str], Case], family: str, tmp_path: Path
 ) -> None:
     case = cases(family)
     case.export("comfyui", tmp_path / "out")
     model = case.load()
-    publication = model.publication()
-    assert publication is not None
+    spec = model.export_spec()
+    assert spec is not None
     bare = predicted(model)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert [file.name for file in files] == (
@@ -298,14 +298,14 @@ def test_a_file_for_comfyui_means_the_same_to_somebody_elses_reader(
         if "a14b" in family
         else ["mine.safetensors"]
     )
-    for file, network in zip(files, publication.networks.values(), strict=True):
+    for file, network in zip(files, spec.networks.values(), strict=True):
         READERS[family](network, load_file(file))
     wanted, found = predicted(case.adapted()), predicted(model)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert (wanted - bare).abs().max() > 0.01
 
 
-# --- what is stored ----------------------------------------------------------------------------
+# --- stored weights ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_a_file_for_comfyui_means_the_same_to_somebody_elses_reader(
         ("merged", torch.float16),
     ],
 )
-def test_weights_are_stored_in_the_precision_asked_for(
+def test_weights_are_stored_in_the_requested_precision(
     cases: Callable[[str], Case], format: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     check, _ = cases("wan").export(format, tmp_path / "out", dtype=dtype)
@@ -325,7 +325,7 @@ def test_weights_are_stored_in_the_precision_asked_for(
     (file,) = folder.glob("*.safetensors")
     stored = {name: tensor.dtype for name, tensor in load_file(file).items()}
     kept = {name for name, kind in stored.items() if kind != dtype}
-    # What diffusers keeps in fp32 whatever it is asked for stays so.
+    # diffusers keeps some modules in fp32.
     assert all("norm" in name or "time_embedder" in name or "table" in name for name in kept)
     assert len(kept) < len(stored) and (format == "merged" or not kept)
     assert 0 < check.difference < 32 * torch.finfo(dtype).eps
@@ -364,10 +364,10 @@ def test_only_the_expert_that_was_trained_is_exported(
     assert script.count("load_lora_weights") == script.count("load_into_transformer_2=True") == 1
 
 
-# --- what must not pass ------------------------------------------------------------------------
+# --- refused exports ------------------------------------------------------------------------
 
 
-def left(folder: Path) -> list[str]:
+def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -377,7 +377,7 @@ def test_a_merged_checkpoint_that_is_another_model_is_refused(
     case = cases("wan")
     with pytest.raises(ExportError, match=r"predicts something else .* Nothing was exported"):
         case.export("merged", tmp_path / "out", reload=lambda folder: case.load())
-    assert left(tmp_path) == []
+    assert entries(tmp_path) == []
 
 
 def test_a_checkpoint_that_does_not_load_is_refused(
@@ -391,17 +391,15 @@ def test_a_checkpoint_that_does_not_load_is_refused(
 
     with pytest.raises(ExportError, match=r"does not load back .* Nothing was exported"):
         case.export("merged", tmp_path / "out", reload=reload)
-    assert left(tmp_path) == []
+    assert entries(tmp_path) == []
 
 
-def test_an_adapter_that_has_diverged_is_refused(
-    cases: Callable[[str], Case], tmp_path: Path
-) -> None:
+def test_a_diverged_adapter_is_refused(cases: Callable[[str], Case], tmp_path: Path) -> None:
     case = cases("wan")
     broken = random_adapter(case.load(), tmp_path / "adapter", scale=math.nan)
     with pytest.raises(ExportError, match=r"not finite: .* earlier checkpoint \(--checkpoint N\)"):
         replace(case, adapter=broken).export("diffusers", tmp_path / "out")
-    assert left(tmp_path) == ["adapter"]
+    assert entries(tmp_path) == ["adapter"]
 
 
 def test_numbers_too_small_for_their_precision_are_refused(
@@ -412,7 +410,7 @@ def test_numbers_too_small_for_their_precision_are_refused(
     case = replace(both, adapter=tiny)
     with pytest.raises(ExportError, match=r"update of 'blocks.0.* --dtype fp32"):
         case.export("comfyui", tmp_path / "out", dtype=torch.float16)
-    assert left(tmp_path) == ["adapter"]
+    assert entries(tmp_path) == ["adapter"]
     case.export("comfyui", tmp_path / "out", dtype=torch.bfloat16)
 
 
@@ -428,15 +426,17 @@ def test_an_adapter_that_changes_nothing_can_be_exported(
 def test_a_card_that_cannot_be_written_leaves_nothing(
     cases: Callable[[str], Case], tmp_path: Path
 ) -> None:
-    def card(publication: ExportSpec, check: Check) -> str:
+    def card(spec: ExportSpec, check: Check) -> str:
         raise KeyError("steps")
 
     with pytest.raises(KeyError):
         cases("wan").export("diffusers", tmp_path / "out", card=card)
-    assert left(tmp_path) == []
+    assert entries(tmp_path) == []
 
 
-def test_what_is_there_is_not_overwritten(cases: Callable[[str], Case], tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(RunError, match="exists already"):
         cases("wan").export("diffusers", tmp_path / "out")
@@ -448,16 +448,19 @@ def test_an_adapter_of_another_backbone_is_refused(
     case = replace(cases("wan"), adapter=cases("cogvideox").adapter)
     with pytest.raises(RunError, match="does not fit this backbone"):
         case.export("diffusers", tmp_path / "out")
-    assert left(tmp_path) == []
+    assert entries(tmp_path) == []
 
 
-def test_a_module_without_a_name_in_comfyui_is_said(
+def test_a_module_that_comfyui_lacks_is_an_error(
     cases: Callable[[str], Case], tmp_path: Path
 ) -> None:
     both = cases("wan")
     model = both.load()
     policy = get_peft_model(model.denoiser, LoraConfig(r=2, target_modules=["proj_out"]))
     policy.save_pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(ExportError, match=r"no name for 'proj_out'.* --format diffusers or merged"):
+    with pytest.raises(
+        ExportError,
+        match=r"adapted module 'proj_out'.* --format diffusers or merged",
+    ):
         replace(both, adapter=tmp_path / "adapter").export("comfyui", tmp_path / "out")
-    assert left(tmp_path) == ["adapter"]
+    assert entries(tmp_path) == ["adapter"]

@@ -1,4 +1,4 @@
-"""The model card's header, and what must not get into it."""
+"""The model card: its header, and what must stay out of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_video.types import ExportSpec
 from dpo_video.workflows import config
 
 TABLES = config.resolve(assignments=["run.clips=/home/somebody/films", "loss.beta=7"]).tables
-STORY = RunSummary(
+SUMMARY = RunSummary(
     name="mine",
     tables=TABLES,
     versions={"torch": "2.13"},
@@ -25,7 +25,7 @@ STORY = RunSummary(
     verdict=None,
     evaluation=None,
 )
-PUBLICATION = ExportSpec(
+SPEC = ExportSpec(
     pipeline="WanPipeline",
     source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     revision="abc123",
@@ -34,14 +34,14 @@ PUBLICATION = ExportSpec(
     index={},
     folder=lambda part: Path(part),
     comfy=lambda module: None,
-    comfy_place="Here.",
+    comfy_usage="Here.",
 )
 
 
 def card(**options: Any) -> str:
     given: dict[str, Any] = {"format": "diffusers", "script": "", "change": 0.5, "difference": 0.0}
-    publication = options.pop("publication", PUBLICATION)
-    return model_card(STORY, publication, **{**given, **options})
+    spec = options.pop("spec", SPEC)
+    return model_card(SUMMARY, spec, **{**given, **options})
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def card(**options: Any) -> str:
         ("merged", "diffusers", "finetune", "diffusers"),
     ],
 )
-def test_the_header_says_what_it_is_made_of(
+def test_the_header_names_the_base_model(
     format: str, library: str, relation: str, tag: str
 ) -> None:
     _, head, body = card(format=format).split("---\n", 2)
@@ -70,12 +70,12 @@ def test_the_header_says_what_it_is_made_of(
     assert "](https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B-Diffusers), whose licence" in body
 
 
-def test_a_folder_is_no_base_on_the_hub(tmp_path: Path) -> None:
-    text = card(publication=replace(PUBLICATION, source=str(tmp_path)))
+def test_a_local_folder_is_not_named_as_a_hub_model(tmp_path: Path) -> None:
+    text = card(spec=replace(SPEC, source=str(tmp_path)))
     assert "base_model" not in text and str(tmp_path) not in text
 
 
-def test_nobodys_folders_are_in_it_and_tables_stay_whole() -> None:
+def test_absolute_paths_are_left_out_and_cells_are_escaped() -> None:
     text = card()
     assert "/home/somebody" not in text
     settings = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
@@ -83,12 +83,12 @@ def test_nobodys_folders_are_in_it_and_tables_stay_whole() -> None:
     assert "| pairs | 50 a\\|b |" in text
 
 
-def test_what_is_not_known_is_said() -> None:
+def test_a_missing_log_and_evaluation_are_stated() -> None:
     text = card()
-    assert "There is no log of the training." in text and "It has not been evaluated." in text
+    assert "The training log is missing." in text and "It has not been evaluated." in text
 
 
-def test_two_networks_say_which_file_is_whose() -> None:
+def test_the_card_tells_the_files_of_two_networks_apart() -> None:
     networks = {"transformer": nn.Linear(1, 1), "transformer_2": nn.Linear(1, 1)}
-    text = card(format="comfyui", publication=replace(PUBLICATION, networks=networks))
-    assert "`-transformer` belongs to the high-noise model, that in `-transformer_2`" in text
+    text = card(format="comfyui", spec=replace(SPEC, networks=networks))
+    assert "`-transformer` is for the high-noise model, the file ending in `-transformer_2`" in text
