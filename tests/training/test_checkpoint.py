@@ -109,7 +109,7 @@ def test_no_pickle_is_read_or_written_anywhere() -> None:
                 assert not {"pickle", "dill", "joblib", "shelve"} & set(names), path
             call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if call in ("torch.load", "torch.save", "np.load", "np.save"):
-                assert path.name == "triples.py", path
+                assert path.name == "videodpo.py", path
                 assert call != "torch.load" or "weights_only=True" in ast.unparse(node), path
 
 

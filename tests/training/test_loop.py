@@ -40,7 +40,7 @@ def test_it_starts_at_zero_margin_and_learns(
     # AdamW moves a weight by about lr a step, whatever the gradient. 30 steps of 3e-4 on random
     # weights of about 0.1 keep the logits near 1, where the loss falls evenly. One step's margin is
     # mostly its noise levels: ten are judged together, the last against the first.
-    settings = SETTINGS.model_copy(update={"steps": 30, "save_every": 30, "lr": 3e-4})
+    settings = SETTINGS.model_copy(update={"steps": 30, "save_steps": 30, "learning_rate": 3e-4})
     progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
     first = progress[0].report
     assert first.margin == 0 and first.logits == 0
@@ -70,7 +70,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
     run(small_folder, store, tmp_path / "whole")
-    one = SETTINGS.model_copy(update={"keep": 1})
+    one = SETTINGS.model_copy(update={"save_total_limit": 1})
     run(small_folder, store, tmp_path / "halves", one.model_copy(update={"steps": 3}))
     assert list(checkpoints(tmp_path / "halves")) == [3]
     resumed = run(small_folder, store, tmp_path / "halves", one, resume=True)
@@ -96,13 +96,13 @@ def test_kill_9_at_any_step_then_resume_gives_the_same_bytes(
         import sys
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        import os, test_train
+        import os, small_training as shared
         from dpo_video.data.store import PairStore
         from accelerate import Accelerator
         store = PairStore(Path({str(tmp_path / "pairs")!r}))
-        for progress in test_train.train(
-            test_train.load_small(Path({str(small_folder)!r})), store, test_train.Region(),
-            test_train.Toggle(), test_train.SETTINGS, seed=0, out=Path({str(tmp_path / "cut")!r}),
+        for progress in shared.train(
+            shared.load_small(Path({str(small_folder)!r})), store, shared.Region(),
+            shared.Toggle(), shared.SETTINGS, seed=0, out=Path({str(tmp_path / "cut")!r}),
             accelerator=Accelerator(cpu=True), resume=False,
         ):
             print(progress.report.step, flush=True)
@@ -295,7 +295,7 @@ def test_a_damaged_checkpoint_is_said_and_the_earlier_ones_are_kept(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 2, "save_every": 1, "samples": 0})
+    settings = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1, "validation_videos": 0})
     run(small_folder, store, tmp_path / "run", settings)
     newest = latest_checkpoint(tmp_path / "run")
     state = newest / "state.safetensors"
@@ -314,7 +314,7 @@ def test_behind_a_seal_that_holds_only_a_bug_is_left(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 2, "save_every": 1, "samples": 0})
+    settings = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1, "validation_videos": 0})
     run(small_folder, store, tmp_path / "run", settings)
     folder = latest_checkpoint(tmp_path / "run")
     (folder.parent / "latest").write_text("step_000001\n")
@@ -350,7 +350,7 @@ def test_an_adapter_of_another_shape_is_not_resumed(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    settings = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
     run(small_folder, store, tmp_path / "run", settings)
     wider = settings.model_copy(update={"rank": 4, "steps": 2})
     with pytest.raises(RunError, match="of an adapter of another shape") as caught:
@@ -376,7 +376,7 @@ def test_a_run_is_not_gone_on_with_on_other_pairs_labels_or_seed(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=2)
-    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    settings = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
     run(small_folder, store, tmp_path / "run", settings)
     lines = (store.folder / "pairs.jsonl").read_text()
     (store.folder / "pairs.jsonl").write_text(lines.replace('"strength":0.8', '"strength":0.7'))
@@ -392,7 +392,7 @@ def test_pairs_built_since_change_nothing_for_a_run_that_goes_on(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=3)
-    settings = SETTINGS.model_copy(update={"steps": 3, "samples": 0})
+    settings = SETTINGS.model_copy(update={"steps": 3, "validation_videos": 0})
     run(small_folder, store, tmp_path / "whole", settings)
     run(small_folder, store, tmp_path / "run", settings.model_copy(update={"steps": 2}))
     more = make_store(tmp_path / "pairs", small_model, pairs=5)
@@ -405,7 +405,7 @@ def test_a_file_that_is_not_what_was_written_is_damage_whatever_it_loads_as(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=2)
-    settings = SETTINGS.model_copy(update={"steps": 1, "samples": 0})
+    settings = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
     run(small_folder, store, tmp_path / "run", settings)
     weights = latest_checkpoint(tmp_path / "run") / "adapter" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -419,7 +419,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bytes(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 4, "samples": 0, "save_every": 4})
+    settings = SETTINGS.model_copy(update={"steps": 4, "validation_videos": 0, "save_steps": 4})
     run(small_folder, store, tmp_path / "whole", settings)
     asked = iter([False] * 3 + [True])  # in the middle of the second step's two passes
     progress = list(
@@ -444,7 +444,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     tensors = load_file(path)
     tensors["first"][0, 0, 0, 0] = float("inf")
     save_file(tensors, path)
-    settings = SETTINGS.model_copy(update={"steps": 2, "samples": 0, "skips": 2})
+    settings = SETTINGS.model_copy(update={"steps": 2, "validation_videos": 0, "skips": 2})
     progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
     assert [(p.report.skipped, p.unsound) for p in progress] == [(True, ["00000"])] * 2
     weights = load_file(latest_checkpoint(tmp_path / "run") / "adapter/adapter_model.safetensors")
@@ -460,7 +460,9 @@ def test_another_number_of_processes_goes_on_at_the_same_place(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=5)
-    settings = SETTINGS.model_copy(update={"steps": 2, "samples": 0, "accumulation": 4})
+    settings = SETTINGS.model_copy(
+        update={"steps": 2, "validation_videos": 0, "gradient_accumulation_steps": 4}
+    )
     run(small_folder, store, tmp_path / "run", settings)  # as many as four processes take at once
     drawn: list[str] = []
     original = PairStore.batch
@@ -469,7 +471,7 @@ def test_another_number_of_processes_goes_on_at_the_same_place(
         drawn.extend(f"{index:05d}" for index in indices)
         return original(self, indices)
 
-    alone = settings.model_copy(update={"steps": 4, "accumulation": 1})
+    alone = settings.model_copy(update={"steps": 4, "gradient_accumulation_steps": 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PairStore, "batch", watched)
         run(small_folder, store, tmp_path / "run", alone, resume=True)
@@ -478,7 +480,7 @@ def test_another_number_of_processes_goes_on_at_the_same_place(
         patch.setattr(PairStore, "batch", watched)
         visited = list(drawn)
         drawn.clear()
-        whole = settings.model_copy(update={"steps": 10, "accumulation": 1})
+        whole = settings.model_copy(update={"steps": 10, "gradient_accumulation_steps": 1})
         run(small_folder, store, tmp_path / "whole", whole)
     assert visited == drawn[8:10]
     assert all(sorted(drawn[i : i + 5]) == [f"{n:05d}" for n in range(5)] for i in (0, 5))

@@ -85,7 +85,7 @@ def test_no_reference_runs_once_the_bank_is_full(
         return original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(AnimateDiffModel, "predict", counted)
-    settings = SETTINGS.model_copy(update={"samples": 0})
+    settings = SETTINGS.model_copy(update={"validation_videos": 0})
     run(small_folder, store, tmp_path / "first", Cached(noise_draws=2), settings)
     # One that is timed, two draws of each of three pairs, and the policy's own.
     assert calls.count(False) == 1 + 2 * PAIRS and calls.count(True) == 12
@@ -97,8 +97,8 @@ def test_no_reference_runs_once_the_bank_is_full(
 def test_draws_repeat_after_their_number_of_epochs(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    still = SETTINGS.model_copy(update={"lr": 1e-30})  # the policy stays what it was
-    once = still.model_copy(update={"accumulation": 1, "steps": 2 * PAIRS})
+    still = SETTINGS.model_copy(update={"learning_rate": 1e-30})  # the policy stays what it was
+    once = still.model_copy(update={"gradient_accumulation_steps": 1, "steps": 2 * PAIRS})
     progress, _ = run(small_folder, store, tmp_path / "one", Cached(noise_draws=1), once)
     norms = [p.report.grad_norm for p in progress]
     assert sorted(norms[:PAIRS]) == pytest.approx(sorted(norms[PAIRS:]))
@@ -110,11 +110,11 @@ def test_draws_repeat_after_their_number_of_epochs(
 def test_a_batch_of_pairs_starts_at_a_margin_of_exactly_zero(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    batched = SETTINGS.model_copy(update={"batch": 2, "accumulation": 1})
+    batched = SETTINGS.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 1})
     progress, _ = run(small_folder, store, tmp_path / "batched", Cached(noise_draws=2), batched)
     assert progress[0].report.margin == 0 and progress[-1].report.margin != 0
     # Two pairs at once or one after the other: the same visits, the same gradient.
-    singly = SETTINGS.model_copy(update={"batch": 1, "accumulation": 2})
+    singly = SETTINGS.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 2})
     apart, _ = run(small_folder, store, tmp_path / "singly", Cached(noise_draws=2), singly)
     for one, other in zip(progress, apart, strict=True):
         assert one.report.grad_norm == pytest.approx(other.report.grad_norm, rel=1e-3)

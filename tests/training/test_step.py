@@ -251,7 +251,13 @@ def trained(
     resume: bool = False,
 ) -> list[StepReport]:
     settings = SETTINGS.model_copy(
-        update={"steps": steps, "batch": 2, "accumulation": 1, "lr": 1e-4, "samples": 0}
+        update={
+            "steps": steps,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-4,
+            "validation_videos": 0,
+        }
     )
     progress = train(
         load_small(folder), store, loss, reference or Toggle(), settings, seed=0, out=out,
