@@ -176,19 +176,16 @@ class PairErrors:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutput:
-    """One loss per pair, and the figures that tell whether it learns (detached by the loop)."""
+    """One value per pair. The engine derives logits, accuracy and gradient factor from them."""
 
     loss: PerPair
     margin: PerPair
-    """Implicit reward of the chosen video less that of the rejected one."""
-    logits: PerPair
-    """beta times the margin: what a sigmoid loss sees."""
-    gradient_factor: PerPair
-    """How hard the loss pushes on the margin, as half of how hard it does at margin 0: 0.5 at the
-    start of a run, 0 once it is satisfied. For a sigmoid loss that is sigmoid(-logits)."""
+    """Implicit reward of the chosen video less that of the rejected one, differentiable in the
+    policy's errors: `d(rejected) - d(chosen)`, over the elements that the loss compares."""
     chosen_change: PerPair
     """`d(chosen)`: positive when the policy predicts the chosen video worse than the reference."""
     rejected_change: PerPair
+    """`d(rejected)`."""
 
 
 # --- what others call a model's parts ----------------------------------------------------------

@@ -12,8 +12,9 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, Reference, VideoModel
 from dpo_video.training.lora import adapt
+from dpo_video.training.objective import PairFigures, figures
 from dpo_video.training.step import Step
-from dpo_video.types import LossOutput, PairBatch, PairErrors
+from dpo_video.types import PairBatch, PairErrors
 
 MemoryMode = Literal["joint", "split", "linear"]
 
@@ -67,7 +68,7 @@ class Bench:
         loss: Loss,
         *,
         backward: Callable[[Tensor], None] = Tensor.backward,
-    ) -> LossOutput:
+    ) -> PairFigures:
         run = Step(
             model=self.model,
             policy=self.policy,
@@ -78,7 +79,7 @@ class Bench:
         )
         return run(batch, *self.draw(len(batch.first)), loss_scale=SHARE)
 
-    def plain(self, batch: PairBatch, loss: Loss) -> LossOutput:
+    def plain(self, batch: PairBatch, loss: Loss) -> PairFigures:
         """All graphs alive and one backward pass, by the textbook; one video a forward pass."""
         noise, timestep = self.draw(len(batch.first))
 
@@ -97,20 +98,18 @@ class Bench:
         with torch.no_grad(), self.reference_model.network() as network:
             reference = [signed(network, video) for video in (batch.first, batch.second)]
         policy = [signed(self.policy, video) for video in (batch.first, batch.second)]
-        output = loss(
-            PairErrors(
-                policy_first=policy[0].square(),
-                policy_second=policy[1].square(),
-                reference_first=reference[0].square(),
-                reference_second=reference[1].square(),
-                policy_product=(policy[0] * policy[1]).detach(),
-                preference=batch.preference,
-                region=batch.region,
-                strength=batch.strength,
-            )
+        errors = PairErrors(
+            policy_first=policy[0].square(),
+            policy_second=policy[1].square(),
+            reference_first=reference[0].square(),
+            reference_second=reference[1].square(),
+            policy_product=(policy[0] * policy[1]).detach(),
+            preference=batch.preference,
+            region=batch.region,
+            strength=batch.strength,
         )
-        (SHARE * output.loss.mean()).backward()
-        return output
+        (SHARE * loss(errors).loss.mean()).backward()
+        return figures(loss, errors)
 
     def gradient(self, mode: MemoryMode, batch: PairBatch, loss: Loss, **options: object) -> Tensor:
         self.policy.zero_grad()

@@ -160,25 +160,41 @@ class Drawing(Loss):
 
 
 class Offset(Loss):
-    """Wants a head start."""
+    """Its margin has an offset."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         output = Global()(errors)
-        return replace(output, logits=output.logits - 1)
+        return replace(output, margin=output.margin - 1)
 
 
-class Misjudged(Loss):
-    """Another loss with the sigmoid's figures: training would be judged by the wrong slope."""
+class Detached(Loss):
+    """Its margin has no gradient, so that no slope on it can be derived."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         output = Global()(errors)
-        return replace(output, gradient_factor=2 * output.gradient_factor)
+        return replace(output, margin=output.margin.detach())
 
 
-class Boastful(Loss):
-    """Says more of itself than is true."""
+class Scaled(Loss):
+    """Its margin is not that of its two changes of error."""
 
-    uniform: ClassVar[bool] = True
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, margin=2 * output.margin)
+
+
+class Reversed(Loss):
+    """Prefers the rejected video."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, loss=-output.loss)
+
+
+class NotLinear(Loss):
+    """Declares that it depends on mean errors alone, and does not."""
+
+    linear_in_mean_error: ClassVar[bool] = True
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         """Frame by frame."""
@@ -221,10 +237,12 @@ class Nameless(Loss):
         (Biased, "swap places"),
         (Writing, "writes to what it was given"),
         (Drawing, "global generator"),
-        (Offset, "logits is not exactly 0"),
-        (Misjudged, "gradient_factor is not 0.5"),
+        (Offset, "margin is not exactly 0"),
+        (Detached, "margin has no gradient"),
+        (Scaled, "margin is not rejected_change - chosen_change"),
+        (Reversed, "does not raise the margin"),
         (OneSided, "reaches the policy's errors of the second"),
-        (Boastful, "says that it is uniform"),
+        (NotLinear, "declares linear_in_mean_error"),
         (Infinite, "loss that is not finite"),
         (Undocumented, "Undocumented.beta has no docstring"),
         (Nameless, "Nameless has no docstring"),

@@ -1,1 +1,1 @@
-"""Losses: elementwise errors in, one loss per pair out."""
+"""Losses: functions from elementwise errors to one loss per pair."""

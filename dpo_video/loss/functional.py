@@ -1,4 +1,4 @@
-"""What losses are made of: pure functions of the errors, one value per pair."""
+"""Parts of losses: pure functions of the errors, one value per pair."""
 
 from __future__ import annotations
 
@@ -20,27 +20,23 @@ from dpo_video.types import (
 def sigmoid_loss(
     first: PerPair, second: PerPair, label: PerPair, beta: float | PerPair
 ) -> LossOutput:
-    """`-logsigmoid(beta * m)` of the changes of error `d(first)`, `d(second)`, one per pair.
+    """`-logsigmoid(beta * m)` of the changes of error `d(first)` and `d(second)`, one per pair.
 
     `m = d(rejected) - d(chosen)`. An even pair (`label` 0) has margin 0 and no gradient.
     """
     margin = label * (second - first)
-    logits = beta * margin
     return LossOutput(
-        loss=-F.logsigmoid(logits),
+        loss=-F.logsigmoid(beta * margin),
         margin=margin,
-        logits=logits,
-        gradient_factor=torch.sigmoid(-logits),
         chosen_change=torch.where(label >= 0, first, second),
         rejected_change=torch.where(label >= 0, second, first),
     )
 
 
 def clip_loss(errors: PairErrors, beta: float) -> LossOutput:
-    """`sigmoid_loss` of whole videos: the errors' mean over all elements, the majority's winner.
+    """`sigmoid_loss` of whole videos: mean error over all elements, majority label.
 
-    What other losses of one margin per video share with it: they replace `loss`, and
-    `gradient_factor` where theirs differs.
+    Other losses of one margin per video replace its `loss` by a function of `margin`.
     """
     first, second = (
         change.mean(dim=(1, 2, 3, 4)) for change in (errors.change_first, errors.change_second)
@@ -51,13 +47,13 @@ def clip_loss(errors: PairErrors, beta: float) -> LossOutput:
 def with_sft(
     output: LossOutput, errors: PairErrors, weight: float, labels: Preference | None = None
 ) -> LossOutput:
-    """Add `weight` times the policy's error on the chosen video (LocalDPO's pull to the winner).
+    """Add `weight` times the policy's error on the chosen video (LocalDPO's SFT term).
 
     Args:
-        output: What the loss is without it.
-        errors: Of the same pairs.
-        weight: 0 adds nothing.
-        labels: Who is chosen, per frame; the majority of each pair's frames if left out.
+        output: Output of the loss without the term.
+        errors: Errors of the same pairs.
+        weight: Weight of the term; 0 adds nothing.
+        labels: Preference per frame; the majority of each pair's frames if None.
     """
     if weight == 0:
         return output
@@ -66,9 +62,10 @@ def with_sft(
 
 
 def chosen_error(errors: PairErrors, labels: Preference, region: Region | None = None) -> PerPair:
-    """Mean of the policy's error on the video that `labels` choose, frame by frame.
+    """Mean of the policy's error on the video that `labels` prefer in each frame.
 
-    Over the region's elements, or all; ties are left out, and a pair of ties alone has 0.
+    The mean is over the region, or over all elements. Tied frames are left out; a pair whose
+    frames are all ties has 0.
     """
     labels = labels[:, None, :, None, None]
     chosen = torch.where(labels > 0, errors.policy_first, errors.policy_second)
@@ -77,7 +74,7 @@ def chosen_error(errors: PairErrors, labels: Preference, region: Region | None =
 
 
 def masked_mean(values: Latents, weight: Region) -> PerPair:
-    """Mean over the channels and the elements of each pair that have a weight; 0 without any."""
+    """Weighted mean over all channels and elements of each pair; 0 where all weights are 0."""
     total = values.shape[1] * weight.sum(dim=(1, 2, 3, 4))
-    # Divided by 1 where all is 0, so that nothing turns into nan.
+    # A denominator of 1 where all weights are 0 prevents nan.
     return (values * weight).sum(dim=(1, 2, 3, 4)) / torch.where(total > 0, total, 1.0)

@@ -1,4 +1,4 @@
-"""Clip-level DPO."""
+"""Diffusion-DPO on whole videos."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dpo_video.types import LossOutput, PairErrors
 
 @final
 class Global(Loss):
-    """One implicit reward per video: Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, Eq. 14).
+    """Diffusion-DPO: compares the mean errors of whole videos by one sigmoid per pair.
 
-    `-logsigmoid(beta * m)`, where `m` is the mean over all elements of the rejected video's change
-    of squared error less that of the chosen one. A pair whose frames disagree counts for the
-    majority; an even one trains nothing.
+    `-logsigmoid(beta * m)` (Wallace et al. 2023, arXiv 2311.12908, Eq. 14), where `m` is the mean
+    change of squared error of the rejected video less that of the chosen one. The majority of a
+    pair's frames decides which video is chosen; an even pair has no gradient.
     """
 
     linear_in_mean_error: ClassVar[bool] = True
@@ -29,5 +29,5 @@ class Global(Loss):
     """Weight of the policy's error on the chosen video, added to the loss (0.1 in LocalDPO)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
-        """The loss of every pair."""
+        """Loss of every pair."""
         return with_sft(clip_loss(errors, self.beta), errors, self.sft_weight)

@@ -1,4 +1,4 @@
-"""Region-level DPO."""
+"""LocalDPO."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dpo_video.types import LossOutput, PairErrors, PerPair
 
 @final
 class Region(Loss):
-    """A global term, and one that sees only the region in which the two videos differ.
+    """LocalDPO: adds to the global loss one over the region in which the two videos differ.
 
-    LocalDPO (Huang et al. 2026, arXiv 2601.04068): `w_global L_global + w_region L_region` and a
-    pull towards the winner. The masked errors are means over the mask's elements of each pair, and
-    the region's slope grows with the noise level that the loser was repainted from.
+    `w_global L_global + w_region L_region` plus the chosen video's error (Huang et al. 2026, arXiv
+    2601.04068). Masked errors are means over the elements of each pair's mask, and the region's
+    slope grows with the strength at which the rejected video was repainted.
 
-    The figures shown while it trains are the region's. Pairs must have regions: those of --pairs
-    local have, and your own files' if they come with masks.
+    Margin and changes of error are those of the region. Pairs must have regions: pairs of kind
+    `local` do, and so do your own files if they come with masks.
     """
 
     needs_region: ClassVar[bool] = True
@@ -38,11 +38,11 @@ class Region(Loss):
     region_sft_weight: float = Field(default=0.1, ge=0)
     """Weight of the policy's error on the chosen video, inside the region."""
     scale_by_strength: bool = True
-    """Multiply the region's slope by `1 + (strength - 0.75) / 0.15`, as the authors do for their
-    strengths, 0.75 and more; below that it stays `beta` (the line would turn negative at 0.6)."""
+    """Multiply the region's slope by `1 + (strength - 0.75) / 0.15`, as the authors do for
+    strengths of 0.75 and more; below that it is `beta` (the formula turns negative at 0.6)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
-        """The loss of every pair."""
+        """Loss of every pair."""
         everywhere = clip_loss(errors, self.beta)
         inside = sigmoid_loss(
             masked_mean(errors.change_first, errors.region),

@@ -1,4 +1,4 @@
-"""Segment-level DPO."""
+"""DenseDPO."""
 
 from __future__ import annotations
 
@@ -15,53 +15,51 @@ from dpo_video.types import LossOutput, PairErrors, PerPair, Preference
 
 @final
 class Segment(Loss):
-    """Every latent frame follows its own label; frames without a winner are left out.
+    """DenseDPO: compares the two videos frame by frame, each frame by its own label.
 
-    DenseDPO (Wu et al. 2025, arXiv 2506.03517): errors are averaged over channels and space, and
-    `-logsigmoid(beta * l * (d(second) - d(first)))` over the frames whose label `l` is not 0. A
-    pair of ties alone trains nothing, and one that was judged as a whole has the same label in
-    every frame.
+    Errors are averaged over channels and space, and `-logsigmoid(beta * l * (d(second) -
+    d(first)))` over the frames whose label `l` is not 0 (Wu et al. 2025, arXiv 2506.03517). A pair
+    whose frames are all ties has no gradient; a pair judged as a whole has the same label in every
+    frame.
     """
 
     beta: float = Field(default=250.0, gt=0)
     """Slope on a frame's margin of mean squared errors. The paper multiplies by a hidden 0.5: its
     500 is 250 here."""
     per: Literal["frame", "clip"] = "frame"
-    """What has a sigmoid of its own: each frame (their appendix E, which they ran), or the clip,
-    with its frames' margins added up inside (their Eq. 7) and divided by the number of all frames,
-    so that `beta` does not depend on a video's length. With equal labels everywhere, "clip" is the
+    """One sigmoid per "frame" (the paper's appendix E, which its experiments use), or one per
+    "clip" over the sum of the frames' margins (its Eq. 7) divided by the number of all frames, so
+    that `beta` does not depend on a video's length. With equal labels everywhere, "clip" is the
     loss `global` of the same beta."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the policy's error on the video that each frame's label prefers, added to the
     loss (0.1 in LocalDPO)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
-        """The loss of every pair."""
+        """Loss of every pair."""
         labels = errors.preference
         first, second = (
             change.mean(dim=(1, 3, 4)) for change in (errors.change_first, errors.change_second)
         )
-        share = self._shares(labels)
+        weights = self._frame_weights(labels)
 
         def summed(frames: Preference) -> PerPair:
-            return (share * frames).sum(dim=1)
+            return (weights * frames).sum(dim=1)
 
         margins = labels * (second - first)
         margin = summed(margins)
         logits = self.beta * (margins if self.per == "frame" else margin)
-        loss, factor = -F.logsigmoid(logits), torch.sigmoid(-logits)
+        loss = -F.logsigmoid(logits)
         output = LossOutput(
             loss=summed(loss) if self.per == "frame" else loss,
             margin=margin,
-            logits=self.beta * margin,
-            gradient_factor=summed(factor) if self.per == "frame" else factor,
             chosen_change=summed(torch.where(labels >= 0, first, second)),
             rejected_change=summed(torch.where(labels >= 0, second, first)),
         )
         return with_sft(output, errors, self.sft_weight, labels)
 
-    def _shares(self, labels: Preference) -> Preference:
-        """What each frame counts: equal parts for those with a winner, 0 for ties."""
+    def _frame_weights(self, labels: Preference) -> Preference:
+        """Weight of each frame: equal for those with a preference, 0 for ties."""
         decided = labels != 0
         if self.per == "clip":
             return decided / labels.shape[1]

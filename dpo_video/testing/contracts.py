@@ -37,6 +37,7 @@ from dpo_video.testing.inputs import (
 )
 from dpo_video.testing.laws import close, law, pure, same
 from dpo_video.tiny.scenes import spread_captions
+from dpo_video.training.objective import figures
 from dpo_video.types import Clip, LossOutput, Pair, PairErrors
 
 
@@ -76,7 +77,7 @@ def _check_fields(model: type[BaseModel], name: str) -> None:
 
 
 def check_loss(loss: Loss) -> None:
-    """A pure function of the errors, pair by pair, blind to the order of the two videos."""
+    """A pure function of the errors, pair by pair, that does not depend on the videos' order."""
     check_options(loss)
     name = type(loss).__name__
     count = len(PREFERENCES)
@@ -85,38 +86,36 @@ def check_loss(loss: Loss) -> None:
     )
     with pure(name, *vars(errors).values()):
         output, again = loss(errors), loss(errors)
-    law(isinstance(output, LossOutput), f"{name} gives a {type(output).__name__}, no LossOutput.")
+    law(
+        isinstance(output, LossOutput),
+        f"{name} returns a {type(output).__name__}. Return a LossOutput.",
+    )
     for figure, value in vars(output).items():
         law(
             value.shape == (count,),
-            f"{name} gives {figure} of shape {tuple(value.shape)} for {count} pairs. Average over "
+            f"{name}'s {figure} has the shape {tuple(value.shape)} for {count} pairs. Average over "
             "every axis but the first.",
         )
         law(value.isfinite().all(), f"{name} gives {figure} that is not finite.")
         law(
             torch.equal(value, vars(again)[figure]),
-            f"{name} gives another {figure} for the same errors. A loss draws nothing.",
+            f"{name}'s {figure} differs between two calls on the same errors. A loss must be "
+            "deterministic.",
         )
     mirrored = loss(replace(swapped(errors), preference=-errors.preference))
-    for figure in ("loss", "margin", "logits"):
+    for figure in ("loss", "margin"):
         law(
             close(vars(mirrored)[figure], vars(output)[figure]),
             f"{name}'s {figure} changes when the two videos swap places and the preference its "
-            "sign. Which one is stored first must not matter.",
+            "sign. The order of the videos must not matter.",
         )
     still = loss(
         replace(errors, policy_first=errors.reference_first, policy_second=errors.reference_second)
     )
-    for figure in ("margin", "logits"):
-        law(
-            (vars(still)[figure] == 0).all(),
-            f"{name}'s {figure} is not exactly 0 for a policy that equals its reference. Training "
-            "would stop itself at its first step.",
-        )
     law(
-        close(still.gradient_factor, torch.full((count,), 0.5)),
-        f"{name}'s gradient_factor is not 0.5 for a policy that equals its reference. Give half of "
-        "the slope on the margin, relative to its slope at margin 0.",
+        (still.margin == 0).all(),
+        f"{name}'s margin is not exactly 0 for a policy that equals its reference. Training would "
+        "stop at its first step.",
     )
     alone = [loss(one_of(errors, i)) for i in range(count)]
     for figure, value in vars(output).items():
@@ -126,6 +125,44 @@ def check_loss(loss: Loss) -> None:
             "each pair alone.",
         )
     _check_gradients(loss, errors)
+    _check_margin(loss, errors)
+
+
+def _check_margin(loss: Loss, errors: PairErrors) -> None:
+    """The margin is that of the two changes, and the loss raises it; by autograd at -2, 0, 2."""
+    name = type(loss).__name__
+    one = one_of(errors, 0)  # the first video is preferred in every frame
+    one = replace(one, policy_first=one.reference_first)
+
+    def moved(margin: float) -> PairErrors:
+        return replace(one, policy_second=one.reference_second + margin)
+
+    output = loss(moved(SMALL_CHANGE))
+    law(
+        close(output.margin, output.rejected_change - output.chosen_change, SMALL_CHANGE),
+        f"{name}'s margin is not rejected_change - chosen_change.",
+    )
+    policy = one.policy_second.clone().requires_grad_()
+    law(
+        loss(replace(one, policy_second=policy)).margin.requires_grad,
+        f"{name}'s margin has no gradient. Compute it from the policy's errors without detach.",
+    )
+    unit = figures(loss, moved(SMALL_CHANGE)).logits.item() / SMALL_CHANGE
+    law(
+        unit > 0,
+        f"{name} does not raise the margin of a policy that equals its reference: its slope on the "
+        f"margin is {-unit / 2:.3g} there and must be below 0.",
+    )
+    for logits in (-2.0, 0.0, 2.0):
+        found = figures(loss, moved(logits / unit))
+        law(
+            close(found.logits, torch.tensor([logits]), 1e-2),
+            f"{name}'s margin is not proportional to the change of the rejected video's error.",
+        )
+        law(
+            found.gradient_factor.isfinite().all(),
+            f"{name}'s slope on the margin is not finite at logits of {logits:g}.",
+        )
 
 
 def _check_gradients(loss: Loss, errors: PairErrors) -> None:
@@ -141,7 +178,7 @@ def _check_gradients(loss: Loss, errors: PairErrors) -> None:
         law(
             reached,
             f"No gradient of {name} reaches the policy's errors of the {which} video of "
-            "some pair. Do not detach them, nor round or compare them.",
+            "some pair. Do not detach, round or compare them.",
         )
         law(
             value.grad is not None and value.grad.isfinite().all(),
@@ -151,8 +188,8 @@ def _check_gradients(loss: Loss, errors: PairErrors) -> None:
             one = value.grad[:, :1, :1, :1, :1]
             law(
                 torch.equal(value.grad, one.expand_as(value.grad)),
-                f"{name} says that it is uniform, but its gradient differs from one error of the "
-                f"{which} video to the next. Leave uniform as it is: False.",
+                f"{name} declares linear_in_mean_error, but its gradient differs between the "
+                f"errors of the {which} video. Leave linear_in_mean_error False.",
             )
     for value in (decided.reference_first, decided.reference_second):
         law(

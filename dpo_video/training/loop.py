@@ -43,6 +43,7 @@ from dpo_video.training.checkpoint import (
 )
 from dpo_video.training.diagnosis import StepReport
 from dpo_video.training.lora import adapt
+from dpo_video.training.objective import PairFigures
 from dpo_video.training.reference_cache import (
     PairDraw,
     ReferenceCache,
@@ -51,7 +52,7 @@ from dpo_video.training.reference_cache import (
 )
 from dpo_video.training.run_dir import latest_checkpoint, truncate_log
 from dpo_video.training.step import Step, check_backward
-from dpo_video.types import Latents, LossOutput, PairBatch, PerPair
+from dpo_video.types import Latents, PairBatch, PerPair
 
 OVERFLOWS = 24  # steps in a row: a scale of 65536 is then far below any that a gradient needs
 FIGURES = ("loss", "margin", "logits", "gradient_factor", "chosen_change", "rejected_change")
@@ -286,7 +287,7 @@ class _Run:
         each = self.settings.gradient_accumulation_steps * self.settings.batch_size * world
         return self.at.place + (step - self.at.step) * each
 
-    def accumulate(self, step: int, stop: Callable[[], bool]) -> list[LossOutput]:
+    def accumulate(self, step: int, stop: Callable[[], bool]) -> list[PairFigures]:
         """The gradient of one optimizer step; the detached outputs of its forward passes.
 
         Raises:
@@ -332,7 +333,7 @@ class _Run:
         self._overflown = 0 if math.isfinite(norm) else self._overflown + 1
         return self.accelerator.scaler is not None and self._overflown <= OVERFLOWS
 
-    def skip(self, report: StepReport, outputs: list[LossOutput]) -> list[str]:
+    def skip(self, report: StepReport, outputs: list[PairFigures]) -> list[str]:
         """Count a step that is not finite; the pairs that made it so, of all processes.
 
         Raises:
@@ -507,7 +508,7 @@ def _learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.learning_rate * min(1.0, rising, falling)
 
 
-def _check_first_step(outputs: list[LossOutput]) -> None:
+def _check_first_step(outputs: list[PairFigures]) -> None:
     margin = max(output.margin.abs().max().item() for output in outputs)
     if margin != 0:
         raise TrainingError(
@@ -520,7 +521,7 @@ def _check_first_step(outputs: list[LossOutput]) -> None:
 
 def _report(
     step: int,
-    outputs: list[LossOutput],
+    outputs: list[PairFigures],
     grad_norm: float,
     lr: float,
     step_seconds: float,

@@ -1,4 +1,4 @@
-"""What a training step holds at once: checkpointed blocks, and one video's graph at a time."""
+"""Forward and backward passes of a batch: joint, split or linear."""
 
 from __future__ import annotations
 
@@ -17,30 +17,35 @@ from dpo_video.settings import MemorySettings
 from dpo_video.strategies import Loss, ReferenceModel, VideoModel
 from dpo_video.training.objective import (
     Inputs,
+    PairFigures,
+    figures,
     loss_of,
     noised,
     pair_errors,
     reference_predictions,
     signed_errors,
 )
-from dpo_video.types import Latents, LossOutput, PairBatch, PairErrors, PerPair
-
-# --- backward passes ---------------------------------------------------------------------------
+from dpo_video.types import Latents, PairBatch, PairErrors, PerPair
 
 
 def check_backward(loss: Loss, memory: MemorySettings) -> None:
-    """A TrainingError if the loss cannot be trained in this mode."""
+    """Raise a TrainingError if the loss cannot be trained in this mode."""
     if memory.backward == "linear" and not loss.linear_in_mean_error:
         raise TrainingError(
-            f"memory.backward=linear is for losses that look at means over whole videos, and "
-            f"{type(loss).__name__} does not. Set memory.backward=split, which is for any loss."
+            "memory.backward=linear needs a loss of the mean errors of whole videos, and "
+            f"{type(loss).__name__} is none. Set memory.backward=split, which supports every loss."
         )
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The forward and backward passes of a batch, in the order that the mode asks for."""
+    """The forward and backward passes of a batch.
+
+    joint: one forward pass for both videos of all pairs, and one backward pass. split: the graph of
+    one video at a time, for one more forward pass per pair. linear: the graph of one video at a
+    time without that pass, for losses that are functions of mean errors.
+    """
 
     model: VideoModel
     policy: nn.Module
@@ -48,13 +53,13 @@ class Step:
     loss: Loss
     mode: Literal["joint", "split", "linear"] = "joint"
     backward: Callable[[Tensor], None] = Tensor.backward
-    """Of a scalar; it may scale it for the length of the backward pass."""
+    """Backward pass of a scalar, which a loss scaler may scale."""
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """What forward passes run in."""
+    """Context of the forward passes."""
 
     @property
     def videos_at_once(self) -> Literal[1, 2]:
-        """Of a pair, in a forward pass."""
+        """Videos of a pair in one forward pass."""
         return 2 if self.mode == "joint" else 1
 
     def __call__(
@@ -65,22 +70,21 @@ class Step:
         *,
         reference_prediction: Float[Tensor, "2*b c f h w"] | None = None,
         loss_scale: float = 1.0,
-    ) -> LossOutput:
-        """Add the gradient of `share` times the mean loss to the policy's; the detached outputs.
+    ) -> PairFigures:
+        """Add the gradient of `loss_scale` times the mean loss to the policy's gradients.
 
         Args:
             batch: The pairs.
-            noise: One draw a pair.
-            timestep: One draw a pair.
-            reference_prediction: The reference's predictions if they were made before, by
-                `reference`.
-            loss_scale: What this batch counts in its optimizer step.
+            noise: One draw per pair, for both videos.
+            timestep: One draw per pair, for both videos.
+            reference_prediction: Cached predictions of the reference, made by `reference`.
+            loss_scale: Weight of this batch in its optimizer step.
         """
         count = len(batch.first)
         if self.mode == "joint":
             return self._joint(batch, noise, timestep, reference_prediction, loss_scale)
         one_pair = self._split if self.mode == "split" else self._linear
-        outputs = []
+        parts = []
         for pair in range(count):
             rows = slice(pair, pair + 1)
             mine = _only(batch, rows)
@@ -96,21 +100,16 @@ class Step:
             reference = (
                 signed_errors(predicted[0], inputs[0]), signed_errors(predicted[1], inputs[1])
             )  # fmt: skip
-            outputs.append(one_pair(_Pair(mine, inputs, reference, loss_scale / count)))
-        return LossOutput(
-            **{
-                name: torch.cat([getattr(output, name) for output in outputs])
-                for name in LossOutput.__dataclass_fields__
-            }
-        )
+            parts.append(one_pair(_Pair(mine, inputs, reference, loss_scale / count)))
+        return PairFigures.cat(parts)
 
     def reference(
         self, batch: PairBatch, noise: Latents, timestep: PerPair
     ) -> Float[Tensor, "2*b c f h w"]:
-        """The reference's predictions of one pair, first and second, as the step makes them.
+        """Predictions of the reference for one pair, first and second, as the step makes them.
 
-        Last bits depend on how many videos are in a forward pass; policy and reference must have
-        as many.
+        The last bits depend on the number of videos in a forward pass, which must be the same for
+        policy and reference.
         """
         inputs = noised(self.model, batch, noise, timestep)
         if self.mode == "joint":
@@ -122,7 +121,7 @@ class Step:
             return reference_predictions(self.model, self.reference_model, inputs)
 
     def _signed(self, inputs: Inputs) -> Latents:
-        # In an autocast of its own: one that has run without a graph keeps casts without one.
+        # A separate autocast: one that has run without a graph caches casts without a graph.
         with self.autocast():
             prediction = self.model.predict(
                 self.policy, inputs.noisy, inputs.timestep, inputs.context
@@ -136,7 +135,7 @@ class Step:
         timestep: PerPair,
         reference_prediction: Float[Tensor, "2*b c f h w"] | None,
         loss_scale: float,
-    ) -> LossOutput:
+    ) -> PairFigures:
         with self.autocast():
             errors = pair_errors(
                 self.model,
@@ -147,53 +146,54 @@ class Step:
                 timestep,
                 reference_prediction=reference_prediction,
             )
-        output = loss_of(self.loss, errors)
-        self.backward(output.loss.mean() * loss_scale)
-        return _detached(output)
+        self.backward(loss_of(self.loss, errors).loss.mean() * loss_scale)
+        return figures(self.loss, errors)
 
-    def _split(self, pair: _Pair) -> LossOutput:
-        """The first's errors without a graph; then each with one, one after the other.
+    def _split(self, pair: _Pair) -> PairFigures:
+        """The first video's errors without a graph, then each video's with one, in turn.
 
-        The loss lies between errors and gradients: `d loss / d errors` needs the errors of both
-        videos, but no graph of theirs.
+        `d loss / d errors` needs the errors of both videos, but not their graphs.
         """
         with without_graph(self.policy):
             first = self._signed(pair.inputs[0]).detach()
         second = self._signed(pair.inputs[1])
-        output, slopes = pair.slopes(self.loss, first, second.detach())
+        errors, slopes = pair.slopes(self.loss, first, second.detach())
         self.backward((second.square() * slopes[1]).sum())
         del second
         first = self._signed(pair.inputs[0])
         self.backward((first.square() * slopes[0]).sum())
-        return output
+        del first
+        return figures(self.loss, errors)
 
-    def _linear(self, pair: _Pair) -> LossOutput:
-        """Each video's gradient by itself, times a guess of the loss's slope, then set right.
+    def _linear(self, pair: _Pair) -> PairFigures:
+        """Each video's gradient times an estimate of the loss's slope, corrected at the end.
 
-        For a loss whose slope is one number a video, `grad loss = slope_1 grad mean(errors_1) +
-        slope_2 grad mean(errors_2)`. The guess, the slope of a policy that equals its reference,
-        keeps half-precision gradients as large as they are in the other modes.
+        For a loss whose slope is one number per video, `grad loss = slope_1 grad mean(errors_1) +
+        slope_2 grad mean(errors_2)`. The estimate is the slope of a policy that equals its
+        reference: it keeps half-precision gradients as large as they are in the other modes.
         """
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        before = _taken(parameters)
+        before = _take_gradients(parameters)
         _, untrained = pair.slopes(self.loss, *pair.reference)
-        signed, gradients, guesses = [], [], []
+        signed, gradients, estimates = [], [], []
         for inputs, slope in zip(pair.inputs, untrained, strict=True):
-            guess = slope.sum()
-            guess = torch.where(guess == 0, 1.0, guess)
-            errors = self._signed(inputs)
-            self.backward(errors.square().mean() * guess)
-            signed.append(errors.detach())
-            del errors
-            guesses.append(guess)
-            gradients.append(_taken(parameters))
-        output, slopes = pair.slopes(self.loss, signed[0], signed[1])
+            estimate = slope.sum()
+            estimate = torch.where(estimate == 0, 1.0, estimate)
+            error = self._signed(inputs)
+            self.backward(error.square().mean() * estimate)
+            signed.append(error.detach())
+            del error
+            estimates.append(estimate)
+            gradients.append(_take_gradients(parameters))
+        errors, slopes = pair.slopes(self.loss, signed[0], signed[1])
         if any(not torch.equal(slope, slope.flatten()[0].expand_as(slope)) for slope in slopes):
             raise TrainingError(
-                f"{type(self.loss).__name__} says that it is uniform, but its gradient differs "
-                "from one error to the next. Set memory.backward=split."
+                f"{type(self.loss).__name__} declares linear_in_mean_error, but its gradient "
+                "differs between the errors of a video. Set memory.backward=split."
             )
-        factors = [slope.sum() / guess for slope, guess in zip(slopes, guesses, strict=True)]
+        factors = [
+            slope.sum() / estimate for slope, estimate in zip(slopes, estimates, strict=True)
+        ]
         for parameter, kept, first, second in zip(parameters, before, *gradients, strict=True):
             parts = [
                 gradient * factor
@@ -202,24 +202,24 @@ class Step:
             ]
             total = sum(parts[1:], start=parts[0]) if parts else None
             parameter.grad = kept if total is None else total if kept is None else kept + total
-        return output
+        return figures(self.loss, errors)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One pair, its two videos apart."""
+    """One pair, its two videos separately."""
 
     batch: PairBatch
     inputs: tuple[Inputs, Inputs]
     reference: tuple[Latents, Latents]
     """The signed errors of the reference."""
     loss_scale: float
-    """What it counts in its optimizer step."""
+    """Weight of the pair in its optimizer step."""
 
     def slopes(
         self, loss: Loss, first: Latents, second: Latents
-    ) -> tuple[LossOutput, tuple[Tensor, Tensor]]:
-        """The loss of the policy's signed errors, and its gradient on their squares."""
+    ) -> tuple[PairErrors, tuple[Tensor, Tensor]]:
+        """The policy's squared errors, and the loss's gradient on them."""
         errors = PairErrors(
             policy_first=first.square().requires_grad_(),
             policy_second=second.square().requires_grad_(),
@@ -230,17 +230,16 @@ class _Pair:
             region=self.batch.region,
             strength=self.batch.strength,
         )
-        output = loss_of(loss, errors)
         of_first, of_second = torch.autograd.grad(
-            output.loss.mean() * self.loss_scale,
+            loss_of(loss, errors).loss.mean() * self.loss_scale,
             (errors.policy_first, errors.policy_second),
             materialize_grads=True,
         )
-        return _detached(output), (of_first, of_second)
+        return errors, (of_first, of_second)
 
 
-def _taken(parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    """Their gradients, which they have no more."""
+def _take_gradients(parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    """Remove and return the gradients of the parameters."""
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -258,8 +257,3 @@ def _only(batch: PairBatch, rows: slice) -> PairBatch:
         context={name: value[rows] for name, value in batch.context.items()},
         keys=batch.keys[rows],
     )
-
-
-def _detached(output: LossOutput) -> LossOutput:
-    values = {name: getattr(output, name).detach() for name in LossOutput.__dataclass_fields__}
-    return LossOutput(**values)

@@ -1,4 +1,4 @@
-"""A loss for dpo-video that comes from outside it."""
+"""FocalPO as a plugin of dpo-video."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from dpo_video.types import LossOutput, PairErrors
 
 @final
 class Focal(Loss):
-    """Learn most from pairs that are already ranked right, least from those ranked wrong.
+    """FocalPO: learns most from pairs already ranked right, least from those ranked wrong.
 
-    FocalPO (Liu et al. 2025, arXiv 2501.06645): `-p^gamma log p`, where `p = sigmoid(beta m)` is
-    the probability that the policy gives to the label. For labels that are often wrong, such as a
-    vision-language model's: clip-level DPO pulls hardest on the pairs that contradict all others.
+    `-p^gamma log p` (Liu et al. 2025, arXiv 2501.06645), where `p = sigmoid(beta m)` is the
+    probability that the policy gives to the label. It suits labels that are often wrong, such as
+    those of a vision-language model: DPO pulls hardest on the pairs that contradict all others.
     """
 
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors."""
     gamma: float = Field(default=0.05, ge=0, le=1)
-    """How much a pair that is ranked wrong is turned down; 0 is clip-level DPO. From 1 / ln 2 on,
-    the pull at the start of a run would even turn round."""
+    """How much less a pair that is ranked wrong counts; 0 is the loss `global`. From 1 / ln 2 on,
+    the loss would lower the margin at the start of a run."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
-        """The loss of every pair."""
+        """Loss of every pair."""
         first = errors.change_first.mean(dim=(1, 2, 3, 4))
         second = errors.change_second.mean(dim=(1, 2, 3, 4))
         output = sigmoid_loss(first, second, errors.label, self.beta)
-        # p^gamma as exp(-gamma * -log p): log p is the number that does not underflow.
+        # p^gamma as exp(-gamma * -log p), since log p does not underflow.
         return replace(output, loss=(-self.gamma * output.loss).exp() * output.loss)

@@ -14,11 +14,13 @@ from dpo_video.loss.dpop import DPOP
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.hinge import Hinge
 from dpo_video.loss.ipo import IPO
+from dpo_video.loss.region import Region
 from dpo_video.loss.robust import Robust
 from dpo_video.loss.sdpo import SDPO
 from dpo_video.loss.segment import Segment
 from dpo_video.strategies import Loss
 from dpo_video.testing import PREFERENCES, random_errors, swapped
+from dpo_video.training.objective import figures
 from dpo_video.types import PairErrors
 
 LN2, LN3, LN4_3 = math.log(2), math.log(3), math.log(4 / 3)
@@ -44,7 +46,7 @@ def test_global_by_hand() -> None:
     check(Global(beta=BETA), errors_of(*CHANGES), LN4_3, [each, each], [-each, -each])
 
 
-def test_the_anchor_by_hand() -> None:
+def test_the_sft_term_by_hand() -> None:
     # + 0.5 times the mean of the chosen video's errors, which are 1: + 0.5, and 0.5 / 2 an element.
     each = BETA / 4 / 2
     loss = Global(beta=BETA, sft_weight=0.5)
@@ -90,7 +92,7 @@ def test_dpop_by_hand() -> None:
 def test_sdpo_by_hand() -> None:
     # |g_w|^2 = 1 (the chosen error), <g_w, g_l> = 0.5: s = 0.1 * 1 / 0.5 = 0.2 at mu 0.9.
     errors = errors_of(*CHANGES, product=0.5)
-    assert SDPO().loser_scale(errors).item() == pytest.approx(0.2)
+    assert SDPO().rejected_scale(errors).item() == pytest.approx(0.2)
     each = BETA / 4 / 2
     check(SDPO(beta=BETA), errors, LN4_3, [each, each], [-0.2 * each, -0.2 * each])
 
@@ -257,7 +259,7 @@ def test_conservative_rests_where_it_is_as_sure_as_the_labels() -> None:
         errors = errors_of([0.0], [share * margin], [1.0])
         first, second = gradients(loss, errors)
         assert first.item() == pytest.approx(-second.item())
-        factor = loss(errors).gradient_factor.item()
+        factor = figures(loss, errors).gradient_factor.item()
         if sign == 0:
             assert first.item() == pytest.approx(0, abs=1.0)  # of 1000 at the start
             assert factor == pytest.approx(0, abs=1e-3)
@@ -275,15 +277,73 @@ def test_the_gradient_factor_is_the_slope_relative_to_the_start(loss: Loss) -> N
         return gradients(loss, errors_of([0.0], [second], [1.0]))[1].item()
 
     for second in (-4e-4, -1e-4, 1e-4, 3.9e-4, 1e-3):
-        factor = loss(errors_of([0.0], [second], [1.0])).gradient_factor.item()
+        factor = figures(loss, errors_of([0.0], [second], [1.0])).gradient_factor.item()
         assert factor == pytest.approx(0.5 * slope(second) / slope(0.0), abs=2e-3)
 
 
-@pytest.mark.parametrize("loss", ALL, ids=repr)
-def test_the_logits_are_beta_times_the_margin(loss: Loss) -> None:
-    output = loss(random_errors(change=1e-3))
+CLOSED: dict[str, tuple[Loss, Callable[[float], float], float]] = {
+    "global": (Global(), lambda z: sigmoid(-z), 1),
+    "segment": (Segment(), lambda z: sigmoid(-z), 1),
+    "segment per clip": (Segment(per="clip"), lambda z: sigmoid(-z), 1),
+    "region": (Region(), lambda z: sigmoid(-z), 2),  # both terms, on a region of everything
+    "ipo": (IPO(), lambda z: 0.5 * (1 - 2 * z), 8),
+    "hinge": (Hinge(), lambda z: 0.5 * (z < 1), 2),
+    "robust": (
+        Robust(label_smoothing=0.2),
+        lambda z: 0.8 * sigmoid(-z) + 0.2 * sigmoid(z),
+        1 / 0.6,
+    ),
+    "conservative": (
+        Robust(label_smoothing=0.2, variant="conservative"),
+        lambda z: (sigmoid(-z) - 0.2) / 0.6,
+        0.6,
+    ),
+    "dpop": (DPOP(), lambda z: sigmoid(-z), 1),
+    "sdpo": (SDPO(), lambda z: sigmoid(-z), 1),
+    "sdpo without the rejected gradient": (SDPO(mu=1), lambda z: sigmoid(-z), 1),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+@pytest.mark.parametrize("sft_weight", [0.0, 0.1])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_figures_are_those_of_the_closed_forms(name: str, sft_weight: float, sign: int) -> None:
+    # The factor is half of the slope relative to margin 0; the logits are twice that slope times
+    # the margin, which is beta times it for a sigmoid.
+    loss, factor, scale = CLOSED[name]
+    loss = loss.model_copy(update={"sft_weight": sft_weight})
     beta = float(loss.beta)  # type: ignore[attr-defined]
-    torch.testing.assert_close(output.logits, beta * output.margin)
+    for z in (-2.0, 0.0, 2.0):
+        first, second = ([0.0] * 4, [z / beta] * 4)[::sign]
+        errors = errors_of(first, second, [sign] * 4, product=0.5)
+        found = figures(loss, errors)
+        assert found.gradient_factor.item() == pytest.approx(factor(z), abs=2e-3)
+        assert found.logits.item() == pytest.approx(scale * z, abs=2e-3)
+        assert found.loss.item() == loss(errors).loss.item()
+
+
+def test_frames_of_both_labels_count_by_their_own_slopes() -> None:
+    # Frame 1 prefers the first video at z = 2, frame 2 the second at z = -2; frame 3 is a tie.
+    changes = [0.0, 2 / 250, 0.3], [2 / 250, 4 / 250, 0.0]
+    found = figures(Segment(sft_weight=0.1), errors_of(*changes, [1, -1, 0]))
+    assert found.gradient_factor.item() == pytest.approx((sigmoid(-2) + sigmoid(2)) / 2, abs=1e-3)
+    assert found.margin.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_an_even_pair_keeps_the_initial_factor() -> None:
+    found = figures(Global(), errors_of([0.1, 0.1], [0.2, 0.2], [1, -1]))
+    assert found.gradient_factor.item() == 0.5 and found.logits.item() == 0
+
+
+def test_the_region_counts_most_in_the_factor_of_region() -> None:
+    # A tenth of the elements: d loss / d margin on them is beta (sigmoid(-z_all) / 10 +
+    # sigmoid(-z_region)).
+    region = torch.tensor([1.0] + [0.0] * 9).view(1, 1, 10, 1, 1)
+    errors = replace(errors_of([0.0] * 10, [2 / 2500] + [0.0] * 9, [1] * 10), region=region)
+    found = figures(Region(), replace(errors, strength=torch.tensor([0.75])))
+    expected = (0.1 * sigmoid(-0.2) + sigmoid(-2)) / 1.1
+    assert found.gradient_factor.item() == pytest.approx(expected, abs=1e-3)
+    assert found.logits.item() == pytest.approx(2 * 1.1, abs=1e-2)
 
 
 @pytest.mark.parametrize("loss", ALL, ids=repr)
@@ -306,10 +366,10 @@ def test_ties_train_nothing(loss: Loss) -> None:
 
 
 @pytest.mark.parametrize("loss", ALL, ids=repr)
-def test_the_anchor_adds_the_chosen_error(loss: Loss) -> None:
+def test_the_sft_term_adds_the_chosen_error(loss: Loss) -> None:
     errors = random_errors(change=1e-3)
-    held = loss.model_copy(update={"sft_weight": 0.1})
-    added = held(errors).loss - loss(errors).loss
+    with_sft = loss.model_copy(update={"sft_weight": 0.1})
+    added = with_sft(errors).loss - loss(errors).loss
     chosen = errors.policy_first.mean(dim=(1, 2, 3, 4))
     torch.testing.assert_close(added, 0.1 * chosen, rtol=1e-3, atol=1e-5)
 
@@ -321,6 +381,7 @@ def test_the_anchor_adds_the_chosen_error(loss: Loss) -> None:
     ids=repr,
 )  # fmt: skip
 def test_equal_networks_give_the_start_that_the_docstring_names(loss: Loss, start: float) -> None:
-    output = loss(random_errors(change=0.0))
-    assert (output.margin == 0).all() and (output.logits == 0).all()
-    torch.testing.assert_close(output.loss, torch.full((3,), start), rtol=0, atol=1e-6)
+    found = figures(loss, random_errors(change=0.0))
+    assert (found.margin == 0).all() and (found.logits == 0).all()
+    assert (found.gradient_factor == 0.5).all()
+    torch.testing.assert_close(found.loss, torch.full((3,), start), rtol=0, atol=1e-6)

@@ -10,6 +10,7 @@ from handmade import errors_of, gradients
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
 from dpo_video.testing import random_errors, swapped
+from dpo_video.training.objective import figures
 from dpo_video.types import PairErrors
 
 LN2 = math.log(2)
@@ -29,8 +30,10 @@ def test_global_matches_a_hand_computed_example() -> None:
         strength=torch.zeros(1),
     )
     output = Global(beta=10)(errors)
+    derived = figures(Global(beta=10), errors)
+    assert derived.logits.item() == pytest.approx(3.0)
+    assert derived.gradient_factor.item() == pytest.approx(1 / (1 + math.exp(3.0)))
     assert output.margin.item() == pytest.approx(0.3)
-    assert output.logits.item() == pytest.approx(3.0)
     assert output.loss.item() == pytest.approx(math.log(1 + math.exp(-3)))
     assert output.chosen_change.item() == pytest.approx(-0.2)
     assert output.rejected_change.item() == pytest.approx(0.1)
@@ -103,9 +106,9 @@ def test_masked_error_is_a_mean_per_pair_not_over_the_batch() -> None:
 def test_the_region_slope_grows_with_the_strength() -> None:
     errors = random_errors(full_region=False)
     strong = replace(errors, strength=torch.full((3,), 0.90))
-    weak, scaled = region_alone()(errors), region_alone()(strong)
+    weak, scaled = figures(region_alone(), errors), figures(region_alone(), strong)
     torch.testing.assert_close(scaled.logits, 2 * weak.logits)
-    unscaled = region_alone(scale_by_strength=False)(strong)
+    unscaled = figures(region_alone(scale_by_strength=False), strong)
     torch.testing.assert_close(unscaled.logits, weak.logits)
 
 
@@ -115,7 +118,7 @@ def test_below_the_authors_strengths_the_slope_stays_as_it_is(strength: float) -
     # a mask of one's own comes with a strength of 0.
     errors = random_errors(full_region=False)
     weak = replace(errors, strength=torch.full((3,), strength))
-    torch.testing.assert_close(region_alone()(weak).logits, region_alone()(errors).logits)
+    torch.testing.assert_close(region_alone()(weak).loss, region_alone()(errors).loss)
 
 
 def test_region_by_hand() -> None:
@@ -123,7 +126,7 @@ def test_region_by_hand() -> None:
     # d(second) = (0, 0.2, 0.6): over all m = 0.8/3 + 0.4/3 = 0.4, inside m = 0.1 + 0.2 = 0.3.
     # At strength 0.9 the region's slope is twice beta = ln 3 / 0.6, so inside z = ln 3, and outside
     # z = 2/3 ln 3, where sigmoid(-z) = 1 / (1 + 3^(2/3)). The policy's errors are 1 everywhere, so
-    # either anchor adds 0.1.
+    # each SFT term adds 0.1.
     beta, q = math.log(3) / 0.6, 1 / (1 + 3 ** (2 / 3))
     errors = replace(
         errors_of([-0.1, -0.3, 0.0], [0.0, 0.2, 0.6], [1.0, 1.0, 1.0]),
@@ -133,7 +136,7 @@ def test_region_by_hand() -> None:
     loss = Region(beta=beta)
     assert loss(errors).loss.item() == pytest.approx(-math.log(1 - q) + math.log(4 / 3) + 0.2)
     # Per element: the global term gives beta q / 3, the region's 2 beta / 4 / 2 inside the mask,
-    # the anchors 0.1 / 3 and 0.1 / 2 to the chosen video.
+    # the SFT terms 0.1 / 3 and 0.1 / 2 to the chosen video.
     everywhere, inside = beta * q / 3, beta / 4
     first, second = gradients(loss, errors)
     assert first.flatten().tolist() == pytest.approx(

@@ -56,7 +56,7 @@ def test_a_step_leaves_the_winner_its_share_of_the_descent() -> None:
             step = torch.autograd.grad(loss(errors).loss.sum(), weights, retain_graph=True)
             kept = dot(step, winner) / (push * dot(winner, winner))
             assert kept > mu - 1e-4
-            if 0 < loss.loser_scale(errors).item() < 1:
+            if 0 < loss.rejected_scale(errors).item() < 1:
                 limited += 1
                 assert abs(kept - mu) < 1e-4  # no more of the loser is given up than needed
     assert limited > 20

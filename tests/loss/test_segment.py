@@ -11,6 +11,7 @@ from handmade import errors_of, gradients
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.segment import Segment
 from dpo_video.testing import random_errors
+from dpo_video.training.objective import figures
 from dpo_video.types import PairErrors
 
 LN3, LN4_3 = math.log(3), math.log(4 / 3)
@@ -27,7 +28,7 @@ def test_per_frame_by_hand() -> None:
     output = loss(errors)
     assert output.loss.item() == pytest.approx((LN4_3 + math.log(4)) / 2)
     assert output.margin.item() == pytest.approx(0, abs=1e-7)
-    assert output.gradient_factor.item() == pytest.approx((1 / 4 + 3 / 4) / 2)
+    assert figures(loss, errors).gradient_factor.item() == pytest.approx((1 / 4 + 3 / 4) / 2)
     assert output.chosen_change.item() == pytest.approx((-0.1 + 0.4) / 2)
     assert output.rejected_change.item() == pytest.approx((0.2 + 0.1) / 2)
     first, second = gradients(loss, errors)
@@ -116,7 +117,7 @@ def test_frames_of_ties_have_no_gradient(per: str) -> None:
     ties = (LABELS == 0)[:, None, :, None, None]
     for gradient in gradients(loss, errors):
         assert not gradient[ties.expand_as(gradient)].any()
-    # The loser of a frame is not anchored: what is left of it is the sigmoid's push, downwards.
+    # The SFT term leaves the rejected video of a frame alone: only the sigmoid's push is left.
     first, _ = gradients(loss, errors)
     lost = (LABELS < 0)[:, None, :, None, None].expand_as(first)
     assert (first[lost] < 0).all()

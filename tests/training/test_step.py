@@ -128,10 +128,10 @@ def test_a_loss_that_is_not_uniform_is_refused(
     class Boastful(Region):  # type: ignore[misc]  # it is final for good reasons
         linear_in_mean_error = True
 
-    with pytest.raises(TrainingError, match=r"Boastful says .*memory\.backward=split"):
+    with pytest.raises(TrainingError, match=r"Boastful declares .*memory\.backward=split"):
         bench.step("linear", a_batch(bench.model, FIRST), Boastful())
     store = make_store(tmp_path / "pairs", small_model, pairs=1)
-    with pytest.raises(TrainingError, match=r"Region does not. Set memory\.backward=split"):
+    with pytest.raises(TrainingError, match=r"Region is none. Set memory\.backward=split"):
         trained(small_folder, store, tmp_path / "run", Region(), MemorySettings(backward="linear"))
     assert not (tmp_path / "run").exists()
 

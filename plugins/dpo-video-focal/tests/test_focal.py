@@ -1,4 +1,4 @@
-"""What `pytest` in this folder checks once the package is installed."""
+"""Tests of the installed package: run `pytest` in this folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dpo_video_focal import Focal
 
 from dpo_video.loss.global_ import Global
 from dpo_video.testing import check_loss, random_errors, swapped
+from dpo_video.training.objective import figures
 
 
 def test_it_keeps_the_contract() -> None:
@@ -29,9 +30,18 @@ def test_a_policy_that_equals_its_reference_is_worth_half_to_the_gamma_times_ln_
     assert Focal(gamma=0.3)(errors).loss.tolist() == pytest.approx([expected] * 3)
 
 
+def test_the_gradient_factor_is_that_of_this_loss_and_not_of_dpo() -> None:
+    # At gamma 1 and beta m = 2, DPO's factor is sigmoid(-2) = 0.119. This loss is p (-log p), with
+    # the slope p (1 + log p) sigmoid(-z): half of its slope at 2 over that at 0 is 0.597.
+    errors = random_errors(pairs=1, change=0.0)
+    moved = replace(errors, policy_second=errors.reference_second + 2 / 2500)
+    assert figures(Global(), moved).gradient_factor.item() == pytest.approx(0.119, abs=1e-3)
+    assert figures(Focal(gamma=1), moved).gradient_factor.item() == pytest.approx(0.597, abs=1e-3)
+
+
 def test_a_pair_ranked_wrong_pulls_less_beside_one_ranked_right() -> None:
     def pulls(loss: Focal) -> tuple[float, float]:
-        """The loss's slope on the margin of a pair ranked right, and of its mirror image."""
+        """Slope on the margin of a pair ranked right, and of its mirror image."""
         errors = random_errors(pairs=1, change=1e-3)
         right = errors if Global()(errors).margin > 0 else swapped(errors)
         slopes = []
