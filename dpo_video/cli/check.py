@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from dpo_video.cli.build import progress_bar
 from dpo_video.cli.options import Assignments, Backbone, Device, File, Json, Metrics, resolve
-
-if TYPE_CHECKING:
-    from dpo_video.data.audit import Audit
-
-MARKS = {"fine": "[green]ok[/]", "notice": "[yellow]look[/]", "problem": "[bold red]problem[/]"}
 
 
 def check(
@@ -64,31 +58,7 @@ def check(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        _show(found)
+        out = Console()
+        out.print(found.table())
+        out.print(f"\n{found.summary}", highlight=False)
     raise typer.Exit(1 if found.problems else 0)
-
-
-def _show(found: Audit) -> None:
-    from rich.text import Text
-
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("mark", "check"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("words", overflow="fold")
-    for finding in found.findings:
-        words = Text(finding.seen)
-        if finding.do:
-            words.append(f"\n{finding.do}", style="dim")
-        table.add_row(MARKS[finding.level.value], finding.check, words)
-    console = Console()
-    console.print(table)
-    notices = sum(finding.level.value == "notice" for finding in found.findings)
-    console.print(
-        f"\n{found.pairs} pairs: "
-        + (
-            f"[bold red]{found.problems} problem{'s' * (found.problems > 1)}[/]"
-            if found.problems
-            else "[green]no problem[/]"
-        )
-        + f", {notices} worth a look."
-    )

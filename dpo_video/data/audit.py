@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from rich.table import Table
+from rich.text import Text
 
 from dpo_video.data import audit_checks as checks
 from dpo_video.data.audit_checks import Finding, Level
-from dpo_video.data.audit_stats import Summary, summarize
+from dpo_video.data.audit_stats import PairSummary, summarize
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import Metric, VideoModel
+from dpo_video.support.formatting import html_table
 from dpo_video.support.statistics import Record
+
+_STYLES = {Level.FINE: "green", Level.NOTICE: "yellow", Level.PROBLEM: "bold red"}
 
 
 class Audit(Record):
-    """All findings, one a check."""
+    """The findings of all checks of a pair set."""
 
     store: str
     pairs: int
@@ -25,8 +31,39 @@ class Audit(Record):
 
     @property
     def problems(self) -> int:
-        """How many checks found one."""
-        return sum(finding.level is Level.PROBLEM for finding in self.findings)
+        """Number of findings that are problems."""
+        return self._count(Level.PROBLEM)
+
+    @property
+    def summary(self) -> str:
+        """The counts in one line."""
+        problems = f"{self.problems or 'no'} problem{'s' * (self.problems > 1)}"
+        return f"{self.pairs} pairs: {problems}, {self._count(Level.NOTICE)} worth a look."
+
+    def table(self) -> Table:
+        """One row per check, for a terminal."""
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for column in ("level", "check"):
+            table.add_column(column, no_wrap=True)
+        table.add_column("message", overflow="fold")
+        for finding in self.findings:
+            text = Text(finding.message)
+            if finding.advice:
+                text.append(f"\n{finding.advice}", style="dim")
+            level = Text(finding.level.value, style=_STYLES[finding.level])
+            table.add_row(level, finding.check, text)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return self.model_dump(mode="json")
+
+    def _repr_html_(self) -> str:
+        rows = [(each.level.value, each.check, each.message, each.advice) for each in self.findings]
+        return html_table(["level", "check", "finding", "advice"], rows, self.summary)
+
+    def _count(self, level: Level) -> int:
+        return sum(finding.level is level for finding in self.findings)
 
 
 def audit(
@@ -38,47 +75,47 @@ def audit(
     sample: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Audit:
-    """Look at every pair once.
+    """Run all checks; every pair is read once.
 
     Args:
         store: The pairs.
-        model: What they are to train.
-        metrics: Those with the role "motion" are compared between winners and losers.
-        prompts: The evaluation's.
-        sample: Pairs that are decoded for that; 0 for none.
-        on_progress: Told how many pairs are done.
+        model: The model to train on them.
+        metrics: Those with the role "motion" are compared between chosen and rejected videos.
+        prompts: The evaluation's prompts.
+        sample: Number of pairs that are decoded for that comparison; 0 for none.
+        on_progress: Called with the number of pairs read so far.
     """
-    fit = checks.fit(store, model)
-    pairs: list[Summary] = []
+    match = checks.model_match(store, model)
+    pairs: list[PairSummary] = []
     moved: dict[str, list[tuple[float, float]]] = defaultdict(list)
     motion = {name: metric for name, metric in metrics.items() if metric.role == "motion"}
-    wanted = set(np.linspace(0, len(store) - 1, min(sample, len(store))).round().astype(int))
+    sampled = set(np.linspace(0, len(store) - 1, min(sample, len(store))).round().astype(int))
     for index in range(len(store)):
         batch = store.batch([index])
         pair = summarize(index, batch)
         pairs.append(pair)
-        if fit.level is Level.FINE and pair.finite and pair.winner and index in wanted and motion:
+        if match.level is Level.FINE and pair.finite and pair.label and index in sampled and motion:
             both = torch.cat([batch.first, batch.second]).to(model.device)
             videos = model.decode_videos(both).cpu()
-            if pair.winner < 0:
+            if pair.label < 0:
                 videos = videos.flip(0)
             for name, metric in motion.items():
-                winner, loser = metric(videos, [store.rows[index].prompt] * 2).tolist()
-                moved[name].append((winner, loser))
+                chosen, rejected = metric(videos, [store.rows[index].prompt] * 2).tolist()
+                moved[name].append((chosen, rejected))
         on_progress(index + 1)
-    sound = [pair for pair in pairs if pair.finite]
+    finite = [pair for pair in pairs if pair.finite]
     texts = [row.prompt for row in store.rows]
-    found = [
-        fit,
-        checks.broken(pairs),
-        checks.scale(sound),
-        checks.identical(sound),
-        checks.duplicates(sound),
-        checks.region(sound),
-        checks.labels(sound),
+    findings = [
+        match,
+        checks.finite(pairs),
+        checks.scale(finite),
+        checks.difference(finite),
+        checks.duplicates(finite),
+        checks.region(finite),
+        checks.labels(finite),
         *(checks.motion(name, values) for name, values in moved.items()),
-        checks.separable(sound),
+        checks.shortcut(finite),
         checks.prompts(texts),
         checks.leakage(texts, prompts),
     ]
-    return Audit(store=store.where, pairs=len(store), findings=tuple(found))
+    return Audit(store=store.where, pairs=len(store), findings=tuple(findings))

@@ -1,411 +1,400 @@
-"""What can be wrong with a set of pairs: each check is a function of their summaries or prompts."""
+"""The checks of an audit: each is a function of the pairs' summaries or of their prompts."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
 from pydantic import Field
 
-from dpo_video.data.audit_stats import Summary, held_out_accuracy, names
+from dpo_video.data.audit_stats import PairSummary, held_out_accuracy, statistic_names
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.statistics import Record, paired_difference
 
 NEAR = 0.01
-"""Root mean square difference, in standard deviations of the latents, below which two videos are
-as good as one: a hundredth of it is what a network sees of a noise at its lowest level."""
+"""Root mean square difference, in standard deviations of the latents, below which two videos count
+as equal: a hundredth of a standard deviation drowns in the noise of the lowest noise level."""
 SCALES = (0.3, 3.0)
-"""Standard deviations of latents that a denoiser is trained on lie near 1; latents multiplied by
-the wrong factor, or divided where they should be multiplied, do not."""
+"""Range of the latents' standard deviation. Denoisers are trained near 1; latents with a wrong
+scaling factor are far from it."""
 STILLER = 0.1
-"""Share by which winners may move less than losers."""
+"""Share by which chosen videos may move less than rejected ones."""
 LEAK = 0.1
 """Share of the evaluation's prompts that may be trained on."""
 DECIDED = 0.2
-"""Share of frames that must not be ties for a pair to be worth its time (DenseDPO, Sec. 4.1)."""
+"""Share of frames that must not be ties for a pair to be worth training on (DenseDPO, Sec. 4.1)."""
 FEWEST = 12
-"""Pairs without which nothing can be said of a tendency."""
+"""Fewest pairs that a tendency is computed of."""
 FLIPS = 200
-"""Random orders that the chance of a classifier is read off."""
+"""Random orders that estimate the chance level of a classifier."""
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """Severity of a finding."""
 
     FINE = "fine"
     NOTICE = "notice"
-    """Only you can tell whether it matters."""
+    """Depends on what is to be trained; look at it."""
     PROBLEM = "problem"
-    """Put it right before you train."""
+    """Correct it before training."""
 
 
 class Finding(Record):
-    """What one check saw, in words."""
+    """The result of one check."""
 
     check: str
     level: Level
-    seen: str
-    do: str = ""
-    """What to do about it; empty where all is fine."""
+    message: str
+    advice: str = ""
+    """What to do; empty if all is fine."""
     pairs: tuple[int, ...] = ()
-    """The pairs concerned, where it is a matter of single ones."""
+    """Indices of the pairs concerned, if single ones are."""
     figures: dict[str, float] = Field(default_factory=dict)
 
 
-def fit(store: PairStore, model: VideoModel) -> Finding:
-    """Were they made for this model, and by weights that are still its own?"""
-    found, wanted = store.manifest, model.shape
+def _finding(
+    level: Level,
+    check: str,
+    message: str,
+    advice: str = "",
+    pairs: Sequence[int] = (),
+    figures: Mapping[str, float] = MappingProxyType({}),
+) -> Finding:
+    return Finding(check=check, level=level, message=message, advice=advice, pairs=tuple(pairs),
+                   figures=dict(figures))  # fmt: skip
+
+
+_fine = partial(_finding, Level.FINE)
+_notice = partial(_finding, Level.NOTICE)
+_problem = partial(_finding, Level.PROBLEM)
+
+
+def model_match(store: PairStore, model: VideoModel) -> Finding:
+    """Check that the pairs were encoded for this model and by its weights."""
+    stored, wanted = store.manifest, model.shape
     drift = []
-    if found.latent_shape != model.latent_shape:
-        drift.append(f"latents of shape {found.latent_shape} instead of {model.latent_shape}")
-    if not math.isclose(found.fps, wanted.fps, rel_tol=1e-3):
-        drift.append(f"{found.fps:g} frames a second instead of {wanted.fps:g}")
-    if weights_of(found.identity) != weights_of(model.identity):
+    if stored.latent_shape != model.latent_shape:
+        drift.append(f"latents of shape {stored.latent_shape} instead of {model.latent_shape}")
+    if not math.isclose(stored.fps, wanted.fps, rel_tol=1e-3):
+        drift.append(f"{stored.fps:g} frames a second instead of {wanted.fps:g}")
+    if weights_of(stored.identity) != weights_of(model.identity):
         drift.append("other weights")
     if not drift:
-        return Finding(check="fit", level=Level.FINE,
-                       seen=f"Made for this backbone, at {wanted.fps:g} fps.")  # fmt: skip
-    return Finding(
-        check="fit",
-        level=Level.PROBLEM,
-        seen=f"The pairs are not this backbone's: {', '.join(drift)}.",
-        do="Build them again for it, or name their own with --backbone and --set backbone....",
+        return _fine("model", f"Made for this backbone, at {wanted.fps:g} fps.")
+    return _problem(
+        "model",
+        f"The pairs were not made for this backbone: {', '.join(drift)}.",
+        "Build them again for it, or name theirs with --backbone and --set backbone....",
     )
 
 
-def broken(pairs: Sequence[Summary]) -> Finding:
-    """Does any hold what is not finite?"""
+def finite(pairs: Sequence[PairSummary]) -> Finding:
+    """Check that all numbers are finite."""
     bad = [pair.index for pair in pairs if not pair.finite]
     if not bad:
-        return Finding(check="numbers", level=Level.FINE, seen="No nan and no infinity.")
-    return Finding(
-        check="numbers",
-        level=Level.PROBLEM,
-        seen=f"{_count(bad, pairs)} hold nan or infinity ({_listed(bad)}).",
-        do="Look at their clips, and encode with --set train.mixed_precision=no; training "
-        "skips the "
-        "steps that meet them, and stops after train.skips of those.",
-        pairs=tuple(bad),
+        return _fine("numbers", "No nan and no infinity.")
+    return _problem(
+        "numbers",
+        f"{_count(bad, pairs)} hold nan or infinity ({_listed(bad)}).",
+        "Look at their clips, and encode with --set train.mixed_precision=no. Training skips the "
+        "steps that use them and stops after train.skips such steps.",
+        bad,
     )
 
 
-def scale(pairs: Sequence[Summary]) -> Finding:
-    """Do the latents have the spread that a denoiser is trained on?"""
+def scale(pairs: Sequence[PairSummary]) -> Finding:
+    """Check that the latents have the scale that a denoiser is trained on."""
     typical = float(np.median([pair.scale for pair in pairs])) if pairs else 1.0
-    flat = [pair.index for pair in pairs if not SCALES[0] <= pair.scale <= SCALES[1]]
+    outliers = [pair.index for pair in pairs if not SCALES[0] <= pair.scale <= SCALES[1]]
     figures = {"standard_deviation": typical}
     if not SCALES[0] <= typical <= SCALES[1]:
-        return Finding(
-            check="scale",
-            level=Level.PROBLEM,
-            seen=f"The latents' standard deviation is {typical:.2g}; denoisers are trained near 1.",
-            do="Scale them as the backbone's VAE says: multiply by its scaling factor, once.",
+        return _problem(
+            "scale",
+            f"The latents' standard deviation is {typical:.2g}; denoisers are trained near 1.",
+            "Multiply the latents by the scaling factor of the backbone's VAE, once.",
             figures=figures,
         )
-    if flat:
-        return Finding(
-            check="scale",
-            level=Level.NOTICE,
-            seen=f"{_count(flat, pairs)} have latents of another scale than the rest "
-            f"({_listed(flat)}).",
-            do="Look at their previews: blank or burnt-out videos look like this.",
-            pairs=tuple(flat),
-            figures=figures,
+    if outliers:
+        return _notice(
+            "scale",
+            f"{_count(outliers, pairs)} have latents of another scale ({_listed(outliers)}).",
+            "Look at their previews: blank and overexposed videos have such latents.",
+            outliers,
+            figures,
         )
-    return Finding(check="scale", level=Level.FINE, figures=figures,
-                   seen=f"Latents have a standard deviation of {typical:.2f}.")  # fmt: skip
+    return _fine("scale", f"Latents have a standard deviation of {typical:.2f}.", figures=figures)
 
 
-def identical(pairs: Sequence[Summary]) -> Finding:
-    """Is there a difference to learn from?"""
-    decided = [pair for pair in pairs if pair.winner]
+def difference(pairs: Sequence[PairSummary]) -> Finding:
+    """Check that the two videos of every pair differ."""
+    decided = [pair for pair in pairs if pair.label]
     same = [pair.index for pair in decided if pair.distance == 0]
     near = [pair.index for pair in decided if 0 < pair.distance < NEAR]
     if same:
-        return Finding(
-            check="difference",
-            level=Level.PROBLEM,
-            seen=f"{_count(same, pairs)} prefer a video to itself ({_listed(same)}).",
-            do="Leave them out: their margin is 0 for ever.",
-            pairs=tuple(same),
+        return _problem(
+            "difference",
+            f"{_count(same, pairs)} prefer a video to itself ({_listed(same)}).",
+            "Leave them out: their margin is always 0.",
+            same,
         )
     if near:
-        return Finding(
-            check="difference",
-            level=Level.NOTICE,
-            seen=f"The two videos of {_count(near, pairs)} differ by less than {NEAR:.0%} of their "
+        return _notice(
+            "difference",
+            f"The two videos of {_count(near, pairs)} differ by less than {NEAR:.0%} of their "
             f"contrast ({_listed(near)}).",
-            do="Look at them. A stronger noise or a larger region makes them differ in more.",
-            pairs=tuple(near),
+            "Look at them. Stronger noise or a larger region makes the videos differ more.",
+            near,
         )
     typical = float(np.median([pair.distance for pair in decided])) if decided else 0.0
-    return Finding(
-        check="difference",
-        level=Level.FINE,
-        seen=f"Where they may differ, the two videos do, by {typical:.0%} of their contrast.",
+    return _fine(
+        "difference",
+        f"Inside their regions the two videos differ by {typical:.0%} of their contrast.",
         figures={"distance": typical},
     )
 
 
-def duplicates(pairs: Sequence[Summary]) -> Finding:
-    """Does any come twice, or with another verdict?"""
+def duplicates(pairs: Sequence[PairSummary]) -> Finding:
+    """Check that no pair occurs twice or with contradicting labels."""
     if len(pairs) < 2:
-        return Finding(check="duplicates", level=Level.FINE, seen="Nothing to compare.")
-    groups: dict[tuple[str, ...], list[Summary]] = defaultdict(list)
+        return _fine("duplicates", "Fewer than two pairs: nothing to compare.")
+    groups: dict[tuple[str, ...], list[PairSummary]] = defaultdict(list)
     for pair in pairs:
         groups[tuple(sorted(pair.hashes))].append(pair)
-    twice = [group for group in groups.values() if len(group) > 1]
-    if twice:
-        opposed = sum(len({_better(pair) for pair in group}) > 1 for group in twice)
-        bad = sorted(pair.index for group in twice for pair in group)
-        return Finding(
-            check="duplicates",
-            level=Level.PROBLEM,
-            seen=f"{_count(bad, pairs)} are there more than once ({_listed(bad)})"
+    repeated = [group for group in groups.values() if len(group) > 1]
+    if repeated:
+        opposed = sum(len({_chosen_hash(pair) for pair in group}) > 1 for group in repeated)
+        bad = sorted(pair.index for group in repeated for pair in group)
+        return _problem(
+            "duplicates",
+            f"{_count(bad, pairs)} occur more than once ({_listed(bad)})"
             + (f", {opposed} of them with labels that contradict each other." if opposed else "."),
-            do="Keep one of each, or they weigh double; vote where the labels contradict.",
-            pairs=tuple(bad),
+            "Keep one copy, or it counts double; vote where the labels contradict.",
+            bad,
         )
-    alike = _alike(pairs)
+    alike = _near_copies(pairs)
     if alike:
-        return Finding(
-            check="duplicates",
-            level=Level.NOTICE,
-            seen=f"{_count(alike, pairs)} look like another one, both videos ({_listed(alike)}).",
-            do="Look for copies of a clip under several names.",
-            pairs=tuple(alike),
+        return _notice(
+            "duplicates",
+            f"{_count(alike, pairs)} look like another pair in both videos ({_listed(alike)}).",
+            "Look for copies of a clip under several names.",
+            alike,
         )
     videos = Counter(name for pair in pairs for name in set(pair.hashes))
     shared = sum(count > 1 for count in videos.values())
     if shared:
-        return Finding(
-            check="duplicates",
-            level=Level.NOTICE,
-            seen=f"{shared} videos are in several pairs.",
-            do="Fine if several losers were made of each clip; more clips teach more than more "
-            "losers.",
+        return _notice(
+            "duplicates",
+            f"{shared} videos are in several pairs.",
+            "Fine if each clip has several rejected videos; more clips teach more than more "
+            "rejected videos.",
             figures={"videos": float(len(videos))},
         )
-    return Finding(check="duplicates", level=Level.FINE, seen="No pair is like another.")
+    return _fine("duplicates", "No two pairs are alike.")
 
 
-def _better(pair: Summary) -> str:
-    return pair.hashes[0] if pair.winner > 0 else pair.hashes[1] if pair.winner < 0 else ""
+def _chosen_hash(pair: PairSummary) -> str:
+    return pair.hashes[0] if pair.label > 0 else pair.hashes[1] if pair.label < 0 else ""
 
 
-def _alike(pairs: Sequence[Summary]) -> list[int]:
-    """Pairs that have a near copy, by their signatures; a block at a time."""
+def _near_copies(pairs: Sequence[PairSummary]) -> list[int]:
+    """Pairs whose signature is close to another pair's, compared block by block."""
     signatures = torch.stack([pair.signature for pair in pairs])
     close = NEAR * signatures.std() * math.sqrt(signatures.shape[1])
-    found: set[int] = set()
+    copies: set[int] = set()
     for start in range(0, len(pairs), 1024):
         block = signatures[start : start + 1024]
         distances = torch.cdist(block, signatures, compute_mode="donot_use_mm_for_euclid_dist")
         for i, j in (distances < close).nonzero().tolist():
             if start + i != j:
-                found |= {pairs[start + i].index, pairs[j].index}
-    return sorted(found)
+                copies |= {pairs[start + i].index, pairs[j].index}
+    return sorted(copies)
 
 
-def region(pairs: Sequence[Summary]) -> Finding:
-    """Are the videos equal outside their region?"""
+def region(pairs: Sequence[PairSummary]) -> Finding:
+    """Check that the videos are equal outside their region."""
     bad = [pair.index for pair in pairs if pair.outside > 0]
     if not bad:
-        return Finding(check="region", level=Level.FINE,
-                       seen="Outside their regions the videos are equal to the bit.")  # fmt: skip
-    return Finding(
-        check="region",
-        level=Level.PROBLEM,
-        seen=f"The videos of {_count(bad, pairs)} differ outside their region ({_listed(bad)}).",
-        do="Copy one video's latents there, or mark the region where they really differ.",
-        pairs=tuple(bad),
+        return _fine("region", "Outside their regions the videos are equal to the bit.")
+    return _problem(
+        "region",
+        f"The videos of {_count(bad, pairs)} differ outside their region ({_listed(bad)}).",
+        "Copy one video's latents there, or mark the region where they really differ.",
+        bad,
     )
 
 
-def labels(pairs: Sequence[Summary]) -> Finding:
-    """Do they prefer either side, and enough frames of it?"""
-    decided = [pair for pair in pairs if pair.winner]
-    firsts = sum(pair.winner > 0 for pair in decided)
+def labels(pairs: Sequence[PairSummary]) -> Finding:
+    """Check that the labels are balanced and that few frames are ties."""
+    decided = [pair for pair in pairs if pair.label]
+    firsts = sum(pair.label > 0 for pair in decided)
     ties = sum(pair.decided == 0 for pair in pairs)
     thin = [pair.index for pair in pairs if 0 < pair.decided <= DECIDED]
     figures = {"first_better": float(firsts), "second_better": float(len(decided) - firsts),
                "ties": float(ties)}  # fmt: skip
     if not any(pair.decided for pair in pairs):
-        return Finding(
-            check="labels",
-            level=Level.PROBLEM,
-            seen="Every pair is a tie: there is nothing to learn.",
-            do="Label them: dpo-video label PAIRS --labeler NAME.",
+        return _problem(
+            "labels",
+            "Every pair is a tie: there is nothing to learn.",
+            "Label them: dpo-video label PAIRS --labeler NAME.",
             figures=figures,
         )
     counted = f"The first is better in {firsts} pairs, the second in {len(decided) - firsts}; "
     counted += f"{ties} are ties."
     if 2 * ties > len(pairs):
-        return Finding(
-            check="labels",
-            level=Level.NOTICE,
-            seen=counted,
-            do="Most pairs teach nothing. A labeler with a smaller margin, or pairs that differ in "
-            "more, leave fewer ties.",
+        return _notice(
+            "labels",
+            counted,
+            "Most pairs teach nothing. A labeler with a smaller margin, or pairs that differ more, "
+            "leave fewer ties.",
             figures=figures,
         )
-    # Where all winners come first they were stored so; in between, a rater may favour a place.
+    # Builders store the chosen video first. A share in between may be a rater's bias to one side.
     lean = abs(2 * firsts - len(decided)) / math.sqrt(max(1, len(decided)))
     if lean > 3 and 0 < firsts < len(decided):
-        return Finding(
-            check="labels",
-            level=Level.NOTICE,
-            seen=counted,
-            do="If the order was random, the rater favours a place: ask in both orders.",
+        return _notice(
+            "labels",
+            counted,
+            "If the order was random, the rater is biased to one side: ask in both orders.",
             figures=figures,
         )
     if thin:
-        return Finding(
-            check="labels",
-            level=Level.NOTICE,
-            seen=f"{counted} {_count(thin, pairs)} are ties in {1 - DECIDED:.0%} of their frames "
-            f"or more ({_listed(thin)}).",
-            do="DenseDPO leaves such pairs out.",
-            pairs=tuple(thin),
-            figures=figures,
+        return _notice(
+            "labels",
+            f"{counted} {_count(thin, pairs)} are ties in {1 - DECIDED:.0%} of their frames or "
+            f"more ({_listed(thin)}).",
+            "DenseDPO leaves such pairs out.",
+            thin,
+            figures,
         )
-    return Finding(check="labels", level=Level.FINE, seen=counted, figures=figures)
+    return _fine("labels", counted, figures=figures)
 
 
 def motion(name: str, values: Sequence[tuple[float, float]]) -> Finding:
-    """Do winners move less than losers? `values` are those of a metric, winner and loser."""
+    """Check that chosen videos do not move less; `values` is a metric of (chosen, rejected)."""
+    check = f"motion ({name})"
     if len(values) < FEWEST:
-        return Finding(check=f"motion ({name})", level=Level.FINE,
-                       seen=f"{len(values)} decoded pairs are too few to compare.")  # fmt: skip
-    winners, losers = np.array(values).T
-    gap = paired_difference(losers, winners)
+        return _fine(check, f"{len(values)} decoded pairs are too few to compare.")
+    chosen, rejected = np.array(values).T
+    gap = paired_difference(rejected, chosen)
     relative = gap.relative if gap.relative is not None else 0.0
-    figures = {"winners": gap.tuned_mean, "losers": gap.base_mean, "low": gap.low, "high": gap.high}
-    seen = f"Winners move at {gap.tuned_mean:.3g}, losers at {gap.base_mean:.3g} ({relative:+.0%})."
+    figures = {"chosen": gap.tuned_mean, "rejected": gap.base_mean, "low": gap.low,
+               "high": gap.high}  # fmt: skip
+    message = (
+        f"Chosen videos move at {gap.tuned_mean:.3g}, rejected ones at {gap.base_mean:.3g} "
+        f"({relative:+.0%})."
+    )
     if gap.high < 0 and relative < -STILLER:
-        return Finding(
-            check=f"motion ({name})",
-            level=Level.PROBLEM,
-            seen=seen,
-            do="A policy can win these pairs by freezing. Label with a guard against stillness, or "
-            "build pairs whose two videos move alike (--pairs local or dense).",
+        return _problem(
+            check,
+            message,
+            "A policy can satisfy these pairs by freezing. Label with a condition on the motion, "
+            "or build pairs whose two videos move alike (--pairs local or dense).",
             figures=figures,
         )
     if gap.low > 0 and relative > STILLER:
-        return Finding(
-            check=f"motion ({name})",
-            level=Level.NOTICE,
-            seen=seen,
-            do="Fine if more motion is what you want to teach.",
-            figures=figures,
-        )
-    return Finding(check=f"motion ({name})", level=Level.FINE, seen=seen, figures=figures)
+        return _notice(check, message, "Fine if more motion is the aim.", figures=figures)
+    return _fine(check, message, figures=figures)
 
 
-def separable(pairs: Sequence[Summary]) -> Finding:
-    """Can winners be told from losers by numbers that say nothing of their content?"""
-    decided = [pair for pair in pairs if pair.winner]
+def shortcut(pairs: Sequence[PairSummary]) -> Finding:
+    """Check whether simple statistics of the latents separate chosen from rejected videos."""
+    decided = [pair for pair in pairs if pair.label]
     if len(decided) < FEWEST:
-        return Finding(check="shortcut", level=Level.FINE,
-                       seen=f"{len(decided)} decided pairs are too few to tell.")  # fmt: skip
-    rows = np.stack([pair.winner * (pair.statistics[0] - pair.statistics[1]) for pair in decided])
-    right = held_out_accuracy(rows)
+        return _fine("shortcut", f"{len(decided)} decided pairs are too few to tell.")
+    rows = np.stack([pair.label * (pair.statistics[0] - pair.statistics[1]) for pair in decided])
+    accuracy = held_out_accuracy(rows)
     draw = np.random.default_rng(0)
-    # A pair's order says nothing by itself, so flipping pairs at random shows what chance gives.
+    # The sign of a row is arbitrary, so randomly flipped rows give the accuracy of chance.
     flipped = [
         held_out_accuracy(rows * draw.choice([-1.0, 1.0], size=(len(rows), 1)))
         for _ in range(FLIPS)
     ]
     low, high = np.quantile(flipped, [0.025, 0.975])
-    figures = {"accuracy": right, "chance_low": float(low), "chance_high": float(high)}
-    seen = (
-        f"From simple statistics of the latents, {right:.0%} of held-out winners are told from "
-        f"their losers (chance: {low:.0%} to {high:.0%})"
+    figures = {"accuracy": accuracy, "chance_low": float(low), "chance_high": float(high)}
+    message = (
+        f"Simple statistics of the latents predict {accuracy:.0%} of held-out preferences "
+        f"(chance: {low:.0%} to {high:.0%})."
     )
-    if right <= high:
-        return Finding(check="shortcut", level=Level.FINE, seen=f"{seen}.", figures=figures)
+    if accuracy <= high:
+        return _fine("shortcut", message, figures=figures)
     lean = np.sign(rows).mean(axis=0)
     best = int(np.abs(lean).argmax())
-    name = names((rows.shape[1] - 5) // 2)[best]
+    name = statistic_names((rows.shape[1] - 5) // 2)[best]
     share = float((np.sign(rows[:, best]) == np.sign(lean[best])).mean())
-    return Finding(
-        check="shortcut",
-        level=Level.NOTICE,
-        seen=f"{seen}. They are separable by {name}: {'higher' if lean[best] > 0 else 'lower'} in "
-        f"{share:.0%} of the winners.",
-        do="Fine if that is what you want to teach, as flicker is with jitter; a shortcut "
-        "otherwise. Then see that both videos of a pair took the same path: the same VAE, codec, "
-        "size and frame rate.",
+    side = "higher" if lean[best] > 0 else "lower"
+    return _notice(
+        "shortcut",
+        f"{message} The strongest is {name}: {side} in {share:.0%} of the chosen videos.",
+        "Fine if that is the aim, as flicker is with jitter; otherwise a shortcut. Check that both "
+        "videos of a pair went through the same VAE, codec, size and frame rate.",
         figures={**figures, "share": share},
     )
 
 
 def prompts(texts: Sequence[str]) -> Finding:
-    """Do they say enough different things?"""
+    """Check that the prompts are diverse."""
     counts = Counter(_plain(text) for text in texts)
     figures = {"distinct": float(len(counts))}
     if not counts:
-        return Finding(check="prompts", level=Level.PROBLEM, seen="There are no pairs.",
-                       do="Build some: dpo-video build.")  # fmt: skip
+        return _problem(
+            "prompts", "There are no pairs.", "Build some: dpo-video build.", figures=figures
+        )
     text, most = counts.most_common(1)[0]
     if most * 2 > len(texts) and len(texts) >= FEWEST:
-        return Finding(
-            check="prompts",
-            level=Level.NOTICE,
-            seen=f"{most} of {len(texts)} pairs have the prompt '{text}'.",
-            do="Fine for one subject; otherwise the policy learns that prompt's look. Add others.",
+        return _notice(
+            "prompts",
+            f"{most} of {len(texts)} pairs have the prompt '{text}'.",
+            "Fine for one subject; otherwise the policy learns that prompt's look. Add others.",
             figures=figures,
         )
-    repeated = len(texts) - len(counts)
-    return Finding(
-        check="prompts",
-        level=Level.NOTICE if 2 * repeated > len(texts) else Level.FINE,
-        seen=f"{len(counts)} different prompts in {len(texts)} pairs.",
-        do="More prompts generalise better than more pairs of the same ones."
-        if 2 * repeated > len(texts)
-        else "",
-        figures=figures,
-    )
-
-
-def leakage(texts: Sequence[str], prompts: Sequence[str]) -> Finding:
-    """Is the evaluation trained on?"""
-    trained = {_plain(text) for text in texts}
-    evaluated = {_plain(prompt) for prompt in prompts}
-    shared = sorted(trained & evaluated)
-    share = len(shared) / max(1, len(evaluated))
-    figures = {"shared": float(len(shared)), "evaluated": float(len(evaluated))}
-    seen = f"{len(shared)} of the evaluation's {len(evaluated)} prompts are trained on"
-    if share > LEAK:
-        return Finding(
-            check="leakage",
-            level=Level.PROBLEM,
-            seen=f"{seen}, '{shared[0]}' for one.",
-            do="Leave those pairs out: the evaluation would measure what was memorised.",
-            pairs=tuple(i for i, text in enumerate(texts) if _plain(text) in evaluated),
+    message = f"{len(counts)} different prompts in {len(texts)} pairs."
+    if 2 * len(counts) < len(texts):
+        return _notice(
+            "prompts",
+            message,
+            "More prompts generalise better than more pairs of the same ones.",
             figures=figures,
+        )
+    return _fine("prompts", message, figures=figures)
+
+
+def leakage(texts: Sequence[str], evaluation: Sequence[str]) -> Finding:
+    """Check that the evaluation's prompts are not trained on."""
+    trained = {_plain(text) for text in texts}
+    evaluated = {_plain(prompt) for prompt in evaluation}
+    shared = sorted(trained & evaluated)
+    figures = {"shared": float(len(shared)), "evaluated": float(len(evaluated))}
+    message = f"{len(shared)} of the evaluation's {len(evaluated)} prompts are trained on"
+    if len(shared) / max(1, len(evaluated)) > LEAK:
+        return _problem(
+            "leakage",
+            f"{message}, such as '{shared[0]}'.",
+            "Leave those pairs out: the evaluation would measure memorisation.",
+            [i for i, text in enumerate(texts) if _plain(text) in evaluated],
+            figures,
         )
     if shared:
-        return Finding(
-            check="leakage",
-            level=Level.NOTICE,
-            seen=f"{seen}, '{shared[0]}' for one.",
-            do="So few do not carry a result; leave them out if you publish it.",
+        return _notice(
+            "leakage",
+            f"{message}, such as '{shared[0]}'.",
+            "So few do not decide a result; leave them out if you publish it.",
             figures=figures,
         )
-    return Finding(check="leakage", level=Level.FINE, seen=f"{seen}.", figures=figures)
+    return _fine("leakage", f"{message}.", figures=figures)
 
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def _count(some: Sequence[int], pairs: Sequence[Summary]) -> str:
+def _count(some: Sequence[int], pairs: Sequence[PairSummary]) -> str:
     return f"{len(some)} of {len(pairs)} pairs"
 
 

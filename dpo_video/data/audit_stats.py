@@ -1,4 +1,4 @@
-"""What is kept of a stored pair when a set is checked, and what simple numbers tell apart."""
+"""Summaries of stored pairs for an audit, and a classifier on simple statistics of latents."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ from torch import Tensor
 from dpo_video.types import PairBatch
 
 SIGNATURE = 4
-"""Cells a side, and at most that many frames, that a video is reduced to when pairs are compared
-with each other."""
+"""Cells per side, and most frames, that a video is reduced to for the comparison of pairs."""
 FOLDS = 5
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What is kept of a pair."""
+class PairSummary:
+    """The numbers of a pair that the checks use."""
 
     index: int
     finite: bool
-    winner: int
-    """+1 if most frames prefer the first, -1 the second, 0 where they are even."""
+    label: int
+    """+1 if most frames prefer the first video, -1 the second, 0 for as many of each."""
     decided: float
-    """Share of frames that are no ties."""
+    """Share of frames that are not ties."""
     distance: float
-    """Between the two videos inside the region, in standard deviations of the first."""
+    """RMS difference inside the region, in standard deviations of the first video."""
     outside: float
-    """Largest difference outside the region."""
+    """Largest absolute difference outside the region."""
     scale: float
     hashes: tuple[str, str]
     signature: Float[Tensor, " k"]
     statistics: tuple[Array, Array]
 
 
-def summarize(index: int, batch: PairBatch) -> Summary:
-    """Reduce a pair, a batch of it alone, to what is kept of it."""
+def summarize(index: int, batch: PairBatch) -> PairSummary:
+    """Summarize a batch of one pair."""
     tensors = (batch.first, batch.second, batch.preference, batch.region, *batch.context.values())
     first, second, region = batch.first[0].float(), batch.second[0].float(), batch.region[0]
     scale = first.std().item()
@@ -52,10 +51,10 @@ def summarize(index: int, batch: PairBatch) -> Summary:
     small = torch.nn.functional.adaptive_avg_pool3d(
         torch.stack([first, second]), (min(SIGNATURE, first.shape[1]), SIGNATURE, SIGNATURE)
     )
-    return Summary(
+    return PairSummary(
         index=index,
         finite=all(bool(tensor.isfinite().all()) for tensor in tensors),
-        winner=int(labels.nan_to_num().sum().sign()),
+        label=int(labels.nan_to_num().sum().sign()),
         decided=(labels != 0).float().mean().item(),
         distance=apart / scale if scale > 0 else 0.0,
         outside=difference[~inside].abs().max().item() if not inside.all() else 0.0,
@@ -71,7 +70,7 @@ def _hash(tensor: Tensor) -> str:
 
 
 def statistics(latents: Float[Tensor, "c f h w"]) -> Array:
-    """Simple numbers of one video, those of `names`: what a lazy judge might go by."""
+    """Simple statistics of a video that a shortcut might use; `statistic_names` names them."""
     channels = [latents.mean(dim=(1, 2, 3)), latents.std(dim=(1, 2, 3)).log()]
     size = latents.std()
     steps = [latents]
@@ -90,8 +89,8 @@ def statistics(latents: Float[Tensor, "c f h w"]) -> Array:
     return np.asarray(torch.cat([*channels, torch.stack([size.log(), *shares])]).double())
 
 
-def names(channels: int) -> list[str]:
-    """What `statistics` are of."""
+def statistic_names(channels: int) -> list[str]:
+    """Names of the numbers that `statistics` returns."""
     each = [f"{what} of latent channel {c}" for what in ("mean", "spread") for c in range(channels)]
     return [*each, "overall contrast", "change from frame to frame", "flicker (second difference "
             "over time)", "fine detail (differences between neighbours)", "grain (second "
@@ -99,10 +98,11 @@ def names(channels: int) -> list[str]:
 
 
 def held_out_accuracy(rows: Array) -> float:
-    """Share of pairs that a logistic regression fitted to the others ranks right.
+    """Share of pairs that a logistic regression fitted to the other folds ranks correctly.
 
-    `rows` are winners' statistics less losers', one row a pair: no intercept, since neither side
-    comes first. Folds are interleaved; ties count half.
+    `rows` holds the chosen video's statistics less the rejected one's, a row per pair. There is no
+    intercept, because the order of the two videos carries no information. Folds are interleaved;
+    ties count half.
     """
     size = np.sqrt((rows**2).mean(axis=0))
     scaled = rows / np.where(size > 0, size, 1.0)
@@ -115,7 +115,7 @@ def held_out_accuracy(rows: Array) -> float:
 
 
 def _logistic(rows: Array, ridge: float = 1.0, steps: int = 8) -> Array:
-    """Weights of least `sum log(1 + exp(-rows w)) + ridge/2 |w|^2`, by Newton's method."""
+    """Weights that minimize `sum log(1 + exp(-rows w)) + ridge/2 |w|^2`, by Newton's method."""
     weights = np.zeros(rows.shape[1])
     for _ in range(steps):
         wrong = 1 / (1 + np.exp(np.clip(rows @ weights, -30, 30)))

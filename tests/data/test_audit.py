@@ -1,19 +1,22 @@
-"""Each defect planted alone is found by its check and by no other; a clean set has none."""
+"""Each planted defect is found by its check and by no other; a clean set has no finding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.audit import Audit, Level, audit
-from dpo_video.data.audit_stats import held_out_accuracy, names, statistics
+from dpo_video.data.audit_stats import held_out_accuracy, statistic_names, statistics
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.strategies import Metric
 from dpo_video.types import Pair
@@ -24,7 +27,7 @@ Change = Callable[[list[Pair]], list[Pair]]
 
 
 class PixelChange(Metric):
-    """How much the pixels change: enough of a motion metric for latents made at random."""
+    """Mean change of the pixels: a motion metric for random latents."""
 
     higher_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = "none"
@@ -35,7 +38,7 @@ class PixelChange(Metric):
 
 
 def clean(shape: tuple[int, int, int, int]) -> list[Pair]:
-    """Two videos of one distribution, either one the winner."""
+    """Two videos of one distribution, either of them chosen."""
     draw = torch.Generator().manual_seed(0)
     return [
         Pair(
@@ -58,7 +61,7 @@ def each(change: Callable[[Pair], Pair], which: Sequence[int] = range(COUNT)) ->
     return lambda pairs: [change(p) if i in which else p for i, p in enumerate(pairs)]
 
 
-def loser(pair: Pair, change: Callable[[Tensor], Tensor]) -> Pair:
+def with_rejected(pair: Pair, change: Callable[[Tensor], Tensor]) -> Pair:
     side = "second" if pair.preference[0] > 0 else "first"
     return changed(pair, **{side: change(getattr(pair, side))})
 
@@ -81,7 +84,7 @@ def flicker(latents: Tensor) -> Tensor:
 
 
 def still(pair: Pair) -> Pair:
-    """The winner near a frozen picture."""
+    """The chosen video is nearly a frozen picture."""
     side = "first" if pair.preference[0] > 0 else "second"
     frozen = getattr(pair, side)[:, :1].expand_as(pair.first)
     return changed(pair, **{side: frozen + 0.1 * getattr(pair, side)})
@@ -114,7 +117,7 @@ DEFECTS: dict[str, tuple[Change, str, Level, str]] = {
     ),
     "a pair twice": (
         lambda pairs: [*pairs[:-1], changed(pairs[0], prompt="another")],
-        "duplicates", Level.PROBLEM, "more than once (00000, 00023).",
+        "duplicates", Level.PROBLEM, "occur more than once (00000, 00023).",
     ),
     "a pair twice, the other way round and contradicting itself": (
         lambda pairs: [
@@ -125,7 +128,7 @@ DEFECTS: dict[str, tuple[Change, str, Level, str]] = {
     ),
     "a pair re-encoded": (
         lambda pairs: [*pairs[:-1], changed(pairs[0], first=pairs[0].first + 1e-4)],
-        "duplicates", Level.NOTICE, "look like another one",
+        "duplicates", Level.NOTICE, "look like another pair",
     ),
     "a clip in several pairs": (
         lambda pairs: [*pairs[:-1], changed(pairs[-1], first=pairs[0].first)],
@@ -142,7 +145,7 @@ DEFECTS: dict[str, tuple[Change, str, Level, str]] = {
         each(lambda p: changed(p, preference=p.preference * 0), range(13)),
         "labels", Level.NOTICE, "13 are ties",
     ),
-    "no defect: the winner always stored first": (
+    "no defect: the chosen video always stored first": (
         each(lambda p: changed(p, preference=torch.ones_like(p.preference)), range(1, COUNT)),
         "labels", Level.FINE, "The first is better in 24",
     ),
@@ -151,11 +154,12 @@ DEFECTS: dict[str, tuple[Change, str, Level, str]] = {
                                                                    -1))),
         "labels", Level.NOTICE, "The first is better in 23 pairs, the second in 1",
     ),
-    "winners that stand still": (
-        each(still), "motion (change)", Level.PROBLEM, "Winners move at",
+    "chosen videos that stand still": (
+        each(still), "motion (change)", Level.PROBLEM, "Chosen videos move at",
     ),
-    "losers that flicker": (
-        each(lambda p: loser(p, flicker)), "shortcut", Level.NOTICE, "lower in 100% of the winners",
+    "rejected videos that flicker": (
+        each(lambda p: with_rejected(p, flicker)),
+        "shortcut", Level.NOTICE, "lower in 100% of the chosen",
     ),
     "one prompt for most": (
         each(lambda p: changed(p, prompt="A cat."), range(13)),
@@ -169,10 +173,10 @@ DEFECTS: dict[str, tuple[Change, str, Level, str]] = {
         "leakage", Level.PROBLEM, "1 of the evaluation's 1 prompts",
     ),
 }  # fmt: skip
-# What a defect shows elsewhere too, rightly.
+# Checks that a defect rightly triggers as well.
 ALSO = {
-    "winners that stand still": {"shortcut"},
-    "losers that flicker": {"motion (change)"},
+    "chosen videos that stand still": {"shortcut"},
+    "rejected videos that flicker": {"motion (change)"},
 }
 
 
@@ -194,7 +198,7 @@ def test_a_clean_set_has_no_finding(small_model: AnimateDiffModel, tmp_path: Pat
     assert [f for f in found.findings if f.level is not Level.FINE] == []
     assert found.problems == 0 and found.pairs == COUNT
     assert Audit.model_validate_json(found.model_dump_json()) == found
-    checks = {"fit", "numbers", "scale", "difference", "duplicates", "region", "labels",
+    checks = {"model", "numbers", "scale", "difference", "duplicates", "region", "labels",
               "motion (change)", "shortcut", "prompts", "leakage"}  # fmt: skip
     assert {f.check for f in found.findings} == checks
 
@@ -206,10 +210,22 @@ def test_a_planted_defect_is_found(
     change, check, level, words = DEFECTS[name]
     found = audited(small_model, tmp_path / "pairs", change(clean(small_model.latent_shape)))
     finding = next(f for f in found.findings if f.check == check)
-    assert finding.level is level and words in finding.seen
-    assert bool(finding.do) == (level is not Level.FINE)
+    assert finding.level is level and words in finding.message
+    assert bool(finding.advice) == (level is not Level.FINE)
     others = {f.check for f in found.findings if f.level is not Level.FINE} - {check}
     assert others <= ALSO.get(name, set())
+
+
+def test_an_audit_shows_itself(small_model: AnimateDiffModel, tmp_path: Path) -> None:
+    found = audited(small_model, tmp_path / "pairs", clean(small_model.latent_shape)[:2])
+    console = Console(width=200, file=StringIO())
+    console.print(found.table())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    html = found._repr_html_()
+    for finding in found.findings:
+        assert finding.message in shown and escape(finding.message) in html
+    assert found.summary == "2 pairs: no problem, 0 worth a look."
+    assert Audit.model_validate(found.to_dict()) == found
 
 
 def test_pairs_of_another_frame_rate_or_shape_are_found(
@@ -218,37 +234,37 @@ def test_pairs_of_another_frame_rate_or_shape_are_found(
     pairs = clean(small_model.latent_shape)[:2]
     found = audited(small_model, tmp_path / "pairs", pairs, fps=24.0)
     assert found.findings[0].level is Level.PROBLEM
-    assert "24 frames a second instead of 8" in found.findings[0].seen
+    assert "24 frames a second instead of 8" in found.findings[0].message
     small_model.identity = "another"
     store = PairStore(tmp_path / "pairs")
     found = audit(store, small_model, {}, EVALUATED)
-    assert "other weights" in found.findings[0].seen and found.problems == 1
+    assert "other weights" in found.findings[0].message and found.problems == 1
 
 
 def test_an_empty_set_is_a_problem(small_model: AnimateDiffModel, tmp_path: Path) -> None:
     assert audited(small_model, tmp_path / "pairs", []).problems
 
 
-def test_the_classifier_learns_what_can_be_learned_and_nothing_else() -> None:
+def test_the_classifier_learns_what_can_be_learned_and_no_more() -> None:
     draw = np.random.default_rng(1)
     noise = draw.normal(size=(200, 8))
     assert abs(held_out_accuracy(noise) - 0.5) < 0.1
     assert held_out_accuracy(noise + np.eye(8)[2] * 2) > 0.9
-    # No single number tells, two together do.
+    # No single number separates them, two together do.
     shared = draw.normal(size=200) * 10
     both = np.stack([shared + 1, -shared + 1], axis=1) + draw.normal(size=(200, 2)) * 0.1
     assert held_out_accuracy(both) > 0.95
 
 
-def test_statistics_have_names_and_tell_flicker_and_grain_apart() -> None:
+def test_statistics_distinguish_flicker_from_grain() -> None:
     draw = torch.Generator().manual_seed(0)
     smooth = torch.nn.functional.interpolate(
         torch.randn(1, 4, 4, 4, 4, generator=draw), size=(16, 16, 16), mode="trilinear"
     )[0]
-    base = dict(zip(names(4), statistics(smooth), strict=True))
-    flickering = dict(zip(names(4), statistics(flicker(smooth)), strict=True))
+    base = dict(zip(statistic_names(4), statistics(smooth), strict=True))
+    flickering = dict(zip(statistic_names(4), statistics(flicker(smooth)), strict=True))
     grainy = smooth + 0.3 * torch.randn(4, 1, 16, 16, generator=draw)
-    grained = dict(zip(names(4), statistics(grainy), strict=True))
+    grained = dict(zip(statistic_names(4), statistics(grainy), strict=True))
     over_time = "flicker (second difference over time)"
     in_space = "grain (second difference in space)"
     assert flickering[over_time] > base[over_time] + 1 and grained[over_time] < base[over_time]

@@ -147,7 +147,7 @@ def test_workers_that_append_at_once_lose_nothing(store: PairStore) -> None:
     program = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        sys.path[:] = {sys.path!r}
         from small_pairs import context_of, random_pair
         from dpo_video.data.store import PairStore
         store = PairStore(Path(sys.argv[1]))
@@ -409,7 +409,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(small_folder: Path, tmp_path: 
     program = textwrap.dedent(f"""
         import sys
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        sys.path[:] = {sys.path!r}
         from test_build import small_build
         for report in small_build(Path({str(small_folder)!r}), Path(sys.argv[1])):
             print(report.done, flush=True)

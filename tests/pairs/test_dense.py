@@ -61,7 +61,7 @@ def test_both_videos_share_clip_and_level_but_not_the_noise(
     assert clip.video is not None
     encoded = small_model.encode_videos(clip.video[None])[0]
     assert torch.equal(call["clean"][0], encoded) and torch.equal(call["clean"][1], encoded)
-    assert call["level"] == pair.strength
+    assert call["strength"] == pair.strength
     one, other = call["noise"].flatten(1)
     assert torch.corrcoef(torch.stack([one, other]))[0, 1].abs() < 0.2
     assert (pair.region == 1).all()
@@ -80,7 +80,7 @@ def test_eta_is_uniform_on_its_range(small_model: AnimateDiffModel, clip: Clip) 
 def test_options_reach_the_sampler(small_model: AnimateDiffModel, clip: Clip) -> None:
     with calls(small_model) as seen:
         made(small_model, clip, num_inference_steps=5, guidance_scale=1.5)
-    assert seen[0]["steps"] == 5 and seen[0]["guidance"] == 1.5
+    assert seen[0]["num_inference_steps"] == 5 and seen[0]["guidance_scale"] == 1.5
 
 
 def test_a_higher_eta_leaves_less_of_the_clip(small_model: AnimateDiffModel, clip: Clip) -> None:

@@ -46,7 +46,8 @@ def test_every_frame_is_regenerated_alone_with_a_noise_of_its_own(
     # What a frame becomes depends on no other one: change all but the first, and it stays.
     other = call["clean"].clone()
     other[:, :, 1:] += 1
-    options = {name: call[name] for name in ("level", "per_frame", "steps", "guidance")}
+    names = ("strength", "per_frame", "num_inference_steps", "guidance_scale")
+    options = {name: call[name] for name in names}
     context = small_model.encode_prompts([clip.caption])
     one, two = (
         original(context, call["noise"], clean=clean, **options) for clean in (call["clean"], other)

@@ -1,4 +1,4 @@
-"""Local: the clip wins against itself, repainted where its region says and nowhere else."""
+"""Local: the clip is preferred to a copy that is repainted inside its region only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from dpo_video.types import Clip, Pair
 
 
 def made(model: AnimateDiffModel, clip: Clip, seed: int = 0, **options: Any) -> Pair:
-    return Local(**{"steps": 4, **options})(clip, model, None, Generator().manual_seed(seed))
+    builder = Local(**{"num_inference_steps": 4, **options})
+    return builder(clip, model, None, Generator().manual_seed(seed))
 
 
 def test_it_keeps_the_contract_for_every_alpha(small_model: AnimateDiffModel, clip: Clip) -> None:
@@ -36,7 +37,7 @@ def test_outside_the_region_the_two_are_equal_to_the_bit(
         assert 0 < pair.region.mean() < 1
 
 
-def test_the_winner_is_the_clip_through_the_encoder(
+def test_the_chosen_video_is_the_clip_through_the_encoder(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     pair = made(small_model, clip)
