@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import re
@@ -65,6 +66,7 @@ def commands() -> list[tuple[str, str]]:
     ]
 
 
+@functools.cache
 def plugin_strategies() -> set[tuple[str, str]]:
     """Kind and name of what the example packages in plugins/ add."""
     found = set()
@@ -74,6 +76,7 @@ def plugin_strategies() -> set[tuple[str, str]]:
     return found
 
 
+@functools.cache
 def plugin_options() -> set[str]:
     """Option paths of the example packages: the annotated fields of their classes."""
     return {
@@ -85,6 +88,7 @@ def plugin_options() -> set[str]:
     }
 
 
+@functools.cache
 def option_paths(kind: str) -> set[str]:
     """Every option path of a settings table, or of all strategies of a kind."""
     if kind in config.ENGINES:
