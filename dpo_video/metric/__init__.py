@@ -1,1 +1,1 @@
-"""Metrics: a video in, one number out."""
+"""Metrics: one number per video."""

@@ -1,8 +1,8 @@
 """Dense optical flow: windowed, pyramidal, iterative Lucas-Kanade over many frame pairs at once.
 
-A flow is in pixels, `x` then `y`, and belongs to the pixels of the frame it starts from: pixel `x`
-of `first` is found again at `x + flow(x)` in `second`. To predict a frame from the one before it,
-start the flow at the frame that is predicted: `warp(before, dense_flow(after, before))`.
+A flow is in pixels, `x` then `y`, on the grid of the frame it starts from: pixel `x` of `first`
+appears at `x + flow(x)` in `second`. Predicting a frame from the previous one needs the flow from
+the predicted frame back: `warp(before, dense_flow(after, before))`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 Frames = Float[Tensor, "n c H W"]
 Flow = Float[Tensor, "n 2 H W"]
 
-COARSEST = 12  # pixels: the pyramid ends before its shorter side would fall below this
-ITERATIONS = (3, 2)  # on the coarser levels, on the finest
-LARGEST_STEP = 2.0  # pixels of a level that one iteration may move: beyond, linearisation is void
-NOISE = 3e-5  # squared pixel value per pixel: gradient energy below it says nothing about motion
-PULL = 0.05  # weight of the neighbourhood's flow, as a share of the window's gradient energy
-GAIN = 0.8  # a level must bring the window's squared residual below this share to be believed
-CHUNK = 1 << 18  # pixels worked on at once: what fits in a CPU's cache runs twice as fast
-GROUP = 1 << 24  # pixels of the frames whose pyramids are held at once
+COARSEST = 12  # pixels: least shorter side of the coarsest pyramid level
+ITERATIONS = (3, 2)  # on the coarser levels and on the finest
+LARGEST_STEP = 2.0  # pixels of a level per iteration: the linearisation does not hold beyond it
+NOISE = 3e-5  # squared pixel value per pixel: gradient energy at which noise dominates
+PULL = 0.05  # weight of the neighbouring flow, as a share of the window's gradient energy
+GAIN = 0.8  # a coarse level's change is kept if it lowers the squared residual to this share
+CHUNK = 1 << 18  # pixels per chunk on a CPU: twice as fast when a chunk fits in its cache
+GROUP = 1 << 24  # pixels of the frames whose pyramids are in memory together
 
 
 @torch.no_grad()
@@ -38,20 +38,20 @@ def dense_flow(
     window: float = 2.5,
     finest: int = 0,
 ) -> Flow:
-    """Where each pixel of `first` is in `second`.
+    """Optical flow from `first` to `second`.
 
     Lucas & Kanade 1981, coarse to fine and iterated in the inverse compositional form, in which
-    `first`'s gradients serve all iterations (Bouguet 2001; Baker & Matthews 2004); the colour
-    channels are summed in the least squares, since a shape may have its background's luminance.
-    A window without texture follows its neighbourhood, and far from all texture the flow is 0.
+    `first`'s gradients serve all iterations (Bouguet 2001; Baker & Matthews 2004). The least
+    squares sum over the channels, since a shape can have the same luminance as its background.
+    A window without texture takes its neighbours' flow; far from all texture the flow is 0.
 
     Args:
         first: frames in [0, 1].
         second: frames in [0, 1], one for each of `first`.
-        start: a first guess, in pixels; 0 by default.
+        start: initial flow, in pixels; 0 by default.
         window: standard deviation of the Gaussian window, in pixels of a pyramid level.
-        finest: the pyramid level to stop at: 1 is half the resolution, four times quicker and
-            less disturbed by noise, with the flow still in full-resolution pixels.
+        finest: pyramid level to stop at. 1 is half the resolution: four times faster and less
+            sensitive to noise; the flow stays in full-resolution pixels.
 
     Returns:
         The flow from `first` to `second`, in pixels.
@@ -63,7 +63,7 @@ def dense_flow(
 
 
 def warp(frames: Float[Tensor, "n c H W"], flow: Flow) -> Frames:
-    """Sample `frames` at `x + flow(x)`, bilinearly; the border continues outwards."""
+    """Sample `frames` at `x + flow(x)`, bilinearly, with replicated borders."""
     height, width = frames.shape[-2:]
     # grid_sample's coordinates: -1 and 1 are the centres of the outermost pixels.
     right, down = 2 / max(1, width - 1), 2 / max(1, height - 1)
@@ -76,15 +76,15 @@ def warp(frames: Float[Tensor, "n c H W"], flow: Flow) -> Frames:
 
 
 def visible(flow: Flow, back: Flow) -> Bool[Tensor, "n 1 H W"]:
-    """Whether a pixel of the flow's start can be seen in the frame it leads to.
+    """Mask of the pixels of the flow's first frame that the second frame shows too.
 
-    Forward and backward flow must cancel: `|u + v|^2 < 0.01 (|u|^2 + |v|^2) + 0.5`, with `v` the
-    flow back, at the place that `u` leads to (Sundaram et al. 2010, Eq. 5; the same constants as
-    Lai et al. 2018). Pixels that come from outside the picture are not visible either.
+    Forward and backward flow must cancel: `|u + v|^2 < 0.01 (|u|^2 + |v|^2) + 0.5`, where `v` is
+    the backward flow sampled at `x + u(x)` (Sundaram et al. 2010, Eq. 5; constants as in Lai et al.
+    2018). Pixels whose flow leaves the picture are masked too.
 
     Args:
-        flow: from the frames in question to the others.
-        back: from the others to the frames in question.
+        flow: from the first frames to the second.
+        back: from the second frames to the first.
     """
     height, width = flow.shape[-2:]
     returned = warp(back, flow)
@@ -97,14 +97,14 @@ def visible(flow: Flow, back: Flow) -> Bool[Tensor, "n 1 H W"]:
 
 
 def _groups(pixels: int, *values: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split along `n`, so that a part has about so many pixels of the first's size."""
+    """Split along `n` into parts of about `pixels` pixels, counted on the first tensor."""
     height, width = values[0].shape[-2:]
     parts = [value.split(max(1, pixels // (height * width))) for value in values]
     return list(zip(*parts, strict=True))
 
 
 def _chunks(*values: Tensor) -> list[tuple[Tensor, ...]]:
-    """What is worked on at once: all of it on a GPU."""
+    """Parts that fit in a CPU's cache; a single part on a GPU."""
     return _groups(CHUNK, *values) if values[0].device.type == "cpu" else [values]
 
 
@@ -112,7 +112,7 @@ def _coarse_to_fine(first: Frames, second: Frames, start: Flow, window: float, f
     height, width = first.shape[-2:]
     levels = max(1, int(math.log2(min(height, width) / COARSEST)) + 1)
     finest = min(finest, levels - 1)
-    # Whole multiples, so that every pixel of a level is exactly four of the next.
+    # Pad to a multiple, so that every pixel of a level is exactly four of the next finer one.
     multiple = 2**levels
     pad = (0, -width % multiple, 0, -height % multiple)
     first, second, start = (F.pad(x, pad, mode="replicate") for x in (first, second, start))
@@ -139,10 +139,10 @@ def _coarse_to_fine(first: Frames, second: Frames, start: Flow, window: float, f
 def _refine(
     first: Frames, second: Frames, flow: Float[Tensor, "n 2 h w"], window: float, *, final: bool
 ) -> Float[Tensor, "n 2 h w"]:
-    """Iterate Lucas-Kanade on one level.
+    """Lucas-Kanade iterations on one pyramid level.
 
-    The flow lives on every second pixel: the window makes it smooth, and all that is not a sum over
-    pixels costs a quarter.
+    The flow is stored at half the level's resolution: the window makes it smooth, and everything
+    but the sums over pixels costs a quarter.
     """
 
     def windowed(*products: Float[Tensor, "n H W"]) -> Float[Tensor, "n k h w"]:
@@ -158,8 +158,8 @@ def _refine(
     xx, yy = xx + pull, yy + pull
     determinant = xx * yy - xy * xy
     xx, xy, yy = xx / determinant, xy / determinant, yy / determinant
-    # Weights of the neighbourhood's mean, by texture: they sum to less than one far from all
-    # texture, so that the flow fades to 0 there.
+    # Weights by texture of the mean over neighbours. Far from all texture they sum to less than 1,
+    # so that the flow fades to 0.
     weight = energy / (_blur(energy, window / 2) + NOISE)
     start = flow
     for step in range(ITERATIONS[final]):
@@ -173,19 +173,19 @@ def _refine(
         flow = flow - change.clamp_(-LARGEST_STEP, LARGEST_STEP)
     if final:
         return flow
-    # On a coarse level a wrong match can lead the finer ones out of their reach: keep the change
-    # only where it paid.
+    # A wrong match on a coarse level can put the true one out of reach of the finer levels: keep
+    # the change only where it lowers the residual.
     error = residual(flow)
     return torch.where(windowed(_dot(error, error)) <= GAIN * before, flow, start)
 
 
 # --- filters ---------------------------------------------------------------------------------
-# Sums of shifted planes: on a CPU, convolutions, poolings and interpolations of few channels, and
-# Kornia's filters, which are made of them, take two to twenty times as long for the same numbers.
+# Sums of shifted planes: on a CPU they take less time than convolution, pooling and interpolation
+# of few channels, and than Kornia's filters, for the same numbers.
 
 
 def _dot(first: Frames, second: Frames) -> Float[Tensor, "n H W"]:
-    """Summed over the channels."""
+    """Product summed over the channels."""
     total = first[:, 0] * second[:, 0]
     for channel in range(1, first.shape[1]):
         total.addcmul_(first[:, channel], second[:, channel])
@@ -201,7 +201,7 @@ def _gradient(frames: Frames) -> tuple[Frames, Frames]:
 
 
 def _blur(values: Frames, sigma: float) -> Frames:
-    """By a Gaussian; the border continues outwards."""
+    """Gaussian blur with replicated borders."""
     taps = _taps(sigma)
     reach = len(taps) // 2
     for dim, pad in ((-1, (reach, reach, 0, 0)), (-2, (0, 0, reach, reach))):
@@ -219,13 +219,13 @@ def _taps(sigma: float) -> tuple[float, ...]:
 
 
 def _halve(values: Float[Tensor, "*n H W"]) -> Float[Tensor, "*n h w"]:
-    """The mean of every four pixels."""
+    """Mean of every 2x2 pixels."""
     rows = values[..., ::2, :] + values[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
 
 
 def _double(values: Float[Tensor, "n c h w"]) -> Frames:
-    """Bilinear, pixels as areas: F.interpolate without align_corners."""
+    """Bilinear upsampling by 2, as F.interpolate without align_corners."""
     for dim, pad in ((2, (0, 0, 1, 1)), (3, (1, 1, 0, 0))):
         size, padded = values.shape[dim], F.pad(values, pad, mode="replicate")
         near = 0.75 * values

@@ -1,4 +1,4 @@
-"""How much really moves."""
+"""Dynamic degree: speed of what moves, robust to flicker."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from dpo_video.metric._flow import dense_flow, warp
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 
-BELIEF = 0.7  # share of the mismatch that a path may leave and still be believed
-LIGHT = 0.8  # share of the local brightness that is taken off; the rest guides large motions
+ACCEPTANCE = 0.7  # a path is accepted if it lowers the mismatch to this share
+LIGHT = 0.8  # share of the local brightness that is subtracted; the rest guides large motions
 
 
 @final
 class DynamicDegree(Metric):
-    """Speed of what moves, in per cent of the frame's diagonal per frame, blind to flicker.
+    """Dynamic degree: speed of what moves, robust to flicker, in % of the diagonal per frame.
 
     After VBench's dynamic degree (Huang et al. 2023, arXiv 2311.17982): the fastest 5% of the
-    picture count, so that a small object on a still background is not averaged away. VBench takes
-    the flow of consecutive frames, in which flicker reads as motion. Here every pixel of a few
-    anchor frames is tracked straight to each of the frames around it, and a line is fitted to where
-    it went. Motion is what follows the line; flicker goes back and forth, and is what the line
-    leaves over. Pixels whose line is not significant against that residual (an F-test) count as
-    still, and from the squared speed of the others the share that noise adds is taken off:
+    picture count, so that a small object on a still background is not averaged away. VBench uses
+    the flow of consecutive frames, in which flicker looks like motion. Here every pixel of a few
+    anchor frames is tracked directly to each of the surrounding frames, and a line is fitted to its
+    path. The slope of the line is motion; its residual is flicker. Pixels whose slope is not
+    significant against the residual (an F-test) count as still, and the variance that noise adds is
+    subtracted from the squared speed of the others:
 
     `100 / diagonal * sqrt(mean over anchors and the fastest pixels of |speed|^2 - variance)`
 
-    Patches of light that come and go are taken off the frames first, and what is finer is tracked.
-    A line must also predict the frames on either side of the anchor much better than standing
-    still does, which it does not for a thing that leaps from one place to another.
+    The local brightness is subtracted from the frames before tracking, which removes flicker of
+    soft patches of light. A line must also predict the frames on both sides of the anchor much
+    better than no motion does; no line does so across a leap from one place to another.
 
-    Limits: an object smaller than `share` of the picture counts by the root of its area; one that
-    crosses a tenth of the picture per frame is lost, and motion that changes its mind within the
-    tracked window, or is interrupted by a leap, counts in part or not at all; a flat disc that
-    spins in place does not move; a flicker slower than the window looks like motion; grain as
-    strong as the picture's contrast hides slow motion; videos of fewer than 5 frames are too short
-    for the tests, and flicker counts.
+    Limits: an object smaller than `share` of the picture counts by the root of its area; an object
+    that moves a tenth of the picture per frame is lost; motion that changes direction within the
+    tracked window, or is interrupted by a leap, counts in part or not at all; the spin of a flat
+    disc is not seen; flicker slower than the window looks like motion; grain as strong as the
+    picture's contrast hides slow motion; videos of fewer than 5 frames are too short for the tests,
+    and their flicker counts as motion.
     """
 
     higher_is_better: ClassVar[bool] = True
@@ -53,20 +53,20 @@ class DynamicDegree(Metric):
     unit: ClassVar[str] = "% of diagonal / frame"
 
     share: float = Field(default=0.05, gt=0, le=1)
-    """The fastest share of the picture that counts (VBench takes 5%)."""
+    """Share of the picture, by speed, that counts (VBench: 5%)."""
     radius: int = Field(default=4, ge=2)
-    """Frames that a pixel is tracked before and after its anchor frame."""
+    """Frames before and after the anchor frame that a pixel is tracked to."""
     significance: float = Field(default=1e-4, gt=0, lt=1)
-    """Chance at which a pixel that only flickers may pass for a moving one."""
+    """Significance level of the test that a pixel moves: the false positive rate of flicker."""
     size: int = Field(default=128, ge=16)
-    """Larger videos are reduced to this shorter side, in pixels."""
+    """Shorter side, in pixels, that larger videos are resized to."""
 
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
-        """One number a video; a UserError for videos of a single frame."""
+        """One value per video; UserError for videos of a single frame."""
         frames = videos.shape[2]
         if frames < 2:
             raise UserError(
-                "dynamic_degree follows pixels from frame to frame, and these videos have only "
+                "dynamic_degree tracks pixels from frame to frame, and these videos have only "
                 "one. Use videos of 2 frames or more."
             )
         videos = self._reduce(videos.float())
@@ -90,7 +90,7 @@ class DynamicDegree(Metric):
         return pooled.sqrt() * (100 / diagonal)
 
     def _reduce(self, videos: Videos) -> Float[Tensor, "b 3 F h w"]:
-        """Shrink to `size`: tracking needs no more, and noise averages out."""
+        """Shrink to `size`: enough resolution for tracking, and less noise."""
         scale = self.size / min(videos.shape[-2:])
         if scale >= 1:
             return videos
@@ -106,9 +106,9 @@ class DynamicDegree(Metric):
     def _speed(
         self, path: Float[Tensor, "n k 2 h w"], offsets: list[int]
     ) -> tuple[Float[Tensor, "n 2 h w"], Float[Tensor, "n h w"]]:
-        """Speed of each pixel along a straight line, and its square less the share of noise.
+        """Speed of each pixel along a straight line, and its square minus the variance by noise.
 
-        In pixels per frame; the square is 0 where the line is not significant.
+        In pixels per frame; the square is 0 where the fit is not significant.
         """
         time = torch.tensor(offsets, dtype=path.dtype, device=path.device)
         spread = time.square().sum()
@@ -119,14 +119,14 @@ class DynamicDegree(Metric):
         line = path.mean(1, keepdim=True) + speed[:, None] * time[:, None, None, None]
         residual = (path - line).square().sum(dim=(1, 2)) / (len(offsets) - 2)
         variance = residual / spread  # of the speed of a pixel that does not move
-        # The F distribution with 2 and `freedom` degrees, inverted: it has a closed form.
+        # Quantile of the F distribution with 2 and `freedom` degrees, in closed form.
         freedom = 2 * (len(offsets) - 2)
         critical = freedom / 2 * (self.significance ** (-2 / freedom) - 1)
         return speed, torch.where(squared > critical * variance, squared - variance, 0)
 
 
 def _fine(videos: Videos) -> Float[Tensor, "b 3 F h w"]:
-    """The frames less their local brightness: light comes and goes in patches, outlines stay."""
+    """Frames minus most of their local brightness: light flickers in patches, outlines stay."""
     frames = videos.transpose(1, 2).flatten(0, 1)
     fine = frames - LIGHT * _around(frames, sigma=4.0)
     return fine.unflatten(0, (len(videos), -1)).transpose(1, 2)
@@ -138,12 +138,12 @@ def _explains(
     anchor: int,
     offsets: list[int],
 ) -> Bool[Tensor, "n h w"]:
-    """Whether `speed` predicts the frames before the anchor, and those after it, each believably.
+    """Whether `speed` predicts both the frames before the anchor and those after it.
 
-    A shape that leaps is on one side where it was, and on the other where no speed takes it.
+    No constant speed predicts both sides of a leap.
     """
     frame, full = windows[:, :, anchor], F.interpolate(speed, size=windows.shape[-2:])
-    believed = torch.ones_like(frame[:, 0], dtype=torch.bool)
+    accepted = torch.ones_like(frame[:, 0], dtype=torch.bool)
     for side in ([k for k in offsets if k < 0], [k for k in offsets if k > 0]):
         moving = still = torch.zeros_like(frame[:, :1])
         for offset in side:
@@ -151,27 +151,27 @@ def _explains(
             moving = moving + _mismatch(frame, warp(other, full * offset))
             still = still + _mismatch(frame, other)
         if side:
-            believed &= (moving < BELIEF * still)[:, 0]
-    return believed[:, ::2, ::2]
+            accepted &= (moving < ACCEPTANCE * still)[:, 0]
+    return accepted[:, ::2, ::2]
 
 
 def _track(windows: Videos, anchor: int, offsets: list[int]) -> Float[Tensor, "n k 2 h w"]:
-    """How far each pixel of the anchor frame has gone `offsets` frames later, in pixels.
+    """Displacement of each pixel of the anchor frame after `offsets` frames, in pixels.
 
-    Every offset is matched with the anchor frame itself, so that errors do not add up; the path so
-    far only says where to look. Half the resolution is sharp enough over several frames.
+    Every offset is matched with the anchor frame directly, so that errors do not accumulate; the
+    path up to there only gives the initial flow. Half the resolution is enough over several frames.
     """
     frame = windows[:, :, anchor]
     found: dict[int, Tensor] = {}
     for offset in sorted(offsets, key=abs):
         other = windows[:, :, anchor + offset]
-        nearer = found.get(offset - (1 if offset > 0 else -1))
+        previous = found.get(offset - (1 if offset > 0 else -1))
         start = None
-        if nearer is not None:
-            # Go on along the path, but only where that explains this frame: the error of a pixel
-            # without texture would be handed on, and drift like a motion.
-            guess = nearer * (abs(offset) / (abs(offset) - 1))
-            follows = _mismatch(frame, warp(other, guess)) < BELIEF * _mismatch(frame, other)
+        if previous is not None:
+            # Extrapolate the path only where that explains this frame: the error of a pixel
+            # without texture would accumulate and look like motion.
+            guess = previous * (abs(offset) / (abs(offset) - 1))
+            follows = _mismatch(frame, warp(other, guess)) < ACCEPTANCE * _mismatch(frame, other)
             start = torch.where(follows, guess, 0)
         found[offset] = dense_flow(frame, other, start=start, finest=1)
     return torch.stack([found[k] for k in offsets], dim=1)[..., ::2, ::2]
@@ -180,11 +180,11 @@ def _track(windows: Videos, anchor: int, offsets: list[int]) -> Float[Tensor, "n
 def _mismatch(
     first: Float[Tensor, "n 3 H W"], second: Float[Tensor, "n 3 H W"]
 ) -> Float[Tensor, "n 1 H W"]:
-    """Squared difference around each pixel."""
+    """Mean squared difference around each pixel."""
     return _around((first - second).square().mean(1, keepdim=True), sigma=3.0)
 
 
 def _around(image: Float[Tensor, "n c H W"], sigma: float) -> Float[Tensor, "n c H W"]:
-    """Mean around each pixel, by a Gaussian of `sigma` pixels."""
+    """Gaussian mean around each pixel, `sigma` in pixels."""
     side = 4 * round(sigma) + 1
     return gaussian_blur2d(image, (side, side), (sigma, sigma), border_type="replicate")

@@ -1,4 +1,4 @@
-"""How much the picture changes from frame to frame."""
+"""Frame difference: change of the pixels between consecutive frames."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dpo_video.types import PerPair, Videos
 
 @final
 class FrameDifference(Metric):
-    """Mean absolute difference of consecutive frames, on the 0-255 scale.
+    """Frame difference: mean absolute difference of consecutive frames, on the 0-255 scale.
 
-    As published with Video-DPO. It sees flicker and motion alike, and is 0 for a frozen video: read
-    it beside `dynamic_degree`.
+    As published with Video-DPO. Flicker and motion both raise it, and a frozen video scores 0: read
+    it together with `dynamic_degree`.
     """
 
     higher_is_better: ClassVar[bool] = False
     unit: ClassVar[str] = "0-255"
 
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
-        """One number a video; a UserError for videos of a single frame."""
+        """One value per video; UserError for videos of a single frame."""
         if videos.shape[2] < 2:
             raise UserError(
                 "frame_difference compares consecutive frames, and these videos have only one. "

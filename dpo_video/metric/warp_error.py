@@ -1,4 +1,4 @@
-"""How badly a frame, moved along the optical flow, predicts the next one."""
+"""Warping error: how badly a frame warped along the optical flow predicts the next one."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from dpo_video.types import PerPair, Videos
 
 @final
 class WarpError(Metric):
-    """Mean squared error between frame t, warped, and frame t+1, on the 0-255 scale.
+    """Warping error: mean squared error of frame t, warped, against frame t+1, on the 0-255 scale.
 
-    Frame t is sampled where the flow from frame t+1 says that its pixels come from, and pixels that
-    frame t does not show are left out, by forward-backward consistency (as in Lai et al. 2018,
-    arXiv 1808.00449, Eq. 9-10). A pair of frames of which nothing is found again counts in full.
-    Bilinear sampling blurs, so that fine texture leaves an error even under a perfect flow.
+    Frame t is sampled along the flow from frame t+1 to t. Pixels of frame t+1 that frame t does not
+    show are masked by forward-backward consistency (Lai et al. 2018, arXiv 1808.00449, Eq. 9-10).
+    If every pixel of a pair of frames is masked, all of them count. Bilinear sampling blurs, so
+    fine texture leaves an error even under a perfect flow.
     """
 
     higher_is_better: ClassVar[bool] = False
     unit: ClassVar[str] = "squared 0-255"
 
     variant: Literal["lucas_kanade", "videodpo_lk", "videodpo_farneback"] = "lucas_kanade"
-    """`lk` and `farneback` are what Video-DPO published, for comparison with its figures only: both
-    sample frame t at x + flow(t, t+1), the wrong way round, which about doubles a motion instead of
-    undoing it and rewards a frozen video. `farneback` is the one behind its headline (150.32 to
-    111.62); `lk` takes each pixel's gradient alone, and is shown here on the 0-255 scale."""
+    """`videodpo_lk` and `videodpo_farneback` reproduce Video-DPO, for comparison with its figures
+    only: both sample frame t at x + flow(t, t+1), the wrong direction, which doubles a motion
+    instead of undoing it and rewards a frozen video. `videodpo_farneback` gave its headline (150.32
+    to 111.62); `videodpo_lk` uses each pixel's gradient alone, here on the 0-255 scale."""
 
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
-        """One number a video; a UserError for videos of a single frame."""
+        """One value per video; UserError for videos of a single frame."""
         pairs = videos.shape[2] - 1
         if pairs < 1:
             raise UserError(
@@ -47,19 +47,19 @@ class WarpError(Metric):
         before, after = frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
         if self.variant == "lucas_kanade":
             back = dense_flow(after, before)
-            shown = visible(back, dense_flow(before, after)).float()
-            shown = torch.where(shown.any(dim=-1).any(dim=-1)[..., None, None], shown, 1.0)
+            mask = visible(back, dense_flow(before, after)).float()
+            mask = torch.where(mask.any(dim=-1).any(dim=-1)[..., None, None], mask, 1.0)
         else:
             published = _per_pixel_flow if self.variant == "videodpo_lk" else _farneback_flow
             back = published(before, after)
-            shown = torch.ones_like(back[:, :1])
+            mask = torch.ones_like(back[:, :1])
         squared = (warp(before, back) - after).square().mean(1, keepdim=True)
-        errors = (squared * shown).sum(dim=(1, 2, 3)) / shown.sum(dim=(1, 2, 3))
+        errors = (squared * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
         return 255**2 * errors.unflatten(0, (-1, pairs)).mean(1)
 
 
 def _per_pixel_flow(before: Frames, after: Frames) -> Flow:
-    """Video-DPO's fallback flow: each pixel's own brightness constraint, regularised by 1e-6."""
+    """Video-DPO's fallback flow: the brightness constraint of each pixel, regularised by 1e-6."""
     first, second = _luma(before), _luma(after)
     smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
     sobel = torch.stack([smooth.outer(slope), slope.outer(smooth)])[:, None] / 8
@@ -69,13 +69,13 @@ def _per_pixel_flow(before: Frames, after: Frames) -> Flow:
 
 
 def _farneback_flow(before: Frames, after: Frames) -> Flow:
-    """OpenCV's Farneback flow on 8-bit frames, with Video-DPO's settings."""
+    """OpenCV's Farneback flow of 8-bit gray frames, with Video-DPO's settings."""
     try:
         import cv2
     except ImportError as error:
         raise UserError(
-            "warp_error's variant 'farneback' needs OpenCV. "
-            "Install it (pip install opencv-python-headless), or use variant 'corrected'."
+            "The warp_error variant 'videodpo_farneback' needs OpenCV. Install it (pip install "
+            "opencv-python-headless), or set metric.warp_error.variant=lucas_kanade."
         ) from error
     flows = [
         torch.from_numpy(

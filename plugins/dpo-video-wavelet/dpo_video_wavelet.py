@@ -1,4 +1,4 @@
-"""A metric for dpo-video that brings a library of its own."""
+"""A dpo-video metric with its own dependency, PyWavelets."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from dpo_video.types import PerPair, Videos
 
 @final
 class WaveletFlicker(Metric):
-    """What pixels do over time and take back a moment later, on the 0-255 scale.
+    """Wavelet flicker: RMS of the finest wavelet coefficients along time, on the 0-255 scale.
 
-    The root mean square of the finest coefficients of a wavelet transform along time (Mallat 1989,
-    IEEE TPAMI 11(7)). A wavelet with two vanishing moments gives 0 for a brightness that is still
-    or changes evenly, where a difference of frames reads a fade as flicker. Edges that move fast
-    count too, and a frozen video has none: read it beside `dynamic_degree`.
+    The finest level of a discrete wavelet transform (Mallat 1989, IEEE TPAMI 11(7)). A wavelet with
+    two vanishing moments gives 0 for constant and for linearly changing brightness, whereas a
+    difference of frames counts a fade as flicker. Fast edges raise it too, and a frozen video
+    scores 0: read it together with `dynamic_degree`.
     """
 
     higher_is_better: ClassVar[bool] = False
     unit: ClassVar[str] = "0-255"
 
     moments: int = Field(default=2, ge=1, le=8)
-    """Vanishing moments of the Daubechies wavelet; 1 (Haar) sees every change."""
+    """Vanishing moments of the Daubechies wavelet; 1 (Haar) responds to every change."""
 
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
-        """One number a video; a UserError for videos of a single frame."""
+        """One value per video; UserError for videos of a single frame."""
         if videos.shape[2] < 2:
             raise UserError(
-                "wavelet_flicker follows pixels over time, and these videos have only one frame. "
+                "wavelet_flicker compares frames over time, and these videos have only one frame. "
                 "Use videos of 2 frames or more."
             )
         pixels = 255 * videos.double().cpu().numpy()
         wavelet = pywt.Wavelet(f"db{self.moments}")
-        # The ends are continued smoothly, so that they do not count as flicker themselves.
+        # Smooth extension, so that the ends do not count as flicker.
         _, finest = pywt.dwt(pixels, wavelet, mode="smooth", axis=2)
         energy = np.square(finest).mean(axis=(1, 2, 3, 4))
         return torch.from_numpy(np.sqrt(energy)).float().to(videos.device)

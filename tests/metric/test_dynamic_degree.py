@@ -1,4 +1,4 @@
-"""What moves counts and what flickers does not, on clips of known motion."""
+"""Dynamic degree on clips of known motion: motion counts, flicker does not."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def per_frame(videos: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 @pytest.fixture(scope="module")
 def scenes() -> Scenes:
-    """Every motion at both speeds, of shapes whose spinning shows."""
+    """Every motion at both speeds, without discs, whose spin is invisible."""
     drawn = draw_scenes(400, Generator().manual_seed(11))
     chosen = [
         ((drawn.motion == motion) & (drawn.speed == speed) & (drawn.shape > 0)).nonzero()[:EACH, 0]
@@ -73,7 +73,7 @@ def grain(videos: Tensor, seed: int = 1, strength: float = 0.05) -> Tensor:
 
 
 def tint(videos: Tensor, seed: int = 2) -> Tensor:
-    """Every frame's channels brightened or darkened by up to a tenth."""
+    """A random offset of up to 0.1 for every channel of every frame."""
     offset = torch.rand(*videos.shape[:3], 1, 1, generator=Generator().manual_seed(seed))
     return (videos + 0.2 * (offset - 0.5)).clamp(0, 1)
 
@@ -91,7 +91,7 @@ def wobble(videos: Tensor, seed: int = 3, strength: float = 0.7) -> Tensor:
 
 
 def boil(videos: Tensor, seed: int = 4) -> Tensor:
-    """Soft patches of light that come and go: what the embedded model's videos do."""
+    """Flickering soft patches of light, as in the embedded model's videos."""
     gains = flicker(len(videos), Generator().manual_seed(seed), videos.shape[2])
     return (videos * gains.transpose(1, 2)).clamp(0, 1)
 
@@ -100,7 +100,7 @@ FLICKERS = [grain, tint, wobble, boil]
 # --- laws ------------------------------------------------------------------------------------
 
 
-def test_it_is_the_speed_of_what_moves(scenes: Scenes, clean: Tensor) -> None:
+def test_degree_is_the_speed_of_the_shape(scenes: Scenes, clean: Tensor) -> None:
     step = scenes.center.diff(dim=1).norm(dim=-1)
     truth = 100 / DIAGONAL * step.square().mean(1).sqrt()
     travels = truth > 0
@@ -124,7 +124,7 @@ def test_flicker_neither_adds_nor_hides_motion(
 ) -> None:
     flickering = degree(fault(videos))
     assert abs(flickering.mean() / clean.mean() - 1) < 0.05
-    # Taking the flicker off again is the same law read backwards: nothing is lost by it.
+    # Read backwards, the same law: removing flicker does not lower the degree.
     assert (flickering > 0.5 * clean).float().mean() > 0.9
 
 
@@ -138,7 +138,7 @@ def test_a_frozen_clip_that_flickers_does_not_move(
 
 @pytest.mark.parametrize("frame", [3, 5, 8, 12])
 def test_a_leap_is_not_motion(frame: int, scenes: Scenes, clean: Tensor) -> None:
-    """A still shape that is somewhere else from one frame to the next."""
+    """A still shape that jumps to another place between two frames."""
     center = scenes.center[:, 7:8].repeat(1, 16, 1)
     center[:, frame:] += torch.where(center[:, :1] > SIZE / 2, -14.0, 14.0)
     angle = scenes.angle[:, 7:8].repeat(1, 16)
@@ -146,24 +146,24 @@ def test_a_leap_is_not_motion(frame: int, scenes: Scenes, clean: Tensor) -> None
     assert degree(leaping).mean() < 0.03 * clean.mean()
 
 
-def test_the_flow_from_frame_to_frame_would_be_fooled(videos: Tensor, clean: Tensor) -> None:
+def test_flow_of_consecutive_frames_reads_flicker_as_motion(videos: Tensor, clean: Tensor) -> None:
     frames = wobble(videos[:, :, 7:8].repeat(1, 1, 4, 1, 1)).transpose(1, 2)
     flow = dense_flow(frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1))
     fastest = flow.norm(dim=1).flatten(1).topk(round(0.05 * SIZE**2), dim=1).values
     assert 100 / DIAGONAL * fastest.mean() > 0.5 * clean.mean()
 
 
-def test_smoothing_the_flicker_away_does_not_lower_it(videos: Tensor, clean: Tensor) -> None:
+def test_removing_flicker_does_not_lower_the_degree(videos: Tensor, clean: Tensor) -> None:
     rough = grain(videos)
     smooth = F.avg_pool3d(F.pad(rough, (0, 0, 0, 0, 1, 1), mode="replicate"), (3, 1, 1), stride=1)
     assert degree(smooth).mean() > 0.95 * degree(rough).mean()
 
 
-def test_frozen_is_exactly_zero(videos: Tensor) -> None:
+def test_frozen_video_scores_zero(videos: Tensor) -> None:
     assert degree(videos[:, :, :1].repeat(1, 1, 16, 1, 1)).max() < 1e-4
 
 
-def test_half_the_frames_move_twice_as_fast() -> None:
+def test_every_second_frame_moves_twice_as_fast() -> None:
     drawn = draw_scenes(60, Generator().manual_seed(2), frames=31)
     straight = (drawn.motion < 4).nonzero()[:8, 0]
     slow = filmed(pick(drawn, straight))
@@ -171,7 +171,7 @@ def test_half_the_frames_move_twice_as_fast() -> None:
     assert torch.allclose(ratio, torch.tensor(2.0), rtol=0.12)
 
 
-def test_faster_is_always_more() -> None:
+def test_degree_increases_with_speed() -> None:
     still = pick(draw_scenes(40, Generator().manual_seed(2)), torch.arange(4))
     time = torch.arange(16.0) - 7.5
     measured = []
@@ -183,7 +183,7 @@ def test_faster_is_always_more() -> None:
 
 
 @pytest.mark.parametrize("pace", [0.75, 1.5, 4.0, 8.0])
-def test_a_small_thing_on_a_still_ground_counts(pace: float) -> None:
+def test_small_object_on_still_background_counts(pace: float) -> None:
     axis = torch.arange(96.0)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     frames = [(x - 48 - pace * t).square() + (y - 48).square() < 64 for t in range(-4, 5)]
@@ -194,19 +194,19 @@ def test_a_small_thing_on_a_still_ground_counts(pace: float) -> None:
 @pytest.mark.parametrize(
     ("frames", "tolerance"), [(2, 0.5), (3, 0.2), (4, 0.2), (5, 0.1), (8, 0.1), (9, 0.1), (23, 0.1)]
 )
-def test_any_length(frames: int, tolerance: float) -> None:
+def test_any_number_of_frames(frames: int, tolerance: float) -> None:
     drawn = pick(draw_scenes(60, Generator().manual_seed(2), frames=23), torch.arange(30))
     moving = pick(drawn, (drawn.motion < 4).nonzero()[:4, 0])
     truth = 100 / DIAGONAL * moving.center.diff(dim=1).norm(dim=-1).mean(1)
     assert torch.allclose(degree(filmed(moving)[:, :, :frames]), truth, rtol=tolerance)
 
 
-def test_one_frame_is_too_few() -> None:
+def test_single_frame_is_refused() -> None:
     with pytest.raises(UserError, match="Use videos of 2 frames or more"):
         degree(torch.zeros(1, 3, 1, 32, 32))
 
 
-def test_a_batch_is_its_videos_one_by_one(videos: Tensor, clean: Tensor) -> None:
+def test_batch_equals_single_videos(videos: Tensor, clean: Tensor) -> None:
     alone = torch.cat([degree(video[None]) for video in videos[::6]])
     assert torch.allclose(clean[::6], alone, rtol=1e-2)
 
@@ -221,6 +221,6 @@ def test_real_clips() -> None:
         frozen = video[:, :, 7:8].repeat(1, 1, 16, 1, 1)
         assert degree(grain(frozen)) < 0.03
         assert torch.allclose(degree(grain(video, strength=0.02)), measured[name], rtol=0.1)
-    # Two riders that cross the picture, a dog and a hand-held throw.
+    # Two riders that cross the picture; a dog and a thrown ball.
     assert min(measured["cyclist_g1"], measured["cyclist_g2"]) > 2
     assert max(measured["dog"], measured["thrown_ball"]) < 0.5

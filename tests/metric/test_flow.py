@@ -1,4 +1,4 @@
-"""The optical flow on motions with known ground truth, and beside OpenCV's on real clips."""
+"""The optical flow on motions with known ground truth, and against OpenCV on real clips."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dpo_video.data.video import read_video
 from dpo_video.metric._flow import _blur, _double, _halve, dense_flow, visible, warp
 
 CLIPS = Path(__file__).parents[3] / "shared" / "clips"
-MARGIN = 20  # pixels: what enters or leaves the picture has no ground truth
+MARGIN = 20  # pixels at the border, whose content enters or leaves the picture
 Motion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def texture(size: int = 160, seed: int = 0) -> Float[Tensor, "1 3 size size"]:
-    """Noise with structure at several scales, as pictures have it."""
+    """Noise with structure at several scales, as in photographs."""
     noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed)) - 0.5
     scales = ((1.5, 7), (4.0, 17), (10.0, 41))  # sigma, taps
     layers = [s * gaussian_blur2d(noise, (taps, taps), (s, s)) for s, taps in scales]
@@ -33,7 +33,7 @@ def texture(size: int = 160, seed: int = 0) -> Float[Tensor, "1 3 size size"]:
 
 
 def field(motion: Motion, size: int = 160) -> Float[Tensor, "1 2 size size"]:
-    """The flow of a motion given as displacement of centred coordinates."""
+    """Flow field of a motion given as a displacement of centred coordinates."""
     axis = torch.arange(size) - (size - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return torch.stack(motion(x, y))[None]
@@ -81,7 +81,7 @@ def test_warp_samples_at_x_plus_flow() -> None:
     ramp = torch.arange(8.0).expand(1, 1, 6, 8)
     moved = warp(ramp, torch.tensor([0.5, 0.0]).view(1, 2, 1, 1).expand(1, 2, 6, 8))
     assert torch.allclose(moved[..., :-1], ramp[..., :-1] + 0.5, atol=1e-5)
-    assert torch.allclose(moved[..., -1], ramp[..., -1])  # the border goes on
+    assert torch.allclose(moved[..., -1], ramp[..., -1])  # replicated border
 
 
 def test_a_frame_warped_along_the_flow_back_predicts_the_next() -> None:
@@ -95,7 +95,7 @@ def test_a_frame_warped_along_the_flow_back_predicts_the_next() -> None:
     assert (wrong - after)[inner].square().mean() > 2 * unwarped
 
 
-def test_a_shape_with_its_backgrounds_luminance_is_followed() -> None:
+def test_shape_with_the_luminance_of_its_background_is_tracked() -> None:
     luma = torch.tensor([0.299, 0.587, 0.114])
     green, gray = torch.tensor([0.15, 0.66, 0.27]), torch.tensor(0.4631)
     assert abs(float(green @ luma - gray)) < 1e-3
@@ -114,14 +114,14 @@ def test_no_texture_no_flow() -> None:
     assert dense_flow(plain, plain + 0.2).abs().max() == 0
     grain = 1e-3 * torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert dense_flow(plain + grain[:1], plain + grain[1:]).abs().max() < 0.2
-    # Far from a shape that moves, the background does not.
+    # The background far from a moving shape has no flow.
     first, second = plain.clone(), plain.clone()
     first[..., 4:14, 4:14], second[..., 4:14, 6:16] = 0.9, 0.9
     assert dense_flow(first, second)[..., 40:, 40:].abs().max() < 0.01
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 6, 10), (3, 2, 34, 16)])
-def test_filters_are_torchs_and_kornias(shape: tuple[int, ...]) -> None:
+def test_filters_equal_torchs_and_kornias(shape: tuple[int, ...]) -> None:
     values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(_halve(values), F.avg_pool2d(values, 2), atol=1e-6)
     double = F.interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
@@ -137,7 +137,7 @@ def test_filters_are_torchs_and_kornias(shape: tuple[int, ...]) -> None:
     assert torch.allclose(warp(values, flow), sampled, atol=1e-5)
 
 
-def test_a_batch_is_its_pairs_one_by_one() -> None:
+def test_batch_equals_single_pairs() -> None:
     first = torch.cat([texture(seed=seed) for seed in range(12)])  # more than one chunk
     second = torch.cat([warp(frame[None], field(turn(0.02))) for frame in first])
     together = dense_flow(first, second)
@@ -154,37 +154,37 @@ def test_any_size(size: tuple[int, int]) -> None:
         assert flow.isfinite().all()
 
 
-def test_half_the_resolution_gives_flow_in_whole_pixels() -> None:
+def test_flow_at_half_resolution_is_in_full_resolution_pixels() -> None:
     first = texture()
     truth = field(shift(1.8, -1.4))
     second = warp(first, -truth)
     assert endpoint_error(dense_flow(first, second, finest=1), truth).mean() < 0.06
 
 
-def test_a_first_guess_finds_what_is_out_of_reach() -> None:
+def test_initial_flow_finds_motion_out_of_reach() -> None:
     noise = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
-    first = gaussian_blur2d(noise, (7, 7), (1.5, 1.5))  # nothing coarse to go by
+    first = gaussian_blur2d(noise, (7, 7), (1.5, 1.5))  # no coarse structure
     truth = field(shift(44.0, 0.0), 256)
     second = warp(first, -truth)
     inner = (..., slice(80, -80), slice(80, -80))
     blind = (dense_flow(first, second) - truth)[inner].norm(dim=1).mean()
-    led = (dense_flow(first, second, start=0.93 * truth) - truth)[inner].norm(dim=1).mean()
+    guided = (dense_flow(first, second, start=0.93 * truth) - truth)[inner].norm(dim=1).mean()
     assert blind > 1
-    assert led < 0.2
+    assert guided < 0.2
 
 
-def test_what_was_covered_is_not_visible() -> None:
+def test_uncovered_pixels_are_masked() -> None:
     ground, patch = texture(96), texture(96, seed=1)
     before, after = ground.clone(), ground.clone()
     before[..., 32:64, 30:62] = patch[..., 32:64, 30:62]
     after[..., 32:64, 40:72] = patch[..., 32:64, 30:62]  # ten pixels to the right
     shown = visible(dense_flow(after, before), dense_flow(before, after))[0, 0].float()
-    assert shown[36:60, 31:39].mean() < 0.35  # ground that the patch has left
+    assert shown[36:60, 31:39].mean() < 0.35  # uncovered ground
     assert shown[36:60, 44:68].mean() > 0.85  # the patch
-    assert shown[8:24, 8:-8].mean() > 0.99  # ground that was there all along
+    assert shown[8:24, 8:-8].mean() > 0.99  # ground that is never covered
 
 
-def test_what_comes_from_outside_is_not_visible() -> None:
+def test_pixels_from_outside_the_picture_are_masked() -> None:
     flow = torch.full((1, 2, 8, 8), 0.0)
     flow[:, 0] = 2.0
     shown = visible(flow, -flow)[0, 0]
@@ -212,19 +212,19 @@ def opencv_flow(method: str, first: Tensor, second: Tensor) -> Tensor:
     "name", ["cyclist_g1", "cyclist_g2", "dog", "grand_prix_1906", "puck_constant_force"]
 )
 def test_as_good_as_opencv_on_real_clips(name: str) -> None:
-    start = 1.0 if name == "grand_prix_1906" else 0.0  # its titles
+    start = 1.0 if name == "grand_prix_1906" else 0.0  # after the titles
     footage = read_video(CLIPS / f"{name}.mp4", start=start, frames=9)
     frames = footage.frames.movedim(1, 0) / 255
     before, after = frames[:-1], frames[1:]
 
-    def left_over(flow: Tensor) -> float:
+    def residual(flow: Tensor) -> float:
         return float((warp(before, flow) - after).square().mean())
 
     ours = dense_flow(after, before)
     dis, farneback = (opencv_flow(method, after, before) for method in ("dis", "farneback"))
-    unwarped = left_over(torch.zeros_like(ours))
-    assert left_over(ours) < 1.25 * left_over(dis)
-    assert left_over(ours) < left_over(farneback)
-    assert left_over(ours) < 0.35 * unwarped
-    # The two agree where there is something to see; film grain of 1906 gives DIS steps of its own.
+    unwarped = residual(torch.zeros_like(ours))
+    assert residual(ours) < 1.25 * residual(dis)
+    assert residual(ours) < residual(farneback)
+    assert residual(ours) < 0.35 * unwarped
+    # The two agree where there is texture; the film grain of 1906 gives DIS spurious steps.
     assert (ours - dis).norm(dim=1).median() < (1.2 if name == "grand_prix_1906" else 0.25)

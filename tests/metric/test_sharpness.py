@@ -26,41 +26,41 @@ def sharpness(videos: Tensor) -> Tensor:
     return Sharpness()(videos, [])
 
 
-def test_every_blur_lowers_it_the_stronger_the_more(videos: Tensor) -> None:
+def test_stronger_blur_lowers_sharpness_more(videos: Tensor) -> None:
     levels = [videos] + [blurred(videos, sigma) for sigma in (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)]
     measured = torch.stack([sharpness(level) for level in levels])
     assert (measured.diff(dim=0) < 0).all()
-    assert (measured[1] < 0.92 * measured[0]).all()  # half a pixel is noticed
+    assert (measured[1] < 0.92 * measured[0]).all()  # a blur of half a pixel shows
     assert (measured[3] < 0.72 * measured[0]).all()
 
 
-def test_contrast_and_brightness_do_not_count(videos: Tensor) -> None:
+def test_sharpness_ignores_contrast_and_brightness(videos: Tensor) -> None:
     assert torch.allclose(sharpness(0.2 + 0.5 * videos), sharpness(videos), rtol=1e-4)
     assert torch.allclose(sharpness(1 - videos), sharpness(videos), rtol=1e-4)
 
 
-def test_noise_is_not_taken_for_sharpness(videos: Tensor) -> None:
+def test_noise_does_not_count_as_sharpness(videos: Tensor) -> None:
     noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(0))
     for strength, tolerance in ((0.02, 0.04), (0.05, 0.08)):
         change = sharpness(videos + strength * noise).mean() / sharpness(videos).mean() - 1
         assert abs(change) < tolerance
 
 
-def test_motion_does_not_count(videos: Tensor) -> None:
+def test_sharpness_ignores_motion(videos: Tensor) -> None:
     frozen = videos[:, :, 7:8].repeat(1, 1, 4, 1, 1)
     assert (sharpness(frozen) / sharpness(videos) - 1).abs().max() < 0.1
     assert (sharpness(frozen).mean() / sharpness(videos).mean() - 1).abs() < 0.02
 
 
-def test_a_step_by_hand() -> None:
+def test_step_edge_by_hand() -> None:
     step = torch.zeros(1, 3, 1, 32, 32)
     step[..., 16:] = 0.8
-    # Central differences see half the step at the two pixels beside it, and nowhere else.
+    # Central differences are half the step at the two pixels beside it and 0 elsewhere.
     assert sharpness(step) == pytest.approx(0.5 * _share(), rel=1e-3)
 
 
 def _share() -> float:
-    """Weight of those two pixels' own gradient among all that the smoothed edge gives weight to."""
+    """Share of the weights, which come from the smoothed edge, on these two pixels."""
     axis = torch.zeros(1, 1, 1, 32)
     axis[..., 16:] = 1
     smooth = gaussian_blur2d(axis.expand(1, 1, 9, 32), (5, 5), (1.0, 1.0), "replicate")[0, 0, 4]
@@ -68,10 +68,10 @@ def _share() -> float:
     return float((strength[14:16] ** 3).sum() / (strength**3).sum())
 
 
-def test_no_edges_is_zero_and_one_frame_is_enough() -> None:
+def test_single_frame_without_edges_scores_zero() -> None:
     assert sharpness(torch.full((2, 3, 1, 32, 32), 0.3)).tolist() == [0.0, 0.0]
 
 
-def test_a_batch_is_its_videos_one_by_one(videos: Tensor) -> None:
+def test_batch_equals_single_videos(videos: Tensor) -> None:
     alone = torch.cat([sharpness(video[None]) for video in videos])
     assert torch.allclose(sharpness(videos), alone, rtol=1e-4)

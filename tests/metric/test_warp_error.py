@@ -1,3 +1,5 @@
+"""Warping error and frame difference on clips of known motion, flicker and noise."""
+
 from __future__ import annotations
 
 import sys
@@ -15,7 +17,7 @@ from dpo_video.tiny.scenes import draw_scenes, render
 
 
 def sliding(count: int, step: int = 1, frames: int = 5) -> Float[Tensor, "b 3 F 64 64"]:
-    """Textures that slide to the right by whole pixels, new ones coming in."""
+    """Textures that slide to the right by whole pixels."""
     noise = torch.rand(count, 3, 72, 72 + 64, generator=torch.Generator().manual_seed(0))
     texture = 4 * (gaussian_blur2d(noise, (13, 13), (3.0, 3.0)) - 0.5) + 0.5
     texture = texture.clamp(0, 1)[..., 4:-4, 4:-4]
@@ -32,7 +34,7 @@ def scenes() -> Float[Tensor, "b 3 F 64 64"]:
     return render(draw_scenes(6, torch.Generator().manual_seed(3))).movedim(2, 1).contiguous()
 
 
-def test_on_a_shift_the_right_way_round_is_below_no_warp_and_the_published_above() -> None:
+def test_correct_direction_is_below_no_warp_and_published_direction_above() -> None:
     videos = sliding(3)
     still, corrected = unwarped(videos), WarpError()(videos, [])
     assert (corrected < 0.02 * still).all()
@@ -40,7 +42,7 @@ def test_on_a_shift_the_right_way_round_is_below_no_warp_and_the_published_above
         assert (WarpError(variant=variant)(videos, []) > 1.5 * still).all()
 
 
-def test_the_right_way_round_on_shapes(scenes: Tensor) -> None:
+def test_correct_direction_on_shapes(scenes: Tensor) -> None:
     still, corrected = unwarped(scenes), WarpError()(scenes, [])
     assert (corrected < 0.25 * still).all()
     assert corrected.mean() < 0.1 * still.mean()
@@ -48,22 +50,22 @@ def test_the_right_way_round_on_shapes(scenes: Tensor) -> None:
 
 
 def test_the_published_direction_doubles_a_motion() -> None:
-    # On a ramp the per-pixel flow is exact, so that going the wrong way is off by two steps of it.
+    # The per-pixel flow of a ramp is exact; the wrong direction is off by twice the motion.
     ramp = (torch.arange(64.0) / 128).expand(3, 64, 64)
     videos = torch.stack([ramp, ramp - 1 / 128], dim=1)[None]  # one pixel to the right
     wrong = WarpError(variant="videodpo_lk")(videos, [])
     assert torch.allclose(wrong, 4 * unwarped(videos), rtol=0.1)
 
 
-def test_frozen_is_zero(scenes: Tensor) -> None:
+def test_frozen_video_scores_zero(scenes: Tensor) -> None:
     frozen = scenes[:, :, :1].repeat(1, 1, 4, 1, 1)
     for variant in ("lucas_kanade", "videodpo_lk", "videodpo_farneback"):
         assert WarpError(variant=variant)(frozen, []).max() < 0.01
 
 
-def test_flow_does_not_explain_a_flicker_of_colour_away() -> None:
+def test_flow_does_not_hide_flicker_of_colour() -> None:
     drawn = draw_scenes(24, torch.Generator().manual_seed(3))
-    plain = drawn.background < 6  # a shifted pattern can pass for a lit one
+    plain = drawn.background < 6  # a brightened pattern can look like a shifted one
     lit = 0.1 + 0.7 * render(drawn)[plain].movedim(2, 1)
     lit[:, :, 1::2] += 0.1
     flicker = 25.5**2
@@ -71,16 +73,16 @@ def test_flow_does_not_explain_a_flicker_of_colour_away() -> None:
     assert (WarpError()(lit, []) < 1.2 * flicker).all()
 
 
-def test_grain_costs_its_variance(scenes: Tensor) -> None:
+def test_grain_adds_its_variance(scenes: Tensor) -> None:
     grain = 0.02 * torch.randn(scenes.shape, generator=torch.Generator().manual_seed(0))
     both_frames = 2 * (0.02 * 255) ** 2
     added = WarpError()(0.2 + 0.6 * scenes + grain, []) - WarpError()(0.2 + 0.6 * scenes, [])
-    # Sampling between pixels averages some of it away.
+    # Sampling between pixels averages some of the grain.
     assert (added > 0.5 * both_frames).all()
     assert (added < 1.1 * both_frames).all()
 
 
-def test_what_is_uncovered_does_not_count() -> None:
+def test_uncovered_pixels_do_not_count() -> None:
     ground = sliding(1, frames=1)[:, :, 0]
     frames = []
     for t in range(4):
@@ -91,20 +93,20 @@ def test_what_is_uncovered_does_not_count() -> None:
     assert WarpError()(videos, []) < 0.1 * unwarped(videos)
 
 
-def test_what_is_never_found_again_counts_in_full() -> None:
+def test_pair_without_any_match_counts_in_full() -> None:
     rising = torch.zeros(1, 3, 2, 32, 32)
     rising[:, :, 1] = 0.5
     assert WarpError()(rising, []) == pytest.approx((0.5 * 255) ** 2, rel=1e-4)
 
 
-def test_a_batch_is_its_videos_one_by_one(scenes: Tensor) -> None:
+def test_batch_equals_single_videos(scenes: Tensor) -> None:
     for variant in ("lucas_kanade", "videodpo_lk", "videodpo_farneback"):
         metric = WarpError(variant=variant)
         alone = torch.cat([metric(video[None], []) for video in scenes])
         assert torch.allclose(metric(scenes, []), alone, rtol=1e-3)
 
 
-def test_half_precision_is_read_in_full(scenes: Tensor) -> None:
+def test_half_precision_videos_are_measured_in_float32(scenes: Tensor) -> None:
     error = WarpError()(scenes.bfloat16(), [])
     assert error.dtype == torch.float32
 
@@ -119,12 +121,12 @@ def test_frame_difference_by_hand(scenes: Tensor) -> None:
 
 
 @pytest.mark.parametrize("metric", [WarpError(), FrameDifference()])
-def test_one_frame_is_too_few(metric: WarpError | FrameDifference) -> None:
+def test_single_frame_is_refused(metric: WarpError | FrameDifference) -> None:
     with pytest.raises(UserError, match="Use videos of 2 frames or more"):
         metric(torch.zeros(1, 3, 1, 32, 32), [])
 
 
-def test_without_opencv_the_published_variant_says_what_to_do(
+def test_published_variant_without_opencv_names_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
