@@ -411,7 +411,7 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     """A file of an adapter's folder, as `evaluate` and `generate` load it."""
 
     def make(bench: Bench) -> Reading:
-        from dpo_video.evaluation.evaluate import merged
+        from dpo_video.evaluation.evaluate import merge_adapter
 
         checkpoint("state.safetensors", mutate.damage)(bench)  # makes the run
         folder = next((bench.folder / "run").rglob("adapter"))
@@ -424,7 +424,7 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         def read(data: bytes) -> object:
             path.write_bytes(data)
             try:
-                merged(model, folder)
+                merge_adapter(model, folder)
             finally:
                 _bare(model, bare)
                 path.write_bytes(whole)

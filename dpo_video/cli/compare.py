@@ -70,13 +70,7 @@ def compare(
         for recipe in chosen
         for seed in training_seed or recipe.seeds
     ]
-    from dpo_video.evaluation.compare import (
-        Cell,
-        Comparison,
-        comparison_markdown,
-        comparison_table,
-        frontier,
-    )
+    from dpo_video.evaluation.compare import Cell, Comparison
     from dpo_video.support.atomic import write_text, writing
 
     cells = []
@@ -91,13 +85,14 @@ def compare(
     )
     with writing(out):
         write_text(out / "comparison.json", comparison.model_dump_json(indent=1) + "\n")
-        write_text(out / "comparison.md", comparison_markdown(comparison))
-        write_text(out / "frontier.svg", frontier(comparison))
+        write_text(out / "comparison.md", comparison.markdown())
+        write_text(out / "frontier.svg", comparison.picture())
+        comparison.page(out / "index.html")
     if as_json:
         typer.echo(comparison.model_dump_json(indent=1))
         return
-    Console().print(comparison_table(comparison))
-    console.print(f"Look at it: [bold]{out / 'frontier.svg'}[/], and each run's page under {out}")
+    Console().print(comparison.table())
+    console.print(f"Page: [bold]{out / 'index.html'}[/]; each run has its own page under {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,11 +192,10 @@ def _finished(folder: Path, config: Config) -> Evaluation | None:
     """The evaluation that is there, if it is of this very configuration."""
     from dpo_video.evaluation.results import Evaluation
 
-    path = folder / "evaluation" / "evaluation.json"
-    if not path.exists():
+    if not (folder / "evaluation" / "evaluation.json").exists():
         return None
     _check_same(folder, config)
-    return Evaluation.from_json(path.read_text(encoding="utf-8"))
+    return Evaluation.load(folder / "evaluation")
 
 
 def _check_same(folder: Path, config: Config) -> None:
@@ -236,7 +230,7 @@ def _base_videos(config: Config, out: Path) -> Videos:
     """What the base draws: once for all recipes that ask for the same."""
     import torch
 
-    from dpo_video.evaluation.evaluate import draw
+    from dpo_video.evaluation.evaluate import sample_videos
     from dpo_video.support.tensor_tree import load_state, save_state
     from dpo_video.workflows.session import load_model, pick_device
 
@@ -249,7 +243,7 @@ def _base_videos(config: Config, out: Path) -> Videos:
         drawn = []
         with progress_bar() as bar:
             task = bar.add_task("base videos", total=len(prompts))
-            for part in draw(model, model.denoiser, prompts, config.evaluate):
+            for part in sample_videos(model, model.denoiser, prompts, config.evaluate):
                 drawn.append(part)
                 bar.update(task, advance=len(part))
         save_state(path, {"videos": torch.cat(drawn)})

@@ -62,14 +62,12 @@ def evaluate(
         run_deterministic=deterministic,
         evaluate_seeds=seeds,
     )
-    from dpo_video.evaluation.results import evaluation_table
-
     folder = out or run / ("evaluation" if checkpoint is None else f"evaluation-{checkpoint}")
     evaluation = evaluate_run(run, config, folder, checkpoint=checkpoint, command=typed())
     if as_json:
         typer.echo(evaluation.to_json())
         return
-    Console().print(evaluation_table(evaluation))
+    Console().print(evaluation.table())
     for detail in evaluation.verdict.details:
         console.print(f"[dim]-[/] {escape(detail)}", highlight=False)
     console.print(f"\nLook at it: [bold]{folder / 'index.html'}[/]")
@@ -95,11 +93,9 @@ def evaluate_run(
         base: The base's videos, if they are drawn already.
     """
     from dpo_video.data.video import video_bytes
-    from dpo_video.evaluation.evaluate import compare
-    from dpo_video.evaluation.report import render_evaluation
+    from dpo_video.evaluation.evaluate import measure
     from dpo_video.evaluation.results import Evaluation
     from dpo_video.evaluation.verdict import judge_evaluation
-    from dpo_video.support.atomic import write_text, writing
     from dpo_video.training.diagnosis import judge_training
     from dpo_video.training.run_dir import checkpoint_at, read_log
     from dpo_video.workflows.session import load_model, pick_device
@@ -110,7 +106,7 @@ def evaluate_run(
     prompts = config.backbone.prompts(settings.seeds)
     with progress_bar() as bar:
         task = bar.add_task("videos", total=2 * len(prompts))
-        comparison = compare(
+        measured = measure(
             model,
             adapter,
             config.metrics,
@@ -119,12 +115,12 @@ def evaluate_run(
             base=base,
             on_progress=lambda done: bar.update(task, completed=done),
         )
-    for metric in comparison.left_out:
+    for metric in measured.left_out:
         if metric.error is not None:  # for the plugin's author
             traceback.print_exception(metric.error)
     reports = read_log(run)
-    left_out = [metric.reason for metric in comparison.left_out]
-    verdict = judge_evaluation(comparison.metrics, tolerance=settings.tolerance)
+    left_out = [metric.reason for metric in measured.left_out]
+    verdict = judge_evaluation(measured.metrics, tolerance=settings.tolerance)
     text = (run / "run.toml").read_text(encoding="utf-8")
     evaluation = Evaluation(
         name=run.resolve().name,
@@ -132,7 +128,7 @@ def evaluate_run(
         seeds=tuple(range(settings.seed, settings.seed + len(prompts))),
         frames=model.shape.frames,
         fps=model.shape.fps,
-        metrics=comparison.metrics,
+        metrics=measured.metrics,
         tolerance=settings.tolerance,
         verdict=verdict.model_copy(update={"details": (*verdict.details, *left_out)}),
         training=tuple(reports),
@@ -152,14 +148,7 @@ def evaluate_run(
     )
     videos = [
         (video_bytes(first, model.shape.fps), video_bytes(second, model.shape.fps))
-        for first, second in zip(comparison.base, comparison.tuned, strict=True)
+        for first, second in zip(measured.base, measured.tuned, strict=True)
     ]
-    with writing(folder):
-        for i, pair in enumerate(videos):
-            for name, data in zip(("base", "tuned"), pair, strict=True):
-                path = folder / "videos" / f"{i:03d}-{name}.mp4"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-        write_text(folder / "index.html", render_evaluation(evaluation, videos))
-        write_text(folder / "evaluation.json", evaluation.to_json())
+    evaluation.save(folder, videos)
     return evaluation

@@ -61,14 +61,14 @@ def generate(
     from dpo_video.data.video import write_video
     from dpo_video.diffusion.initial_noise import initial_noise
     from dpo_video.diffusion.sampling import check_drawn
-    from dpo_video.evaluation.evaluate import merged
+    from dpo_video.evaluation.evaluate import merge_adapter
     from dpo_video.support.atomic import writing
     from dpo_video.training.run_dir import checkpoint_at
     from dpo_video.workflows.session import load_model, pick_device
 
     adapter = checkpoint_at(run, checkpoint) / "adapter" if run is not None else None
     model = load_model(config, pick_device(config.run.device))
-    denoiser = merged(model, adapter) if adapter else model.denoiser
+    denoiser = merge_adapter(model, adapter) if adapter else model.denoiser
     prompts = [prompt] * count if prompt else config.backbone.prompts(count)
     for i, text in enumerate(prompts):
         latents = model.sample(

@@ -1,1 +1,1 @@
-"""Base against tuned: measuring, judging and showing."""
+"""Measure a tuned model against its base model, judge the result and show it."""

@@ -1,30 +1,35 @@
-"""Several recipes on equal terms: what a comparison found, as a table and as a picture."""
+"""Compare several recipes on equal terms, pooled over training seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 from rich import box
 from rich.table import Table
 
-from dpo_video.evaluation.report import templates
-from dpo_video.evaluation.results import Evaluation, mark
+from dpo_video.errors import unknown
+from dpo_video.evaluation import charts
+from dpo_video.evaluation.rendering import asset, templates
+from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, Role, judge_evaluation
-from dpo_video.support.formatting import percent
-from dpo_video.support.statistics import Record
+from dpo_video.support.atomic import write_text
+from dpo_video.support.formatting import MINUS, html_table, percent
+from dpo_video.support.statistics import PairedDifference, Record
 
 
 class Cell(Record):
-    """One recipe, trained with one seed."""
+    """One recipe trained with one seed."""
 
     recipe: str
     seed: int
     steps: int
     seconds: float
-    """Of training."""
+    """Training time."""
     training: str
     """The training's state in a word: healthy, saturated, ..."""
     metrics: tuple[MetricResult, ...]
@@ -32,7 +37,7 @@ class Cell(Record):
 
     @classmethod
     def of(cls, recipe: str, seed: int, evaluation: Evaluation) -> Cell:
-        """What an evaluation says of a recipe."""
+        """The cell of an evaluation."""
         verdict, reports = evaluation.training_verdict, evaluation.training
         return cls(
             recipe=recipe,
@@ -52,33 +57,33 @@ class Row(Record):
     seeds: tuple[int, ...]
     steps: int
     seconds: float
-    """Of training, the mean over the seeds."""
+    """Training time, the mean over the seeds."""
     training: tuple[str, ...]
-    """The state of each seed's training."""
+    """State of the training with each seed."""
     metrics: tuple[MetricResult, ...]
-    """The tuned value of a video is its mean over the seeds; the interval is over the videos."""
+    """The tuned value of a video is its mean over the seeds; intervals are over the videos."""
     by_seed: dict[str, tuple[float | None, ...]]
-    """Metric to the relative change with each seed: how much the seed matters."""
+    """Metric to its relative change with each seed."""
     verdict: EvaluationVerdict
 
 
 class Comparison(Record):
-    """All rows, in the order in which the recipes were named."""
+    """All rows, in the order of the recipes."""
 
     rows: tuple[Row, ...]
     prompts: int = Field(ge=2)
     machine: str
-    """What it was measured on."""
+    """The machine that it was measured on."""
     versions: dict[str, str]
 
     @classmethod
     def of(cls, cells: Sequence[Cell], *, machine: str, versions: dict[str, str]) -> Comparison:
-        """Pool the cells by recipe; cells of a recipe must be neighbours.
+        """Pool the cells by recipe; the cells of a recipe must be neighbours.
 
-        A metric that was left out of one evaluation is left out of all.
+        A metric that is missing in one cell is left out of all.
 
         Raises:
-            ValueError: there are no cells, or those of a recipe disagree on the base's videos.
+            ValueError: if there are no cells, or those of a recipe have other base videos.
         """
         if not cells:
             raise ValueError("there is nothing to compare")
@@ -91,9 +96,130 @@ class Comparison(Record):
             versions=versions,
         )
 
+    def __getitem__(self, recipe: str) -> Row:
+        """The row of a recipe.
+
+        Raises:
+            UserError: if there is none of that name.
+        """
+        rows = {row.recipe: row for row in self.rows}
+        if recipe not in rows:
+            raise unknown("recipe", recipe, list(rows))
+        return rows[recipe]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as JSON-ready data."""
+        return self.model_dump(mode="json")
+
+    def table(self) -> Table:
+        """The relative change of every metric as a table for the terminal."""
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.caption, table.caption_justify = self._caption, "left"
+        table.add_column("recipe", no_wrap=True)
+        table.add_column("seeds", justify="right")
+        for metric in self.rows[0].metrics:
+            table.add_column(metric.label, justify="right")
+        table.add_column("verdict")
+        for row in self.rows:
+            cells = []
+            for metric in row.metrics:
+                sign, word = metric.mark
+                style = {"better": "green", "worse": "red"}.get(word, "dim")
+                cells.append(f"[{style}]{percent(metric.difference.relative)} {sign}[/]")
+            table.add_row(row.recipe, str(len(row.seeds)), *cells, row.verdict.headline)
+        return table
+
+    def markdown(self) -> str:
+        """The table with intervals in Markdown."""
+        header, rows = self._cells()
+        base = [metric.difference.base_mean for metric in self.rows[0].metrics]
+        lines = [header, ["---"] * len(header)]
+        lines.append(["*base*", "", "", *(f"*{value:.3g}*" for value in base), ""])
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in [*lines, *rows])
+
+    def picture(self, *, inline: bool = False) -> str:
+        """An SVG: the change of the first target against the change of the motion.
+
+        A hollow mark means that a guard got worse: the gain came at a loss of fidelity.
+
+        Args:
+            inline: Whether it goes into a page that brings its style.
+
+        Raises:
+            ValueError: if no metric is a target, or none measures motion.
+        """
+        metrics = self.rows[0].metrics
+        index = {metric.role: i for i, metric in reversed(list(enumerate(metrics)))}
+        if not {Role.TARGET, Role.MOTION} <= index.keys():
+            raise ValueError("the picture needs a target and a motion metric")
+        labels = {role: f"change of {metrics[i].label}" for role, i in index.items()}
+
+        def axis(role: Role) -> Any:
+            return lambda values, start, end: charts.linear(
+                values, start, end, ticks=8, text=_tick, label=labels[role]
+            )
+
+        points = [
+            charts.Point(
+                name=row.recipe,
+                x=_spread(row.metrics[index[Role.MOTION]].difference),
+                y=_spread(row.metrics[index[Role.TARGET]].difference),
+                hollow=any(m.worsened for m in row.metrics if m.role is Role.GUARD),
+            )
+            for row in self.rows
+        ]
+        panel = charts.Panel(
+            points=points, x=axis(Role.MOTION), y=axis(Role.TARGET), origin="base model"
+        )
+        title = f"{labels[Role.TARGET]} against {labels[Role.MOTION]}, one mark per recipe"
+        return charts.scatter(title, [panel], width=480, inline=inline)
+
+    def page(self, path: Path | str) -> Path:
+        """Write a self-contained page: the picture, the table and the verdicts."""
+        roles = {metric.role for metric in self.rows[0].metrics}
+        drawable = {Role.TARGET, Role.MOTION} <= roles
+        header, rows = self._cells()
+        text = (
+            templates()
+            .get_template("comparison.html.j2")
+            .render(
+                comparison=self,
+                caption=self._caption,
+                style=asset("evaluation.css"),
+                picture=self.picture(inline=True) if drawable else "",
+                header=header,
+                rows=rows,
+            )
+        )
+        path = Path(path)
+        write_text(path, text)
+        return path
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._cells(), caption=self._caption)
+
+    @property
+    def _caption(self) -> str:
+        return (
+            f"{self.prompts} videos per recipe, same prompts and noise as the base model; changes "
+            "are means over the training seeds"
+        )
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        labels = [metric.label for metric in self.rows[0].metrics]
+        rows = []
+        for row in self.rows:
+            changes = [
+                f"{percent(metric.difference.relative)} ({metric.interval_text})"
+                for metric in row.metrics
+            ]
+            seeds = str(len(row.seeds))
+            rows.append([row.recipe, seeds, str(row.steps), *changes, row.verdict.headline])
+        return ["recipe", "seeds", "steps", *labels, "verdict"], rows
+
 
 def _on_common_metrics(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with those metrics alone that all of them have, in the order of the first."""
+    """The cells with the metrics that all of them have, in the order of the first."""
     measured = [{metric.name: metric for metric in cell.metrics} for cell in cells]
     names = [name for name in measured[0] if all(name in each for each in measured)]
     return [
@@ -107,7 +233,7 @@ def _row(cells: Sequence[Cell]) -> Row:
     for results in zip(*(cell.metrics for cell in cells), strict=True):
         first = results[0]
         if any(result.base != first.base for result in results):
-            raise ValueError(f"the seeds of '{cells[0].recipe}' were compared with other videos")
+            raise ValueError(f"the seeds of '{cells[0].recipe}' have other base videos")
         pooled.append(
             MetricResult.measured(
                 first.name,
@@ -133,145 +259,11 @@ def _row(cells: Sequence[Cell]) -> Row:
     )
 
 
-def _change(row: Row, index: int) -> str:
-    metric = row.metrics[index]
-    change = metric.difference
-    text = f"{percent(change.relative)} ({percent(change.relative_low)} to "
-    return text + f"{percent(change.relative_high)})"
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """For the terminal: the relative change of every metric, marked where it is clear."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        caption=f"{comparison.prompts} videos each, same prompts and noise as the base; change of "
-        "the mean over the training seeds",
-        caption_justify="left",
-    )
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("seeds", justify="right")
-    for metric in comparison.rows[0].metrics:
-        table.add_column(metric.label, justify="right")
-    table.add_column("verdict")
-    for row in comparison.rows:
-        cells = []
-        for metric in row.metrics:
-            sign, word = mark(metric)
-            style = {"better": "green", "worse": "red"}.get(word, "dim")
-            cells.append(f"[{style}]{percent(metric.difference.relative)} {sign}[/]")
-        table.add_row(row.recipe, str(len(row.seeds)), *cells, row.verdict.headline)
-    return table
-
-
-def comparison_markdown(comparison: Comparison) -> str:
-    """The same with intervals, for a README."""
-    base = comparison.rows[0].metrics
-    header = ["recipe", "seeds", "steps", *(metric.label for metric in base), "verdict"]
-    lines = [
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        "| *base* | | | "
-        + " | ".join(f"*{metric.difference.base_mean:.3g}*" for metric in base)
-        + " | |",
-    ]
-    for row in comparison.rows:
-        changes = [_change(row, i) for i in range(len(row.metrics))]
-        cells = [row.recipe, str(len(row.seeds)), str(row.steps), *changes, row.verdict.headline]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-WIDTH, HEIGHT = 640, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 24, 48
-_LETTER, _LINE = 7, 14  # pixels that a letter is wide, and a line high
-
-
-class _Scale:
-    """Data to pixels along one axis, with round ticks."""
-
-    def __init__(self, values: Sequence[float], start: float, stop: float) -> None:
-        low, high = min(0.0, *values), max(0.0, *values)
-        margin = 0.08 * (high - low or 1.0)
-        self.low, self.high, self.start, self.stop = low - margin, high + margin, start, stop
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.stop - self.start), 1)
-
-    def ticks(self) -> list[float]:
-        span = self.high - self.low
-        step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if span / s <= 8)
-        return [n * step for n in range(-1000, 1001) if self.low <= n * step <= self.high]
-
-
-def frontier(comparison: Comparison) -> str:
-    """An SVG: the change of the first target against the change of the motion, with intervals.
-
-    A ring instead of a dot means that a guard got clearly worse: the gain was paid for in fidelity.
-
-    Raises:
-        ValueError: no metric of the comparison is a target, or none measures motion.
-    """
-    roles = {metric.role: i for i, metric in reversed(list(enumerate(comparison.rows[0].metrics)))}
-    if not {Role.TARGET, Role.MOTION} <= roles.keys():
-        raise ValueError("the picture needs a target and a motion metric")
-    points = []
-    for row in comparison.rows:
-        x, y = (row.metrics[roles[role]].difference for role in (Role.MOTION, Role.TARGET))
-        guards = [metric for metric in row.metrics if metric.role is Role.GUARD]
-        points.append((row.recipe, x, y, any(metric.worsened for metric in guards)))
-    xs = [v or 0.0 for _, x, _, _ in points for v in (x.relative_low, x.relative_high)]
-    ys = [v or 0.0 for _, _, y, _ in points for v in (y.relative_low, y.relative_high)]
-    across, down = _Scale(xs, _LEFT, WIDTH - _RIGHT), _Scale(ys, HEIGHT - _BOTTOM, _TOP)
-    labels = _lines(
-        [(across(x.relative or 0.0), down(y.relative or 0.0), name) for name, x, y, _ in points]
-    )
-    first = comparison.rows[0].metrics
-    return (
-        templates()
-        .get_template("frontier.svg.j2")
-        .render(
-            width=WIDTH,
-            height=HEIGHT,
-            frame={"left": _LEFT, "right": WIDTH - _RIGHT, "top": _TOP, "bottom": HEIGHT - _BOTTOM},
-            x_label=f"change of {first[roles[Role.MOTION]].label}",
-            y_label=f"change of {first[roles[Role.TARGET]].label}",
-            x_ticks=[(across(t), f"{t:+.0%}" if t else "0") for t in across.ticks()],
-            y_ticks=[(down(t), f"{t:+.0%}" if t else "0") for t in down.ticks()],
-            zero={"x": across(0), "y": down(0)},
-            points=[
-                {
-                    "name": name,
-                    "x": across(x.relative or 0.0),
-                    "y": down(y.relative or 0.0),
-                    "left": across(x.relative_low or 0.0),
-                    "right": across(x.relative_high or 0.0),
-                    "top": down(y.relative_high or 0.0),
-                    "bottom": down(y.relative_low or 0.0),
-                    "worse": worse,
-                    "label": label,
-                }
-                for (name, x, y, worse), label in zip(points, labels, strict=True)
-            ],
-        )
+def _spread(change: PairedDifference) -> charts.Spread:
+    return charts.Spread(
+        change.relative or 0.0, change.relative_low or 0.0, change.relative_high or 0.0
     )
 
 
-def _lines(marks: Sequence[tuple[float, float, str]]) -> list[float]:
-    """Where the name of each mark stands, `(x, y, name)`: at its height, or below other names."""
-    lines: dict[int, float] = {}
-    for i in sorted(range(len(marks)), key=lambda i: marks[i][1]):
-        left, line, name = marks[i]
-        right = left + _LETTER * len(name)
-        beside = [
-            lines[j]
-            for j in lines
-            if marks[j][0] < right and left < marks[j][0] + _LETTER * len(marks[j][2])
-        ]
-        for taken in sorted(beside):
-            if abs(taken - line) < _LINE:
-                line = taken + _LINE
-        lines[i] = line
-    return [lines[i] for i in range(len(marks))]
+def _tick(change: float) -> str:
+    return f"{100 * change:+g}%".replace("-", MINUS) if change else "0"

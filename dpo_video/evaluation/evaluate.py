@@ -1,4 +1,4 @@
-"""Base against tuned: the same prompts, the same noise, every metric on every video."""
+"""Measure base and tuned model: the same prompts and noise, every metric on every video."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from dpo_video.types import Videos
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """A metric that has no result."""
+    """A metric without a result."""
 
     name: str
     reason: str
-    """A sentence."""
+    """The reason, as a sentence."""
     error: Exception | None = None
-    """What a plugin's metric raised."""
+    """The exception of a plugin's metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What both networks drew, and what the metrics say of it."""
+class Measurement:
+    """The videos of both networks and the metrics on them."""
 
     base: Videos
     tuned: Videos
@@ -43,27 +43,27 @@ class Comparison:
     left_out: tuple[LeftOut, ...] = ()
 
 
-def merged(model: VideoModel, adapter: Path) -> nn.Module:
-    """The model's denoiser with an adapter merged into it, in place: the bare one is gone.
+def merge_adapter(model: VideoModel, adapter: Path) -> nn.Module:
+    """Merge an adapter into the model's denoiser, in place.
 
     Raises:
-        RunError: if the adapter does not fit the denoiser, is not finite, or cannot be merged.
+        RunError: if the adapter does not fit the denoiser, is not finite or cannot be merged.
     """
     instead = "Evaluate the run with the backbone that it was trained on."
     policy = load_adapter(model.denoiser, adapter, instead)
-    if next(frozen_weights(policy), None) is not None:  # nothing can be added to packed weights
+    if next(frozen_weights(policy), None) is not None:  # packed weights cannot be changed
         return policy.eval()
     try:
         network: nn.Module = policy.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError) as error:  # it is not finite, or none of ours
+    except (ValueError, NotImplementedError) as error:  # not finite, or of an unsupported kind
         raise RunError(
             f"The adapter in '{adapter}' cannot be merged into the model ({error}). If its "
-            "training has diverged, take an earlier checkpoint."
+            "training has diverged, use an earlier checkpoint (--checkpoint N)."
         ) from error
     return network.eval().requires_grad_(False)
 
 
-def compare(
+def measure(
     model: VideoModel,
     adapter: Path,
     metrics: Mapping[str, Metric],
@@ -72,35 +72,35 @@ def compare(
     *,
     base: Videos | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
-) -> Comparison:
-    """Draw with the base, merge the adapter, draw again, measure both.
+) -> Measurement:
+    """Sample videos of the base model, merge the adapter, sample again, and measure both sets.
+
+    A metric that gives a value that is not finite, and a plugin's metric that fails, is left out.
 
     Args:
-        model: the base; its denoiser has the adapter merged into it afterwards.
-        adapter: a folder in PEFT's format.
-        metrics: what to measure.
-        prompts: one a video.
-        settings: seeds and sampling.
-        base: the base's videos, if these very ones have been drawn already.
-        on_progress: told how many of the `2 * len(prompts)` videos are there.
-
-    A metric of a plugin that fails, and any that gives something that is not finite, is left out.
+        model: The base model; the adapter is merged into its denoiser.
+        adapter: A folder in PEFT's format.
+        metrics: The metrics by name.
+        prompts: One prompt per video.
+        settings: Seeds and sampling.
+        base: The base model's videos for the same prompts and settings, if they exist already.
+        on_progress: Called with the number of finished videos, of `2 * len(prompts)`.
 
     Raises:
-        UserError: if a video is not finite, or no metric is left that judges.
-        Exception: of a plugin's metric, if that is why.
+        UserError: if a video is not finite, or every target metric was left out.
+        Exception: the exception of a plugin's metric, if it is the reason.
     """
     sets: list[Videos] = [] if base is None else [base]
     while len(sets) < 2:
-        denoiser = merged(model, adapter) if sets else model.denoiser
-        drawn: list[Tensor] = []
-        for videos in draw(model, denoiser, prompts, settings):
-            drawn.append(videos)
-            on_progress(len(sets) * len(prompts) + sum(len(part) for part in drawn))
-        sets.append(torch.cat(drawn))
-    before, tuned = sets
+        denoiser = merge_adapter(model, adapter) if sets else model.denoiser
+        batches: list[Tensor] = []
+        for videos in sample_videos(model, denoiser, prompts, settings):
+            batches.append(videos)
+            on_progress(len(sets) * len(prompts) + sum(len(batch) for batch in batches))
+        sets.append(torch.cat(batches))
+    base, tuned = sets
     found = [
-        _measure(name, metric, before, tuned, prompts, settings.batch_size)
+        _measure(name, metric, base, tuned, prompts, settings.batch_size)
         for name, metric in metrics.items()
     ]
     results = tuple(each for each in found if isinstance(each, MetricResult))
@@ -108,14 +108,14 @@ def compare(
     if left_out and not any(result.role is Role.TARGET for result in results):
         for metric in left_out:
             raise metric.error or UserError(metric.reason)
-    return Comparison(base=before, tuned=tuned, metrics=results, left_out=left_out)
+    return Measurement(base=base, tuned=tuned, metrics=results, left_out=left_out)
 
 
 def _measure(
     name: str, metric: Metric, base: Videos, tuned: Videos, prompts: Sequence[str], batch: int
 ) -> MetricResult | LeftOut:
     try:
-        before, after = (values(metric, videos, prompts, batch) for videos in (base, tuned))
+        before, after = (metric_values(metric, videos, prompts, batch) for videos in (base, tuned))
     except UserError:
         raise
     except Exception as error:
@@ -127,7 +127,7 @@ def _measure(
             if not math.isfinite(value):
                 reason = (
                     f"The metric '{name}' is left out: it is {value} for the {which} model's video "
-                    f"of '{prompt}'. Leave it out (--metric NAME for the others), or mend it."
+                    f"of '{prompt}'. Select other metrics with --metric NAME, or fix it."
                 )
                 return LeftOut(name=name, reason=reason)
     return MetricResult.measured(
@@ -140,16 +140,16 @@ def _measure(
     )
 
 
-def draw(
+def sample_videos(
     model: VideoModel,
     denoiser: nn.Module,
     prompts: Sequence[str],
     settings: EvaluateSettings,
 ) -> Iterator[Videos]:
-    """Batches of videos on the CPU; the `i`-th prompt gets the seed `settings.seed + i`.
+    """Yield batches of videos on the CPU; the `i`-th prompt has the seed `settings.seed + i`.
 
     Raises:
-        UserError: if one is not finite.
+        UserError: if a video is not finite.
     """
     for start in range(0, len(prompts), settings.batch_size):
         texts = prompts[start : start + settings.batch_size]
@@ -166,16 +166,18 @@ def draw(
         yield videos
 
 
-def values(metric: Metric, videos: Videos, prompts: Sequence[str], batch: int) -> list[float]:
-    """A metric's number for every video, `batch` of them at a time.
+def metric_values(
+    metric: Metric, videos: Videos, prompts: Sequence[str], batch: int
+) -> list[float]:
+    """A metric's value for every video, computed `batch` videos at a time.
 
     Raises:
-        ValueError: if it gives more or fewer.
+        ValueError: if the number of values is not that of the videos.
     """
     parts = [
         metric(videos[i : i + batch], prompts[i : i + batch]) for i in range(0, len(videos), batch)
     ]
     found = [float(value) for value in torch.cat(parts)]
     if len(found) != len(videos):
-        raise ValueError(f"{len(found)} numbers for {len(videos)} videos")
+        raise ValueError(f"{len(found)} values for {len(videos)} videos")
     return found

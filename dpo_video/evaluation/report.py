@@ -1,8 +1,7 @@
-"""The evaluation as one self-contained page: no request leaves it, nothing in it is trusted.
+"""What the page of an evaluation shows: one self-contained HTML file.
 
-The page is HTML with the videos inside. Charts are SVG drawn by the template, so that they take the
-page's colours in light and in dark. Prompts, names and settings are other people's text: jinja
-escapes all of it, and the page's own security policy lets no script run but ours.
+The videos are inside the file and no request leaves it. Prompts, names and settings are other
+people's text: jinja escapes all of it, and the page's own security policy allows no other script.
 """
 
 from __future__ import annotations
@@ -11,78 +10,63 @@ import base64
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from dpo_video.evaluation.results import Evaluation, mark
+from dpo_video.evaluation import charts
+from dpo_video.evaluation.rendering import asset
 from dpo_video.evaluation.verdict import MetricResult, Role
-from dpo_video.support.formatting import brief, option, percent
+from dpo_video.support.formatting import brief
 from dpo_video.training.diagnosis import WINDOW, StepReport
 
-# Charts are drawn at about the size they are shown, so that their text stays readable on a phone.
-WIDTH, HEIGHT = 360, 190
-LEFT, RIGHT, TOP, BOTTOM = 50, 10, 12, 24
-FOREST = 220  # width of an interval drawn in the table
 
-
-def render_evaluation(evaluation: Evaluation, videos: Sequence[tuple[bytes, bytes]] = ()) -> str:
-    """Make the page.
+def page_context(
+    metrics: Sequence[MetricResult],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    tolerance: float,
+    training: Sequence[StepReport] = (),
+    videos: Sequence[tuple[bytes, bytes]] = (),
+) -> dict[str, Any]:
+    """The variables of the page's template, except the evaluation itself.
 
     Args:
-        evaluation: what was found.
-        videos: mp4 (h264) of base and tuned, one pair a prompt in the order of the prompts; empty
-            leaves the videos out.
+        metrics: The results.
+        prompts: One prompt per video.
+        seeds: One seed per prompt.
+        tolerance: Largest relative fall of the motion that counts as keeping it.
+        training: The reports of the training's steps.
+        videos: mp4 (h264) of base and tuned model, one pair per prompt in the order of the prompts;
+            empty leaves the videos out.
 
     Raises:
-        ValueError: the videos are neither none nor one pair a prompt.
+        ValueError: if there are videos, but not one pair per prompt.
     """
-    if videos and len(videos) != len(evaluation.prompts):
-        raise ValueError(f"{len(videos)} pairs of videos for {len(evaluation.prompts)} prompts")
-    environment = templates()
-    script = _asset(environment, "evaluation.js")
+    if videos and len(videos) != len(prompts):
+        raise ValueError(f"{len(videos)} pairs of videos for {len(prompts)} prompts")
+    script = asset("evaluation.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    reach = _reach(evaluation.metrics)
-    cards = _cards(evaluation, videos)
-    return environment.get_template("evaluation.html.j2").render(
-        evaluation=evaluation,
-        policy=f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+    reach = _reach(metrics)
+    cards = _cards(metrics, prompts, seeds, videos)
+    return {
+        "policy": f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
         "img-src data:; media-src data:; base-uri 'none'; form-action 'none'",
-        style=_asset(environment, "evaluation.css"),
-        script=script,
-        rows=[_row(metric, reach, evaluation.tolerance) for metric in evaluation.metrics],
-        reach=reach,
-        cards=cards,
-        hero=_typical(cards),
-        waterfalls=[_waterfall(metric, evaluation.prompts) for metric in evaluation.metrics],
-        curves=_curves(evaluation.training) if len(evaluation.training) > 1 else [],
-        window=WINDOW,
-        size={"width": WIDTH, "height": HEIGHT, "forest": FOREST},
-    )
-
-
-def templates(package: str = "dpo_video.evaluation") -> Environment:
-    """The package's templates: everything that goes into them is escaped."""
-    environment = Environment(
-        loader=PackageLoader(package),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(brief=brief, percent=percent, option=option)
-    return environment
-
-
-def _asset(environment: Environment, name: str) -> Markup:
-    """A file of ours that goes into the page as it is."""
-    loader = environment.loader
-    assert loader is not None
-    return Markup(loader.get_source(environment, name)[0])
+        "style": asset("evaluation.css"),
+        "script": script,
+        "rows": [_row(metric, reach, tolerance) for metric in metrics],
+        "reach": reach,
+        "cards": cards,
+        "hero": _typical(cards),
+        "differences": [_differences(metric, cards) for metric in metrics],
+        "curves": _curves(training) if len(training) > 1 else [],
+        "window": WINDOW,
+        "size": {
+            "width": charts.WIDTH,
+            "height": charts.HEIGHT,
+            "interval": charts.INTERVAL_WIDTH,
+        },
+    }
 
 
 # --- the table -------------------------------------------------------------------------------
@@ -93,12 +77,14 @@ class _Row:
     metric: MetricResult
     sign: str
     word: str
-    forest: dict[str, float] | None
-    """Places in the interval's drawing; None without a relative change."""
+    interval: dict[str, float] | None
+    """Positions in the drawing of the interval; None without a relative change."""
+    limit: float | None
+    """Position of the tolerance; for metrics of motion only."""
 
 
 def _reach(metrics: Sequence[MetricResult]) -> float:
-    """The largest relative change to draw: a round share, at most 100%."""
+    """The largest relative change to draw: a round number, at most 100%."""
     ends = [
         abs(end)
         for metric in metrics
@@ -110,24 +96,17 @@ def _reach(metrics: Sequence[MetricResult]) -> float:
 
 
 def _row(metric: MetricResult, reach: float, tolerance: float) -> _Row:
-    sign, word = mark(metric)
+    sign, word = metric.mark
     change = metric.difference
-
-    def place(share: float) -> float:
-        inside = min(max(share / reach, -1.0), 1.0)
-        return round(FOREST / 2 + inside * (FOREST / 2 - 8), 1)
-
-    forest = None
+    interval, limit = None, None
     if change.relative is not None:
         assert change.relative_low is not None and change.relative_high is not None
-        forest = {
-            "low": place(change.relative_low),
-            "mean": place(change.relative),
-            "high": place(change.relative_high),
-        }
+        interval = charts.interval(
+            change.relative_low, change.relative, change.relative_high, reach
+        )
         if metric.role is Role.MOTION:
-            forest["limit"] = place(-tolerance)
-    return _Row(metric=metric, sign=sign, word=word, forest=forest)
+            limit = charts.mark(-tolerance, reach)
+    return _Row(metric=metric, sign=sign, word=word, interval=interval, limit=limit)
 
 
 # --- the videos ------------------------------------------------------------------------------
@@ -141,7 +120,7 @@ class _Score:
     sign: str
     word: str
     gain: float
-    """The difference, positive where it is better."""
+    """The difference; positive if it is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +132,14 @@ class _Card:
     scores: list[_Score]
 
 
-def _cards(evaluation: Evaluation, videos: Sequence[tuple[bytes, bytes]]) -> list[_Card]:
+def _cards(
+    metrics: Sequence[MetricResult],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    videos: Sequence[tuple[bytes, bytes]],
+) -> list[_Card]:
     cards = []
-    for index, (prompt, seed) in enumerate(zip(evaluation.prompts, evaluation.seeds, strict=True)):
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         sources = None
         if videos:
             base, tuned = (
@@ -163,7 +147,7 @@ def _cards(evaluation: Evaluation, videos: Sequence[tuple[bytes, bytes]]) -> lis
                 for video in videos[index]
             )
             sources = (base, tuned)
-        scores = [_score(metric, index) for metric in evaluation.metrics]
+        scores = [_score(metric, index) for metric in metrics]
         cards.append(
             _Card(number=index + 1, prompt=prompt, seed=seed, sources=sources, scores=scores)
         )
@@ -171,7 +155,7 @@ def _cards(evaluation: Evaluation, videos: Sequence[tuple[bytes, bytes]]) -> lis
 
 
 def _typical(cards: Sequence[_Card]) -> _Card | None:
-    """The card in the middle by its first metric: neither the best nor the worst."""
+    """The median card by its first metric."""
     if not cards or not cards[0].scores:
         return None
     return sorted(cards, key=lambda card: card.scores[0].gain)[len(cards) // 2]
@@ -192,179 +176,98 @@ def _score(metric: MetricResult, index: int) -> _Score:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Axis:
-    """Values to places along one side of a chart, in user units of the drawing."""
+class _Figure:
+    """A chart with its texts."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(self.start + share * (self.end - self.start), 1)
-
-    @property
-    def ticks(self) -> list[tuple[float, str]]:
-        """Places and texts of three to six round values."""
-        rough = (self.high - self.low) / 4
-        power = 10.0 ** math.floor(math.log10(rough))
-        step = next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= rough)
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        # 12 digits: 3 * 0.1 is to be written as 0.3.
-        values = [float(f"{i * step:.12g}") for i in range(first, last + 1)]
-        return [(self(value), _tick(value)) for value in values]
-
-
-def _tick(value: float) -> str:
-    return ("\N{MINUS SIGN}" if value < 0 else "") + option(abs(value))
-
-
-def _vertical(values: Sequence[float]) -> _Axis:
-    """The axis upwards that holds the values, with some air."""
-    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
-    low, high = min(finite), max(finite)
-    air = 0.06 * (high - low) or abs(high) or 1.0
-    return _Axis(low=low - air, high=high + air, start=HEIGHT - BOTTOM, end=TOP)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Series:
-    name: str
-    style: str
-    """Class of its line: what tells it apart beside its colour."""
-    raw: str
-    """Path of every report."""
-    smooth: str
-    """Path of the trailing mean."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Chart:
     title: str
     note: str
-    x: _Axis
-    y: _Axis
-    series: list[_Series] = field(default_factory=list)
-    lines: list[tuple[float, str]] = field(default_factory=list)
-    """Places and texts of horizontal reference lines."""
-    bars: list[dict[str, Any]] = field(default_factory=list)
-    band: dict[str, float] | None = None
-    """Places of the mean and of its interval."""
+    chart: charts.Bars | charts.Curves
+    summary: str
+    """The chart in words, for screen readers."""
+    labels: Sequence[dict[str, Any]] = ()
+    """Number, word and title of each bar."""
     better_is_up: bool = False
-    summary: str = ""
-    """The chart in words, for those who do not see it."""
 
 
-def _waterfall(metric: MetricResult, prompts: Sequence[str]) -> _Chart:
+def _differences(metric: MetricResult, cards: Sequence[_Card]) -> _Figure:
     """Every video's difference as a bar, the most improved first."""
-    scores = [_score(metric, index) for index in range(len(prompts))]
-    order = sorted(range(len(scores)), key=lambda index: -scores[index].gain)
-    differences = [
-        gain if metric.higher_is_better else -gain for gain in (score.gain for score in scores)
-    ]
+    scores = {card.number: _score(metric, card.number - 1) for card in cards}
+    order = sorted(cards, key=lambda card: -scores[card.number].gain)
+    sign = 1 if metric.higher_is_better else -1
     change = metric.difference
-    y = _vertical([0.0, *differences, change.low, change.high])
-    x = _Axis(low=0, high=len(order), start=LEFT, end=WIDTH - RIGHT)
-    width = (x.end - x.start) / len(order)
-    bars = []
-    for rank, index in enumerate(order):
-        top, bottom = sorted((y(0), y(differences[index])))
-        bars.append(
-            {
-                "number": index + 1,
-                "word": scores[index].word,
-                "x": round(x(rank) + 0.12 * width, 1),
-                "width": round(0.76 * width, 2),
-                "y": top,
-                "height": round(max(bottom - top, 0.5), 1),
-                "title": f"{index + 1}. {prompts[index]}: {brief(scores[index].base)} to "
-                f"{brief(scores[index].tuned)}",
-            }
-        )
-    better = sum(score.word == "better" for score in scores)
-    return _Chart(
+    better = sum(score.word == "better" for score in scores.values())
+    labels = []
+    for card in order:
+        score = scores[card.number]
+        values = f"{brief(score.base)} to {brief(score.tuned)}"
+        title = f"{card.number}. {card.prompt}: {values}"
+        labels.append({"number": card.number, "word": score.word, "title": title})
+    return _Figure(
         title=metric.label,
-        note=f"{better} of {len(scores)} videos better",
-        x=x,
-        y=y,
-        bars=bars,
-        band={"low": y(change.low), "mean": y(change.difference), "high": y(change.high)},
-        better_is_up=metric.higher_is_better,
-        summary=f"Difference of {metric.label} for each of {len(scores)} videos, sorted: {better} "
+        note=f"{better} of {len(cards)} videos better",
+        chart=charts.bars(
+            [sign * scores[card.number].gain for card in order],
+            low=change.low,
+            mean=change.difference,
+            high=change.high,
+        ),
+        summary=f"Difference of {metric.label} for each of {len(cards)} videos, sorted: {better} "
         f"better; mean {brief(change.difference)}, 95% interval {brief(change.low)} to "
         f"{brief(change.high)}.",
+        labels=labels,
+        better_is_up=metric.higher_is_better,
     )
 
 
-def _curves(reports: Sequence[StepReport]) -> list[_Chart]:
+def _curves(reports: Sequence[StepReport]) -> list[_Figure]:
+    steps = [report.step for report in reports]
+
     def curve(
         title: str,
         note: str,
         values: dict[str, Callable[[StepReport], float]],
         lines: Sequence[tuple[float, str]] = (),
-    ) -> _Chart:
-        columns = {name: [value(report) for report in reports] for name, value in values.items()}
-        smooth = {name: _trailing_mean(column) for name, column in columns.items()}
-        every = [value for column in columns.values() for value in column if math.isfinite(value)]
-        # A few wild steps must not flatten all others; what lies outside is cut off.
-        shown = [float(q) for q in np.quantile(every, [0.02, 0.98])] if every else []
-        means = [value for column in smooth.values() for value in column]
-        y = _vertical([*shown, *means, *(value for value, _ in lines)])
-        first, last = reports[0].step, reports[-1].step
-        x = _Axis(low=first, high=max(last, first + 1), start=LEFT, end=WIDTH - RIGHT)
-        steps = [report.step for report in reports]
-        series = [
-            _Series(
-                name=name,
-                style=("first", "second")[place],
-                raw=_path(x, y, steps, columns[name]),
-                smooth=_path(x, y, steps, smooth[name]),
-            )
-            for place, name in enumerate(columns)
-        ]
+    ) -> _Figure:
+        raw = {name: [value(report) for report in reports] for name, value in values.items()}
+        smooth = {name: _trailing_mean(column) for name, column in raw.items()}
         ends = ", ".join(
-            f"{name} from {brief(smooth[name][0])} to {brief(smooth[name][-1])}" for name in columns
+            f"{name} from {brief(column[0])} to {brief(column[-1])}"
+            for name, column in smooth.items()
         )
-        return _Chart(
+        return _Figure(
             title=title,
             note=note,
-            x=x,
-            y=y,
-            series=series,
-            lines=[(y(value), text) for value, text in lines],
-            summary=f"{title} from step {first} to {last}: {ends}.",
+            chart=charts.curves(steps, raw, smooth, lines),
+            summary=f"{title} from step {steps[0]} to {steps[-1]}: {ends}.",
         )
 
     return [
-        curve(
-            "loss", "below the line, it learns", {"loss": lambda r: r.loss}, _start_line(reports)
-        ),
+        curve("loss", "learning below the line", {"loss": lambda r: r.loss}, _start_line(reports)),
         curve(
             "error against the reference",
             "chosen should not rise",
             {"chosen": lambda r: r.chosen_change, "rejected": lambda r: r.rejected_change},
             [(0.0, "")],
         ),
-        curve("margin", "rejected less chosen error", {"margin": lambda r: r.margin}, [(0.0, "")]),
+        curve("margin", "rejected minus chosen error", {"margin": lambda r: r.margin}, [(0.0, "")]),
         curve(
             "gradient factor",
-            "0.5: as at the start; 0: saturated",
+            "0.5 at the start, 0 when saturated",
             {"gradient factor": lambda r: r.gradient_factor},
             [(0.5, "start")],
         ),
         curve(
-            "accuracy and loser-dominant share",
-            "of pairs",
+            "accuracy and loser-dominant pairs",
+            "fraction of the pairs",
             {"accuracy": lambda r: r.accuracy, "loser-dominant": lambda r: r.loser_dominant},
-            [(0.5, "coin")],
+            [(0.5, "chance")],
         ),
         curve("gradient norm", "before clipping", {"gradient norm": lambda r: r.grad_norm}),
     ]
 
 
 def _start_line(reports: Sequence[StepReport]) -> list[tuple[float, str]]:
-    """Where the loss began: ln 2, or what this loss has in its place."""
+    """The loss at the start: ln 2 for a logistic loss."""
     start = reports[0].loss
     if not math.isfinite(start):
         return [(math.log(2), "ln 2")]
@@ -372,22 +275,9 @@ def _start_line(reports: Sequence[StepReport]) -> list[tuple[float, str]]:
 
 
 def _trailing_mean(values: Sequence[float]) -> list[float]:
-    """Mean of the finite ones among the last WINDOW values; nan where there is none."""
+    """Mean of the finite values among the last WINDOW; nan where there is none."""
     means = []
     for end in range(1, len(values) + 1):
         finite = [value for value in values[max(0, end - WINDOW) : end] if math.isfinite(value)]
         means.append(sum(finite) / len(finite) if finite else math.nan)
     return means
-
-
-def _path(x: _Axis, y: _Axis, steps: Sequence[int], values: Sequence[float]) -> str:
-    """An SVG path with gaps where a value is not finite."""
-    points = [
-        (x(step), y(value)) if math.isfinite(value) else None
-        for step, value in zip(steps, values, strict=True)
-    ]
-    parts = []
-    for before, point in pairwise([None, *points]):
-        if point is not None:
-            parts.append(f"{'L' if before is not None else 'M'}{point[0]} {point[1]}")
-    return "".join(parts)

@@ -1,31 +1,43 @@
-"""What an evaluation found: everything that the table and the page show, and that JSON keeps."""
+"""The result of an evaluation: everything that its table and page show, kept as JSON."""
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from dpo_video.errors import UserError, first_fault
+from dpo_video.errors import UserError, first_fault, unknown
+from dpo_video.evaluation.rendering import templates
+from dpo_video.evaluation.report import page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult
-from dpo_video.support.formatting import brief, percent
+from dpo_video.support.atomic import write_text, writing
+from dpo_video.support.formatting import brief, html_table, percent
 from dpo_video.support.statistics import Record
 from dpo_video.training.diagnosis import StepReport, TrainingVerdict
 
+_JSON, _PAGE, _VIDEOS = "evaluation.json", "index.html", "videos"
+_HEADER = ("metric", "better", "base", "tuned", "change", "95% interval", "result")
+
 
 class Evaluation(Record):
-    """Base against tuned on identical prompts and seeds. The videos themselves are kept apart."""
+    """Base and tuned model on identical prompts and seeds.
+
+    The videos are not part of it: `save` writes them beside the JSON, and an evaluation that was
+    saved or loaded finds them there.
+    """
 
     name: str
-    """The run's, as the page's title."""
+    """Name of the run."""
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    """One a prompt."""
+    """One seed per prompt."""
     frames: int = Field(ge=1)
-    """Of every video."""
+    """Frames per video."""
     fps: float = Field(gt=0)
     metrics: tuple[MetricResult, ...]
     tolerance: float
@@ -34,13 +46,15 @@ class Evaluation(Record):
     training: tuple[StepReport, ...] = ()
     training_verdict: TrainingVerdict | None = None
     command: str
-    """What repeats this evaluation."""
+    """The command that reproduces this evaluation."""
     run_toml: str
-    """The run's settings, fully resolved."""
+    """The run's resolved settings."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Package to version."""
     facts: dict[str, str] = Field(default_factory=dict)
-    """Anything else worth a line: name to text."""
+    """Further information: name to text."""
+    _folder: Path | None = PrivateAttr(default=None)
+    """The folder that it was saved to or loaded from."""
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
@@ -53,16 +67,62 @@ class Evaluation(Record):
             raise ValueError(f"{videos} prompts, but {sorted(set(lengths))} seeds and values")
         return self
 
+    def __getitem__(self, metric: str) -> MetricResult:
+        """The result of a metric, for example `evaluation["warp_error"].interval`.
+
+        Raises:
+            UserError: if the metric was not measured.
+        """
+        results = {result.name: result for result in self.metrics}
+        if metric not in results:
+            raise unknown("metric", metric, list(results))
+        return results[metric]
+
+    # --- on disk -----------------------------------------------------------------------------
+
+    def save(self, folder: Path, videos: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Write evaluation.json, the page index.html and the videos to a folder.
+
+        Args:
+            folder: The folder; it is created.
+            videos: mp4 of base and tuned model, one pair per prompt.
+        """
+        with writing(folder):
+            for i, pair in enumerate(videos):
+                for path, data in zip(_video_paths(folder, i), pair, strict=True):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(data)
+            self._folder = folder
+            self.page(folder / _PAGE)
+            write_text(folder / _JSON, self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: if evaluation.json cannot be read.
+        """
+        try:
+            text = (folder / _JSON).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"Cannot read '{folder / _JSON}': {error.strerror}. Run dpo-video evaluate first."
+            ) from error
+        evaluation = cls.from_json(text)
+        evaluation._folder = folder
+        return evaluation
+
     def to_json(self) -> str:
-        """The evaluation as JSON; `from_json` gives an equal one back."""
+        """The evaluation as JSON; `from_json` returns an equal one."""
         return self.model_dump_json(indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
-        """Read what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
-            UserError: it is not an evaluation, or one of another version.
+            UserError: if it is not an evaluation, or one of another version.
         """
         try:
             return cls.model_validate_json(text)
@@ -72,47 +132,81 @@ class Evaluation(Record):
                 "Run dpo-video evaluate again to write a new one."
             ) from error
 
+    # --- as data and for a person ------------------------------------------------------------
 
-def mark(metric: MetricResult) -> tuple[str, str]:
-    """A sign and a word for what happened to a metric; never a colour alone."""
-    if metric.improved:
-        return "\N{BLACK UP-POINTING TRIANGLE}", "better"
-    if metric.worsened:
-        return "\N{BLACK DOWN-POINTING TRIANGLE}", "worse"
-    return "\N{WHITE CIRCLE}", "no clear change"
+    def to_dict(self) -> dict[str, Any]:
+        """The evaluation as JSON-ready data."""
+        return self.model_dump(mode="json")
 
-
-def evaluation_table(evaluation: Evaluation) -> Table:
-    """The metrics as a table for the terminal, under the verdict."""
-    table = Table(
-        title=Text(evaluation.verdict.headline, style="bold"),
-        caption=f"{len(evaluation.prompts)} videos of each, same prompts and seeds; intervals are "
-        "95% bootstrap intervals of the paired difference",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),  # 80 columns must do
-        pad_edge=False,
-        title_justify="left",
-        caption_justify="left",
-    )
-    for header in ("metric", "wanted", "base", "tuned", "change", "95% interval"):
-        table.add_column(
-            header, justify="left" if header in ("metric", "wanted") else "right", no_wrap=True
+    def table(self) -> Table:
+        """The metrics as a table for the terminal, below the verdict."""
+        table = Table(
+            title=Text(self.verdict.headline, style="bold"),
+            caption=f"{len(self.prompts)} videos of each model, same prompts and seeds; 95% "
+            "bootstrap intervals of the paired difference",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),  # fits 80 columns
+            pad_edge=False,
+            title_justify="left",
+            caption_justify="left",
         )
-    table.add_column("", no_wrap=True)
-    styles = {"better": "green", "worse": "red", "no clear change": "dim"}
-    for metric in evaluation.metrics:
-        change = metric.difference
-        sign, word = mark(metric)
-        relative = change.relative is not None
-        table.add_row(
-            Text(metric.label),
-            "higher" if metric.higher_is_better else "lower",
-            brief(change.base_mean),
-            brief(change.tuned_mean),
-            percent(change.relative) if relative else brief(change.difference),
-            f"{percent(change.relative_low)} to {percent(change.relative_high)}"
-            if relative
-            else f"{brief(change.low)} to {brief(change.high)}",
-            Text(f"{sign} {word}".replace("no clear change", "unclear"), style=styles[word]),
+        for i, header in enumerate(_HEADER):
+            table.add_column(header, justify="right" if 2 <= i < 6 else "left", no_wrap=True)
+        styles = {"better": "green", "worse": "red", "no clear change": "dim"}
+        for metric, cells in zip(self.metrics, self._cells(), strict=True):
+            table.add_row(*map(Text, cells[:-1]), Text(cells[-1], style=styles[metric.mark[1]]))
+        return table
+
+    def page(self, path: Path | str) -> Path:
+        """Write the self-contained page: metrics, charts, training, settings and the videos.
+
+        The videos of a saved or loaded evaluation are embedded; without them the page has none.
+        """
+        videos: list[tuple[bytes, bytes]] = []
+        if self._folder is not None:
+            pairs = [_video_paths(self._folder, i) for i in range(len(self.prompts))]
+            if all(side.is_file() for pair in pairs for side in pair):
+                videos = [(base.read_bytes(), tuned.read_bytes()) for base, tuned in pairs]
+        path = Path(path)
+        write_text(path, self.html(videos))
+        return path
+
+    def html(self, videos: Sequence[tuple[bytes, bytes]] = ()) -> str:
+        """The page's text, with the given videos (see `page_context`)."""
+        context = page_context(
+            self.metrics,
+            self.prompts,
+            self.seeds,
+            tolerance=self.tolerance,
+            training=self.training,
+            videos=videos,
         )
-    return table
+        return templates().get_template("evaluation.html.j2").render(evaluation=self, **context)
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._cells(), caption=self.verdict.headline)
+
+    def _cells(self) -> list[list[str]]:
+        cells = []
+        for metric in self.metrics:
+            change = metric.difference
+            sign, word = metric.mark
+            relative = change.relative is not None
+            cells.append(
+                [
+                    metric.label,
+                    "higher" if metric.higher_is_better else "lower",
+                    brief(change.base_mean),
+                    brief(change.tuned_mean),
+                    percent(change.relative) if relative else brief(change.difference),
+                    metric.interval_text,
+                    f"{sign} {word}".replace("no clear change", "unclear"),
+                ]
+            )
+        return cells
+
+
+def _video_paths(folder: Path, index: int) -> tuple[Path, Path]:
+    """The files of base and tuned model for a prompt."""
+    base, tuned = (folder / _VIDEOS / f"{index:03d}-{side}.mp4" for side in ("base", "tuned"))
+    return base, tuned

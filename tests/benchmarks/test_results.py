@@ -137,7 +137,7 @@ def test_labels_in_a_picture_do_not_overlap(found: list[tuple[float, float]]) ->
     picture = scatter(group)
     assert picture is not None
     assert picture.count("<circle") == len(found)
-    names = re.findall(r'<text x="438" y="([-\d.]+)" fill="#1f2328">(\d+)</text>', picture)
+    names = re.findall(r'<text class="name" x="442.0" y="([-\d.]+)">(\d+)</text>', picture)
     assert sorted(int(name) for _, name in names) == list(range(len(found)))
     lines = sorted(float(line) for line, _ in names)
     assert all(b - a > 16.9 for a, b in pairwise(lines))
@@ -219,7 +219,7 @@ def test_memory_modes_stand_among_the_cards_and_no_names_touch() -> None:
     panels = [Panel(name="one", cost="s", spots=modes), Panel(name="other", cost="s", spots=few)]
     picture = peaks("Peaks", panels, {"a": 14.6, "b": 22.0, "c": 23.5})
     root = ElementTree.fromstring(picture)
-    groups = [each for each in root if each.get("transform")]
+    groups = root.findall(f"{SVG}g")
     assert len(groups) == 2
     for group, spots in zip(groups, (modes, few), strict=True):
         places = {text.text: float(text.get("y", 0)) for text in group.iter(f"{SVG}text")}
@@ -227,10 +227,12 @@ def test_memory_modes_stand_among_the_cards_and_no_names_touch() -> None:
         named = sorted(places[spot.name] for spot in spots)
         assert all(low - high > 16.9 for high, low in pairwise(named))
         marks = [(float(c.get("cx", 0)), float(c.get("cy", 0))) for c in group.iter(f"{SVG}circle")]
-        (frame,) = {line.get("x2") for line in group.iter(f"{SVG}line") if line.get("stroke")}
-        assert all(0 < x < float(frame or 0) and 0 < y < 480 for x, y in marks)
+        grid = [line for line in group.iter(f"{SVG}line") if line.get("class") == "grid"]
+        right = max(float(line.get("x2", 0)) for line in grid)
+        top, bottom = (pick(float(line.get("y1", 0)) for line in grid) for pick in (min, max))
+        assert all(0 < x < right and top <= y <= bottom for x, y in marks)
         by_size = sorted(spots, key=lambda spot: -spot.gib)
         assert sorted((spot.name for spot in spots), key=places.__getitem__) == [
             spot.name for spot in by_size
         ]
-    assert picture.count('fill="#ffffff"') == 2  # the ground, and the one that is hollow
+    assert picture.count('class="mark hollow"') == 1

@@ -24,7 +24,7 @@ from dpo_video.data.build import (
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.data.video import read_video
 from dpo_video.errors import StoreError, UserError
-from dpo_video.evaluation.evaluate import draw
+from dpo_video.evaluation.evaluate import sample_videos
 from dpo_video.pairs.jitter import Jitter
 from dpo_video.pairs.local import Local
 from dpo_video.settings import BuildSettings, EvaluateSettings
@@ -225,7 +225,7 @@ def test_what_is_not_finite_is_neither_stored_nor_drawn(
     assert not list(store.folder.rglob("*.mp4"))
     with pytest.raises(UserError, match="drew for 'a dog' is not finite"):
         next(
-            draw(
+            sample_videos(
                 small_model,
                 small_model.denoiser,
                 ["a dog"],

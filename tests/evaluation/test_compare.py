@@ -1,4 +1,4 @@
-"""The comparison: pooled over seeds, shown as a table, as Markdown and as a picture."""
+"""A comparison: pooled over seeds, and shown as table, Markdown, picture and page."""
 
 from __future__ import annotations
 
@@ -13,20 +13,14 @@ from typer.testing import CliRunner
 
 from dpo_video.cli import app
 from dpo_video.errors import UserError
-from dpo_video.evaluation.compare import (
-    Cell,
-    Comparison,
-    comparison_markdown,
-    comparison_table,
-    frontier,
-)
+from dpo_video.evaluation.compare import Cell, Comparison
 from dpo_video.evaluation.verdict import MetricResult, Role
 
 BASE = (10.0, 12.0, 8.0, 11.0, 9.0, 10.0)
 
 
 def metric(name: str, factor: float, role: Role = Role.TARGET) -> MetricResult:
-    # Not one factor for all: an interval needs some spread.
+    # The factor varies, since an interval needs some spread.
     tuned = [value * (factor + 0.01 * (i % 3 - 1)) for i, value in enumerate(BASE)]
     return MetricResult.measured(
         name, BASE, tuned, unit="", higher_is_better=role is not Role.TARGET, role=role
@@ -53,7 +47,7 @@ def comparison(*cells: Cell) -> Comparison:
     return Comparison.of(cells, machine="a machine", versions={"torch": "0"})
 
 
-def test_a_row_is_the_mean_over_the_seeds_and_keeps_each_of_them() -> None:
+def test_a_row_is_the_mean_over_the_seeds_and_lists_each() -> None:
     found = comparison(cell("one", 0, 0.8), cell("one", 1, 0.6), cell("two", 0, 1.2))
     one, two = found.rows
     assert (one.recipe, one.seeds, one.seconds) == ("one", (0, 1), 15.0)
@@ -64,7 +58,7 @@ def test_a_row_is_the_mean_over_the_seeds_and_keeps_each_of_them() -> None:
     assert Comparison.model_validate_json(found.model_dump_json()) == found
 
 
-def test_cells_of_other_videos_are_not_pooled() -> None:
+def test_cells_with_other_base_videos_are_not_pooled() -> None:
     other = cell("one", 1, 0.6)
     moved = MetricResult.measured(
         "warp_error",
@@ -75,16 +69,16 @@ def test_cells_of_other_videos_are_not_pooled() -> None:
         role=Role.TARGET,
     )
     other = other.model_copy(update={"metrics": (moved, *other.metrics[1:])})
-    with pytest.raises(ValueError, match="other videos"):
+    with pytest.raises(ValueError, match="other base videos"):
         comparison(cell("one", 0, 0.8), other)
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="nothing to compare"):
         comparison()
 
 
-def test_a_metric_that_one_evaluation_lacks_is_left_out_of_all() -> None:
-    whole = cell("one", 0, 0.8)
-    lacking = whole.model_copy(update={"seed": 1, "metrics": whole.metrics[::2]})
-    found = comparison(whole, lacking, cell("two", 0, 1.2))
+def test_a_metric_missing_in_one_evaluation_is_left_out_of_all() -> None:
+    complete = cell("one", 0, 0.8)
+    lacking = complete.model_copy(update={"seed": 1, "metrics": complete.metrics[::2]})
+    found = comparison(complete, lacking, cell("two", 0, 1.2))
     for row in found.rows:
         assert [result.name for result in row.metrics] == ["warp_error", "caption_match"]
         assert row.by_seed.keys() == {"warp_error", "caption_match"}
@@ -93,16 +87,16 @@ def test_a_metric_that_one_evaluation_lacks_is_left_out_of_all() -> None:
 def test_the_table_and_the_markdown_name_every_recipe_and_its_changes() -> None:
     found = comparison(cell("good", 0, 0.7), cell("frozen", 0, 0.5, motion=0.5))
     console = Console(file=StringIO(), width=160)
-    console.print(comparison_table(found))
+    console.print(found.table())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for text in (shown, comparison_markdown(found)):
+    for text in (shown, found.markdown()):
         good, frozen = (
             next(line for line in text.splitlines() if name in line.split("verdict")[0])
             for name in ("good", "frozen")
         )
         assert "30" in good
         assert "50" in frozen
-    rows = comparison_markdown(found).splitlines()
+    rows = found.markdown().splitlines()
     assert len({row.count("|") for row in rows}) == 1
     assert "Improved" in rows[3]
     assert "Improved" not in rows[4]
@@ -112,23 +106,23 @@ def test_the_picture_places_recipes_by_motion_and_error() -> None:
     found = comparison(
         cell("a<b", 0, 0.7), cell("frozen", 0, 0.5, motion=0.5), cell("broken", 0, 0.9, guard=0.5)
     )
-    root = ET.fromstring(frontier(found))
+    root = ET.fromstring(found.picture())
     space = "{http://www.w3.org/2000/svg}"
     marks = [
-        (float(c.attrib["cx"]), float(c.attrib["cy"]), c.attrib["fill"])
+        (float(c.attrib["cx"]), float(c.attrib["cy"]), c.attrib["class"])
         for c in root.iter(f"{space}circle")
     ]
     names = [text.text for text in root.iter(f"{space}text")]
     assert {"a<b", "frozen", "broken"} <= set(names)
-    still, frozen, broken = marks
-    assert frozen[0] < still[0]  # moves less: further left
-    assert frozen[1] > still[1] > broken[1]  # a smaller error: further down
-    assert broken[2] != still[2] == frozen[2]  # paid for in fidelity: a ring
+    broken, good, frozen = marks  # from the top down
+    assert frozen[0] < good[0]  # less motion: further left
+    assert frozen[1] > good[1] > broken[1]  # a smaller error: further down
+    assert broken[2] != good[2] == frozen[2]  # hollow: a guard got worse
 
 
-def test_names_of_recipes_that_did_alike_stand_below_each_other() -> None:
+def test_names_of_equal_recipes_do_not_overlap() -> None:
     recipes = ("one", "two", "three")
-    root = ET.fromstring(frontier(comparison(*(cell(name, 0, 0.7) for name in recipes))))
+    root = ET.fromstring(comparison(*(cell(name, 0, 0.7) for name in recipes)).picture())
     lines = sorted(
         float(text.attrib["y"])
         for text in root.iter("{http://www.w3.org/2000/svg}text")
@@ -137,11 +131,22 @@ def test_names_of_recipes_that_did_alike_stand_below_each_other() -> None:
     assert len(lines) == 3 and all(b - a >= 12 for a, b in pairwise(lines))
 
 
-def test_the_picture_needs_both_of_its_axes() -> None:
+def test_the_picture_needs_a_target_and_a_motion_metric() -> None:
     only = cell("one", 0, 0.8)
     only = only.model_copy(update={"metrics": only.metrics[:1]})
     with pytest.raises(ValueError, match="motion"):
-        frontier(comparison(only))
+        comparison(only).picture()
+
+
+def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
+    found = comparison(cell("a<b", 0, 0.7), cell("frozen", 0, 0.5, motion=0.5))
+    page = found.page(tmp_path / "page.html").read_text()
+    for text in (page, found._repr_html_()):
+        assert "a&lt;b" in text and "a<b" not in text and "<script" not in text
+    assert "<svg" in page and "src=" not in page and page.count("href=") == 1  # the empty icon
+    assert found["frozen"] is found.rows[1]
+    with pytest.raises(UserError, match="Did you mean 'frozen'"):
+        found["frosen"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +162,7 @@ def test_the_picture_needs_both_of_its_axes() -> None:
         ("[one]\npairs = 'local'\nseeds = ['0']", [], "seeds is a list"),
     ],
 )
-def test_a_wrong_recipe_is_told_before_anything_runs(
+def test_a_wrong_recipe_is_an_error_before_anything_runs(
     tmp_path: Path, text: str, options: list[str], said: str
 ) -> None:
     path = tmp_path / "recipes.toml"
@@ -171,15 +176,15 @@ def test_a_wrong_recipe_is_told_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_files_must_not_share_a_name(tmp_path: Path) -> None:
+def test_two_recipes_of_one_name_are_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.toml").write_text("[one]\npairs = 'local'")
     result = CliRunner().invoke(app, ["compare", *(str(p) for p in tmp_path.glob("*.toml"))])
     assert "Two recipes are named 'one'" in str(result.exception)
 
 
-def test_it_measures_once_and_goes_on(tmp_path: Path) -> None:
-    """Two recipes on the embedded model, in miniature; asked again, nothing runs twice."""
+def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
+    """Two small recipes on the embedded model; a second call runs only what is missing."""
     path, out = tmp_path / "recipes.toml", tmp_path / "out"
     small = "'build.count=1', 'train.batch_size=1', 'train.gradient_accumulation_steps=1', "
     "'evaluate.num_inference_steps=2'"

@@ -1,4 +1,4 @@
-"""Base against tuned: what a training has left behind is evaluated, or refused in a sentence."""
+"""An adapter that cannot be merged is refused with a next step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from conftest import load_small
 
 from dpo_video.errors import RunError
-from dpo_video.evaluation.evaluate import merged
+from dpo_video.evaluation.evaluate import merge_adapter
 from dpo_video.settings import TrainSettings
 from dpo_video.training.lora import adapt
 
 
-def test_an_adapter_that_has_diverged_is_not_merged(small_folder: Path, tmp_path: Path) -> None:
+def test_a_diverged_adapter_is_refused(small_folder: Path, tmp_path: Path) -> None:
     policy = adapt(load_small(small_folder), TrainSettings(rank=2), 0)
     policy.save_pretrained(tmp_path / "sound")
-    merged(load_small(small_folder), tmp_path / "sound")
+    merge_adapter(load_small(small_folder), tmp_path / "sound")
     next(p for p in policy.parameters() if p.requires_grad).data.fill_(torch.nan)
     policy.save_pretrained(tmp_path / "broken")
     with pytest.raises(RunError, match=r"broken' cannot be merged .*NaN.* earlier checkpoint"):
-        merged(load_small(small_folder), tmp_path / "broken")
+        merge_adapter(load_small(small_folder), tmp_path / "broken")

@@ -33,7 +33,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import ExportError, RunError
-from dpo_video.evaluation.evaluate import merged
+from dpo_video.evaluation.evaluate import merge_adapter
 from dpo_video.exporting.export import Check, Format, export
 from dpo_video.exporting.model_card import loading_script
 from dpo_video.strategies import Sampling, VideoModel
@@ -109,7 +109,7 @@ class Case:
 
     def adapted(self) -> VideoModel:
         model = self.load()
-        model.denoiser = merged(model, self.adapter)
+        model.denoiser = merge_adapter(model, self.adapter)
         return model
 
     def export(self, format: str, out: Path, **options: Any) -> tuple[Check, str]:

@@ -14,7 +14,7 @@ from dpo_video import registry
 from dpo_video.cli import main
 from dpo_video.data.segments import sound_labels
 from dpo_video.errors import TrainingError, UserError
-from dpo_video.evaluation.evaluate import compare
+from dpo_video.evaluation.evaluate import measure
 from dpo_video.labeler.vlm import VLM
 from dpo_video.loss.global_ import Global
 from dpo_video.metric.frame_difference import FrameDifference
@@ -147,7 +147,7 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
     adapt(load_small(small_folder), TrainSettings(rank=2), 0).save_pretrained(tmp_path / "adapter")
     broken = {name.lower(): faulty("metric", name)() for name in ("Blind", "Void", "Short")}
     settings = EvaluateSettings(seeds=2, num_inference_steps=1)
-    comparison = compare(
+    comparison = measure(
         load_small(small_folder),
         tmp_path / "adapter",
         {**broken, "frame_difference": FrameDifference()},
@@ -168,9 +168,9 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
 
     ours = Ours.model_construct()
     with pytest.raises(ArithmeticError):  # a bug of ours is not swept aside
-        compare(load_small(small_folder), tmp_path / "adapter", {"ours": ours}, ["a"], settings)
+        measure(load_small(small_folder), tmp_path / "adapter", {"ours": ours}, ["a"], settings)
     with pytest.raises(KeyError):  # nothing is left to judge by
-        compare(load_small(small_folder), tmp_path / "adapter", broken, ["a"], settings)
+        measure(load_small(small_folder), tmp_path / "adapter", broken, ["a"], settings)
 
 
 def test_the_innermost_plugin_is_blamed_and_nobody_else(faulty: Faulty) -> None:

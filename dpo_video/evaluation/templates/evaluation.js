@@ -1,5 +1,5 @@
-// One clock for all videos. Each plays by itself and is held to the clock: by its speed when it
-// is a little off, by a seek when it is far off. Only those in view are loaded.
+// One clock for all videos. Each video plays on its own and is synchronised with the clock: by its
+// playback rate if it is slightly off, by a seek if it is far off. Only videos in view are loaded.
 "use strict";
 (() => {
   const cards = document.getElementById("cards");
@@ -26,7 +26,7 @@
   function hold(video) {
     if (video.readyState < 2 || video.seeking) return;
     const target = now();
-    // How far ahead of the clock it is, the short way around the loop.
+    // Seconds ahead of the clock, the shorter way around the loop.
     const ahead = wrap(video.currentTime - target + duration / 2) - duration / 2;
     if (!playing) {
       video.pause();
@@ -73,7 +73,7 @@
     show();
   }
 
-  // The middle of a frame, so that rounding never shows its neighbour.
+  // The middle of a frame, so that rounding cannot show the next one.
   const stop = (index) => set((((index + frames) % frames) + 0.5) / fps, false);
   const faster = (by) => {
     const next = speed.selectedIndex + by;
@@ -123,7 +123,7 @@
     actions[event.key]();
   });
 
-  // Browsers allow some dozens of players a page, so those out of view give theirs back.
+  // Browsers limit the players per page to some dozens, so videos out of view are unloaded.
   const observer = new IntersectionObserver(
     (entries) => {
       for (const { target, isIntersecting } of entries) {
@@ -144,7 +144,7 @@
     video.addEventListener("loadeddata", () => {
       const ratio = `${video.videoWidth} / ${video.videoHeight}`;
       document.body.style.setProperty("--aspect", ratio);
-      // Small videos are shown larger than they are: as the pixels that they have.
+      // Small videos are enlarged without smoothing.
       video.classList.toggle("pixels", video.videoWidth <= 160);
       hold(video);
     });
