@@ -15,7 +15,6 @@ from dpo_video.errors import UserError, first_fault, unknown
 from dpo_video.evaluation.rendering import templates
 from dpo_video.evaluation.report import page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult
-from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.formatting import brief, html_table, percent
 from dpo_video.support.statistics import Record
 from dpo_video.training.diagnosis import StepReport, TrainingVerdict
@@ -87,6 +86,8 @@ class Evaluation(Record):
             folder: The folder; it is created.
             videos: mp4 of base and tuned model, one pair per prompt.
         """
+        from dpo_video.support.atomic import write_text, writing  # it imports torch
+
         with writing(folder):
             for i, pair in enumerate(videos):
                 for path, data in zip(_video_paths(folder, i), pair, strict=True):
@@ -162,6 +163,8 @@ class Evaluation(Record):
 
         The videos of a saved or loaded evaluation are embedded; without them the page has none.
         """
+        from dpo_video.support.atomic import write_text
+
         videos: list[tuple[bytes, bytes]] = []
         if self._folder is not None:
             pairs = [_video_paths(self._folder, i) for i in range(len(self.prompts))]
