@@ -1,8 +1,8 @@
-"""The Frechet distance between two sets of videos, each seen as a Gaussian of feature vectors.
+"""The Frechet distance between two sets of videos, each modelled as a Gaussian of feature vectors.
 
 The formula of FID (Heusel et al. 2017, arXiv 1706.08500) and FVD (Unterthiner et al. 2018, arXiv
-1812.01717). Those names belong to their Inception and I3D features: a number from here is to be
-quoted with the name of the features that it was computed from, and with the number of videos.
+1812.01717). Those names imply Inception and I3D features: quote a number from this module with the
+name of its features and the number of videos.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ def frechet_distance(
 ) -> float:
     """The squared Frechet distance between two sets of feature vectors.
 
-    With few videos it is biased upwards: quote beside it the distance between two sets of real
-    videos of the same size, below which nothing can be told.
+    With few videos the distance is biased upwards: also quote the distance between two sets of real
+    videos of the same size, which is the resolution of the measurement.
 
     Args:
-        first: one vector a video, two videos or more.
-        second: the other set.
-        shrinkage: how far each covariance is pulled towards the sphere of equal trace, in [0, 1].
-            The sample covariance of n videos has rank n - 1 at most, and its small eigenvalues are
-            mostly chance; 0.1 steadies them and changes neither trace nor axes.
+        first: One vector per video, at least two videos.
+        second: The other set.
+        shrinkage: Weight of the scaled identity of equal trace in each covariance, in [0, 1]. The
+            sample covariance of n videos has rank n - 1 at most, and its small eigenvalues are
+            noisy; 0.1 stabilizes them and changes neither trace nor axes.
     """
     return frechet_of_gaussians(*_moments(first, shrinkage), *_moments(second, shrinkage))
 
@@ -40,16 +40,16 @@ def frechet_of_gaussians(
 ) -> float:
     """`|m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)` (Dowson and Landau 1982), in float64.
 
-    The product under the root is symmetric, unlike `C1 C2`, so its eigenvalues are real whatever
-    the rank, and only rounding can make them negative.
+    The product under the root is symmetric, unlike `C1 C2`, so its eigenvalues are real at any rank
+    and negative only by rounding.
     """
     root = _root(first_covariance.double())
     product = root @ second_covariance.double() @ root
     overlap = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum()
-    apart = (first_mean.double() - second_mean.double()).square().sum()
+    shift = (first_mean.double() - second_mean.double()).square().sum()
     spread = first_covariance.double().trace() + second_covariance.double().trace()
-    # The distance of a set from itself is a difference of equal numbers.
-    return max(0.0, float(apart + spread - 2 * overlap))
+    # For equal sets this is a difference of equal numbers, negative by rounding.
+    return max(0.0, float(shift + spread - 2 * overlap))
 
 
 def _moments(

@@ -1,10 +1,9 @@
-"""How the judge is trained and measured: `python -m benchmarks.tiny.judge_recipe [--measure]`.
+"""Training and measurement of the judge: `python -m benchmarks.tiny.judge_recipe [--measure]`.
 
-The judge must not accept on generated video what no person would. So half of what it learns from
-is damaged as a weak video model damages shapes, and the label says how badly: damage is measured,
-in pixels by which the worst stretch of the outline is off, and moves the label from the shape to
-the class `broken`. Everything is drawn from named seeds; a second run on the same machine gives
-the same weights.
+The judge must reject generated shapes that a person would reject. Half of its training images are
+therefore damaged as a weak video model damages shapes. The damage is measured, in pixels by which
+the worst part of the outline is displaced, and moves the label from the shape to the class
+`broken`. All draws have named seeds; a second run on the same machine gives the same weights.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Generator, Tensor
 
+from benchmarks.tiny.features import set_scale
 from dpo_video.support.atomic import write_tensors, write_text
 from dpo_video.support.rng import generator
 from dpo_video.tiny import scenes as world
-from dpo_video.tiny.judge import BROKEN, WEIGHTS, Judge, Sight, judge_videos, load_judge, set_scale
+from dpo_video.tiny.judge import BROKEN, WEIGHTS, Judge, Sight, judge_videos, load_judge
 
-WHOLE, RUINED = 0.8, 2.0  # pixels that an outline is off: accepted up to here, rejected from here
+INTACT, RUINED = 0.8, 2.0  # displacement of an outline in pixels: accepted up to, rejected from
 STRETCH = 7  # pixels
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -39,29 +39,30 @@ Images = Float[Tensor, "n 3 64 64"]
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """Single frames, drawn in layers so that each can be damaged on its own."""
+    """Single frames in layers, so that each layer can be damaged separately."""
 
     background: Images
     fill: Images
     tint: Images
-    """The colour of what a corruption adds outside the shape."""
+    """Color of the parts that a corruption adds outside the shape."""
     coverage: Mask
     color: Float[Tensor, "n 8"]
-    """The label, as shares of the area; so is the background's."""
+    """Label, as fractions of the area."""
     shape: Int[Tensor, " n"]
     scenery: Float[Tensor, "n 8"]
+    """Label of the background, as fractions of the area."""
 
     def paint(self, coverage: Mask) -> Images:
-        """The picture, with `coverage` in the place of the shape's own."""
+        """The image, with `coverage` in place of the shape's own coverage."""
         added = (coverage - self.coverage).clamp(min=0)
         kept = torch.minimum(coverage, self.coverage)
         return self.background * (1 - coverage) + self.fill * kept + self.tint * added
 
     def damage(self, picture: Images) -> Float[Tensor, " n"]:
-        """How far the outline is off where it is worst, in pixels.
+        """Displacement of the outline where it is largest, in pixels.
 
-        That is the changed area, weighed by how visible it is, per pixel of outline, in the worst
-        window of `STRETCH` by `STRETCH` pixels. A mean over the whole outline would forgive a bite.
+        The changed area, weighted by its contrast, per pixel of outline, in the worst window of
+        `STRETCH` by `STRETCH` pixels. A mean over the complete outline would hide a local defect.
         """
         changed = _length(picture - self.paint(self.coverage))
         seen = _length(self.fill - self.background)
@@ -74,58 +75,58 @@ def _length(colors: Images) -> Mask:
     return colors.square().sum(dim=1, keepdim=True).sqrt()
 
 
-# --- what goes wrong with shapes --------------------------------------------------------------
+# --- corruptions of shapes --------------------------------------------------------------
 
 
 def warp(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
     """Bend by a smooth random field of displacements, up to 5 pixels rms."""
     field = _smooth(len(coverage), 2, 8, random)
     weight = coverage / coverage.sum(dim=(2, 3), keepdim=True)
-    field = field - (field * weight).sum(dim=(2, 3), keepdim=True)  # moving is no damage
+    field = field - (field * weight).sum(dim=(2, 3), keepdim=True)  # translation is no damage
     return _sample(coverage, 5 * strength[:, None, None, None] * field)
 
 
 def melt(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
-    """Round the corners off: what is left of a shape blurred by up to 4 pixels, with an edge."""
+    """Round the corners: blur the shape by up to 4 pixels and sharpen its edge."""
     width = 0.4 + 3.6 * strength
     sharpness = (2.5 * width)[:, None, None, None]
     return ((blur(coverage, width) - 0.5) * sharpness + 0.5).clamp(0, 1)
 
 
 def soften(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
-    """Blur the outline by up to 4 pixels: a blob."""
+    """Blur the outline by up to 4 pixels."""
     return blur(coverage, 0.1 + 3.9 * strength)
 
 
 def erase(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
-    """Lose parts, up to two thirds."""
-    timestep = (-2.5 + 3 * strength)[:, None, None, None]
-    return coverage * (3 * (_smooth(len(coverage), 1, 6, random) - timestep) + 0.5).clamp(0, 1)
+    """Remove parts, up to two thirds."""
+    threshold = (-2.5 + 3 * strength)[:, None, None, None]
+    return coverage * (3 * (_smooth(len(coverage), 1, 6, random) - threshold) + 0.5).clamp(0, 1)
 
 
 def sprout(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
-    """Grow blobs on and around the shape."""
-    timestep = (2.6 - 2.3 * strength)[:, None, None, None]
-    blobs = (3 * (_smooth(len(coverage), 1, 10, random) - timestep)).clamp(0, 1)
+    """Add blobs on and around the shape."""
+    threshold = (2.6 - 2.3 * strength)[:, None, None, None]
+    blobs = (3 * (_smooth(len(coverage), 1, 10, random) - threshold)).clamp(0, 1)
     near = (3 * blur(coverage, torch.full_like(strength, 5.0))).clamp(max=1)
     return torch.maximum(coverage, blobs * near)
 
 
 def double(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
-    """Show a second shape through the first, up to opaque."""
+    """Overlay a second shape, up to opaque."""
     axis = torch.arange(world.SIZE) + 0.5
     mass = coverage.sum(dim=(1, 2, 3))
     x = (coverage.sum(dim=(1, 2)) * axis).sum(dim=1) / mass
     y = (coverage.sum(dim=(1, 3)) * axis).sum(dim=1) / mass
-    place = torch.stack([x, y], dim=1)
-    apart = 6 * torch.randn(len(coverage), 2, generator=random)
-    move = place.roll(1, dims=0) - place + apart
+    center = torch.stack([x, y], dim=1)
+    offset = 6 * torch.randn(len(coverage), 2, generator=random)
+    move = center.roll(1, dims=0) - center + offset
     other = _sample(coverage.roll(1, dims=0), move[:, :, None, None].expand(-1, -1, *(2 * (64,))))
     return torch.maximum(coverage, strength[:, None, None, None] * other)
 
 
 def glow(coverage: Mask, strength: Tensor, random: Generator) -> Mask:
-    """Surround by a halo, up to 5 pixels wide."""
+    """Add a halo, up to 5 pixels wide."""
     width = 1.5 + 1.5 * torch.rand(len(coverage), generator=random)
     halo = (2.5 * blur(coverage, width)).clamp(max=1)
     return torch.maximum(coverage, 0.9 * strength[:, None, None, None] * halo)
@@ -135,11 +136,11 @@ Corruption = Callable[[Mask, Tensor, Generator], Mask]
 CORRUPTIONS: Mapping[str, Corruption] = {
     f.__name__: f for f in (warp, melt, soften, erase, sprout, double, glow)
 }
-"""By name: `(coverage, strength in [0, 1] per frame, generator) -> coverage`."""
+"""Name to `(coverage, strength in [0, 1] per frame, generator) -> coverage`."""
 
 
 def blur(images: Tensor, width: Float[Tensor, " n"]) -> Tensor:
-    """Gaussian blur, of its own width (pixels, standard deviation) for every image."""
+    """Gaussian blur with a width (standard deviation in pixels) per image."""
     n, channels = images.shape[:2]
     reach = math.ceil(3 * float(width.max()))
     kernel = torch.exp(-((torch.arange(-reach, reach + 1) / width[:, None]) ** 2) / 2)
@@ -151,24 +152,24 @@ def blur(images: Tensor, width: Float[Tensor, " n"]) -> Tensor:
 
 
 def _smooth(n: int, channels: int, cells: int, random: Generator) -> Tensor:
-    """Random fields of about unit variance that change over `64 / cells` pixels."""
+    """Random fields of about unit variance with a correlation length of `64 / cells` pixels."""
     coarse = 1.3 * torch.randn(n, channels, cells, cells, generator=random)
     return F.interpolate(coarse, size=(64, 64), mode="bicubic", align_corners=False)
 
 
 def _sample(images: Tensor, move: Float[Tensor, "n 2 64 64"]) -> Tensor:
-    """Read every pixel from `move` pixels (x, y) away."""
+    """Sample every pixel at an offset of `move` pixels (x, y)."""
     axis = (torch.arange(world.SIZE) + 0.5) * 2 / world.SIZE - 1
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)
     grid = grid + move.permute(0, 2, 3, 1) * 2 / world.SIZE
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-# --- what is learnt from ----------------------------------------------------------------------
+# --- training data ----------------------------------------------------------------------
 
 
 def draw_frames(n: int, random: Generator) -> Frames:
-    """Frames of the world; in every tenth the colour is two, in every tenth the background."""
+    """Frames of the world; a tenth have two colors, and a tenth two backgrounds."""
     drawn = world.draw_scenes(n, random)
     frame = torch.randint(world.FRAMES, (n,), generator=random)
     at = (torch.arange(n), frame)
@@ -198,31 +199,31 @@ def _fills() -> Tensor:
 
 
 def _sceneries() -> Tensor:
-    """Every background without a shape: it is drawn far outside the picture."""
+    """Every background without a shape, which is drawn far outside the image."""
     kinds = len(world.BACKGROUNDS)
     one = world.draw_scenes(kinds, torch.Generator().manual_seed(0), frames=1)
-    nowhere = one.center - 1000
-    return world.render(replace(one, background=torch.arange(kinds), center=nowhere))[:, 0]
+    outside = one.center - 1000
+    return world.render(replace(one, background=torch.arange(kinds), center=outside))[:, 0]
 
 
 def _mixed(
     kind: Int[Tensor, " n"], area: Mask, pictures: Tensor, random: Generator
 ) -> tuple[Float[Tensor, "n k"], Images]:
-    """One picture each, in patches another one for every tenth; and what share each has of `area`.
+    """Labels and one picture per item; a tenth are mixed with another picture, in patches.
 
-    Weak models do mix colours and backgrounds, and half a right answer is then the right label.
+    The label is each picture's fraction of `area`: weak models do mix colors and backgrounds.
     """
     n, kinds = len(kind), len(pictures)
     other = torch.randint(kinds, (n,), generator=random)
     patches = (4 * (_smooth(n, 1, 4, random) - 0.5)).clamp(0, 1)
     patches = patches * (torch.rand(n, 1, 1, 1, generator=random) < 0.1)
-    share = ((patches * area).sum(dim=(1, 2, 3)) / area.sum(dim=(1, 2, 3)))[:, None]
-    label = F.one_hot(kind, kinds) * (1 - share) + F.one_hot(other, kinds) * share
+    fraction = ((patches * area).sum(dim=(1, 2, 3)) / area.sum(dim=(1, 2, 3)))[:, None]
+    label = F.one_hot(kind, kinds) * (1 - fraction) + F.one_hot(other, kinds) * fraction
     return label, torch.lerp(pictures[kind], pictures[other], patches)
 
 
 def corrupt(frames: Frames, random: Generator) -> Mask:
-    """Leave half of the frames alone and damage the others in one way each, by a random amount."""
+    """Damage half of the frames, each with one corruption of random strength."""
     n = len(frames.coverage)
     coverage = frames.coverage.clone()
     strength = torch.rand(n, generator=random)
@@ -235,7 +236,7 @@ def corrupt(frames: Frames, random: Generator) -> Mask:
 
 
 def develop(images: Images, random: Generator) -> Images:
-    """Change what does not matter: place, scale, exposure, tint, texture, sharpness."""
+    """Augment: position, scale, exposure, tint, texture, sharpness."""
     n = len(images)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -254,9 +255,9 @@ def develop(images: Images, random: Generator) -> Images:
 
 
 def brokenness(damage: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The label of the class `broken`, smoothly from 0 at `WHOLE` to 1 at `RUINED`."""
-    share = ((damage - WHOLE) / (RUINED - WHOLE)).clamp(0, 1)
-    return share**2 * (3 - 2 * share)
+    """Label of the class `broken`: a smooth ramp from 0 at `INTACT` to 1 at `RUINED`."""
+    ramp = ((damage - INTACT) / (RUINED - INTACT)).clamp(0, 1)
+    return ramp**2 * (3 - 2 * ramp)
 
 
 def loss_on(judge: Judge, frames: Frames, coverage: Mask, random: Generator) -> Tensor:
@@ -266,19 +267,26 @@ def loss_on(judge: Judge, frames: Frames, coverage: Mask, random: Generator) -> 
     kinds = BROKEN + 1
     shape = F.one_hot(frames.shape, kinds) * (1 - broken)
     shape = shape + F.one_hot(torch.tensor(BROKEN), kinds) * broken
-    # Of a shape that is mostly gone or overgrown no colour is asked.
+    # The color of a shape that is mostly erased or overgrown has little weight.
     kept = torch.minimum(coverage, frames.coverage).sum(dim=(1, 2, 3))
-    asked = kept / torch.maximum(coverage, frames.coverage).sum(dim=(1, 2, 3))
+    weight = kept / torch.maximum(coverage, frames.coverage).sum(dim=(1, 2, 3))
     seen: Sight = judge(develop(picture, random))
     return -(
         (shape * seen.shape).sum(dim=1)
-        + asked * (frames.color * seen.color).sum(dim=1)
+        + weight * (frames.color * seen.color).sum(dim=1)
         + (frames.scenery * seen.background).sum(dim=1)
     ).mean()
 
 
 def train(steps: int, batch: int, console: Console, clips: int = 512) -> Judge:
-    """Train from nothing: AdamW, a warm-up and a cosine; `clips` set the scale of the features."""
+    """Train from random weights with AdamW and a one-cycle schedule.
+
+    Args:
+        steps: Number of steps.
+        batch: Frames per step.
+        console: Prints the progress.
+        clips: Number of real clips that define the scale of the features.
+    """
     torch.manual_seed(0)
     judge = Judge().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=1e-3)
@@ -307,25 +315,25 @@ def real_clips(n: int, *seed: str | int) -> tuple[Float[Tensor, "n 3 16 64 64"],
     return world.render(drawn).transpose(1, 2), drawn.captions()
 
 
-# --- what it can be trusted with --------------------------------------------------------------
+# --- reliability --------------------------------------------------------------
 
 
 @torch.no_grad()
 def measure(judge: Judge, clips: int = 200, frames: int = 400) -> dict[str, object]:
-    """Accuracy on held-out real clips, and how corrupted frames are taken, by kind and strength.
+    """Accuracy on held-out real clips, and results on corrupted frames, by corruption and strength.
 
     Returns:
-        `accuracy`: per head, the share of frames that are named right. `corrupted`: by name, one
-        row per strength with `damage` (pixels, mean), `rejected` (share of frames whose likeliest
-        class is broken) and `right` (mean probability of the true shape).
+        `accuracy`: per head, the fraction of frames classified right. `corrupted`: by name, one row
+        per strength with `damage` (pixels, mean), `rejected` (fraction of frames whose most
+        probable class is broken) and `right` (mean probability of the true shape).
     """
     videos, captions = real_clips(clips, "judge", "held out")
     seen = judge_videos(videos, judge)
-    said = [words for text in captions if (words := world.parse_caption(text))]
+    described = [words for text in captions if (words := world.parse_caption(text))]
     truth = {
-        "color": _indices(world.COLORS, [w.color for w in said]),
-        "shape": _indices(world.SHAPES, [w.shape for w in said]),
-        "background": _indices(world.BACKGROUNDS, [w.background for w in said]),
+        "color": _indices(world.COLORS, [w.color for w in described]),
+        "shape": _indices(world.SHAPES, [w.shape for w in described]),
+        "background": _indices(world.BACKGROUNDS, [w.background for w in described]),
     }
     accuracy = {
         head: float((getattr(seen, head).argmax(dim=-1) == index[:, None]).float().mean())
@@ -334,7 +342,7 @@ def measure(judge: Judge, clips: int = 200, frames: int = 400) -> dict[str, obje
     random = generator("judge", "corrupted")
     held_out = draw_frames(frames, random)
     corrupted = {
-        name: [_taken(judge, held_out, corruption, strength) for strength in STRENGTHS]
+        name: [_judged(judge, held_out, corruption, strength) for strength in STRENGTHS]
         for name, corruption in CORRUPTIONS.items()
     }
     return {"clips": clips, "accuracy": accuracy, "frames": frames, "corrupted": corrupted}
@@ -345,11 +353,11 @@ def _indices(names: Iterable[str], words: list[str]) -> Int[Tensor, " n"]:
     return torch.tensor([order.index(word) for word in words])
 
 
-def _taken(
+def _judged(
     judge: Judge, frames: Frames, corruption: Corruption, strength: float
 ) -> dict[str, float]:
     n = len(frames.shape)
-    # The same draws at every strength, so that one row differs from the next by strength alone.
+    # Equal draws at every strength: rows differ by strength alone.
     coverage = corruption(frames.coverage, torch.full((n,), strength), generator("judge", "draws"))
     picture = frames.paint(coverage)
     shape = judge(picture).shape
@@ -362,13 +370,15 @@ def _taken(
 
 
 def report(measured: dict, console: Console) -> None:  # type: ignore[type-arg]
-    """Print what `measure` found, as tables and as JSON."""
+    """Print the result of `measure`, as tables and as JSON."""
     table = Table(title=f"Right on {measured['clips']} held-out clips")
     for head in measured["accuracy"]:
         table.add_column(head)
-    table.add_row(*(f"{share:.2%}" for share in measured["accuracy"].values()))
+    table.add_row(*(f"{accuracy:.2%}" for accuracy in measured["accuracy"].values()))
     console.print(table)
-    table = Table(title="Corrupted frames: rejected / probability of the true shape (pixels off)")
+    table = Table(
+        title="Corrupted frames: rejected / probability of the true shape (damage in pixels)"
+    )
     table.add_column("strength")
     for strength in STRENGTHS:
         table.add_column(f"{strength:g}")
@@ -380,15 +390,17 @@ def report(measured: dict, console: Console) -> None:  # type: ignore[type-arg]
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
-    """Train the judge and save it; with `--measure`, measure the one that is there."""
+    """Train the judge and save it; with `--measure`, measure the saved judge."""
     parser = argparse.ArgumentParser(
         description=__doc__, prog="python -m benchmarks.tiny.judge_recipe"
     )
-    parser.add_argument("--measure", action="store_true", help="measure the saved judge and stop")
-    parser.add_argument("--json", type=Path, help="with --measure: also write the numbers here")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="the file to write")
+    parser.add_argument(
+        "--measure", action="store_true", help="measure the saved judge; do not train"
+    )
+    parser.add_argument("--json", type=Path, help="with --measure: file for the numbers")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="file to write")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=96, help="frames a step")
+    parser.add_argument("--batch", type=int, default=96, help="frames per step")
     options = parser.parse_args(None if arguments is None else list(arguments))
     console = Console()
     if not options.measure:

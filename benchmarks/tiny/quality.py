@@ -1,7 +1,7 @@
-"""How good the embedded model is, in numbers and to the eye: `python -m benchmarks.tiny.quality`.
+"""Quality of the embedded model in numbers and pictures: `python -m benchmarks.tiny.quality`.
 
-Everything is said three times: of the model's videos, of held-out real clips, and of those clips
-after the autoencoder, which is the best that the model could reach.
+Every number is computed for the model's videos, for held-out real clips, and for those clips after
+the autoencoder, which bounds what the model can reach.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.tiny.features import video_features
 from benchmarks.tiny.frechet import frechet_distance
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import publishing, write_text
 from dpo_video.support.rng import generator
 from dpo_video.tiny import WEIGHTS
 from dpo_video.tiny import scenes as world
-from dpo_video.tiny.judge import BROKEN, FEATURES, judge_videos, video_features
+from dpo_video.tiny.judge import BROKEN, FEATURES, judge_videos
 from dpo_video.types import Placement, Videos
 
 BREAKS_UP = 0.25  # of a clip's frames
 _AT_ONCE = 8
-_SHOWN_FRAMES, _ZOOM, _LINE = 8, 3, 18  # frames a row, times, pixels
+_SHOWN_FRAMES, _ZOOM, _LINE = 8, 3, 18  # frames per row, factor, pixels
 
 Numbers = dict[str, float]
 
 
 def sample(model: VideoModel, captions: Sequence[str], seed: int) -> Videos:
-    """One video a caption, each from its own seeded noise, in the family's own settings."""
+    """One video per caption, each from its own seeded noise, with the family's default settings."""
     videos = []
     for start in track(range(0, len(captions), _AT_ONCE), description="sampling"):
         chosen = range(start, min(start + _AT_ONCE, len(captions)))
@@ -70,18 +71,18 @@ def real(n: int, seed: int, name: str) -> tuple[Videos, list[str]]:
 
 
 def describe(videos: Videos, captions: Sequence[str]) -> Numbers:
-    """Means over the videos of what the judge and the metrics say."""
+    """Means over the videos of the judge's accuracies and of the metrics."""
     from dpo_video.metric.caption_match import CaptionMatch
     from dpo_video.metric.dynamic_degree import DynamicDegree
     from dpo_video.metric.frame_difference import FrameDifference
     from dpo_video.metric.warp_error import WarpError
 
-    said = [words for text in captions if (words := world.parse_caption(text))]
+    described = [words for text in captions if (words := world.parse_caption(text))]
     seen = judge_videos(videos)
     truth = {
-        "color": [list(world.COLORS).index(words.color) for words in said],
-        "shape": [world.SHAPES.index(words.shape) for words in said],
-        "background": [list(world.BACKGROUNDS).index(words.background) for words in said],
+        "color": [list(world.COLORS).index(words.color) for words in described],
+        "shape": [world.SHAPES.index(words.shape) for words in described],
+        "background": [list(world.BACKGROUNDS).index(words.background) for words in described],
     }
     right = {
         f"{head}_right": float(
@@ -113,13 +114,13 @@ def describe(videos: Videos, captions: Sequence[str]) -> Numbers:
 
 
 def breaks_up(shapes: Int[Tensor, "b F"]) -> Bool[Tensor, " b"]:
-    """Whether more than a quarter of a clip's frames show a broken shape, or not the usual one."""
-    usual = shapes.mode(dim=1, keepdim=True).values
-    return ((shapes != usual) | (shapes == BROKEN)).float().mean(dim=1) > BREAKS_UP
+    """Whether over a quarter of a clip's frames show a broken shape or not its usual one."""
+    most_frequent = shapes.mode(dim=1, keepdim=True).values
+    return ((shapes != most_frequent) | (shapes == BROKEN)).float().mean(dim=1) > BREAKS_UP
 
 
 def distances(videos: Videos, reference: Videos) -> Numbers:
-    """Frechet distances in judge features: of all of them, and of each half on its own."""
+    """Frechet distances in judge features: of all features, and of each half."""
     first, second = video_features(videos), video_features(reference)
     return {
         "frechet": frechet_distance(first, second),
@@ -129,7 +130,7 @@ def distances(videos: Videos, reference: Videos) -> Numbers:
 
 
 def contact_sheet(path: Path, videos: Videos, captions: Sequence[str]) -> None:
-    """Write a PNG with one clip a row, under its caption."""
+    """Write a PNG with one clip per row, below its caption."""
     shown = torch.linspace(0, videos.shape[2] - 1, _SHOWN_FRAMES).round().long()
     strips = videos[:, :, shown].permute(0, 3, 2, 4, 1).flatten(2, 3)  # b H (frames W) 3
     pixels = (255 * strips.clamp(0, 1)).round().byte().numpy()
@@ -146,7 +147,7 @@ def contact_sheet(path: Path, videos: Videos, captions: Sequence[str]) -> None:
 
 
 def report(numbers: dict[str, Numbers], console: Console) -> None:
-    """Print one column a set of videos."""
+    """Print a table with one column per set of videos."""
     table = Table(title="Means over videos (Frechet: to other real clips)")
     table.add_column("")
     for name in numbers:
@@ -159,13 +160,16 @@ def report(numbers: dict[str, Numbers], console: Console) -> None:
 def main(arguments: Iterable[str] | None = None) -> None:
     """Sample, measure, print, and write the numbers and a contact sheet."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.tiny.quality")
-    parser.add_argument("--model", type=Path, default=WEIGHTS, help="a folder as the recipe writes")
+    parser.add_argument("--model", type=Path, default=WEIGHTS, help="folder that the recipe wrote")
     parser.add_argument("--clips", type=int, default=94)
     parser.add_argument("--rows", type=int, default=24, help="clips on the contact sheet")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/quality.json"), help="the sheet is put beside it"
+        "--out",
+        type=Path,
+        default=Path("runs/quality.json"),
+        help="numbers; the contact sheet is written beside them",
     )
     options = parser.parse_args(None if arguments is None else list(arguments))
 
@@ -176,11 +180,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
     captions = world.spread_captions(options.clips)
     generated = sample(model, captions, options.seed)
     reference, _ = real(options.clips, options.seed, "reference")
-    clips, said = real(options.clips, options.seed, "clips")
+    clips, described = real(options.clips, options.seed, "clips")
     sets = {
         "generated": (generated, captions),
-        "real": (clips, said),
-        "real, autoencoded": (through_autoencoder(model, clips), said),
+        "real": (clips, described),
+        "real, autoencoded": (through_autoencoder(model, clips), described),
     }
     numbers = {
         name: {**describe(videos, texts), **distances(videos, reference)}

@@ -1,10 +1,9 @@
-"""How the embedded model is trained, from nothing: `python -m benchmarks.tiny.recipe`.
+"""Training of the embedded model from random weights: `python -m benchmarks.tiny.recipe`.
 
 The stages are AnimateDiff's (Guo et al. 2023, arXiv 2307.04725): an autoencoder on frames; the text
 encoder and the spatial layers on single pictures; the motion modules alone on video. As there, the
-pictures are cleaner than the video: the footage flickers (`scenes.flicker`), so the motion modules
-learn to flicker, and preference optimisation has something real to undo. Every stage saves its
-state and goes on where it was stopped.
+pictures are cleaner than the video: the footage flickers (`flicker`), so the motion modules
+learn to flicker, which preference optimization can undo. Every stage saves its state and resumes.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNetMotionModel,
 )
+from jaxtyping import Float
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -38,10 +38,11 @@ from dpo_video.support.tensor_tree import load_state, save_state
 from dpo_video.tiny import WEIGHTS
 from dpo_video.tiny import scenes as world
 
-TEXT_LENGTH = 24  # tokens; the longest caption has 12 with both ends
+TEXT_LENGTH = 24  # tokens; the longest caption has 12, including start and end
 WIDTHS = (64, 96, 96)
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="linear")  # AnimateDiff's
-CAPTION_DROPOUT = 0.12  # share of empty captions, for classifier-free guidance
+CAPTION_DROPOUT = 0.12  # fraction of empty captions, for classifier-free guidance
+FLICKER = 0.15  # standard deviation of the flicker's gain where its envelope is 1
 SNR_CAP = 5.0  # min-SNR weighting, Hang et al. 2023, arXiv 2303.09556
 
 
@@ -81,7 +82,7 @@ def new_text_encoder(vocabulary: int) -> CLIPTextModel:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """The spatial layers: text reaches the 8x8 and 4x4 grids."""
+    """The spatial layers, with cross-attention to the text on the 8x8 and 4x4 grids."""
     return UNet2DConditionModel(
         sample_size=world.SIZE // 4,
         in_channels=4,
@@ -97,7 +98,7 @@ def new_unet() -> UNet2DConditionModel:
 
 
 def new_motion_adapter() -> MotionAdapter:
-    """Motion modules whose output starts at zero, so that they begin as the identity."""
+    """Motion modules with a zero output layer, so that they start as the identity."""
     adapter = MotionAdapter(
         block_out_channels=WIDTHS,
         motion_layers_per_block=1,
@@ -114,7 +115,7 @@ def new_motion_adapter() -> MotionAdapter:
 
 def new_tokenizer() -> CLIPTokenizer:
     """A byte-pair tokenizer in which every word of the captions is one token."""
-    corpus = world.every_caption()
+    corpus = world.all_captions()
     letters = sorted({letter for letter in "abcdefghijklmnopqrstuvwxyz"})
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -134,7 +135,7 @@ def new_tokenizer() -> CLIPTokenizer:
 
 
 class Stage:
-    """One stage's loop: warm-up and cosine decay, an average of the weights, saved as it goes."""
+    """Loop of one stage: warm-up, cosine decay, averaged weights, periodic checkpoints."""
 
     def __init__(
         self, name: str, network: nn.Module, *, steps: int, rate: float, work: Path
@@ -147,12 +148,12 @@ class Stage:
         self.done = 0
 
     def run(self, loss_at: Callable[[int, torch.Generator], Tensor], save_every: int = 250) -> None:
-        """Train to the last step; the network then holds the averaged weights."""
+        """Train to the last step, then load the averaged weights into the network."""
         if self.path.exists():
             self._restore()
         started, first, recent = time.monotonic(), self.done, 0.0
         for step in range(self.done, self.steps):
-            # A generator of the step alone: a resumed run draws what an unbroken one draws.
+            # Seeded per step, so that a resumed run draws the same as an uninterrupted one.
             loss = loss_at(step, torch.Generator().manual_seed(1_000_003 * len(self.name) + step))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * _schedule(step, self.steps)
@@ -167,9 +168,9 @@ class Stage:
             if self.done % save_every == 0 or self.done == self.steps:
                 self._save()
                 rate = (time.monotonic() - started) / (self.done - first)
-                left = (self.steps - self.done) * rate / 60
+                minutes = (self.steps - self.done) * rate / 60
                 print(f"{self.name} {self.done}/{self.steps} loss {recent:.5f} "
-                      f"{rate:.3f} s/step, {left:.0f} min left", flush=True)  # fmt: skip
+                      f"{rate:.3f} s/step, {minutes:.0f} min left", flush=True)  # fmt: skip
         with torch.no_grad():
             for parameter, average in zip(self.parameters, self.average, strict=True):
                 parameter.copy_(average)
@@ -201,8 +202,30 @@ def _schedule(step: int, steps: int, warmup: int = 200) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def flicker(
+    n: int, generator: torch.Generator, frames: int = world.FRAMES
+) -> Float[Tensor, "n F 1 64 64"]:
+    """Gains that make clips flicker: multiply frames by them, then clamp to [0, 1].
+
+    Soft blotches of light, independent per frame, under an envelope that is smooth in space and
+    time and zero in half of the clip, so that a part of a video flickers for a while.
+    """
+    blotches = F.interpolate(
+        torch.randn(n * frames, 1, 4, 4, generator=generator),
+        size=(world.SIZE, world.SIZE),
+        mode="bicubic",
+    )
+    envelope = F.interpolate(
+        torch.randn(n, 1, 4, 3, 3, generator=generator),
+        size=(frames, world.SIZE, world.SIZE),
+        mode="trilinear",
+        align_corners=True,
+    )
+    return 1 + FLICKER * envelope.clamp(min=0).transpose(1, 2) * blotches.unflatten(0, (n, frames))
+
+
 def _crops(n: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Frames for the autoencoder and a weight per pixel: shapes, and dead leaves for robustness."""
+    """Frames for the autoencoder and weights per pixel: shapes, and dead leaves for robustness."""
     drawn = world.draw_scenes(n, generator)
     frame = torch.randint(world.FRAMES, (n, 1), generator=generator)
     middle = drawn.center.gather(1, frame[..., None].expand(-1, -1, 2))
@@ -211,13 +234,13 @@ def _crops(n: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tenso
     images = world.render(drawn, frame, origin, size)[:, 0]
     leaves = n // 5
     images[:leaves] = _dead_leaves(leaves, size, generator)
-    # An L1 loss alone neglects outlines: they are few pixels. Weigh them up.
+    # Outlines are few pixels, which an L1 loss alone neglects: increase their weight.
     edges = F.max_pool2d(_gradient(images).abs().amax(dim=1, keepdim=True), 3, stride=1, padding=1)
     return images, 1 + 4 * (edges > 0.08).float()
 
 
 def _dead_leaves(n: int, size: int, generator: torch.Generator) -> Tensor:
-    """Overlapping discs of random colour and texture: the statistics of natural images."""
+    """Overlapping discs of random color and texture, with the statistics of natural images."""
     images = torch.rand(n, 3, 1, 1, generator=generator).expand(-1, -1, size, size).clone()
     axis = torch.arange(size) + 0.5
     for _ in range(24):
@@ -240,10 +263,10 @@ def _gradient(images: Tensor) -> Tensor:
 
 
 def train_vae(work: Path, device: torch.device, steps: int) -> AutoencoderKL:
-    """Stage 1. L1 weighted towards outlines, L1 of the image gradient, a small KL term."""
+    """Stage 1, the autoencoder: L1 weighted at outlines, L1 of the gradient, a small KL term."""
     torch.manual_seed(0)
     vae = new_vae().to(device, memory_format=torch.channels_last)
-    finish = int(0.75 * steps)  # crops are cheap; the end is at full size, for the group norms
+    finish = int(0.75 * steps)  # crops are cheap; the last steps use full size, for the group norms
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
         n, size = (32, 32) if step < finish else (12, world.SIZE)
@@ -264,9 +287,9 @@ def train_vae(work: Path, device: torch.device, steps: int) -> AutoencoderKL:
 def encode_pictures(
     work: Path, vae: AutoencoderKL, device: torch.device, clips: int
 ) -> tuple[Tensor, list[str]]:
-    """Stage 2. Latents of clean clips, `[clips, 4, 16, 16, 16]`, standardised, and captions.
+    """Stage 2: standardized latents of clean clips, `[clips, 4, 16, 16, 16]`, and their captions.
 
-    Sets the autoencoder's scaling factor to what standardises them.
+    Sets the autoencoder's scaling factor, which standardizes them.
     """
     path = work / "pictures.safetensors"
     latents, captions = _encoded(path, vae, device, clips, seed=10_000_000, flickers=False)
@@ -281,7 +304,7 @@ def encode_pictures(
 def encode_footage(
     work: Path, vae: AutoencoderKL, device: torch.device, clips: int
 ) -> tuple[Tensor, list[str]]:
-    """Stage 2, for the motion modules: latents of clips that flicker, scaled, and captions."""
+    """Stage 2, for the motion modules: scaled latents of flickering clips, and their captions."""
     path = work / "footage.safetensors"
     latents, captions = _encoded(path, vae, device, clips, seed=20_000_000, flickers=True)
     return latents * vae.config.scaling_factor, captions
@@ -302,7 +325,7 @@ def _encoded(
                 print(f"{path.stem} {start}/{clips}", flush=True)
             videos = world.render(drawn)
             if flickers:
-                videos = (videos * world.flicker(20, generator)).clamp(0, 1)
+                videos = (videos * flicker(20, generator)).clamp(0, 1)
             frames = videos.flatten(0, 1).to(device)
             latents = vae.encode(2 * frames - 1).latent_dist.mean
             parts.append(latents.unflatten(0, (20, -1)).transpose(1, 2).cpu().half())
@@ -315,7 +338,7 @@ def _encoded(
 def _noisy(
     latents: Tensor, generator: torch.Generator, alphas: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noise a batch at uniform timesteps; also the min-SNR weight of an epsilon loss."""
+    """Noisy latents, noise, timesteps, and the min-SNR weights of the epsilon loss."""
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     steps = torch.randint(len(alphas), (len(latents),), generator=generator).to(latents.device)
     alpha = alphas.to(latents.device)[steps].view(-1, *(1,) * (latents.ndim - 1))
@@ -329,7 +352,7 @@ def _noisy(
 
 
 class TextAndImage(nn.Module):
-    """The two networks that stage 3 trains together."""
+    """The two networks that stage 3 trains jointly."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -350,9 +373,9 @@ def _drop(captions: list[str], generator: torch.Generator) -> list[str]:
 
 
 def train_frames(
-    work: Path, device: torch.device, bank: Tensor, captions: list[str], steps: int
+    work: Path, device: torch.device, data: Tensor, captions: list[str], steps: int
 ) -> tuple[CLIPTokenizer, TextAndImage]:
-    """Stage 3. Text encoder and spatial layers, on single frames."""
+    """Stage 3: text encoder and spatial layers, on single frames."""
     torch.manual_seed(1)
     tokenizer = new_tokenizer()
     networks = TextAndImage(new_text_encoder(len(tokenizer)), new_unet()).to(device)
@@ -360,9 +383,9 @@ def train_frames(
     alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
-        clip = torch.randint(len(bank), (64,), generator=generator)
-        frame = torch.randint(bank.shape[2], (64,), generator=generator)
-        latents = bank[clip, :, frame].float().to(device)
+        clip = torch.randint(len(data), (64,), generator=generator)
+        frame = torch.randint(data.shape[2], (64,), generator=generator)
+        latents = data[clip, :, frame].float().to(device)
         noisy, noise, timesteps, weight = _noisy(latents, generator, alphas)
         text = tokenize(tokenizer, _drop([captions[i] for i in clip], generator)).to(device)
         context = networks.text_encoder(text).last_hidden_state
@@ -378,13 +401,13 @@ def train_frames(
 def train_motion(
     work: Path,
     device: torch.device,
-    bank: Tensor,
+    data: Tensor,
     captions: list[str],
     tokenizer: CLIPTokenizer,
     networks: TextAndImage,
     steps: int,
 ) -> UNetMotionModel:
-    """Stage 4. The motion modules alone, on clips."""
+    """Stage 4: the motion modules alone, on clips."""
     torch.manual_seed(2)
     unet = UNetMotionModel.from_unet2d(networks.unet, new_motion_adapter()).to(device)
     unet.requires_grad_(False)
@@ -393,8 +416,8 @@ def train_motion(
     alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
 
     def loss_at(step: int, generator: torch.Generator) -> Tensor:
-        clip = torch.randint(len(bank), (4,), generator=generator)
-        noisy, noise, timesteps, weight = _noisy(bank[clip].float().to(device), generator, alphas)
+        clip = torch.randint(len(data), (4,), generator=generator)
+        noisy, noise, timesteps, weight = _noisy(data[clip].float().to(device), generator, alphas)
         text = tokenize(tokenizer, _drop([captions[i] for i in clip], generator)).to(device)
         with torch.no_grad():
             context = networks.text_encoder(text).last_hidden_state
@@ -413,7 +436,7 @@ def export(
     text_encoder: CLIPTextModel,
     unet: UNetMotionModel,
 ) -> None:
-    """Write a checkpoint folder that `AnimateDiffPipeline.from_pretrained` loads, in fp16."""
+    """Write an fp16 checkpoint folder for `AnimateDiffPipeline.from_pretrained`."""
     AnimateDiffPipeline(
         vae=copy.deepcopy(vae).half(),
         text_encoder=copy.deepcopy(text_encoder).half(),
@@ -426,10 +449,10 @@ def export(
 
 
 def _name_for_all_versions(file: Path) -> None:
-    """Give a CLIP text encoder's weights the names of the published ones.
+    """Give a CLIP text encoder's weights the prefix of the published checkpoints.
 
-    Late versions of transformers leave the prefix out, and read both; earlier ones do not know the
-    short names, and would draw an encoder at random.
+    Recent versions of transformers omit the prefix and read both names; older ones do not know the
+    short names and would initialize the encoder at random.
     """
     prefix = "text_model."
     weights = {prefix + name.removeprefix(prefix): each for name, each in load_file(file).items()}
@@ -437,14 +460,14 @@ def _name_for_all_versions(file: Path) -> None:
 
 
 def main(arguments: Iterator[str] | None = None) -> None:
-    """Run whatever stage is not done yet, then export."""
+    """Run the unfinished stages, then export."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.tiny.recipe")
-    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="states and logs")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="the checkpoint folder to write")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--clips", type=int, default=3000, help="clips to learn from, a multiple of 20"
+        "--work", type=Path, default=Path("runs/tiny"), help="folder of the stages' states"
     )
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="checkpoint folder to write")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clips", type=int, default=3000, help="training clips, a multiple of 20")
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--frame-steps", type=int, default=4500)
     parser.add_argument("--motion-steps", type=int, default=3500)

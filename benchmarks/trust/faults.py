@@ -1,13 +1,13 @@
-"""Fail every command at random moments, go on, and compare with what was never disturbed.
+"""Fault injection: interrupt every command, resume it, and compare with an undisturbed run.
 
     OMP_NUM_THREADS=1 python -m benchmarks.trust.faults --seed 0 --faults 200
 
-build (by one process, and by two workers at once), pack, label, train, evaluate and export run on a
-small model of the real classes, each in a process forked from this one. A fault is a signal after a
-random time, or a disk that fails at a random operation (see faulty.py); of two workers, the second
-is killed as well, or goes on. The law: what is reported is one sentence; the same command (train
-with --resume) then ends in the same bytes as the undisturbed one, apart from times and, where two
-have built, the order of lines. Campaigns may run side by side.
+build (by one process, and by two concurrent workers), pack, label, train, evaluate and export run
+on a small model, each in a process forked from this one. A fault is a signal after a random time,
+or a disk that fails at a random operation (see faulty.py); of two workers, the second is killed as
+well, or continues. The law: the interrupted command reports one sentence, and the same command
+(train with --resume) then produces the bytes of the undisturbed one, apart from times and, with two
+workers, the order of lines. Campaigns may run concurrently.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 from benchmarks.trust.faulty import KINDS, Disk
 
 SIGNALS = ("SIGKILL", "SIGTERM")
-PATIENCE = 120.0  # seconds for a command that takes one or two
+TIMEOUT = 120.0  # seconds for a command that takes one or two
 RESULT = Path("benchmarks/results/0.1.0/faults.json")
 TIMES = {"seconds", "eta_seconds", "pairs_per_second", "memory_gib", "time"}
 STAGES = ("build", "workers", "pack", "label", "train", "cached", "evaluate", "export")
@@ -40,30 +40,32 @@ STOPPED = 143
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one fault."""
+    """Result of one fault."""
 
     stage: str
     fault: str
     at: float
-    """Seconds or operations."""
+    """Seconds, or the number of the operation."""
     code: int
-    """Of the disturbed command; negative for a signal."""
+    """Exit code of the disturbed command; negative for a signal."""
     seconds: float
-    """From the signal to the end."""
+    """Seconds from the signal to the end."""
     wrong: str
-    """"" if the law held."""
+    """Violation of the law; empty if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
+    """A command that ended."""
+
     code: int
     output: str
     started: float
     seconds: float
 
 
-def arguments(stage: str, checkpoint: Path, again: bool) -> list[str]:
-    """The command of a stage, in a folder that holds `work/`; `again` for going on."""
+def arguments(stage: str, checkpoint: Path, resume: bool) -> list[str]:
+    """The command of a stage, in a folder with `work/`; or the one that resumes it."""
     from tests.small_animatediff import SHAPE
 
     model = ["--backbone=animatediff", f"--set=backbone.model={checkpoint}",
@@ -82,7 +84,7 @@ def arguments(stage: str, checkpoint: Path, again: bool) -> list[str]:
         "--set=train.report_to=none",
         "--metric=frame_difference",
     ]
-    go_on = ["train", "--out=work/run", "--resume"]
+    resumed = ["train", "--out=work/run", "--resume"]
     build = [
         "build",
         "--pairs=jitter",
@@ -94,7 +96,7 @@ def arguments(stage: str, checkpoint: Path, again: bool) -> list[str]:
     ]
     return {
         "build": build,
-        "workers": build if again else [*build, "--worker=1/2"],
+        "workers": build if resume else [*build, "--worker=1/2"],
         "pack": ["pack", "work/pairs", "work/packed", "--shard-mib=1"],
         "label": [
             "label",
@@ -103,9 +105,11 @@ def arguments(stage: str, checkpoint: Path, again: bool) -> list[str]:
             "--set=labeler.weights={frame_difference=1}",
             "--set=labeler.motion=",
         ],
-        "train": go_on if again else [*train, "--set=train.validation_videos=1", "--out=work/run"],
-        "cached": go_on
-        if again
+        "train": resumed
+        if resume
+        else [*train, "--set=train.validation_videos=1", "--out=work/run"],
+        "cached": resumed
+        if resume
         else [*train, "--set=train.validation_videos=0", "--reference=cached", "--out=work/run"],
         "evaluate": [
             "evaluate",
@@ -120,25 +124,33 @@ def arguments(stage: str, checkpoint: Path, again: bool) -> list[str]:
 
 def start(
     command: Sequence[str],
-    place: Path,
+    folder: Path,
     disk: Disk | None,
-    said: str = "output.txt",
-    dies_after: float = 0.0,
+    output_name: str = "output.txt",
+    killed_after: float = 0.0,
 ) -> tuple[int, Path]:
-    """Fork a process that runs a command in a folder; its id and its output.
+    """Fork a process that runs a command in a folder.
 
-    It is killed, as if by SIGKILL, after so many seconds if it is told to.
+    Args:
+        command: Arguments of dpo-video.
+        folder: The process's working directory.
+        disk: Replaces the file functions of the process.
+        output_name: Name of the file for its output.
+        killed_after: Seconds after which the process is killed; 0 for never.
+
+    Returns:
+        Process id, and path of the output.
     """
-    output = place / said
-    output.unlink(missing_ok=True)  # of the command that made what this one works on
+    output = folder / output_name
+    output.unlink(missing_ok=True)  # the output of the preceding command
     child = os.fork()
     if child:
         return child, output
     code = 99
     try:
         os.setsid()
-        signal.setitimer(signal.ITIMER_REAL, dies_after)  # nobody handles SIGALRM
-        os.chdir(place)
+        signal.setitimer(signal.ITIMER_REAL, killed_after)  # SIGALRM has no handler
+        os.chdir(folder)
         target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, 1)
         os.dup2(target, 2)
@@ -158,21 +170,21 @@ def start(
             os.write(2, traceback.format_exc().encode())
             code = 1
         if disk is not None:
-            disk.report(place / "work.synced")
+            disk.report(folder / "work.synced")
         sys.stdout.flush()
     finally:
         os._exit(code)
 
 
 def finish(child: int, output: Path, since: float) -> Ended:
-    """Wait for it; what takes longer than PATIENCE is killed and has code -1000."""
+    """Wait for a process; after TIMEOUT it is killed, with code -1000."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
-        taken = time.monotonic() - since
+        elapsed = time.monotonic() - since
         if done:
             code = os.waitstatus_to_exitcode(status)
             break
-        if taken > PATIENCE:
+        if elapsed > TIMEOUT:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             code = -1000
@@ -182,13 +194,13 @@ def finish(child: int, output: Path, since: float) -> Ended:
     return Ended(code=code, output=text, started=since, seconds=time.monotonic() - since)
 
 
-def run(command: Sequence[str], place: Path, disk: Disk | None = None) -> Ended:
-    return finish(*start(command, place, disk), time.monotonic())
+def run(command: Sequence[str], folder: Path, disk: Disk | None = None) -> Ended:
+    return finish(*start(command, folder, disk), time.monotonic())
 
 
-def tree(place: Path, stage: str) -> dict[str, str]:
-    """Hashes of what a stage is for, without times; scratch files count as wrong."""
-    work = place / "work"
+def hashes(folder: Path) -> dict[str, str]:
+    """Hashes of a stage's results, without times; leftover temporary files count as results."""
+    work = folder / "work"
     found = {}
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
@@ -214,27 +226,27 @@ def tree(place: Path, stage: str) -> dict[str, str]:
 
 
 class Campaign:
-    """The stages' inputs, undisturbed outputs and lengths, once; then faults."""
+    """Faults, after one undisturbed run of each stage for its inputs, outputs and duration."""
 
     def __init__(self, folder: Path, checkpoint: Path, stages: Sequence[str]) -> None:
         self.folder, self.checkpoint = folder, checkpoint
         self._second = [*arguments("build", checkpoint, False), "--worker=2/2"]
         self.before: dict[str, Path] = {}
-        self.wanted: dict[str, dict[str, str]] = {}
+        self.expected: dict[str, dict[str, str]] = {}
         self.operations: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self.endings: dict[str, str] = {}
-        needs = {
+        inputs = {
             **dict.fromkeys(("pack", "label", "train", "cached"), "build"),
             **dict.fromkeys(("evaluate", "export"), "train"),
         }
         for stage in STAGES:
-            wanted = {*stages, *(needs.get(each) for each in stages), "build"}
-            if stage not in wanted:
+            required = {*stages, *(inputs.get(each) for each in stages), "build"}
+            if stage not in required:
                 continue
-            place = folder / f"whole-{stage}"
-            if stage in needs:
-                shutil.copytree(folder / f"whole-{needs[stage]}", place)
+            place = folder / f"undisturbed-{stage}"
+            if stage in inputs:
+                shutil.copytree(folder / f"undisturbed-{inputs[stage]}", place)
             else:
                 (place / "work").mkdir(parents=True)
             self.before[stage] = folder / f"before-{stage}"
@@ -244,34 +256,34 @@ class Campaign:
                 raise RuntimeError(f"{stage} fails undisturbed: {ended.output}")
             if stage == "workers":
                 run(self._second, place)
-            self.wanted[stage] = tree(place, stage)
-            if stage == "workers" and self.wanted[stage] != self.wanted["build"]:
-                raise RuntimeError("two workers make another set than one")
+            self.expected[stage] = hashes(place)
+            if stage == "workers" and self.expected[stage] != self.expected["build"]:
+                raise RuntimeError("two workers build another set than one process")
             self.seconds[stage] = ended.seconds
             self.endings[stage] = ended.output.rstrip().splitlines()[-1]
-            told = json.loads((place / "work.synced").read_text())
-            self.operations[stage] = told["count"]
+            report = json.loads((place / "work.synced").read_text())
+            self.operations[stage] = report["count"]
 
     def fault(self, stage: str, fault: str, random: Random) -> Outcome:
-        """Disturb a stage once, or twice in a row; then let it finish."""
-        place = self.folder / "now"
+        """Disturb a stage, resume it, and compare the result with the undisturbed one."""
+        place = self.folder / "disturbed"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self.before[stage], place)
         command = arguments(stage, self.checkpoint, False)
         disturb = self._disturb_two if stage == "workers" else self._disturb
         at, ended = disturb(stage, fault, command, place, random)
-        wrong = _said(ended, fault, self.endings[stage])
-        again = stage == "workers" or (place / "work/run/run.toml").exists()
-        last = run(arguments(stage, self.checkpoint, again), place)
+        wrong = _wrong_ending(ended, fault, self.endings[stage])
+        resume = stage == "workers" or (place / "work/run/run.toml").exists()
+        last = run(arguments(stage, self.checkpoint, resume), place)
         if stage == "export" and ended.code == 0:
-            last = ended  # it was through already, and never overwrites
+            last = ended  # it had finished, and export never overwrites
         if not wrong and last.code:
-            wrong = f"going on ends with {last.code}: {last.output[-600:]}"
+            wrong = f"the resumed command ends with {last.code}: {last.output[-600:]}"
         if not wrong:
-            found, wanted = tree(place, stage), self.wanted[stage]
-            if found != wanted:
+            found, expected = hashes(place), self.expected[stage]
+            if found != expected:
                 names = sorted(
-                    k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k)
+                    k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)
                 )
                 wrong = f"other bytes: {', '.join(names[:8])}"
         return Outcome(stage=stage, fault=fault, at=at, code=ended.code, seconds=ended.seconds,
@@ -280,14 +292,14 @@ class Campaign:
     def _disturb_two(
         self, stage: str, fault: str, command: list[str], place: Path, random: Random
     ) -> tuple[float, Ended]:
-        """The second worker is killed at a moment of its own, or is not."""
-        survives = fault == "power" or random.random() < 0.3  # what it has synced outlives the cut
-        dies_after = 0.0 if survives else random.uniform(0.01, 2 * self.seconds[stage])
-        second = start(self._second, place, None, "second.txt", dies_after)
+        """Disturb one worker; the second one is killed at another moment, or continues."""
+        survives = fault == "power" or random.random() < 0.3
+        killed_after = 0.0 if survives else random.uniform(0.01, 2 * self.seconds[stage])
+        second = start(self._second, place, None, "second.txt", killed_after)
         since = time.monotonic()
         if fault == "power":
             finish(*second, since)
-            time.sleep(0.1)  # the cut tells by its time what the first has written
+            time.sleep(0.1)  # the power cut recognizes the first worker's files by their time
         found = self._disturb(stage, fault, command, place, random)
         if fault != "power":
             finish(*second, since)
@@ -312,9 +324,9 @@ class Campaign:
 
 
 def _cut_power(place: Path, began: float, random: Random) -> None:
-    """Take from every file written since what was not synced: all of it, or a part."""
-    told = place / "work.synced"
-    synced = json.loads(told.read_text())["synced"] if told.exists() else {}
+    """Truncate every file written since `began` to its synced bytes, or to a random size above."""
+    report = place / "work.synced"
+    synced = json.loads(report.read_text())["synced"] if report.exists() else {}
     for path in sorted((place / "work").rglob("*")):
         if path.is_file() and path.stat().st_mtime >= began - 0.05:
             size = path.stat().st_size
@@ -322,13 +334,13 @@ def _cut_power(place: Path, began: float, random: Random) -> None:
             os.truncate(path, random.choice((kept, random.randint(kept, size))))
 
 
-def _said(ended: Ended, fault: str, ending: str) -> str:
-    """What is wrong with how a disturbed command ended; `ending` is its last line undisturbed."""
+def _wrong_ending(ended: Ended, fault: str, ending: str) -> str:
+    """Violations in how a disturbed command ended; `ending` is its last line when undisturbed."""
     if "Traceback" in ended.output:
         return f"a traceback: {ended.output[-1500:]}"
     allowed = {"SIGKILL": (0, -9), "SIGTERM": (0, STOPPED), "full": (0, 2), "broken": (0, 2)}
     if ended.code not in allowed.get(fault, (0, -9)):
-        # Nobody catches it before the program has begun, nor once it is through.
+        # The signal has no handler before the program starts and after it ends.
         outside = not ended.output or ended.output.rstrip().endswith(ending)
         if fault == "SIGTERM" and ended.code == -signal.SIGTERM and outside:
             return ""
@@ -336,7 +348,7 @@ def _said(ended: Ended, fault: str, ending: str) -> str:
     if ended.code == 2 and ended.output.count("Error:") != 1:
         return f"not one sentence: {ended.output[-600:]}"
     if ended.code == STOPPED and "Go on by" not in ended.output:
-        return f"it does not say how to go on: {ended.output[-300:]}"
+        return f"no resume command: {ended.output[-300:]}"
     return ""
 
 
@@ -344,10 +356,10 @@ def campaign(
     seed: int,
     faults: int,
     stages: Sequence[str],
-    told: Callable[[Outcome], None],
+    report: Callable[[Outcome], None],
     minutes: float = float("inf"),
 ) -> dict[str, Any]:
-    """Run it in a folder that is thrown away; what to publish of it."""
+    """Run the campaign in a temporary folder, and return the result to publish."""
     import torch
 
     from tests.small_animatediff import save_small_animatediff
@@ -358,7 +370,7 @@ def campaign(
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = save_small_animatediff(Path(folder) / "small")
         _warm_up(checkpoint)
-        made = Campaign(Path(folder), checkpoint, stages)
+        faults_of = Campaign(Path(folder), checkpoint, stages)
         kinds = (*SIGNALS, *KINDS)
         for number in range(faults):
             if time.monotonic() - started > 60 * minutes:
@@ -366,8 +378,8 @@ def campaign(
             random = Random(f"{seed} {number}")
             stage = stages[number % len(stages)]
             fault = kinds[number // len(stages) % len(kinds)]
-            outcomes.append(made.fault(stage, fault, random))
-            told(outcomes[-1])
+            outcomes.append(faults_of.fault(stage, fault, random))
+            report(outcomes[-1])
     stopping = [o.seconds for o in outcomes if o.fault == "SIGTERM" and o.code == STOPPED]
     return {
         "seed": seed,
@@ -383,7 +395,7 @@ def campaign(
 
 
 def _warm_up(checkpoint: Path) -> None:
-    """Import whatever a command does, so that a fork has it; no gradient, which makes threads."""
+    """Import all modules before forking; compute no gradient, which would start threads."""
     import importlib
     import pkgutil
 
@@ -396,7 +408,7 @@ def _warm_up(checkpoint: Path) -> None:
     from tests.small_animatediff import load_small
 
     for module in pkgutil.walk_packages(dpo_video.__path__, "dpo_video."):
-        if not module.name.endswith(("__main__", "recipe", "judge_recipe")):
+        if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     model = load_small(checkpoint)
     with torch.no_grad():
@@ -406,29 +418,31 @@ def _warm_up(checkpoint: Path) -> None:
         model.encode_videos(model.decode_videos(latents))
     adapt(model, TrainSettings(rank=2), 0)
     gc.collect()
-    gc.freeze()  # or every process walks through all of this each time it frees memory
+    gc.freeze()  # otherwise every fork's garbage collection visits all of these objects
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="end it by then")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after these minutes"
+    )
     parser.add_argument("--stage", action="append", choices=STAGES)
     parser.add_argument("--out", type=Path, help=f"for example {RESULT}")
     given = parser.parse_args()
 
-    def told(outcome: Outcome) -> None:
+    def report(outcome: Outcome) -> None:
         print(
             f"{outcome.stage:9} {outcome.fault:8} at {outcome.at:<7} ended with {outcome.code:<5} "
             f"{outcome.wrong or 'same bytes'}",
             flush=True,
         )
 
-    result = campaign(given.seed, given.faults, given.stage or list(STAGES), told, given.minutes)
+    result = campaign(given.seed, given.faults, given.stage or list(STAGES), report, given.minutes)
     if given.out:
-        known = Path(__file__).with_name("found.json")
-        result["found and fixed"] = json.loads(known.read_text(encoding="utf-8"))["faults"]
+        fixed = Path(__file__).with_name("found.json")
+        result["found and fixed"] = json.loads(fixed.read_text(encoding="utf-8"))["faults"]
         given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"{result['faults']} faults in {result['seconds']} s, {result['wrong']} wrong")
     sys.exit(1 if result["wrong"] else 0)

@@ -1,8 +1,8 @@
-"""A disk that fails at a chosen operation, for a process of its own.
+"""A simulated disk that fails at a chosen operation of one process.
 
-Everything that Python writes goes through `io.open`, `os.fsync`, `os.replace`, `os.rename` and
-`os.unlink`; those are counted, and the one that was chosen fails. What libraries write by
-themselves counts as never synced until somebody syncs it.
+Python writes through `io.open`, `os.fsync`, `os.replace`, `os.rename` and `os.unlink`. These calls
+are counted, and the chosen one fails. Files that libraries write themselves count as not synced
+until they are synced.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 KINDS = ("kill", "torn", "power", "full", "broken")
-"""SIGKILL before it; half of it, then SIGKILL; SIGKILL, and what was not synced is lost; ENOSPC and
-EIO, from then on."""
+"""SIGKILL before the operation; after half of it; with a loss of all unsynced data; ENOSPC and EIO
+from that operation on."""
 
 
 class Disk:
-    """Counts operations in `root`; fails at number `at`, in one of `KINDS`."""
+    """Counts operations in `root` and fails at number `at`, in one of the ways of `KINDS`."""
 
     def __init__(self, root: Path, kind: str = "", at: int = -1) -> None:
         self.root, self.kind, self.at = os.path.realpath(root), kind, at
         self.count = 0
         self.synced: dict[str, int] = {}
-        """Bytes of each file that outlive a power cut."""
+        """Bytes of each file that survive a power cut."""
 
     def install(self) -> None:
-        """Put it under this process, which must be one of its own."""
+        """Patch the file functions of this process, which must exist for this purpose alone."""
         self._fsync, self._open = os.fsync, io.open
         opened = self._opened
         io.open = builtins.open = opened  # type: ignore[assignment]
@@ -41,12 +41,12 @@ class Disk:
             setattr(os, name, self._moving(getattr(os, name), name))
 
     def report(self, path: Path) -> None:
-        """What outlives a power cut, for whoever cuts it."""
+        """Write the count and the bytes that survive a power cut, for the campaign."""
         with self._open(path, "w") as file:
             json.dump({"count": self.count, "synced": self.synced}, file)
 
     def operation(self, path: Any, torn: Callable[[], Any] | None = None) -> None:
-        """One operation; it may be the last."""
+        """Count an operation, and fail if it is the chosen one."""
         if not self._inside(path):
             return
         self.count += 1
@@ -55,7 +55,7 @@ class Disk:
         if self.kind in ("full", "broken"):
             number = errno.ENOSPC if self.kind == "full" else errno.EIO
             if torn is not None and self.count == self.at:
-                torn()  # a disk fills up in the middle of a write
+                torn()  # a disk fills in the middle of a write
             raise OSError(number, os.strerror(number), str(path))
         if self.count == self.at:
             if self.kind == "torn" and torn is not None:
@@ -116,7 +116,7 @@ class _File(io.FileIO):
         self._disk, self._path = disk, os.path.realpath(path)
 
     def write(self, data: Any) -> int:
-        """Write it, half of it, or nothing."""
+        """Write all of the data, half of it, or none."""
         view = memoryview(data).cast("B")
         self._disk.operation(self._path, lambda: super(_File, self).write(view[: len(view) // 2]))
         return super().write(view) or 0

@@ -1,10 +1,10 @@
-"""Damage everything that can be read, and see that no reader does worse than say so.
+"""Fuzzing: damage every input that is read, and check that each reader refuses it properly.
 
     OMP_NUM_THREADS=1 python -m benchmarks.trust.fuzz --seed 0 --cases 50000
 
-The law: a reader gives a result or raises a UserError of one line. Any other exception, a crash, a
-case of more than SECONDS, more than MEMORY at once, and a file made by a pickle are findings. Case
-`i` of a reader is its seed alone, so each can be had again: --reader NAME --only I.
+The law: a reader returns a result or raises a UserError of one line. Any other exception, a crash,
+a case that takes more than SECONDS or adds more than MEMORY, and a file created by a pickle are
+findings. A case depends only on seed, reader and number; --reader NAME --only NUMBER repeats it.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-SECONDS = 5.0  # of the processor, for one case, which takes milliseconds
-STUCK = 120.0  # without an answer: in a library that signals do not reach
-MEMORY = 512 << 20  # bytes that one case may add to the peak
-CHUNK = 400  # cases a process
+SECONDS = 5.0  # processor time of a case; most take milliseconds
+STUCK = 120.0  # seconds without an answer: a library that no signal interrupts
+MEMORY = 512 << 20  # bytes that a case may add to the peak
+CHUNK = 400  # cases per process
 SLOW = {"adapter config": 40, "adapter weights": 40, "command line": 8, "checkpoint state": 4,
-        "checkpoint weights": 4, "checkpoint pointer": 8, "checkpoint seal": 8}  # fmt: skip
-"""Readers that load an adapter or run the whole program get so many times fewer cases."""
+        "checkpoint weights": 4, "checkpoint pointer": 8, "checkpoint manifest": 8}  # fmt: skip
+"""Divisors of the number of cases, for readers that load an adapter or run a command."""
 RESULT = Path("benchmarks/results/0.1.0/fuzz.json")
 
 
 class HangError(BaseException):
-    """A case took too long; no reader's `except Exception` may swallow it."""
+    """A case took too long. A BaseException, so that no reader's `except Exception` catches it."""
 
 
 @dataclass
 class Tally:
-    """What became of a reader's cases."""
+    """Counts of a reader's results, and its findings."""
 
     cases: int = 0
     accepted: int = 0
@@ -56,7 +56,7 @@ def case_of(seed: int, name: str, number: int) -> Random:
 
 
 def try_case(reading: Any, seed: int, name: str, number: int) -> tuple[str, str]:
-    """`("accepted" | "refused" | a finding, its detail)`."""
+    """Run a case: `("accepted" | "refused" | a finding, its detail)`."""
     from dpo_video.errors import UserError
 
     random = case_of(seed, name, number)
@@ -73,13 +73,13 @@ def try_case(reading: Any, seed: int, name: str, number: int) -> tuple[str, str]
         verdict = ("accepted", "")
     except UserError as error:
         text = str(error)
-        whole = "\n" not in text and len(text) > 10
-        verdict = ("refused", "") if whole else ("not one sentence", repr(text[:300]))
+        sentence = "\n" not in text and len(text) > 10
+        verdict = ("refused", "") if sentence else ("not one sentence", repr(text[:300]))
     except HangError:
-        verdict = ("hang", _place())
+        verdict = ("hang", _line_of_error())
     except BaseException as error:
-        place = traceback.extract_tb(error.__traceback__)
-        ours = [f for f in place if "dpo_video" in f.filename and "fuzz" not in f.filename]
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in frames if "dpo_video" in f.filename and "fuzz" not in f.filename]
         where = f"{Path(ours[-1].filename).name}:{ours[-1].name}" if ours else "?"
         line = (str(error).strip().splitlines() or [""])[0]
         verdict = (type(error).__name__, f"{where}: {line[:200]}")
@@ -88,23 +88,23 @@ def try_case(reading: Any, seed: int, name: str, number: int) -> tuple[str, str]
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if grown > MEMORY:
         verdict = ("memory", f"{grown >> 20} MiB more")
-    for place in (Path("touched"), Path("/tmp/touched")):
-        if place.exists():
-            place.unlink()
-            verdict = ("code ran", "a pickle made a file")
+    for created in (Path("touched"), Path("/tmp/touched")):
+        if created.exists():
+            created.unlink()
+            verdict = ("code ran", "a pickle created a file")
     return verdict
 
 
-def _place() -> str:
+def _line_of_error() -> str:
     return traceback.format_exc().splitlines()[-2].strip()
 
 
 def run_reader(bench: Any, name: str, seed: int, numbers: Sequence[int]) -> Tally:
-    """All cases of a reader, a process a chunk: a crash costs one case."""
+    """All cases of a reader, one process per chunk: a crash loses one case."""
     tally = Tally()
-    left = list(numbers)
-    while left:
-        chunk = left[:CHUNK]
+    remaining = list(numbers)
+    while remaining:
+        chunk = remaining[:CHUNK]
         answers = list(_in_a_process(bench, name, seed, chunk))
         for number, verdict, detail in answers:
             tally.cases += 1
@@ -113,14 +113,14 @@ def run_reader(bench: Any, name: str, seed: int, numbers: Sequence[int]) -> Tall
             else:
                 tally.findings.append({"case": number, "what": verdict, "where": detail})
                 print(f"{name} {number}: {verdict} {detail}", flush=True)
-        left = left[len(answers) :]
+        remaining = remaining[len(answers) :]
     return tally
 
 
 def _in_a_process(
     bench: Any, name: str, seed: int, numbers: Sequence[int]
 ) -> Iterator[tuple[int, str, str]]:
-    """Fork, so that nothing is imported again; the answers come through a pipe."""
+    """Run cases in a forked process, which imports nothing again and answers through a pipe."""
     import select
 
     from benchmarks.trust.readers import READERS
@@ -143,18 +143,18 @@ def _in_a_process(
             os.write(sending, (json.dumps([numbers[0], "broken bench", text]) + "\n").encode())
         os._exit(0)
     os.close(sending)
-    told = b""
+    received = b""
     count = 0
     try:
         while count < len(numbers):
             ready, _, _ = select.select([receiving], [], [], STUCK)
             part = os.read(receiving, 1 << 16) if ready else b""
             if not part:
-                how = "crash" if ready else "hang in a library"
-                yield numbers[count], how, ""
+                verdict = "crash" if ready else "hang in a library"
+                yield numbers[count], verdict, ""
                 return
-            told += part
-            *lines, told = told.split(b"\n")
+            received += part
+            *lines, received = received.split(b"\n")
             for line in lines:
                 count += 1
                 number, verdict, detail = json.loads(line)
@@ -171,7 +171,7 @@ def _in_a_process(
 def campaign(
     seed: int, cases: int, readers: Sequence[str], only: int | None, minutes: float = math.inf
 ) -> dict[str, Any]:
-    """Run it in a folder that is thrown away; what to publish of it."""
+    """Run the campaign in a temporary folder, and return the result to publish."""
     import torch
 
     from benchmarks.trust.readers import Bench
@@ -180,20 +180,20 @@ def campaign(
     torch.set_num_threads(1)
     started = time.monotonic()
     tallies = {}
-    shares = {name: 1 / SLOW.get(name, 1) for name in readers}
+    weights = {name: 1 / SLOW.get(name, 1) for name in readers}
     home = Path.cwd()
-    with tempfile.TemporaryDirectory() as place:
-        os.chdir(place)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.chdir(scratch)
         try:
-            checkpoint = save_small_animatediff(Path(place) / "small")
+            checkpoint = save_small_animatediff(Path(scratch) / "small")
             for name in readers:
                 if time.monotonic() - started > 60 * minutes:
                     break
-                folder = Path(place) / name.replace(" ", "-").strip("-")
+                folder = Path(scratch) / name.replace(" ", "-").strip("-")
                 folder.mkdir()
                 bench = Bench(folder, checkpoint)
-                each = math.ceil(cases * shares[name] / sum(shares.values()))
-                numbers = range(each) if only is None else [only]
+                count = math.ceil(cases * weights[name] / sum(weights.values()))
+                numbers = range(count) if only is None else [only]
                 tallies[name] = run_reader(bench, name, seed, numbers)
                 print(f"{name:20} {tallies[name].cases:6} cases, {tallies[name].accepted:6} "
                       f"accepted, {len(tallies[name].findings):4} findings, "
@@ -216,8 +216,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=50_000)
     parser.add_argument("--reader", action="append", choices=sorted(READERS))
-    parser.add_argument("--only", type=int, help="one case of each reader")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no reader later")
+    parser.add_argument("--only", type=int, help="number of the only case of each reader")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no reader after these minutes"
+    )
     parser.add_argument("--out", type=Path, help=f"for example {RESULT}")
     given = parser.parse_args()
     result = campaign(
@@ -231,8 +233,8 @@ def main() -> None:
     for key, count in sorted(kinds.items(), key=lambda item: -item[1])[:200]:
         print(f"{count:6} {key}")
     if given.out:
-        known = Path(__file__).with_name("found.json")
-        result["found and fixed"] = json.loads(known.read_text(encoding="utf-8"))["fuzz"]
+        fixed = Path(__file__).with_name("found.json")
+        result["found and fixed"] = json.loads(fixed.read_text(encoding="utf-8"))["fuzz"]
         given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sys.exit(1 if result["findings"] else 0)
 

@@ -1,10 +1,10 @@
-"""The licence of every pinned dependency, direct or not, from what they say of themselves.
+"""Licences of all pinned dependencies, direct and indirect, from their metadata.
 
-    python -m benchmarks.trust.licences            # is THIRD_PARTY.md what is pinned?
-    python -m benchmarks.trust.licences --write    # needs all of them installed
+    python -m benchmarks.trust.licences            # compare THIRD_PARTY.md with constraints.txt
+    python -m benchmarks.trust.licences --write    # write it; needs all packages installed
 
-Those that a platform or an extra needs, and this environment has not, are looked for in `--also`
-(a folder that `pip install --target` has filled).
+Packages of other platforms or extras, absent from this environment, are read from `--also`: a
+folder filled by `pip install --target`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ OWN = "dpo-video"
 EXTRAS = ("cogvideox", "nf4", "http", "vlm", "page", "docs")
 HEAD = """# Third-party licences
 
-None of these packages is part of this one: pip installs them beside it. Their licences, as their
-metadata says them, by `python -m benchmarks.trust.licences --write`; a test compares this table
-with constraints.txt. `needed` says what for: the package itself, an extra, or its development.
+None of these packages is distributed with this one; pip installs them. The licences are those in
+their metadata, collected by `python -m benchmarks.trust.licences --write`; a test compares this
+table with constraints.txt. The column `needed` names the purpose: the package itself, an extra, or
+development.
 
-The four under the Mozilla Public License (certifi, hypothesis, pathspec, tqdm) ask that changes to
-their own files be published; nothing here changes them. What the metadata does not say: the wheels
-of `av` hold x264 and x265, which are under the **GPL 2 or later**, beside an FFmpeg under the LGPL,
-and those of `opencv-python-headless` an FFmpeg under the LGPL; whoever passes on an image with them
-inside owes what these ask. A torch with CUDA brings NVIDIA's libraries along, which are proprietary
-and not listed. setuptools (MIT), which torch asks for, is not pinned.
+The four packages under the Mozilla Public License (certifi, hypothesis, pathspec, tqdm) require
+that changes to their own files be published; nothing here changes them. Not in the metadata: the
+wheels of `av` contain x264 and x265 under the **GPL 2 or later** and an FFmpeg under the LGPL;
+those of `opencv-python-headless` contain an FFmpeg under the LGPL. Whoever distributes an image
+that contains them must meet these licences. A torch with CUDA installs NVIDIA's proprietary
+libraries, which are not listed. setuptools (MIT), which torch requires, is not pinned.
 
 | package | version | licence | needed |
 |---|---|---|---|
@@ -55,7 +56,7 @@ class Row:
 
 
 def pinned() -> dict[str, str]:
-    """Name to version, of constraints.txt."""
+    """Name to version, from constraints.txt."""
     lines = (line.split("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines())
     return dict(line.split("==") for line in lines if line)
 
@@ -69,7 +70,7 @@ def installed(also: Sequence[str] = ()) -> dict[str, Distribution]:
 
 
 def licence(distribution: Distribution) -> str:
-    """As an SPDX expression where it has one, else in its own words."""
+    """The SPDX expression if there is one, else the metadata's own text."""
     metadata = distribution.metadata
     if expression := metadata.get("License-Expression"):
         return str(expression)
@@ -84,7 +85,7 @@ def licence(distribution: Distribution) -> str:
 
 
 def needed(found: Mapping[str, Distribution]) -> dict[str, str]:
-    """Canonical name to what it is needed for: the first of the package, an extra, development."""
+    """Canonical name to purpose: the package itself, else an extra, else development."""
     purposes: dict[str, str] = {}
     for purpose in ("", *EXTRAS, "dev"):
         for name in _closure(OWN, purpose, found):
@@ -93,28 +94,28 @@ def needed(found: Mapping[str, Distribution]) -> dict[str, str]:
 
 
 def _closure(name: str, extra: str, found: Mapping[str, Distribution]) -> Iterator[str]:
-    """What a package with an extra requires here, and what that requires."""
+    """Transitive requirements of a package with an extra, in this environment."""
     seen: set[tuple[str, str]] = set()
-    waiting = [(name, extra)]
-    while waiting:
-        if (current := waiting.pop()) in seen:
+    pending = [(name, extra)]
+    while pending:
+        if (current := pending.pop()) in seen:
             continue
         seen.add(current)
-        here, wanted = current
-        if here != OWN:
-            yield here
-        for text in (found[here].requires or []) if here in found else []:
+        package, with_extra = current
+        if package != OWN:
+            yield package
+        for text in (found[package].requires or []) if package in found else []:
             requirement = Requirement(text)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": wanted}):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": with_extra}):
                 child = canonicalize_name(requirement.name)
-                waiting += [(child, extra) for extra in ("", *requirement.extras)]
+                pending += [(child, extra) for extra in ("", *requirement.extras)]
 
 
 def rows(also: Sequence[str] = ()) -> list[Row]:
-    """The table, from what is installed.
+    """The table, from the installed packages.
 
     Raises:
-        SystemExit: if something is missing, of another version, or says nothing.
+        SystemExit: if a package is missing, has another version, or declares no licence.
     """
     found = installed(also)
     purposes = needed(found)
@@ -123,17 +124,17 @@ def rows(also: Sequence[str] = ()) -> list[Row]:
         distribution = found.get(canonicalize_name(name))
         if distribution is None or distribution.version.partition("+")[0] != version:
             sys.exit(
-                f"{name} {version} is not installed. Install it, or name its folder by --also."
+                f"{name} {version} is not installed. Install it, or name its folder with --also."
             )
-        if not (said := licence(distribution)):
-            sys.exit(f"{name} says nothing of its licence. Look it up, and add it by hand.")
+        if not (text := licence(distribution)):
+            sys.exit(f"{name} declares no licence. Look it up and add it by hand.")
         purpose = purposes.get(canonicalize_name(name), "another platform or extra")
-        made.append(Row(package=name, version=version, licence=said, needed=purpose))
+        made.append(Row(package=name, version=version, licence=text, needed=purpose))
     return made
 
 
 def listed() -> list[Row]:
-    """The table as it is committed."""
+    """The table as committed."""
     cells = [line.strip("| ").split(" | ") for line in TABLE.read_text().splitlines()
              if line.startswith("| ")][1:]  # fmt: skip
     return [Row(package=a, version=b, licence=c, needed=d) for a, b, c, d in cells]
@@ -148,7 +149,8 @@ def main() -> None:
         TABLE.write_text(HEAD + "\n".join(map(str, rows(given.also))) + "\n", encoding="utf-8")
     differ = {row.package: row.version for row in listed()} != pinned()
     print(
-        f"{len(listed())} packages; " + ("THIRD_PARTY.md is out of date" if differ else "all there")
+        f"{len(listed())} packages; "
+        + ("THIRD_PARTY.md is out of date" if differ else "up to date")
     )
     sys.exit(differ)
 

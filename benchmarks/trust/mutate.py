@@ -1,6 +1,6 @@
-"""Damage to inputs: of bytes, and of what they mean.
+"""Mutations of inputs: of bytes, and of the values that they encode.
 
-Every mutation draws from a `random.Random` that it is given, so that a case is its seed.
+Every mutation draws from a given `random.Random`, so that a case depends on its seed alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VALUES: list[Any] = [
 
 
 def deep(random: Random) -> Any:
-    """Lists in lists; deeper ones come as bytes, which our own writers could not write."""
+    """Nested lists; deeper ones are in `BYTES`, since our own writers could not write them."""
     node: Any = []
     for _ in range(random.choice((5, 50, 150))):
         node = [node]
@@ -35,7 +35,7 @@ def deep(random: Random) -> Any:
 
 
 def damage(random: Random, data: bytes, others: list[bytes]) -> bytes:
-    """Bytes flipped, cut out, put in, doubled, cut off, and taken from another input."""
+    """Flip, delete, insert, repeat, truncate bytes, or take some from another input."""
     changed = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 3, 8))):
         size = len(changed)
@@ -64,19 +64,19 @@ def damage(random: Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 def damage_tree(random: Random, tree: Any) -> Any:
-    """A nested value with leaves and branches replaced, dropped, added and swapped."""
+    """Replace, drop, add and swap leaves and branches of a nested value."""
     tree = copy.deepcopy(tree)
     for _ in range(random.choice((1, 1, 2, 4))):
-        places: list[tuple[Any, Any]] = []
+        items: list[tuple[Any, Any]] = []
         stack = [tree]
         while stack:
             node = stack.pop()
             keys: Any = node.keys() if isinstance(node, dict) else range(len(node))
-            places += [(node, key) for key in keys]
+            items += [(node, key) for key in keys]
             stack += [node[key] for key in keys if isinstance(node[key], (dict, list))]
-        if not places:
+        if not items:
             return copy.deepcopy(random.choice(VALUES))
-        node, key = random.choice(places)
+        node, key = random.choice(items)
         match random.randrange(7):
             case 0:
                 del node[key]
@@ -85,8 +85,7 @@ def damage_tree(random: Random, tree: Any) -> Any:
                     copy.deepcopy(random.choice(VALUES))
                 )
             case 2:
-                other, place = random.choice(places)
-                node[key] = _copied(other, place)
+                node[key] = _copied(*random.choice(items))
             case 3:
                 node[key] = deep(random)
             case 4 if isinstance(node[key], (int, float)) and not isinstance(node[key], bool):
@@ -99,8 +98,8 @@ def damage_tree(random: Random, tree: Any) -> Any:
 
 
 def _copied(node: Any, key: Any) -> Any:
-    there = key in node if isinstance(node, dict) else key < len(node)
-    return copy.deepcopy(node[key]) if there else None
+    exists = key in node if isinstance(node, dict) else key < len(node)
+    return copy.deepcopy(node[key]) if exists else None
 
 
 def json_text(tree: Any) -> bytes:
@@ -114,7 +113,7 @@ def damage_json(random: Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 def damage_lines(random: Random, data: bytes, others: list[bytes]) -> bytes:
-    """Lines of JSON: one line damaged, or the lines doubled, dropped and shuffled."""
+    """Damage one line of JSON lines, or repeat, drop and shuffle lines."""
     lines = data.splitlines()
     match random.randrange(5):
         case 0:
@@ -143,19 +142,19 @@ def damage_toml(random: Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 def damage_safetensors(random: Random, data: bytes, others: list[bytes]) -> bytes:
-    """The header's JSON, its length, or bytes anywhere."""
+    """Damage the header's JSON, its length, or any bytes."""
     if random.random() < 0.4:
         return damage(random, data, others)
     size = int.from_bytes(data[:8], "little")
     header = json_text(damage_tree(random, json.loads(data[8 : 8 + size])))
-    told = len(header)
+    length = len(header)
     if random.random() < 0.2:
-        told = random.choice((0, 1, told - 1, told + 1, 2**31, 2**63, 2**64 - 1, 100_000_000))
-    return told.to_bytes(8, "little") + header + data[8 + size :]
+        length = random.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1, 10**8))
+    return length.to_bytes(8, "little") + header + data[8 + size :]
 
 
 def damage_state(random: Random, data: bytes, others: list[bytes]) -> bytes:
-    """A checkpoint's state: its skeleton, JSON inside the header's JSON."""
+    """Damage a checkpoint's state: its skeleton, which is JSON inside the header's JSON."""
     if random.random() < 0.4:
         return damage_safetensors(random, data, others)
     size = int.from_bytes(data[:8], "little")
@@ -167,7 +166,7 @@ def damage_state(random: Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 class Touch:
-    """What a pickle runs if anyone lets it: makes a file, which must never be there."""
+    """An object whose unpickling creates a file, which must never exist."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -177,7 +176,7 @@ class Touch:
 
 
 def damage_torch(random: Random, data: bytes, others: list[bytes]) -> bytes:
-    """A `.pt` file: its pickle, its archive, or bytes anywhere; malicious ones too."""
+    """Damage a `.pt` file's pickle, archive or any bytes, or replace it by a malicious pickle."""
     match random.randrange(5):
         case 0:
             return pickle.dumps(Touch("touched"), protocol=random.randrange(6))
@@ -192,33 +191,33 @@ def _rezipped(random: Random, data: bytes, others: list[bytes]) -> bytes:
     packed = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
     with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(made, "w", packed) as target:
         for name in source.namelist():
-            held = source.read(name)
+            content = source.read(name)
             if name.endswith("data.pkl"):
                 if random.random() < 0.2:
-                    held = pickle.dumps({"latents_w": Touch("touched")}, protocol=2)
+                    content = pickle.dumps({"latents_w": Touch("touched")}, protocol=2)
                 else:
-                    held = damage(random, held, [held])
+                    content = damage(random, content, [content])
             elif random.random() < 0.2:
-                held = damage(random, held, [held])
+                content = damage(random, content, [content])
             if random.random() < 0.02:
-                held = bytes(1 << 24)
+                content = bytes(1 << 24)
             if random.random() > 0.03:
-                target.writestr(name, held)
+                target.writestr(name, content)
     return made.getvalue()
 
 
 def assignment(random: Random) -> str:
-    """A text for `--set`, true ones among them."""
+    """An argument for `--set`; some are valid."""
     names = ["loss", "pairs", "train", "memory", "metric", "run", "labeler", "backbone", "nothing",
              "build", "evaluate", "reference", "versions", "", "loss ", "tier"]  # fmt: skip
-    options = ["beta", "name", "steps", "lr", "betas", "store", "warp_error.variant", "seed", "",
-               "a.b.c.d", "rank", "labels", "region", "region.blobs", "device", "count", "x" * 5000,
-               "model", "frames"]  # fmt: skip
+    options = ["beta", "name", "steps", "learning_rate", "betas", "store", "warp_error.variant",
+               "seed", "", "a.b.c.d", "rank", "labels", "region", "region.blobs", "device", "count",
+               "x" * 5000, "model", "frames"]  # fmt: skip
     values = ["5", "500", "1e-4", "-1", "0", "nan", "inf", "-inf", "true", '"x"', "'", '"', "[",
               "]", "{}", "{a=1}", "[1,2]", "[" * 2000, "1e999", "9" * 5000, "0x10", "1979-05-27",
               "\x00", "\ud800", "\n[train]", "5\nx=1", "cpu", "../..", "", " ", "'''", "a\u2028b",
               "=", "==", "1_000", "+1", "07:32:00", "[red]bold[/]"]  # fmt: skip
-    real = [
+    existing = [
         "loss.beta",
         "train.steps",
         "train.learning_rate",
@@ -236,7 +235,7 @@ def assignment(random: Random) -> str:
     ]
     path = f"{random.choice(names)}.{random.choice(options)}"
     if random.random() < 0.7:
-        path = random.choice(real)
+        path = random.choice(existing)
     text = f"{path}={random.choice(values)}"
     if random.random() < 0.3:
         text = damage(random, text.encode("utf-8", "surrogatepass"), [b"loss.beta=500"]).decode(

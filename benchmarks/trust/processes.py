@@ -1,15 +1,14 @@
-"""The same training in several ways of running it: equal hashes, or the reason.
+"""The same training in one and in several processes must produce identical adapters.
 
     OMP_NUM_THREADS=1 python -m benchmarks.trust.processes
 
-One process takes two pairs a step one after the other (accumulation 2), two processes take one
-each and average their gradients by gloo. A half of each gradient is exact in binary floating
-point and so is the order of two summands, so that the adapters must be equal to the bit; with more
-processes, or other libraries for the exchange, they are so to rounding. Besides: two processes that
-hold the frozen weights together, asked for as a launcher asks for FSDP; two of which one is killed
-after the second step, and which the launcher starts again (--max-restarts); two under launchers of
-their own, as on two nodes, of which one is lost with its launcher and replaced; and two that are
-killed there, with one that goes on alone.
+One process takes two pairs per step in sequence (accumulation 2); two processes take one each and
+average their gradients with gloo. Halving a gradient is exact in binary floating point, and the sum
+of two terms does not depend on their order, so the adapters must be identical to the bit; with more
+processes or other communication libraries they agree to rounding. Further: two processes that share
+the frozen weights, as a launcher requests FSDP; two of which one is killed after the second step
+and which the launcher restarts (--max-restarts); two with separate launchers, as on two nodes, of
+which one is lost with its launcher and replaced; and two that are killed, resumed by one process.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 STEPS = 4
-SAVED = 2  # steps, at which some are killed
+SAVED = 2  # steps until the checkpoint after which processes are killed
 
 
 def command(processes: int, arguments: Sequence[str], restarts: int = 0) -> list[str]:
@@ -39,7 +38,7 @@ def command(processes: int, arguments: Sequence[str], restarts: int = 0) -> list
 
 
 def node(port: int, arguments: Sequence[str]) -> list[str]:
-    """The command of one of two nodes, with one process each, that meet at a port."""
+    """The command of one of two nodes with one process each, with the rendezvous at a port."""
     launch = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=nodes",
               "--max-restarts=2", "--rdzv-backend=c10d",
               f"--rdzv-endpoint=localhost:{port}"]  # fmt: skip
@@ -47,9 +46,9 @@ def node(port: int, arguments: Sequence[str]) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as it:
-        it.bind(("localhost", 0))
-        return int(it.getsockname()[1])
+    with socket.socket() as unbound:
+        unbound.bind(("localhost", 0))
+        return int(unbound.getsockname()[1])
 
 
 def adapter(run: Path) -> str:
@@ -59,13 +58,13 @@ def adapter(run: Path) -> str:
 
 
 def workers(launcher: int) -> list[int]:
-    """The processes that a launcher started, by rank; it numbers them in that order."""
+    """Ids of the processes that a launcher started, by rank, which is their order of creation."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return sorted(map(int, children))
 
 
 def kill(launcher: subprocess.Popen[bytes]) -> None:
-    """As a power cut does: the launcher first, so that it cannot say anything about the others."""
+    """Kill a launcher and its processes; the launcher first, so that it reports nothing."""
     started = workers(launcher.pid)
     for process in (launcher.pid, *started):
         os.kill(process, signal.SIGKILL)
@@ -73,19 +72,19 @@ def kill(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def listens(port: int) -> bool:
-    with socket.socket() as it:
-        return it.connect_ex(("localhost", port)) == 0
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
 
 
 def until(reached: Callable[[], bool], launcher: subprocess.Popen[bytes]) -> None:
     while not reached():
         if launcher.poll() is not None:
-            raise RuntimeError("it ended before it was to be killed")
+            raise RuntimeError("the launcher ended before it was killed")
         time.sleep(0.005)
 
 
 class Runs:
-    """The runs in a folder, each by its name."""
+    """Runs in a folder, each under its name."""
 
     def __init__(self, folder: Path, model: Sequence[str]) -> None:
         self.folder = folder
@@ -108,9 +107,9 @@ class Runs:
                       "--set=train.rank=2", "--set=train.report_to=none"]  # fmt: skip
 
     def run(
-        self, processes: int, arguments: Sequence[str], asks: Mapping[str, str] | None = None
+        self, processes: int, arguments: Sequence[str], more: Mapping[str, str] | None = None
     ) -> None:
-        environment = {**self.environment, **(asks or {})}
+        environment = {**self.environment, **(more or {})}
         done = subprocess.run(
             command(processes, arguments), cwd=self.folder, env=environment, check=False,
             capture_output=True, text=True,
@@ -127,7 +126,7 @@ class Runs:
     def sharded(self, name: str) -> None:
         self.run(2, self.arguments(name), {"ACCELERATE_USE_FSDP": "true"})
         if "shard = 2" not in (self.folder / name / "run.toml").read_text():
-            raise RuntimeError("FSDP was asked for, and the weights were not shared")
+            raise RuntimeError("FSDP was requested, but the weights were not sharded")
 
     def restarted(self, name: str) -> None:
         launcher = self.start(command(2, self.arguments(name, "--auto-resume"), restarts=1))
@@ -139,14 +138,14 @@ class Runs:
     def replaced(self, name: str) -> None:
         port = free_port()
         one = node(port, self.arguments(name, "--auto-resume"))
-        # Else a node that comes later waits for an address that its launcher's torch never tells.
-        apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        host = self.start(one, apart)
+        # Otherwise a node that joins later waits for an address that torch never sends.
+        separate = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        host = self.start(one, separate)
         until(lambda: listens(port), host)
-        lost = self.start(one, apart)
+        lost = self.start(one, separate)
         until(lambda: self.saved(name), host)
         kill(lost)
-        replacement = self.start(one, apart)
+        replacement = self.start(one, separate)
         if host.wait() or replacement.wait():
             raise RuntimeError("a launcher gave up")
 
@@ -176,15 +175,15 @@ class Runs:
 WAYS: Mapping[str, tuple[str, Callable[[Runs, str], None]]] = {
     "one process": ("alone", Runs.alone),
     "two processes": ("two", Runs.two),
-    "two that hold the frozen weights together": ("sharded", Runs.sharded),
-    "two, one is killed, the launcher restarts them": ("restarted", Runs.restarted),
-    "two nodes, one is lost and replaced": ("replaced", Runs.replaced),
-    "two, both are killed, one goes on": ("killed", Runs.killed),
+    "two that share the frozen weights": ("sharded", Runs.sharded),
+    "two, one killed, restarted by the launcher": ("restarted", Runs.restarted),
+    "two nodes, one lost and replaced": ("replaced", Runs.replaced),
+    "two, both killed, resumed by one": ("killed", Runs.killed),
 }
 
 
 def hashes(folder: Path, model: Sequence[str], ways: Sequence[str] = tuple(WAYS)) -> dict[str, str]:
-    """The adapter that each way ends with."""
+    """Hash of the adapter that each way of running produces."""
     runs = Runs(folder, model)
     found = {}
     for way in ways:
@@ -195,7 +194,7 @@ def hashes(folder: Path, model: Sequence[str], ways: Sequence[str] = tuple(WAYS)
 
 
 def small_model(folder: Path) -> list[str]:
-    """What names a small random AnimateDiff, saved in a folder."""
+    """Save a small random AnimateDiff in a folder, and return the arguments that select it."""
     from tests.small_animatediff import SHAPE, save_small_animatediff
 
     checkpoint = save_small_animatediff(folder)
@@ -206,13 +205,13 @@ def small_model(folder: Path) -> list[str]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        found = hashes(Path(place), small_model(Path(place) / "small"))
+    with tempfile.TemporaryDirectory() as folder:
+        found = hashes(Path(folder), small_model(Path(folder) / "small"))
     for name, digest in found.items():
         print(f"{digest}  {name}")
     if len(set(found.values())) > 1:
-        print("They differ. Two summands of a gradient were rounded differently, or a pair was "
-              "drawn twice: compare the log.jsonl of the runs, step by step.")  # fmt: skip
+        print("The adapters differ: terms of a gradient were rounded differently, or a pair was "
+              "drawn twice. Compare the log.jsonl of the runs step by step.")  # fmt: skip
         sys.exit(1)
 
 

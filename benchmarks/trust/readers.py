@@ -1,4 +1,4 @@
-"""Everything that reads a file or a text of the user's, with valid inputs to begin from."""
+"""Every reader of a user's file or text, with valid inputs to mutate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Damage = Callable[[Random, bytes, list[bytes]], bytes]
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """A reader, what it reads when all is well, and how that is damaged."""
+    """A reader, valid inputs, and how to damage them."""
 
     seeds: list[bytes]
     damage: Damage
@@ -34,7 +34,7 @@ class Reading:
 
 
 class Bench:
-    """A folder, a small model and a store of its pairs, for the readers to stand on."""
+    """A folder, a small model and a store of its pairs, which the readers need."""
 
     def __init__(self, folder: Path, checkpoint: Path) -> None:
         from dpo_video.data.store import Manifest, PairStore
@@ -95,14 +95,14 @@ def _surrogates(draw: Damage) -> Damage:
     def safe(random: Random, data: bytes, others: list[bytes]) -> bytes:
         try:
             return draw(random, data, others)
-        except UnicodeEncodeError:  # \ud800 itself cannot be an argument of a process
+        except UnicodeEncodeError:  # \ud800 cannot be a process argument
             return b"loss.beta=\xed\xa0\x80"
 
     return safe
 
 
 def command_line(bench: Bench) -> Reading:
-    """The same texts through the program, for its exit code."""
+    """The same texts through the command line, for its exit code."""
     import contextlib
     import sys
 
@@ -110,10 +110,10 @@ def command_line(bench: Bench) -> Reading:
 
     def read(data: bytes) -> object:
         text = data.decode("utf-8", "surrogateescape").replace("\x00", "")
-        told = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
+        output = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
         sys.argv = ["dpo-video", "config", "--set", text]
         try:
-            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 main()
         except SystemExit as stop:
             assert stop.code in (None, 0, 2), f"exit code {stop.code}"
@@ -124,13 +124,13 @@ def command_line(bench: Bench) -> Reading:
 
 
 def store_file(name: str, damage: Damage) -> Callable[[Bench], Reading]:
-    """A file of the pair store; the whole store is then read."""
+    """A file of the pair store; then the complete store is read."""
 
     def make(bench: Bench) -> Reading:
         from dpo_video.data.store import PairStore
 
         path = next(bench.store.folder.glob(name))
-        whole = path.read_bytes()
+        original = path.read_bytes()
         rows = (bench.store.folder / "pairs.jsonl").read_bytes()
 
         def read(data: bytes) -> object:
@@ -143,64 +143,65 @@ def store_file(name: str, damage: Damage) -> Callable[[Bench], Reading]:
                     store.batch([index])
                 return store.batch(range(len(store))) if len(store) else None
             finally:
-                path.write_bytes(whole)
+                path.write_bytes(original)
 
-        return Reading(seeds=[whole], damage=damage, read=read)
+        return Reading(seeds=[original], damage=damage, read=read)
 
     return make
 
 
 def packed_file(name: str, damage: Damage, elsewhere: bool = False) -> Callable[[Bench], Reading]:
-    """A file of a packed copy of the store, in a folder or where a URL leads."""
+    """A file of a packed copy of the store, in a folder or at a URL."""
 
     def make(bench: Bench) -> Reading:
         import fsspec
 
-        from dpo_video.data import storage as places
+        from dpo_video.data import storage
         from dpo_video.data.pack import pack
         from dpo_video.data.store import PairStore
 
-        places.PAUSES = ()  # what is damaged stays so
+        storage.PAUSES = ()  # retrying does not repair damage
         folder = bench.folder / "packed"
         list(pack(bench.store, folder, 1))  # a shard a pair
         path = next(folder.glob(name))
-        where: Path | str = folder
+        location: Path | str = folder
         put: Callable[[bytes], object] = path.write_bytes
         if elsewhere:
             files = fsspec.filesystem("memory")
             files.put(str(folder), "/fuzzed", recursive=True)
-            where, there = "memory://fuzzed", f"/fuzzed/{path.relative_to(folder).as_posix()}"
+            location = "memory://fuzzed"
+            target = f"/fuzzed/{path.relative_to(folder).as_posix()}"
 
             def put(data: bytes) -> object:
-                return files.pipe_file(there, data)
+                return files.pipe_file(target, data)
 
-        whole = path.read_bytes()
+        original = path.read_bytes()
 
         def read(data: bytes) -> object:
             put(data)
             try:
-                store = PairStore(where)
+                store = PairStore(location)
                 store.check_fits(bench.model)
                 for index in store.decided():
                     store.batch([index])
                 return store.batch(range(len(store))) if len(store) else None
             finally:
-                put(whole)
+                put(original)
 
-        return Reading(seeds=[whole], damage=damage, read=read)
+        return Reading(seeds=[original], damage=damage, read=read)
 
     return make
 
 
 def pairs_url(bench: Bench) -> Reading:
-    """What somebody types for --pairs."""
+    """The URL in --pairs."""
     import fsspec
 
-    from dpo_video.data import storage as places
+    from dpo_video.data import storage
     from dpo_video.data.pack import pack
     from dpo_video.data.store import PairStore
 
-    places.PAUSES = ()
+    storage.PAUSES = ()
     list(pack(bench.store, bench.folder / "packed"))
     fsspec.filesystem("memory").put(str(bench.folder / "packed"), "/fuzzed", recursive=True)
 
@@ -209,7 +210,7 @@ def pairs_url(bench: Bench) -> Reading:
         return store.batch([0])
 
     def draw(random: Random, data: bytes, others: list[bytes]) -> bytes:
-        scheme, _, rest = data.partition(b"://")  # another protocol might go anywhere
+        scheme, _, rest = data.partition(b"://")  # another protocol might open a connection
         return (
             scheme + b"://" + mutate.damage(random, rest, [o.partition(b"://")[2] for o in others])
         )
@@ -219,31 +220,31 @@ def pairs_url(bench: Bench) -> Reading:
 
 
 def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
-    """A book of labels: its recipe or its lines."""
+    """A label set: its recipe or its lines."""
 
     def make(bench: Bench) -> Reading:
         from dpo_video.data.label import recipe
         from dpo_video.data.labels import LabelSet, open_books, pinned, preferences
 
-        where = bench.store.folder
+        folder = bench.store.folder
         made = recipe(bench.store, bench.model, {"name": "recorded"}, 0.25)
-        book = LabelSet.open_or_create(where, "fuzzed", made)
+        book = LabelSet.open_or_create(folder, "fuzzed", made)
         for pair, mark in enumerate((1.0, "skip", -0.5)):
             book.record(pair, [mark] * len(made.segments), rater="ann", note="why")
         book.record(0, [None] * len(made.segments), rater="bob")
         path = book.path.with_suffix(suffix)
-        whole = path.read_bytes()
+        original = path.read_bytes()
 
         def read(data: bytes) -> object:
             path.write_bytes(data)
             try:
-                books = open_books(where, ["fuzzed"])
+                books = open_books(folder, ["fuzzed"])
                 pinned(books[0])
                 return preferences(books, bench.model.latent_shape[1])
             finally:
-                path.write_bytes(whole)
+                path.write_bytes(original)
 
-        return Reading(seeds=[whole], damage=damage, read=read)
+        return Reading(seeds=[original], damage=damage, read=read)
 
     return make
 
@@ -304,12 +305,12 @@ def triple(bench: Bench) -> Reading:
     path = root / "pair_00000.pt"
     first, second = torch.randn(2, *bench.model.latent_shape)
     prompt = bench.model.encode_prompts(["a square"])["prompt_embeds"]
-    held = {"latents_w": first, "latents_l": second, "prompt_embeds": prompt}
+    tensors = {"latents_w": first, "latents_l": second, "prompt_embeds": prompt}
     seeds = []
     for zipped in (True, False):
-        made = io.BytesIO()
-        torch.save(held, made, _use_new_zipfile_serialization=zipped)
-        seeds.append(made.getvalue())
+        file = io.BytesIO()
+        torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+        seeds.append(file.getvalue())
 
     def read(data: bytes) -> object:
         path.write_bytes(data)
@@ -325,7 +326,7 @@ def _zipped_or_not(random: Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
-    """A file of a run's checkpoint; the run is then gone on with."""
+    """A file of a run's checkpoint; the run is then resumed."""
 
     def make(bench: Bench) -> Reading:
         from accelerate import Accelerator
@@ -360,31 +361,31 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         parameters = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4)
         path = next(out.rglob(name))
-        whole = path.read_bytes()
+        original = path.read_bytes()
         identity = engine._identity(model, bench.store, policy, "no")
 
         def read(data: bytes) -> object:
             path.write_bytes(data)
             try:
                 if len(data) % 2 and path.suffix == ".safetensors":
-                    _read_unsealed(path)
+                    _read_state(path)
                 at = restore(out, policy, optimizer, identity, None)
-                assert at.step >= 0, f"goes on from step {at.step}"
-                # What was accepted must train.
+                assert at.step >= 0, f"resumes from step {at.step}"
+                # An accepted checkpoint must train.
                 for parameter in parameters:
                     parameter.grad = torch.ones_like(parameter)
                 optimizer.step()
                 return torch.randn(1), random.random()
             finally:
-                path.write_bytes(whole)
+                path.write_bytes(original)
 
-        return Reading(seeds=[whole], damage=damage, read=read)
+        return Reading(seeds=[original], damage=damage, read=read)
 
     return make
 
 
-def _read_unsealed(path: Path) -> None:
-    """The reader behind the seal, which lets nothing damaged through to it."""
+def _read_state(path: Path) -> None:
+    """The reader behind the checksums of the manifest, which refuse damaged files first."""
     from dpo_video.support.tensor_tree import load_state
 
     try:
@@ -394,7 +395,7 @@ def _read_unsealed(path: Path) -> None:
 
 
 def _bare(model: Any, network: Any) -> None:
-    """Take the adapter off again, so that one model serves all cases."""
+    """Remove the adapter, so that one model serves all cases."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(network.named_modules()):
@@ -413,11 +414,11 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     def make(bench: Bench) -> Reading:
         from dpo_video.evaluation.evaluate import merge_adapter
 
-        checkpoint("state.safetensors", mutate.damage)(bench)  # makes the run
+        checkpoint("state.safetensors", mutate.damage)(bench)  # trains the run
         folder = next((bench.folder / "run").rglob("adapter"))
-        (folder.parent / "checkpoint.json").unlink(missing_ok=True)  # a copied adapter has none
+        (folder.parent / "checkpoint.json").unlink(missing_ok=True)  # as in a copied adapter
         path = folder / name
-        whole = path.read_bytes()
+        original = path.read_bytes()
         model = load_small(bench.checkpoint)
         bare = model.denoiser
 
@@ -427,10 +428,10 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
                 merge_adapter(model, folder)
             finally:
                 _bare(model, bare)
-                path.write_bytes(whole)
+                path.write_bytes(original)
             return None
 
-        return Reading(seeds=[whole], damage=damage, read=read)
+        return Reading(seeds=[original], damage=damage, read=read)
 
     return make
 
@@ -455,7 +456,7 @@ def log(bench: Bench) -> Reading:
 
 
 def video(suffix: str) -> Callable[[Bench], Reading]:
-    """A video file, counted, cut and decoded as a clip."""
+    """A video file, read as clips."""
 
     def make(bench: Bench) -> Reading:
         import av
@@ -465,12 +466,12 @@ def video(suffix: str) -> Callable[[Bench], Reading]:
         root = bench.folder / f"clips{suffix}"
         root.mkdir(exist_ok=True)
         path = root / f"clip{suffix}"
-        made: dict[str, Callable[[], bytes]] = {
+        encoders: dict[str, Callable[[], bytes]] = {
             ".mp4": lambda: video_bytes(bench.video, SHAPE.fps),
             ".gif": lambda: gif_bytes(bench.video, SHAPE.fps),
         }
-        if suffix in made:
-            whole = made[suffix]()
+        if suffix in encoders:
+            original = encoders[suffix]()
         else:
             codec = {".webm": "libvpx", ".avi": "mpeg4", ".mkv": "libx264", ".mov": "mpeg4"}[suffix]
             with av.open(str(path), "w") as container:
@@ -480,13 +481,13 @@ def video(suffix: str) -> Callable[[Bench], Reading]:
                 for frame in (bench.video * 255).byte().permute(1, 2, 3, 0).numpy():
                     container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
                 container.mux(stream.encode())
-            whole = path.read_bytes()
+            original = path.read_bytes()
 
         def read(data: bytes) -> object:
             path.write_bytes(data)
             return [clip.video for clip in open_clips(root, SHAPE, "a prompt")]
 
-        return Reading(seeds=[whole], damage=mutate.damage, read=read)
+        return Reading(seeds=[original], damage=mutate.damage, read=read)
 
     return make
 
@@ -496,21 +497,21 @@ def pictures(bench: Bench) -> Reading:
 
     root = bench.folder / "frames" / "one"
     root.mkdir(parents=True, exist_ok=True)
-    made = []
+    images = []
     for name in ("PNG", "JPEG"):
         buffer = io.BytesIO()
         Image.fromarray((bench.video[:, 0] * 255).byte().permute(1, 2, 0).numpy()).save(
             buffer, name
         )
-        made.append(buffer.getvalue())
+        images.append(buffer.getvalue())
     for i in range(SHAPE.frames):
-        (root / f"{i}.png").write_bytes(made[0])
+        (root / f"{i}.png").write_bytes(images[0])
 
     def read(data: bytes) -> object:
         (root / "2.png").write_bytes(data)
         return [clip.video for clip in open_clips(root.parent, SHAPE, "a prompt")]
 
-    return Reading(seeds=made, damage=mutate.damage, read=read)
+    return Reading(seeds=images, damage=mutate.damage, read=read)
 
 
 def captions(bench: Bench) -> Reading:
@@ -530,8 +531,8 @@ def captions(bench: Bench) -> Reading:
     return Reading(seeds=[_lines(lines)], damage=mutate.damage_lines, read=read)
 
 
-def bank(name: str, damage: Damage) -> Callable[[Bench], Reading]:
-    """A file of a bank of predictions, filled and read."""
+def reference_cache(name: str, damage: Damage) -> Callable[[Bench], Reading]:
+    """A file of a reference cache, which is filled and read."""
 
     def make(bench: Bench) -> Reading:
         from dpo_video.training.reference_cache import (
@@ -541,26 +542,26 @@ def bank(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         )
 
         manifest = ReferenceCacheManifest.of(bench.model, 0, "no")
-        visits = [PairDraw(0, 0), PairDraw(1, 0)]
+        draws = [PairDraw(0, 0), PairDraw(1, 0)]
 
-        def predict(visit: PairDraw) -> torch.Tensor:
-            generator = torch.Generator().manual_seed(visit.pair)
+        def predict(draw: PairDraw) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(draw.pair)
             return torch.randn(2, *bench.model.latent_shape, generator=generator)
 
-        ReferenceCache(bench.store, manifest).fill(visits, predict)
+        ReferenceCache(bench.store, manifest).fill(draws, predict)
         path = next((bench.store.folder / "bank").rglob(name))
-        whole = path.read_bytes()
+        original = path.read_bytes()
 
         def read(data: bytes) -> object:
             path.write_bytes(data)
             try:
                 opened = ReferenceCache(bench.store, manifest)
-                opened.fill(visits, predict)
-                return opened.read(visits)
+                opened.fill(draws, predict)
+                return opened.read(draws)
             finally:
-                path.write_bytes(whole)
+                path.write_bytes(original)
 
-        return Reading(seeds=[whole], damage=damage, read=read)
+        return Reading(seeds=[original], damage=damage, read=read)
 
     return make
 
@@ -591,7 +592,7 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "checkpoint state": checkpoint("state.safetensors", mutate.damage_state),
     "checkpoint weights": checkpoint("adapter_model.safetensors", mutate.damage_safetensors),
     "checkpoint pointer": checkpoint("latest", mutate.damage),
-    "checkpoint seal": checkpoint("checkpoint.json", mutate.damage_json),
+    "checkpoint manifest": checkpoint("checkpoint.json", mutate.damage_json),
     "adapter config": adapter("adapter_config.json", mutate.damage_json),
     "adapter weights": adapter("adapter_model.safetensors", mutate.damage_safetensors),
     "log.jsonl": log,
@@ -602,6 +603,8 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "mkv": video(".mkv"),
     "pictures": pictures,
     "metadata.jsonl": captions,
-    "bank.json": bank("bank.json", mutate.damage_json),
-    "bank predictions": bank("00000-000.safetensors", mutate.damage_safetensors),
+    "reference cache manifest": reference_cache("bank.json", mutate.damage_json),
+    "reference cache predictions": reference_cache(
+        "00000-000.safetensors", mutate.damage_safetensors
+    ),
 }

@@ -1,12 +1,12 @@
-"""A short training of `tiny`, step by step, against the one that is on record.
+"""A short training of `tiny`, compared step by step with the recorded one.
 
     OMP_NUM_THREADS=1 python -m benchmarks.trust.trajectory            # compare with the record
-    OMP_NUM_THREADS=1 python -m benchmarks.trust.trajectory --spread   # what other kernels change
-    OMP_NUM_THREADS=1 python -m benchmarks.trust.trajectory --cost     # what determinism costs
-    OMP_NUM_THREADS=1 python -m benchmarks.trust.trajectory --write    # put another on record
+    OMP_NUM_THREADS=1 python -m benchmarks.trust.trajectory --spread   # effect of other kernels
+    OMP_NUM_THREADS=1 python -m benchmarks.trust.trajectory --cost     # cost of determinism
+    OMP_NUM_THREADS=1 python -m benchmarks.trust.trajectory --write    # replace the record
 
-It catches what no law does: a constant, a draw or an order that has changed by a little. A change
-that is meant to alter the numbers writes the record anew, and says so.
+It detects small changes of a constant, of a random draw or of an order, which no other test does. A
+change that alters the numbers on purpose replaces the record, and its commit gives the reason.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ RECIPES: Mapping[str, Sequence[str]] = {
 }
 FIGURES = ("loss", "margin", "chosen_change", "rejected_change", "grad_norm")
 TOLERANCE = 2e-3
-"""Relative. Other kernels (`--spread`: two threads, and torch's, oneDNN's and MKL's for older
-processors) move no figure by more than 2.6e-4, and a constant that is off by 1% some by 1e-2 or
-more: this lies seven times above the one and five times below the other. The learning rate is ten
-times the usual, so that what is learned in three steps is large beside rounding; at 3e-4 other
-kernels moved them by 1.3e-3."""
+"""Relative. Other kernels (`--spread`: two threads, and those of torch, oneDNN and MKL for older
+processors) change no figure by more than 2.6e-4, and a constant that is off by 1% changes some by
+1e-2 or more: the tolerance is seven times the former and a fifth of the latter. The learning rate
+is ten times the usual one, so that the change in three steps is large compared with rounding; at
+3e-4 other kernels changed the figures by 1.3e-3."""
 SETTINGS: Mapping[str, Mapping[str, str]] = {
     "one thread": {},
     "two threads": {"OMP_NUM_THREADS": "2"},
@@ -53,7 +53,7 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
     "oneDNN for AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
     "MKL for SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
     "MKL, any processor": {"MKL_CBWR": "COMPATIBLE"},
-    "all three, least": {
+    "all three, oldest": {
         "ATEN_CPU_CAPABILITY": "default",
         "ONEDNN_MAX_CPU_ISA": "SSE41",
         "MKL_CBWR": "COMPATIBLE",
@@ -73,10 +73,10 @@ def run(
     """Train a recipe for a few steps of one pair.
 
     Args:
-        recipe: pairs and loss.
-        steps: how many.
-        options: further ones, as for `--set`.
-        change: what to do to the model first.
+        recipe: A key of `RECIPES`: pairs and loss.
+        steps: Number of steps.
+        options: Further options, as for `--set`.
+        change: Applied to the model before training.
     """
     pairs, loss = recipe.split(", ")
     config = resolve(
@@ -100,17 +100,17 @@ def run(
     model = load_model(config, pick_device("cpu"))
     change(model)
     source = open_source(config, model)
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
         store = open_store(config, config.pairs, model, source.fingerprint, out, exact=False)
         for _ in build(store, source.clips, config.pairs, model, config.build, seed=0):
             pass
         accelerator = Accelerator(cpu=True)
-        made = train(
+        events = train(
             model, store, config.loss, config.reference, config.train, seed=0, out=out / "run",
             accelerator=accelerator,
         )  # fmt: skip
-        return [progress.report for progress in made]
+        return [progress.report for progress in events]
 
 
 def figures(reports: Sequence[StepReport]) -> Trajectory:
@@ -123,23 +123,23 @@ def recorded(recipe: str) -> Trajectory:
 
 
 def deviation(found: Trajectory, expected: Trajectory) -> float:
-    """The largest difference of two trajectories, relative to what was expected.
+    """The largest difference between two trajectories, relative to the expected value.
 
-    Changes of error and margins are small differences of errors: they are taken relative to the
-    largest of their step. At a step where all are 0 they must be 0.
+    Changes of error and margins are small differences of errors: their differences are relative to
+    the largest of them in the step. Where all of them are 0, they must be 0.
     """
     largest = 0.0
     for ours, theirs in zip(found, expected, strict=False):
         changes = max(abs(theirs[name]) for name in ("margin", "chosen_change", "rejected_change"))
         for name in FIGURES:
             scale = abs(theirs[name]) if name in ("loss", "grad_norm") else changes
-            off = abs(ours[name] - theirs[name])
-            largest = max(largest, off / scale if scale else float("inf") if off else 0.0)
+            error = abs(ours[name] - theirs[name])
+            largest = max(largest, error / scale if scale else float("inf") if error else 0.0)
     return largest
 
 
 def _spread() -> None:
-    """Train in every setting and print how far from the record that is."""
+    """Train in every setting and print the deviations from the record."""
     for name, environment in SETTINGS.items():
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.trust.trajectory", "--json"],
@@ -149,14 +149,14 @@ def _spread() -> None:
             check=True,
         )
         found = json.loads(done.stdout)
-        off = [f"{deviation(found[recipe], recorded(recipe)):.1e}" for recipe in RECIPES]
-        print(f"{name:30} {'  '.join(off)}", flush=True)
+        deviations = [f"{deviation(found[recipe], recorded(recipe)):.1e}" for recipe in RECIPES]
+        print(f"{name:30} {'  '.join(deviations)}", flush=True)
 
 
-def _cost(turns: int) -> None:
-    """Train in turns with and without determinism and print the processor's time for a step."""
+def _cost(rounds: int) -> None:
+    """Alternate trainings with and without determinism, and print their processor times."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(turns):
+    for _ in range(rounds):
         for deterministic, times in seconds.items():
             began = time.process_time()
             run(
@@ -165,30 +165,30 @@ def _cost(turns: int) -> None:
             times.append(time.process_time() - began)
     before, after = (statistics.median(times) for times in seconds.values())
     ratios = [on / off for off, on in zip(*seconds.values(), strict=True)]
-    print(f"as it is {before:.2f} s, deterministic {after:.2f} s; ratios {ratios}")
+    print(f"default {before:.2f} s, deterministic {after:.2f} s; ratios {ratios}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put these figures on record")
-    parser.add_argument("--json", action="store_true", help="print the figures alone")
-    parser.add_argument("--spread", action="store_true", help="try other kernels")
-    parser.add_argument("--cost", action="store_true", help="time determinism")
-    parser.add_argument("--turns", type=int, default=5, help="of --cost")
+    parser.add_argument("--write", action="store_true", help="replace the record")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--spread", action="store_true", help="deviations with other kernels")
+    parser.add_argument("--cost", action="store_true", help="cost of determinism")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of --cost")
     given = parser.parse_args()
     if given.spread:
         return _spread()
     if given.cost:
-        return _cost(given.turns)
+        return _cost(given.rounds)
     found = {recipe: figures(run(recipe)) for recipe in RECIPES}
     if given.json:
         return print(json.dumps(found))
     if given.write:
         RECORD.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    off = {recipe: deviation(found[recipe], recorded(recipe)) for recipe in RECIPES}
-    for recipe, size in off.items():
-        print(f"{recipe}: {size:.1e} from the record; {TOLERANCE:.0e} is allowed")
-    sys.exit(any(size > TOLERANCE for size in off.values()))
+    deviations = {recipe: deviation(found[recipe], recorded(recipe)) for recipe in RECIPES}
+    for recipe, size in deviations.items():
+        print(f"{recipe}: deviation {size:.1e}, allowed {TOLERANCE:.0e}")
+    sys.exit(any(size > TOLERANCE for size in deviations.values()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The embedded text-to-video model: its procedural world, its training recipe and its weights."""
+"""The embedded text-to-video model: weights, procedural world, and a judge of its videos."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""An instrument that looks at `tiny`'s videos: what is shown, and whether the shape is whole.
+"""A classifier of `tiny`'s frames: color, shape and background, and whether the shape is broken.
 
-The recipe is `python -m benchmarks.tiny.judge_recipe`; with `--measure` it says how far the judge
-can be trusted.
+It was trained by `python -m benchmarks.tiny.judge_recipe`, which with `--measure` prints its
+accuracy.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dpo_video.types import Videos
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 BROKEN = len(scenes.SHAPES)
-"""The index of the last shape class: none of the five, because it is blurred, torn or melted."""
-FEATURES = 24  # per frame; a video has twice as many, few enough for a covariance of 47 videos
+"""Index of the last shape class: none of the five, but blurred, torn or melted."""
+FEATURES = 24  # per frame
 _FRAMES_AT_ONCE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
-    """What the judge sees in frames; `*` is one axis of frames, or videos and their frames."""
+    """Outputs of the judge; `*frames` is an axis of frames, or the axes videos and frames."""
 
     color: Float[Tensor, "*frames 8"]
     """Log-probabilities, in the order of `scenes.COLORS`."""
@@ -38,11 +38,11 @@ class Sight:
     background: Float[Tensor, "*frames 8"]
     """Log-probabilities, in the order of `scenes.BACKGROUNDS`."""
     features: Float[Tensor, "*frames 24"]
-    """The layer that all three are read from."""
+    """Activations of the layer below the three heads."""
 
 
 class Judge(nn.Module):
-    """A small convolutional network over single frames, with a head for each word of a caption."""
+    """A small convolutional network on single frames, with a head per word of a caption."""
 
     video_mean: Tensor
     video_scale: Tensor
@@ -60,13 +60,13 @@ class Judge(nn.Module):
         self.color = nn.Linear(FEATURES, len(scenes.COLORS))
         self.shape = nn.Linear(FEATURES, len(scenes.SHAPES) + 1)
         self.background = nn.Linear(FEATURES, len(scenes.BACKGROUNDS))
-        # The first two moments of real videos' features, for `video_features`.
+        # Mean and standard deviation of real videos' features (benchmarks/tiny/features.py).
         self.register_buffer("video_mean", torch.zeros(2 * FEATURES))
         self.register_buffer("video_scale", torch.ones(2 * FEATURES))
 
     def forward(self, frames: Float[Tensor, "n 3 64 64"]) -> Sight:
-        """Look at frames in [0, 1]."""
-        # Keeps every pixel of an outline at a quarter of the work.
+        """Classify frames in [0, 1]."""
+        # Keeps every pixel of an outline at a quarter of the operations.
         folded = F.pixel_unshuffle(2 * frames - 1, 2)
         grid = self.trunk(folded.contiguous(memory_format=torch.channels_last))
         features = self.features(torch.cat([grid.mean(dim=(2, 3)), grid.amax(dim=(2, 3))], dim=1))
@@ -85,7 +85,7 @@ def _layer(channels: int, width: int, stride: int = 1) -> tuple[nn.Module, ...]:
 
 @functools.cache
 def load_judge(device: torch.device = torch.device("cpu")) -> Judge:  # noqa: B008 - a constant
-    """The trained judge in fp32, frozen and in evaluation mode; one per device."""
+    """The trained judge in fp32, frozen, in evaluation mode; one object per device."""
     judge = Judge()
     judge.load_state_dict(load_file(WEIGHTS))
     return judge.eval().requires_grad_(False).to(device)
@@ -93,10 +93,10 @@ def load_judge(device: torch.device = torch.device("cpu")) -> Judge:  # noqa: B0
 
 @torch.no_grad()
 def judge_videos(videos: Videos, judge: Judge | None = None) -> Sight:
-    """Look at every frame of videos in [0, 1]; the result has axes `b F`.
+    """Classify every frame of videos in [0, 1]; the result has the axes `b F`.
 
     Raises:
-        UserError: where the frames are not 64x64, which is all that the judge was trained on.
+        UserError: if the frames are not 64x64, the size that the judge was trained on.
     """
     if videos.shape[-2:] != (scenes.SIZE, scenes.SIZE):
         height, width = videos.shape[-2:]
@@ -114,27 +114,3 @@ def judge_videos(videos: Videos, judge: Judge | None = None) -> Sight:
             for name in ("color", "shape", "background", "features")
         }
     )
-
-
-def video_features(videos: Videos, judge: Judge | None = None) -> Float[Tensor, "b 48"]:
-    """The 'judge features' of videos of two frames or more, for a Frechet distance.
-
-    The first half is the mean over time of the frames' features, so it sees appearance; the second
-    is the mean absolute difference between one frame's features and the next's, so it sees shapes
-    that flicker, change or break up. Both are in standard deviations of real clips.
-    """
-    judge = judge or load_judge(videos.device)
-    return (_raw_video_features(videos, judge) - judge.video_mean) / judge.video_scale
-
-
-def _raw_video_features(videos: Videos, judge: Judge) -> Float[Tensor, "b 48"]:
-    features = judge_videos(videos, judge).features
-    return torch.cat([features.mean(dim=1), features.diff(dim=1).abs().mean(dim=1)], dim=1)
-
-
-@torch.no_grad()
-def set_scale(judge: Judge, videos: Videos) -> None:
-    """Take the zero and the unit of `video_features` from real clips."""
-    raw = _raw_video_features(videos, judge)
-    judge.video_mean.copy_(raw.mean(dim=0))
-    judge.video_scale.copy_(raw.std(dim=0).clamp(min=1e-3))

@@ -1,7 +1,7 @@
 """The procedural world that `tiny` was trained on: one flat shape that moves over a background.
 
-Everything about a clip is known: its caption, where the shape is in every frame, how far it
-travels. That is what makes the embedded model measurable, and its metrics testable.
+The caption of a clip and the position of the shape in every frame are known, which makes the model
+measurable and the metrics testable.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -44,7 +43,6 @@ MOTIONS = ("left", "right", "up", "down", "circling", "spinning")
 SPEEDS: dict[str, tuple[float, float]] = {"slowly": (0.5, 0.9), "quickly": (1.2, 2.0)}  # px/frame
 RADII = (10.0, 15.0)  # pixels, uniform
 PATTERN = 8  # pixels, the width of a stripe and of a checker
-FLICKER = 0.15  # standard deviation of the flicker's gain where its envelope is 1
 
 
 def _star(points: int, inner: float) -> list[tuple[float, float]]:
@@ -73,7 +71,7 @@ SHAPES = tuple(OUTLINES)
 
 @dataclass(frozen=True, kw_only=True)
 class Scenes:
-    """A batch of scenes: what is shown, and where it is in every frame (pixels, radians)."""
+    """A batch of scenes: indices of the words, and the pose in every frame (pixels, radians)."""
 
     shape: Int[Tensor, " b"]
     color: Int[Tensor, " b"]
@@ -88,7 +86,7 @@ class Scenes:
         return len(self.shape)
 
     def captions(self) -> list[str]:
-        """One sentence a scene, of words from `vocabulary()` only."""
+        """One sentence per scene."""
         parts = zip(self.shape, self.color, self.background, self.motion, self.speed, strict=True)
         return [
             caption(SHAPES[s], list(COLORS)[c], list(BACKGROUNDS)[b], MOTIONS[m], list(SPEEDS)[v])
@@ -97,7 +95,7 @@ class Scenes:
 
 
 def caption(shape: str, color: str, background: str, motion: str, speed: str) -> str:
-    """The sentence that describes one scene."""
+    """The sentence that describes a scene."""
     verb = motion if motion in ("circling", "spinning") else f"moving {motion}"
     article = "an" if color[0] in "aeiou" else "a"
     return f"{article} {color} {shape} {verb} {speed} on a {background} background"
@@ -105,7 +103,7 @@ def caption(shape: str, color: str, background: str, motion: str, speed: str) ->
 
 @dataclass(frozen=True)
 class Words:
-    """What a caption says, in the order that `caption()` takes."""
+    """The words of a caption, in the order of `caption()`'s arguments."""
 
     shape: str
     color: str
@@ -115,37 +113,32 @@ class Words:
 
 
 def parse_caption(text: str) -> Words | None:
-    """The inverse of `caption()`, blind to case and spacing; None for any other text."""
-    return _meanings().get(" ".join(text.lower().split()))
+    """The inverse of `caption()`, ignoring case and spacing; None for any other text."""
+    return all_captions().get(" ".join(text.lower().split()))
 
 
 @functools.cache
-def _meanings() -> dict[str, Words]:
+def all_captions() -> dict[str, Words]:
+    """Every sentence of this world and its words, in a fixed order."""
     parts = itertools.product(SHAPES, COLORS, BACKGROUNDS, MOTIONS, SPEEDS)
     return {caption(*part): Words(*part) for part in parts}
 
 
-def every_caption() -> list[str]:
-    """Every sentence of this world, in a fixed order (it is also the text encoder's corpus)."""
-    parts = itertools.product(SHAPES, COLORS, BACKGROUNDS, MOTIONS, SPEEDS)
-    return [caption(*part) for part in parts]
-
-
 def spread_captions(n: int) -> list[str]:
-    """`n` captions in which every word of the vocabulary comes up about equally often."""
+    """`n` captions in which every word of the world occurs about equally often."""
     counts = (len(SHAPES), len(COLORS), len(BACKGROUNDS), len(MOTIONS), len(SPEEDS))
     names = (list(SHAPES), list(COLORS), list(BACKGROUNDS), list(MOTIONS), list(SPEEDS))
     captions = []
     for i in range(n):
-        # Each axis cycles at its own pace; the shift after each full turn breaks up the lockstep
-        # of axes of equal length.
+        # Each axis cycles with its own period; the shift after each cycle decorrelates axes of
+        # equal length.
         picks = [(i + axis * (i // k)) % k for axis, k in enumerate(counts)]
         captions.append(caption(*(names[axis][pick] for axis, pick in enumerate(picks))))
     return captions
 
 
 def draw_scenes(n: int, generator: torch.Generator, frames: int = FRAMES) -> Scenes:
-    """Draw `n` scenes in which the shape stays inside the picture."""
+    """Draw `n` scenes in which the shape stays inside the image."""
 
     def choice(options: int) -> Int[Tensor, " b"]:
         return torch.randint(options, (n,), generator=generator)
@@ -167,8 +160,8 @@ def draw_scenes(n: int, generator: torch.Generator, frames: int = FRAMES) -> Sce
     path = torch.where(circling[:, None, None], circle, travel)
     reach = path.abs().amax(dim=1) + radius[:, None] + 1
     room = (SIZE / 2 - reach).clamp(min=0)
-    place = SIZE / 2 + room * (2 * torch.rand(n, 2, generator=generator) - 1)
-    # A long path of a big shape would leave the picture: shorten it to what fits.
+    middle = SIZE / 2 + room * (2 * torch.rand(n, 2, generator=generator) - 1)
+    # Shorten a path that would leave the image.
     fit = ((SIZE / 2 - radius[:, None] - 1) / path.abs().amax(dim=1).clamp(min=1e-6)).clamp(max=1)
     spinning = motion == MOTIONS.index("spinning")
     tilt = uniform(-0.25, 0.25)[:, None]
@@ -180,7 +173,7 @@ def draw_scenes(n: int, generator: torch.Generator, frames: int = FRAMES) -> Sce
         motion=motion,
         speed=speed,
         radius=radius,
-        center=place[:, None] + path * fit[:, None],
+        center=middle[:, None] + path * fit[:, None],
         angle=tilt + spin,
     )
 
@@ -191,9 +184,13 @@ def render(
     origin: Float[Tensor, "b k 2"] | None = None,
     size: int = SIZE,
 ) -> Float[Tensor, "b k 3 size size"]:
-    """Draw the scenes' chosen frames (all by default), anti-aliased, in [0, 1].
+    """Draw frames of the scenes, anti-aliased, in [0, 1].
 
-    `origin` moves the window's corner off (0, 0), in pixels; with `size` it cuts crops.
+    Args:
+        scenes: The scenes.
+        frames: Indices of the frames; default: all.
+        origin: Upper left corner of a crop, in pixels; default: (0, 0).
+        size: Width and height of the image or crop, in pixels.
     """
     coverage, points = _coverage(scenes, frames, origin, size)
     palette = torch.tensor(list(COLORS.values())) / 255.0
@@ -203,28 +200,8 @@ def render(
     )
 
 
-def flicker(
-    n: int, generator: torch.Generator, frames: int = FRAMES
-) -> Float[Tensor, "n F 1 64 64"]:
-    """Gains that make clips flicker: multiply frames by them, then clamp to [0, 1].
-
-    Soft blotches of light, new in every frame, under an envelope that is smooth in space and time
-    and zero over half of the clip: one part of a video boils for a while and another is still.
-    """
-    blotches = F.interpolate(
-        torch.randn(n * frames, 1, 4, 4, generator=generator), size=(SIZE, SIZE), mode="bicubic"
-    )
-    envelope = F.interpolate(
-        torch.randn(n, 1, 4, 3, 3, generator=generator),
-        size=(frames, SIZE, SIZE),
-        mode="trilinear",
-        align_corners=True,
-    )
-    return 1 + FLICKER * envelope.clamp(min=0).transpose(1, 2) * blotches.unflatten(0, (n, frames))
-
-
 def coverage(scenes: Scenes) -> Float[Tensor, "b F 1 64 64"]:
-    """How much of each pixel the shape covers, in [0, 1]."""
+    """Fraction of each pixel that the shape covers, in [0, 1]."""
     return _coverage(scenes, None, None, SIZE)[0]
 
 

@@ -1,4 +1,4 @@
-"""A short training of `tiny` gives the figures on record, and would not if a constant were off."""
+"""A short training of `tiny` reproduces the recorded figures; a changed constant does not."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from dpo_video.strategies import VideoModel
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_it_is_the_one_on_record(recipe: str) -> None:
+def test_training_reproduces_the_record(recipe: str) -> None:
     expected = recorded(recipe)
     assert len(expected) == STEPS and expected[0]["margin"] == 0
     assert deviation(figures(run(recipe)), expected) < TOLERANCE
 
 
 def longer_schedule(model: VideoModel) -> None:
-    """Training noise whose variance grows by 1% more a step."""
+    """Increase the variance of the training noise by 1% per timestep."""
     betas = model.scheduler.betas  # type: ignore[attr-defined]
     model._alphas = torch.cumprod(1 - 1.01 * betas, 0)  # type: ignore[attr-defined]
 
 
-def test_a_drift_of_one_percent_would_be_seen() -> None:
+def test_a_change_of_one_percent_is_detected() -> None:
     recipe = "jitter, sdpo"
     expected = recorded(recipe)
     steeper = figures(run(recipe, steps=1, options=["loss.beta=2525"]))

@@ -1,4 +1,4 @@
-"""A sweep of the two campaigns in benchmarks/trust; the recorded ones are longer."""
+"""Short runs of the two campaigns in benchmarks/trust; the published ones are longer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dpo_video.data.videodpo import read_triple
 from dpo_video.errors import UserError
 
 CASES = 8
-# Too slow for here; and beartype looks into a sequence of clips, which decodes them.
+# Too slow for a test; and beartype iterates over a sequence of clips, which decodes them.
 LEFT_OUT = ("checkpoint", "adapter", "log.jsonl", "command line", "mp4", "gif", "webm", "avi",
             "mkv", "pictures", "metadata.jsonl")  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of libraries, about what they are given
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of libraries, about damaged input
 @pytest.mark.parametrize("name", [name for name in READERS if not name.startswith(LEFT_OUT)])
-def test_a_reader_gives_a_result_or_one_sentence(
+def test_a_reader_returns_a_result_or_one_sentence(
     name: str, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -34,7 +34,7 @@ def test_a_reader_gives_a_result_or_one_sentence(
         assert verdict in ("accepted", "refused"), f"case {number}: {verdict} {detail}"
 
 
-def test_the_sweep_would_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.trust.readers import Reading
 
     monkeypatch.chdir(tmp_path)
@@ -44,7 +44,7 @@ def test_the_sweep_would_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             raise KeyError("a bug")
         if data == b"touch":
             Path("touched").touch()
-        raise UserError("two\nlines are one sentence by now")
+        raise UserError("two\nlines become one sentence")
 
     for data, verdict in ((b"break", "KeyError"), (b"touch", "code ran"), (b"", "refused")):
         reading = Reading(seeds=[data], damage=lambda random, given, others: given, read=read)
@@ -66,7 +66,7 @@ def test_an_error_is_one_line_whatever_it_quotes() -> None:
     assert len(shown) < 2100
 
 
-def test_faults_of_two_builders_and_of_packing_lose_nothing() -> None:
+def test_faults_of_two_workers_and_of_packing_lose_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.trust.faults", "--stage=workers", "--stage=pack",
          "--faults=6", "--seed=1"],

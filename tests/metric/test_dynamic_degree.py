@@ -14,11 +14,12 @@ from jaxtyping import Float
 from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor
 
+from benchmarks.tiny.recipe import flicker
 from dpo_video.data.video import read_video
 from dpo_video.errors import UserError
 from dpo_video.metric._flow import dense_flow, warp
 from dpo_video.metric.dynamic_degree import DynamicDegree
-from dpo_video.tiny.scenes import MOTIONS, SIZE, SPEEDS, Scenes, draw_scenes, flicker, render
+from dpo_video.tiny.scenes import MOTIONS, SIZE, SPEEDS, Scenes, draw_scenes, render
 
 CLIPS = Path(__file__).parents[3] / "shared" / "clips"
 DIAGONAL = math.hypot(SIZE, SIZE)

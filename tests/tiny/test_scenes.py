@@ -1,4 +1,4 @@
-"""The laws of the procedural world: what a clip's description says is what is drawn."""
+"""The procedural world: clips show what their captions describe."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_shapes_stay_inside_the_picture(drawn: scenes.Scenes, coverage: torch.Te
     assert (margin >= drawn.radius + 1 - 1e-3).all()
     rims = (coverage[..., 0, :], coverage[..., -1, :], coverage[..., :, 0], coverage[..., :, -1])
     touched = torch.cat(rims, dim=-1).amax(dim=(1, 2, 3)) > 0
-    # Corners of the others reach up to 1.21 radii: a tip may be cut off, as at a picture's edge.
+    # Corners of other shapes reach up to 1.21 radii, so a tip may be cut off.
     within = [SHAPES.index("circle"), SHAPES.index("star")]
     assert not touched[torch.isin(drawn.shape, torch.tensor(within))].any()
 
@@ -43,7 +43,7 @@ def test_coverage_is_antialiased(drawn: scenes.Scenes, coverage: torch.Tensor) -
     assert coverage.min() == 0
     assert coverage.max() == 1
     partial = ((coverage > 0) & (coverage < 1)).float().mean(dim=(2, 3, 4))
-    # A ribbon of two pixels at most along an outline that is shorter than ten radii.
+    # At most two pixels along an outline that is shorter than ten radii.
     assert (partial > 0).all()
     assert (partial <= 2 * 10 * drawn.radius[:, None] / SIZE**2).all()
 
@@ -55,7 +55,7 @@ def test_areas_are_those_of_the_outlines(drawn: scenes.Scenes, coverage: torch.T
         unit = shoelace if outline else torch.tensor(torch.pi)
         chosen = drawn.shape == index
         area = coverage[chosen].sum(dim=(2, 3, 4)) / drawn.radius[chosen, None] ** 2
-        # Sharp tips lose a little to the half-pixel ramp, and inner corners gain.
+        # The half-pixel ramp removes area at sharp tips and adds some at inner corners.
         assert area.sub(unit).abs().max() < 0.06 * unit
 
 
@@ -68,7 +68,7 @@ def test_the_centre_of_mass_is_the_centre(
     assert error.abs().max() < 0.1
 
 
-def test_a_triangle_hangs_below_its_centre_by_a_sixth_of_its_radius() -> None:
+def test_the_centroid_of_a_triangle_is_a_sixth_of_its_radius_below_its_centre() -> None:
     drawn = scenes.draw_scenes(50, generator("test", "triangles"))
     still = torch.zeros_like(drawn.angle)
     drawn = replace(drawn, shape=torch.full((50,), SHAPES.index("triangle")), angle=still)
@@ -77,7 +77,7 @@ def test_a_triangle_hangs_below_its_centre_by_a_sixth_of_its_radius() -> None:
     assert (error - below).abs().max() < 0.15
 
 
-def test_motion_is_the_one_of_the_caption(drawn: scenes.Scenes) -> None:
+def test_motion_matches_the_caption(drawn: scenes.Scenes) -> None:
     steps = drawn.center.diff(dim=1)
     directions = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
     for name, direction in directions.items():
@@ -92,42 +92,40 @@ def test_motion_is_the_one_of_the_caption(drawn: scenes.Scenes) -> None:
         assert (drawn.angle[~chosen].diff(dim=1) == 0).all()
 
 
-def test_speed_is_the_one_of_the_caption(drawn: scenes.Scenes) -> None:
+def test_speed_matches_the_caption(drawn: scenes.Scenes) -> None:
     pace = drawn.center.diff(dim=1).norm(dim=-1)
     spin = drawn.angle.diff(dim=1) * drawn.radius[:, None]
     pace = torch.where((drawn.motion == MOTIONS.index("spinning"))[:, None], spin, pace)
     slowest, fastest = torch.tensor(list(SPEEDS.values()))[drawn.speed].T
     assert (pace.std(dim=1) < 1e-3).all()  # even
     assert (pace[:, 0] <= fastest + 1e-3).all()
-    # A fast and big shape has its path cut to what fits; no other is slower than stated.
+    # Only a shape whose path was shortened is slower than its caption.
     room = 2 * (SIZE / 2 - drawn.radius - 1) / (scenes.FRAMES - 1)
     assert (pace[:, 0] >= torch.minimum(slowest, room) - 0.02).all()
 
 
-def test_pictures_are_the_colours_of_the_caption(
-    drawn: scenes.Scenes, coverage: torch.Tensor
-) -> None:
+def test_colours_match_the_caption(drawn: scenes.Scenes, coverage: torch.Tensor) -> None:
     video = scenes.render(drawn)
     fills = torch.tensor(list(COLORS.values()))[drawn.color] / 255
     inside = (coverage == 1).expand_as(video)
     assert torch.allclose(video[inside], fills[:, None, :, None, None].expand_as(video)[inside])
     palette = torch.tensor(list(BACKGROUNDS.values()))[drawn.background] / 255
     outside = (coverage == 0)[:, :, 0]
-    for clip, colors, where in zip(video.movedim(2, -1), palette, outside, strict=True):
-        apart = (clip[where][:, None] - colors).abs().amax(dim=-1).amin(dim=-1)
-        assert apart.max() < 1e-6
+    for clip, colors, mask in zip(video.movedim(2, -1), palette, outside, strict=True):
+        difference = (clip[mask][:, None] - colors).abs().amax(dim=-1).amin(dim=-1)
+        assert difference.max() < 1e-6
 
 
-def test_chosen_frames_and_crops_are_cut_from_the_whole(drawn: scenes.Scenes) -> None:
-    whole = scenes.render(drawn)
+def test_selected_frames_and_crops_equal_parts_of_the_video(drawn: scenes.Scenes) -> None:
+    video = scenes.render(drawn)
     frames = torch.tensor([[3]]).expand(len(drawn), 1)
     origin = torch.tensor([8.0, 16.0]).expand(len(drawn), 1, 2)
     crop = scenes.render(drawn, frames, origin, 32)
-    assert torch.allclose(crop[:, 0], whole[:, 3, :, 16:48, 8:40], atol=1e-5)
+    assert torch.allclose(crop[:, 0], video[:, 3, :, 16:48, 8:40], atol=1e-5)
 
 
 def test_parse_caption_is_the_inverse_of_caption() -> None:
-    captions = scenes.every_caption()
+    captions = list(scenes.all_captions())
     assert len(set(captions)) == len(captions)
     for text in captions:
         words = scenes.parse_caption(text)
@@ -138,7 +136,7 @@ def test_parse_caption_is_the_inverse_of_caption() -> None:
         )
 
 
-def test_parse_caption_forgives_case_and_spacing_only() -> None:
+def test_parse_caption_ignores_case_and_spacing_only() -> None:
     text = scenes.caption("star", "orange", "navy", "left", "slowly")
     assert scenes.parse_caption(f"  {text.upper()}  ") == scenes.parse_caption(text)
     assert scenes.parse_caption(text.replace("star", "moon")) is None
@@ -149,14 +147,14 @@ def test_parse_caption_forgives_case_and_spacing_only() -> None:
 @pytest.mark.parametrize("n", [47, 94, 240])
 def test_spread_captions_covers_every_word_evenly(n: int) -> None:
     captions = scenes.spread_captions(n)
-    said = [words for text in captions if (words := scenes.parse_caption(text))]
-    assert len(said) == n
+    parsed = [words for text in captions if (words := scenes.parse_caption(text))]
+    assert len(parsed) == n
     axes = {
         "shape": SHAPES, "color": COLORS, "background": BACKGROUNDS, "motion": MOTIONS,
         "speed": SPEEDS,
     }  # fmt: skip
     for axis, names in axes.items():
-        counts = Counter(getattr(words, axis) for words in said)
+        counts = Counter(getattr(words, axis) for words in parsed)
         assert set(counts) == set(names)
         assert max(counts.values()) - min(counts.values()) <= 1
 

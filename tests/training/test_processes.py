@@ -29,7 +29,7 @@ from dpo_video.workflows.session import as_launched
 
 
 def test_two_processes_that_share_the_weights_train_what_one_trains(tmp_path: Path) -> None:
-    ways = ["one process", "two that hold the frozen weights together"]
+    ways = ["one process", "two that share the frozen weights"]
     assert len(set(hashes(tmp_path, small_model(tmp_path / "small"), ways).values())) == 1
 
 
