@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dpo_video.estimation.modes import MemoryMode
 from dpo_video.estimation.tiers import Tier, tiers
+from dpo_video.support.formatting import html_table
 from dpo_video.support.statistics import Record
 
 GIB = 2**30
@@ -265,14 +266,5 @@ class Estimate(Record):
         return table
 
     def _repr_html_(self) -> str:
-        header, cells = self._cells()
-        head = "".join(f"<th>{escape(name)}</th>" for name in header)
-        body = []
-        for each, row in zip(self.estimates, cells, strict=True):
-            weight = ' style="font-weight:bold"' if each.mode == self.asked else ""
-            columns = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-            body.append(f"<tr{weight}>{columns}</tr>")
-        return (
-            f"<p>{escape(self.headline)}</p><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{''.join(body)}</tbody></table><p>{escape(self.verdict)}</p>"
-        )
+        table = html_table(*self._cells())
+        return f"<p>{escape(self.headline)}</p>{table}<p>{escape(self.verdict)}</p>"

@@ -165,7 +165,7 @@ def test_the_best_mode_is_the_fastest_fitting_one_with_fresh_noise(found: Estima
     assert found.best(CONTEXT) is None
     tight = min(need.total for need in found.estimates if need.fresh)
     chosen = found.best(tight)
-    assert chosen is not None and chosen.card == tight
+    assert chosen is not None and chosen.total == tight
 
 
 def test_hours_follow_from_operations_and_efficiency(found: Estimate) -> None:

@@ -66,9 +66,9 @@ def test_the_choice_fits_and_one_block_fewer_does_not(setup: Setup) -> None:
 
 def test_the_choice_is_none_or_all_blocks_or_an_error_at_the_ends(setup: Setup) -> None:
     most, least = setup.estimate("none").total, setup.estimate("blocks").total
-    assert setup.choose(MODE, most).need.mode.checkpointing == "none"
-    assert setup.choose(MODE, most - 1).need.mode.checkpointing == 1
-    assert setup.choose(MODE, least).need.mode.checkpointing == "blocks"
+    assert setup.choose(MODE, most).estimate.mode.checkpointing == "none"
+    assert setup.choose(MODE, most - 1).estimate.mode.checkpointing == 1
+    assert setup.choose(MODE, least).estimate.mode.checkpointing == "blocks"
     with pytest.raises(UserError, match=r"with all 5 blocks.*Set memory\.backward=split, .*=8, "):
         setup.choose(MODE, least - 1)
 
@@ -95,7 +95,7 @@ def test_a_guess_lies_between_the_counts_tried(above: float, below: float, enoug
 
 def test_offloaded_checkpoints_need_a_checkpointed_block(setup: Setup) -> None:
     mode = MODE.model_copy(update={"offload": ("checkpoints",)})
-    assert setup.choose(mode, 1e15).need.mode.checkpointing == 1
+    assert setup.choose(mode, 1e15).estimate.mode.checkpointing == 1
 
 
 @pytest.mark.parametrize("value", ["some", -1, True, 1.5])

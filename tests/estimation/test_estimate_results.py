@@ -1,0 +1,78 @@
+"""An estimate as rows, as a table, as JSON and in a notebook."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dpo_video.estimation.modes import MemoryMode
+from dpo_video.estimation.results import GIB, Estimate, MemoryEstimate
+from dpo_video.estimation.tiers import find_tier
+
+PLAIN = MemoryMode(reference="toggle", checkpointing="none", backward="joint")
+SMALL = MemoryMode(
+    reference="copy", checkpointing=7, backward="split", forward_chunks=8, offload=("checkpoints",)
+)
+
+
+def an_estimate(asked: MemoryMode = PLAIN, **options: object) -> Estimate:
+    common = {"fresh": True, "weights": GIB, "gradients": 0, "optimizer": 0}
+    return Estimate.model_validate(
+        {
+            "model": "<a model>",
+            "parameters": 1_000_000,
+            "trainable": 1000,
+            "rank": 2,
+            "latent_shape": (4, 2, 8, 8),
+            "blocks": 9,
+            "precision": "fp16",
+            "pairs": 10,
+            "estimates": (
+                MemoryEstimate(mode=PLAIN, activations=20 * GIB, flops=10**15, **common),
+                MemoryEstimate(mode=SMALL, activations=2 * GIB, flops=2 * 10**15, host=5, **common),
+            ),
+            "asked": asked,
+            **options,
+        }
+    )
+
+
+def test_rows_are_flat_and_name_the_smallest_card() -> None:
+    rows = an_estimate(tier=find_tier("t4")).rows()
+    assert [row["fits_from"] for row in rows] == ["4090", "t4"]
+    assert [(row["fits"], row["asked"]) for row in rows] == [(False, True), (True, False)]
+    assert rows[1]["mode"] == "copy 7 blocks split /8 cpu:c"
+    for row in rows:
+        assert all(isinstance(value, str | int | float | None) for value in row.values())
+
+
+def test_the_verdict_names_the_flags_of_the_recommended_mode() -> None:
+    estimate = an_estimate(tier=find_tier("t4"))
+    assert estimate.fits is False and estimate.recommended is estimate.estimates[1]
+    assert "does not fit NVIDIA T4" in estimate.verdict
+    assert estimate.verdict.endswith(
+        "Recommended: --reference copy --set memory.checkpointing=7 --set memory.backward=split "
+        "--set memory.forward_chunks=8 --set memory.offload=checkpoints"
+    )
+    assert an_estimate(SMALL, tier=find_tier("t4")).fits
+    assert "--tier" in an_estimate().verdict and an_estimate().fits is None
+
+
+def test_json_holds_hours_and_fit_on_every_card() -> None:
+    found = json.loads(json.dumps(an_estimate(tier=find_tier("t4")).to_dict()))
+    assert found["tier"] == "t4" and found["predicted"] is True
+    plain, small = found["estimates"]
+    assert plain["fits"]["h100"] and not plain["fits"]["t4"] and small["fits"]["t4"]
+    assert small["hours"]["t4"] == pytest.approx(2 * plain["hours"]["t4"])
+
+
+def test_a_notebook_and_a_terminal_show_the_modes() -> None:
+    html = an_estimate()._repr_html_()
+    assert "&lt;a model&gt;" in html and "<script" not in html and "copy 7 blocks split" in html
+    console = Console(file=io.StringIO(), width=80)
+    console.print(an_estimate().table())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "copy 7 blocks split /8 cpu:c" in text and "h (h100)" in text
