@@ -1,4 +1,4 @@
-"""A network's blocks: what is computed again for the backward pass, how, and in how many parts."""
+"""Blocks of a network: activation checkpointing, attention kernels, and layers run in chunks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from types import MethodType
 from typing import Any
 
 import torch
@@ -15,15 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_video.diffusion.experts import Experts
 from dpo_video.errors import TrainingError
+from dpo_video.memory.hooks import wrap_forward
 from dpo_video.memory.offload import kept_on_host
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The residual and transformer blocks, told by how a network is built.
+    """The residual and transformer blocks of a network, found by its structure.
 
-    They are the members of its lists of layers. A member with several lists of its own is a stage
-    of a UNet, and one with a longer list a stack: their blocks are inside. A member that is a
-    single layer, as a UNet's downsampling is, has nothing worth computing again.
+    Blocks are the members of lists of layers (`nn.ModuleList`). A member with several such lists is
+    a stage of a UNet, and one with a longer list a stack: their blocks are inside. A member that is
+    a single layer, such as a UNet's downsampling, is no block: recomputing it saves nothing.
     """
     for child in network.children():
         if not isinstance(child, nn.ModuleList):
@@ -38,14 +38,14 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def passes(network: nn.Module) -> list[list[nn.Module]]:
-    """Its blocks, those that a forward pass goes through together: of several experts, one's."""
+    """The blocks of each forward pass: of several experts, only one runs at a time."""
     experts = [module for module in network.modules() if isinstance(module, Experts)]
     parts = [part for each in experts for part in (each.transformer, each.transformer_2)]
     return [list(blocks(part)) for part in parts or [network]]
 
 
 def _has_layers(member: nn.Module) -> bool:
-    """Whether it is made of more than one layer with weights."""
+    """Whether a member has more than one layer with weights."""
     layers = (m for m in member.modules() if next(m.parameters(recurse=False), None) is not None)
     return len(list(islice(layers, 2))) > 1
 
@@ -56,61 +56,59 @@ def _has_layers(member: nn.Module) -> bool:
 def checkpoint_blocks(
     network: nn.Module, count: int | None = None, *, inputs_on_host: bool = False
 ) -> int:
-    """Let blocks compute their activations again for their backward; how many do.
+    """Recompute the activations of blocks in the backward pass; return how many blocks do.
 
-    Without a graph, nothing changes. A deep copy of the network is checkpointed as well. Called
-    again, it replaces what it did before.
+    Without gradients nothing changes. Another call replaces the effect of an earlier one.
 
     Args:
-        network: Any with lists of layers.
-        count: How many blocks of a forward pass, from both ends of the network inwards: in a UNet
-            the outer ones hold the most. All if left out, and if there are no more.
-        inputs_on_host: Keep what they were given in the host's memory until then.
+        network: Any network with lists of layers.
+        count: Blocks of each forward pass, from both ends of the network inwards: in a UNet the
+            outer ones have the largest activations. All blocks if None or too large.
+        inputs_on_host: Keep the inputs of these blocks in CPU memory until the backward pass.
 
     Raises:
         TrainingError: if the network has no blocks.
     """
-    together: list[list[Any]] = passes(network)
-    found = [block for part in together for block in part]
-    if not found:
+    parts = passes(network)
+    if not any(parts):
         raise TrainingError(
             f"A {type(network).__name__} has no blocks that could be checkpointed: no list of "
             "layers. Set memory.checkpointing=none."
         )
-    chosen = [block for part in together for block in from_outside_in(part)[:count]]
-    for block in found:
-        if hasattr(block, "_computed"):
-            block.forward = block._computed
-            del block._computed
+    chosen = [block for part in parts for block in from_outside_in(part)[:count]]
+    for part in parts:
+        for block in part:
+            wrap_forward(block, "checkpoint", None)
     for block in chosen:
-        block._computed, block.forward = block.forward, MethodType(_recomputed, block)
-        block._inputs_on_host = inputs_on_host
+        wrap_forward(block, "checkpoint", partial(_recomputed, inputs_on_host))
     return len(chosen)
 
 
 def from_outside_in(found: list[Any]) -> list[Any]:
-    """The first, the last, the second, the last but one, and so on."""
+    """In the order first, last, second, last but one, and so on."""
     ends = zip(found, reversed(found), strict=True)
     return [block for pair in ends for block in pair][: len(found)]
 
 
-def _recomputed(block: Any, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(
+    inputs_on_host: bool, forward: Any, block: nn.Module, /, *args: Any, **kwargs: Any
+) -> Any:
     if not torch.is_grad_enabled():
-        return block._computed(*args, **kwargs)
-    with kept_on_host((args, kwargs)) if block._inputs_on_host else nullcontext():
-        return _again(block._computed, *args, **kwargs)
+        return forward(block, *args, **kwargs)
+    with kept_on_host((args, kwargs)) if inputs_on_host else nullcontext():
+        return _checkpoint(partial(forward, block), *args, **kwargs)
 
 
-def _again(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    # All by position: only so does torch show what it keeps to `kept_on_host`.
-    # Backbones load in evaluation mode and the adapter has no dropout: nothing is drawn inside.
+def _checkpoint(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    # Positional arguments only: torch passes no others to the hooks of `kept_on_host`.
+    # Backbones load in evaluation mode and the adapter has no dropout: no random numbers to replay.
     return checkpoint(
-        _called, forward, tuple(kwargs), *args, *kwargs.values(),
+        _by_position, forward, tuple(kwargs), *args, *kwargs.values(),
         use_reentrant=False, preserve_rng_state=False,
     )  # fmt: skip
 
 
-def _called(forward: Any, names: tuple[str, ...], *values: Any) -> Any:
+def _by_position(forward: Any, names: tuple[str, ...], *values: Any) -> Any:
     count = len(values) - len(names)
     return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
@@ -119,13 +117,13 @@ def _called(forward: Any, names: tuple[str, ...], *values: Any) -> Any:
 
 
 def attend_by_kernel(network: nn.Module) -> int:
-    """Have every attention computed by scaled_dot_product_attention; how many were not.
+    """Compute every attention with scaled_dot_product_attention; return how many did otherwise.
 
-    A processor that multiplies queries and keys itself holds a matrix of all tokens by all tokens:
-    2 GiB a head for Wan's 32,760 in bf16. diffusers' own choice is never one, a plugin's may be.
+    A processor that multiplies queries and keys itself stores a matrix of tokens by tokens: 2 GiB a
+    head for Wan's 32,760 in bf16. diffusers never chooses one by default; a plugin may.
 
     Args:
-        network: With diffusers' attention layers. Called again, nothing happens.
+        network: With diffusers' attention layers. Another call changes nothing.
     """
     from diffusers.models import attention_processor as processors
 
@@ -149,15 +147,16 @@ def attend_by_kernel(network: nn.Module) -> int:
 
 
 def run_in_chunks(network: nn.Module, chunks: int) -> int:
-    """Run what works token by token in parts, each again for its backward; how many such layers.
+    """Run layers that treat tokens independently in chunks of tokens; return how many layers.
 
-    Those are the feed-forward layers, whose hidden activations are four times as wide as all others
-    or more, and the cross-attentions, where no query needs another. What is alive of their inside
-    is one part's. Exact to the rounding of a matrix product with fewer rows.
+    These are the feed-forward layers, whose hidden activations are four times as wide as all others
+    or more, and the cross-attentions, where no query needs another. Each chunk is checkpointed, so
+    that only one chunk's inner activations exist at a time. Exact up to the rounding of a matrix
+    product with fewer rows.
 
     Args:
         network: Of diffusers' layers.
-        chunks: Parts of each. Called again, it replaces what was set before; 1 takes it back.
+        chunks: Number of chunks of each layer; 1 undoes it. Another call replaces an earlier one.
 
     Raises:
         TrainingError: if the network has no such layers.
@@ -165,49 +164,60 @@ def run_in_chunks(network: nn.Module, chunks: int) -> int:
     from diffusers.models.attention import FeedForward
 
     found = 0
-    module: Any
     for module in network.modules():
-        if isinstance(module, FeedForward) or getattr(module, "is_cross_attention", False):
-            found += 1
-            if chunks > 1:
-                run = _rows_in_chunks if isinstance(module, FeedForward) else _queries_in_chunks
-                module._chunks, module.forward = chunks, MethodType(run, module)
-            elif "forward" in vars(module):
-                del module.forward
+        if isinstance(module, FeedForward):
+            run: Any = _rows_in_chunks
+        elif getattr(module, "is_cross_attention", False):
+            run = _queries_in_chunks
+        else:
+            continue
+        found += 1
+        wrap_forward(module, "chunk", partial(run, chunks) if chunks > 1 else None)
     if not found:
         raise TrainingError(
-            f"A {type(network).__name__} has no feed-forward layers that could run in parts. Set "
+            f"A {type(network).__name__} has no feed-forward layers that could run in chunks. Set "
             "memory.forward_chunks=1."
         )
     return found
 
 
-def _rows_in_chunks(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _rows_in_chunks(
+    chunks: int,
+    forward: Any,
+    layer: nn.Module,
+    /,
+    hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-    parts = [_part(layer, part, *args, **kwargs) for part in rows.chunk(layer._chunks)]
+    run = partial(forward, layer)
+    parts = [_chunk(run, part, *args, **kwargs) for part in rows.chunk(chunks)]
     return torch.cat(parts).view(*hidden_states.shape[:-1], -1)
 
 
 def _queries_in_chunks(
-    layer: Any,
+    chunks: int,
+    forward: Any,
+    layer: nn.Module,
+    /,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    given = (encoder_hidden_states, *args)
-    if encoder_hidden_states is None:  # it is used as a self-attention
-        attended: Tensor = type(layer).forward(layer, hidden_states, *given, **kwargs)
+    run = partial(forward, layer)
+    if encoder_hidden_states is None:  # used as a self-attention
+        attended: Tensor = run(hidden_states, None, *args, **kwargs)
         return attended
-    parts = hidden_states.chunk(layer._chunks, dim=1)
-    return torch.cat([_part(layer, part, *given, **kwargs) for part in parts], dim=1)
+    parts = hidden_states.chunk(chunks, dim=1)
+    return torch.cat(
+        [_chunk(run, part, encoder_hidden_states, *args, **kwargs) for part in parts], dim=1
+    )
 
 
-def _part(layer: Any, part: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    run = _again if torch.is_grad_enabled() else _called_now
-    result: Tensor = run(partial(type(layer).forward, layer), part, *args, **kwargs)
+def _chunk(run: Any, part: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        run = partial(_checkpoint, run)
+    result: Tensor = run(part, *args, **kwargs)
     return result
-
-
-def _called_now(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)

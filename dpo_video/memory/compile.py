@@ -1,15 +1,15 @@
-"""A network's blocks by torch.compile: fewer, larger kernels in the place of many small ones.
+"""Blocks run by torch.compile: fewer, larger kernels instead of many small ones.
 
-Every block is one graph, without a break; blocks that are alike share theirs. What a graph cannot
-hold is refused, and so is a block of more shapes than there is room for: torch would otherwise run
-it as it is and say nothing. What is checkpointed is the compiled block, so that the same graph runs
-again for the backward pass.
+Every block is one graph, without a break; blocks of a class with the same shapes share one. A
+block that does not compile is refused, and so is one with more shapes than torch has room for:
+torch would otherwise run it uncompiled without notice. Checkpointing wraps the compiled block, so
+that the backward pass recomputes with the same graph.
 
-A compiler fuses a graph with a backward pass otherwise than one without, and one with an adapter
-otherwise than one without: their last bits differ, and beta multiplies what policy and reference
-differ by. (Of a small Wan in bf16, the margin of an untrained policy was 3e-3 then: 8 logits.) So
-both run the very same graphs. The reference is given an adapter that adds zeros, and what needs no
-graph of autograd's runs with one, which every block cuts off behind itself.
+The compiler fuses a graph with a backward pass differently than one without, and one with an
+adapter differently than one without: their last bits differ, and beta multiplies the difference
+between policy and reference. (For a small Wan in bf16, the margin of an untrained policy was 3e-3:
+8 logits.) So both run the same graphs. The reference gets an adapter that adds zeros, and a
+forward pass without backward runs with an autograd graph, which is cut after every block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from dpo_video.errors import TrainingError, UserError
 from dpo_video.memory.blocks import blocks
+from dpo_video.memory.hooks import is_wrapped, wrap_forward
 from dpo_video.settings import MemorySettings
 
 BACKEND = "inductor"
@@ -36,16 +36,15 @@ _cuts: ContextVar[bool] = ContextVar("_cuts", default=False)
 
 
 def check_compile(memory: MemorySettings, device: torch.device) -> None:
-    """A UserError if it is asked for, and does not go with the other modes or the device."""
+    """Check that memory.compile works with the other modes and the device; else a UserError."""
     if memory.compile == "off":
         return
     if memory.quantization != "native" or memory.shard > 1 or "blocks" in memory.offload:
-        # Of int8, a compiled block was seen to keep what it had unpacked.
+        # With int8, a compiled block was seen to keep the unpacked weights.
         raise UserError(
             "memory.compile=on would keep whole weights for the backward pass, where "
-            "memory.quantization, "
-            "memory.offload=blocks and memory.shard hold a layer's at a time. Set "
-            "memory.compile=off, or leave those out."
+            "memory.quantization, memory.offload=blocks and memory.shard hold one layer's at a "
+            "time. Set memory.compile=off, or leave those out."
         )
     if device.type == "cpu":
         from torch._inductor import cpp_builder, exc
@@ -74,34 +73,27 @@ def check_compile(memory: MemorySettings, device: torch.device) -> None:
 
 
 def compile_blocks(network: nn.Module, on: bool = True) -> int:
-    """Let blocks run compiled wherever there are gradients; how many do.
+    """Run blocks compiled wherever gradients are enabled; return how many.
 
-    Under torch.no_grad they run as they are: samples have other shapes than a step, which are not
-    worth a graph. A deep copy of the network is compiled as well. Raises torch's limit of graphs,
-    which is the whole process's. Called again, it replaces what it did before.
+    Under torch.no_grad they run uncompiled: samples have other shapes than a step, which are not
+    worth a graph. Raises torch's limit of graphs, which holds for the whole process. Another call
+    replaces the effect of an earlier one.
 
     Args:
-        network: Any with lists of layers, checkpointed or not.
-        on: Or as they are.
+        network: Any network with lists of layers.
+        on: False undoes it.
 
     Raises:
         TrainingError: if the network has no blocks.
     """
-    found: list[Any] = list(blocks(network))
+    found = list(blocks(network))
     if not found:
         raise TrainingError(
             f"A {type(network).__name__} has no blocks that could be compiled: no list of layers. "
             "Set memory.compile=off."
         )
     for block in found:
-        # A checkpointed block is compiled below its checkpoint.
-        name = "_computed" if hasattr(block, "_computed") else "forward"
-        if hasattr(block, "_plain"):
-            setattr(block, name, block._plain)
-            del block._plain
-        if on:
-            block._plain = getattr(block, name)
-            setattr(block, name, MethodType(_run, block))
+        wrap_forward(block, "compile", _compiled if on else None)
     if not on:
         return 0
     limits: Any = torch._dynamo.config
@@ -111,15 +103,15 @@ def compile_blocks(network: nn.Module, on: bool = True) -> int:
 
 
 def is_compiled(network: nn.Module) -> bool:
-    """Whether any of its blocks is."""
-    return any("_plain" in vars(module) for module in network.modules())
+    """Whether any of its blocks runs compiled."""
+    return is_wrapped(network, "compile")
 
 
 @contextmanager
 def without_graph(network: nn.Module) -> Iterator[None]:
-    """Inside, nothing is kept for a backward pass: of a compiled network, no more than a block's.
+    """Inside, nothing is kept for a backward pass: of a compiled network, at most one block's.
 
-    What comes out of a compiled one is to be detached.
+    Detach the output of a compiled network.
     """
     if not is_compiled(network):
         with torch.no_grad():
@@ -133,11 +125,11 @@ def without_graph(network: nn.Module) -> Iterator[None]:
         _cuts.reset(before)
 
 
-def _run(block: Any, *args: Any, **kwargs: Any) -> Any:
+def _compiled(forward: Callable[..., Any], block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return block._plain(*args, **kwargs)
+        return forward(block, *args, **kwargs)
     try:
-        result = _graphs(block._plain.__func__, BACKEND)(block, *args, **kwargs)
+        result = _graphs(forward, BACKEND)(block, *args, **kwargs)
     except (
         torch._dynamo.exc.TorchDynamoException,
         torch._dynamo.exc.FailOnRecompileLimitHit,
@@ -150,12 +142,12 @@ def _run(block: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _cut(result: Tensor) -> Tensor:
-    """Without what it came from; the next block still sees whether that had a gradient."""
+    """Detach from the graph; the next block still sees whether the result needs a gradient."""
     return result.detach().requires_grad_(result.requires_grad)
 
 
 def _reason(error: Exception) -> str:
-    """The line that says it: a compiler's first complaint where there is one."""
+    """The first line of an error, or a C++ compiler's first error where there is one."""
     lines = str(getattr(error, "inner_exception", error)).strip().splitlines()
     return next((line.strip() for line in lines if "error: " in line), lines[0])
 
@@ -165,9 +157,9 @@ def _graphs(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
     """The compiled forward pass of all blocks of a class."""
     options: dict[str, Any] | None = None
     if backend == "inductor" and "deterministic" in torch._inductor.list_options():
-        # Kernels by rule and not by a race: a bank of predictions must be the next run's, too.
+        # No autotuning: a cache of reference predictions must hold for the next run too.
         options = {"deterministic": True}
-    # A graph for any shape is another one than the first shape's.
+    # A graph with dynamic shapes differs from the first shape's.
     return torch.compile(forward, backend=backend, fullgraph=True, dynamic=False, options=options)
 
 
@@ -175,13 +167,13 @@ def _graphs(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def last_weights(policy: nn.Module) -> list[nn.Parameter]:
-    """The second matrix of every LoRA: where it is zero, the adapter adds nothing."""
+    """The second matrix of every LoRA: an adapter whose matrices are zero adds nothing."""
     return [weight for name, weight in policy.named_parameters() if ".lora_B." in name]
 
 
 @contextmanager
 def zeroed_adapter(policy: nn.Module) -> Iterator[None]:
-    """Inside, an adapter adds zeros, by the graphs of one that does not."""
+    """Inside, the adapter adds zeros, with the graphs of a trained one."""
     weights = last_weights(policy)
     trained = [weight.data for weight in weights]
     try:
@@ -191,4 +183,4 @@ def zeroed_adapter(policy: nn.Module) -> Iterator[None]:
     finally:
         for weight, data in zip(weights, trained, strict=True):
             weight.data = data
-        torch.clear_autocast_cache()  # of the zeros
+        torch.clear_autocast_cache()  # it holds casts of the zeros

@@ -1,9 +1,8 @@
-"""What waits in the host's memory while a GPU trains: block inputs, and AdamW's state.
+"""Offloading to CPU memory while a GPU trains: block inputs, and AdamW's state.
 
-Every mode here gives the gradients that it would give without. Copies go over the GPU's own stream
-and are not hidden behind its work: they take time, at some 10 to 25 GB/s each way. On machines
-without a GPU all runs, and is tested, with both memories the same; on a GPU nothing here has been
-run yet. Frozen weights: see dpo_video/memory/packed_weights.py.
+Gradients stay the same. Copies run on the GPU's current stream and do not overlap its work: they
+take time, at some 10 to 25 GB/s each way. Tests run with both memories on the CPU; nothing here has
+run on a GPU yet. For frozen weights see dpo_video/memory/packed_weights.py.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ HOST = torch.device("cpu")
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory, as the tensor lies; pinned for a GPU."""
+    """A copy in CPU memory, with the tensor's strides; pinned if the tensor is on a GPU."""
     with on_host():
         copy = torch.empty_like(tensor, device=HOST, pin_memory=tensor.is_cuda)
-    # The tensor's memory is used again by work of the same stream only, which waits for the copy.
+    # Safe without blocking: only later work of the same stream reuses the tensor's memory.
     return copy.copy_(tensor, non_blocking=True)
 
 
@@ -35,9 +34,10 @@ def to_host(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def kept_on_host(given: Any) -> Iterator[None]:
-    """Inside, those tensors that need a gradient wait for their backward in the host's memory.
+    """Inside, tensors saved for the backward pass that need a gradient are kept in CPU memory.
 
-    The others are shared by many blocks (an encoded prompt, rotary embeddings) and stay.
+    Tensors without gradient are shared by many blocks (an encoded prompt, rotary embeddings) and
+    stay on the device.
 
     Args:
         given: A block's arguments.
@@ -62,7 +62,7 @@ def kept_on_host(given: Any) -> Iterator[None]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of what waits in the host's memory."""
+    """A copy on the device of a tensor in CPU memory."""
     return torch.empty_like(tensor, device=device).copy_(tensor, non_blocking=True)
 
 
@@ -71,17 +71,17 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @final
 class HostAdamW(torch.optim.AdamW):
-    """AdamW whose momenta are in the host's memory, and whose step is made there.
+    """AdamW with its momenta in CPU memory, where it also computes the update.
 
-    Its state is AdamW's, and either goes on from the other's. Per step, an adapter's weights and
-    gradients are copied to the host, and the weights back.
+    Its state has AdamW's layout, so that either can resume from the other's. In each step the
+    adapter's weights and gradients are copied to CPU memory, and the weights back.
     """
 
     on_host = True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """A step of AdamW (Loshchilov and Hutter 2019)."""
+        """One step of AdamW (Loshchilov and Hutter 2019)."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             used = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -107,8 +107,8 @@ class HostAdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of this or of AdamW."""
-        super().load_state_dict(state_dict)  # which moves it to where the parameters are
+        """Load a state of this class or of AdamW."""
+        super().load_state_dict(state_dict)  # moves it to the device of the parameters
         for state in self.state.values():
             for name, value in state.items():
                 state[name] = value.to(HOST)

@@ -1,8 +1,8 @@
-"""Frozen weights that several processes hold together: each a part, whole where a layer needs it.
+"""Frozen weights sharded over processes: each stores a part; a layer gathers its weight on use.
 
-What ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054) and FSDP do to parameters, for parameters
-that have no gradient: nothing is to be reduced, and one gathering a layer and pass is all. Bytes
-are gathered as they are, packed ones too, so that the numbers are those of one process.
+As ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054) and FSDP, for parameters without gradients:
+nothing is reduced, and each layer gathers once per pass. Bytes are gathered as they are, packed
+ones too, so that the numbers equal those of one process.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Its name until torch 2.12.
+# all_gather_into_tensor is its name before torch 2.12.
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One process's part of what a group of them holds."""
+    """One process's part of a weight."""
 
     rank: int
-    """Of this process in its group."""
+    """Rank of this process in its group."""
     count: int
-    """Processes in the group."""
+    """Number of processes in the group."""
     group: Any = None
-    """torch.distributed's; None for all processes."""
+    """Group of torch.distributed; None for all processes."""
 
     @classmethod
     def among(cls, count: int) -> Self:
-        """This process's part where so many neighbours hold something together.
+        """This process's part among `count` processes of neighbouring ranks.
 
-        Their number divides that of all processes.
+        `count` divides the number of all processes.
         """
-        # Neighbours by rank: launchers number the processes of a node one after another.
+        # Neighbouring ranks: launchers number the processes of a node consecutively.
         alone = count == dist.get_world_size()
         group = None if alone else dist.new_subgroups(group_size=count)[0]
         return cls(rank=dist.get_rank() % count, count=count, group=group)
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """This process's bytes of a tensor; as many in every process, the last padded."""
+    def take(self, tensor: Tensor) -> Tensor:
+        """This process's bytes of a tensor: the same number in every process, the last padded."""
         data = tensor.contiguous().flatten().view(torch.uint8)
         size = math.ceil(len(data) / self.count)
-        mine = torch.zeros(size, dtype=torch.uint8, device=data.device)
+        part = torch.zeros(size, dtype=torch.uint8, device=data.device)
         found = data[self.rank * size : (self.rank + 1) * size]
-        mine[: len(found)] = found
-        return mine
+        part[: len(found)] = found
+        return part
 
-    def whole(self, mine: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The tensor, of all the processes' bytes. They must all call this, in one order."""
-        if isinstance(mine, FakeTensor):
-            return torch.empty(shape, dtype=dtype, device=mine.device)
-        data = torch.empty(len(mine) * self.count, dtype=torch.uint8, device=mine.device)
-        _gather(data, mine, group=self.group)
+    def gather(self, part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The tensor, from the bytes of all processes, which must call this in the same order."""
+        if isinstance(part, FakeTensor):
+            return torch.empty(shape, dtype=dtype, device=part.device)
+        data = torch.empty(len(part) * self.count, dtype=torch.uint8, device=part.device)
+        _gather(data, part, group=self.group)
         return data[: shape.numel() * dtype.itemsize].view(dtype).view(shape)

@@ -79,7 +79,7 @@ def test_the_reference_is_packed_as_well(small_folder: Path, reference: Toggle |
 @pytest.mark.parametrize("shape", [(8, 32), (4, 6, 3, 3)])
 def test_a_weight_is_what_it_was_to_its_bits(base: Base, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    whole = PackedWeight.of(weight, base, CPU, on_host=False).whole()
+    whole = PackedWeight.pack(weight, base, CPU, on_host=False).unpack()
     assert whole.shape == weight.shape and whole.dtype == weight.dtype
     # Half a step of the largest value in a row (e4m3: of each value); nf4's widest step is 0.3.
     error = (whole - weight).abs()
@@ -89,7 +89,7 @@ def test_a_weight_is_what_it_was_to_its_bits(base: Base, shape: tuple[int, ...])
         "fp8": torch.maximum(weight.abs() / 16, most / 448 / 2**9),
     }  # fmt: skip
     assert (error <= bound[base] * (1 + 1e-5)).all()
-    zero = PackedWeight.of(torch.zeros(shape), base, CPU, on_host=False).whole()
+    zero = PackedWeight.pack(torch.zeros(shape), base, CPU, on_host=False).unpack()
     assert not zero.any()
 
 
@@ -98,15 +98,15 @@ def test_the_size_of_nf4_is_known_without_it() -> None:
     sizes = []
     for mode in (FakeTensorMode(), torch.device("cpu")):
         with mode:
-            frozen = PackedWeight.of(torch.empty(10, 33), "nf4", CPU, on_host=False)
-            sizes.append([part.nbytes for part in frozen.parts])
-            assert frozen.whole().shape == (10, 33)
+            packed = PackedWeight.pack(torch.empty(10, 33), "nf4", CPU, on_host=False)
+            sizes.append([part.nbytes for part in packed.parts])
+            assert packed.unpack().shape == (10, 33)
     assert sizes[0] == sizes[1]
 
 
 def test_what_cannot_be_done_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(TrainingError, match=r"A Linear has no blocks.*memory\.base=native"):
+    with pytest.raises(TrainingError, match=r"A Linear has no blocks.*memory\.quantization=native"):
         pack_frozen_weights(nn.Linear(4, 4), CPU, "int8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes.*memory\.base=int8"):
+    with pytest.raises(UserError, match=r"needs bitsandbytes.*memory\.quantization=int8"):
         check_base("nf4")

@@ -52,7 +52,7 @@ def test_a_process_stores_its_part_alone(small_model: AnimateDiffModel) -> None:
     whole = sum(
         shape.numel() * dtype.itemsize
         for each in frozen_weights(small_model.denoiser)
-        for shape, dtype in each.wholes
+        for shape, dtype in each.unsharded
     )
     assert whole / 4 <= stored < 0.3 * whole
 
