@@ -178,7 +178,9 @@ def test_no_compiler_is_told_before_anything_is_loaded() -> None:
     check_compile(MemorySettings(), torch.device("mps"))
 
 
-@pytest.mark.parametrize("other", [{"offload": "blocks"}, {"shard": 2}, {"quantization": "int8"}], ids=repr)
+@pytest.mark.parametrize(
+    "other", [{"offload": "blocks"}, {"shard": 2}, {"quantization": "int8"}], ids=repr
+)
 def test_weights_that_come_layer_by_layer_are_refused(other: dict[str, object]) -> None:
     memory = MemorySettings.model_validate({"compile": "on", **other})
     with pytest.raises(UserError, match="would keep whole weights"):
@@ -188,7 +190,10 @@ def test_weights_that_come_layer_by_layer_are_refused(other: dict[str, object]) 
 def test_a_run_is_compiled_and_goes_on_in_another_mode(
     wan_folder: Path, tmp_path: Path, said: Said
 ) -> None:
-    run, quick = tmp_path / "run", ["rank=2", "gradient_accumulation_steps=1", "validation_videos=1", "report_to=none"]
+    run, quick = (
+        tmp_path / "run",
+        ["rank=2", "gradient_accumulation_steps=1", "validation_videos=1", "report_to=none"],
+    )
     command = ["train", "--backbone=wan", f"--set=backbone.model={wan_folder}", "--pairs=jitter",
                "--set=pairs.num_inference_steps=1", "--loss=global", "--reference=cached",
                "--count=2", "--device=cpu",
