@@ -131,7 +131,8 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     from dpo_video.backbone.animatediff import AnimateDiff
     from dpo_video.estimation.tracing import empty_pairs, give_tensors
     from dpo_video.loss.global_ import Global
-    from dpo_video.memory.peak import as_on_cuda, peak_bytes
+    from dpo_video.memory.cuda_autocast import cuda_autocast
+    from dpo_video.memory.peak import peak_bytes
     from dpo_video.reference.toggle import Toggle
     from dpo_video.settings import TrainSettings
     from dpo_video.training.lora import adapt
@@ -168,7 +169,7 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
                 mode=mode, backward=torch.autograd.backward,
             )  # fmt: skip
         trained = [p for p in policy.parameters() if p.requires_grad]
-        with as_on_cuda(half), _EqualityHolds():
+        with cuda_autocast(half), _EqualityHolds():
             peak = peak_bytes(
                 lambda: (passes(*given), None)[1], networks=networks,
                 optimizer=torch.optim.AdamW(trained),

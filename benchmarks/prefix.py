@@ -25,7 +25,8 @@ from dpo_video.estimation.estimate import estimate_memory
 from dpo_video.estimation.modes import MemoryMode
 from dpo_video.estimation.tracing import DTYPES, empty_pairs, give_tensors
 from dpo_video.loss.global_ import Global
-from dpo_video.memory.peak import as_on_cuda, peak_bytes
+from dpo_video.memory.cuda_autocast import cuda_autocast
+from dpo_video.memory.peak import peak_bytes
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone
@@ -70,7 +71,7 @@ def counted(backbone: Backbone, precision: str) -> dict[str, float]:
 
         def forward() -> None:
             try:
-                with as_on_cuda(DTYPES[precision]):
+                with cuda_autocast(DTYPES[precision]):
                     model.predict(policy, noise, timestep, batch.context)
             except _ReachedAdapterError:
                 pass

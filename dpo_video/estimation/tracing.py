@@ -23,10 +23,11 @@ from dpo_video.diffusion.experts import Experts
 from dpo_video.errors import UserError
 from dpo_video.estimation.modes import MemoryMode
 from dpo_video.estimation.results import MemoryEstimate
+from dpo_video.memory.cuda_autocast import cuda_autocast_rules
 from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.memory.offload import HostAdamW
 from dpo_video.memory.packed_weights import Base, frozen_weights, pack_frozen_weights
-from dpo_video.memory.peak import BLOCK, Peak, choosing_as_cuda, peak_bytes
+from dpo_video.memory.peak import BLOCK, Peak, peak_bytes
 from dpo_video.memory.sharding import Shard
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference, VideoModel
@@ -310,7 +311,7 @@ class _StepTrace:
         return torch.autocast("cpu", self.dtype, enabled=self._mixed)
 
     def _choices(self) -> AbstractContextManager[None]:
-        return choosing_as_cuda() if self._mixed else nullcontext()
+        return cuda_autocast_rules() if self._mixed else nullcontext()
 
     def _gradients_before(self) -> nn.Module:
         """Gradients of the earlier batches of an optimizer step, if there are any."""

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from dpo_video.memory.peak import BLOCK, Peak, as_on_cuda, on_host, peak_bytes
+from dpo_video.memory.cuda_autocast import cuda_autocast
+from dpo_video.memory.peak import BLOCK, Peak, on_host, peak_bytes
 
 ROWS, WIDTH = 64, 32
 ACTIVATION = 4 * ROWS * WIDTH
@@ -142,7 +143,7 @@ def test_a_norm_runs_in_fp32_as_on_a_gpu() -> None:
     norm, inputs = nn.GroupNorm(2, 8), torch.zeros(2, 8, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(inputs.bfloat16()).dtype == torch.bfloat16
-    with as_on_cuda(torch.bfloat16):
+    with cuda_autocast(torch.bfloat16):
         assert norm(inputs.bfloat16()).dtype == torch.float32
         assert nn.Linear(4, 4)(inputs).dtype == torch.bfloat16
     norm.bfloat16()
@@ -156,7 +157,7 @@ def test_what_is_computed_again_has_the_precision_that_it_had() -> None:
     )
     network.requires_grad_(False)
     inputs.requires_grad_()
-    with as_on_cuda(torch.bfloat16):  # a tensor in another precision than before is an error
+    with cuda_autocast(torch.bfloat16):  # a tensor in another precision than before is an error
         output = checkpoint(network.forward, inputs, use_reentrant=False)
         torch.autograd.backward(output.sum())
     assert inputs.grad is not None
