@@ -1,4 +1,4 @@
-"""The embedded model."""
+"""The model that ships with the package."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dpo_video.support.rng import generator
 from dpo_video.tiny import WEIGHTS, scenes
 from dpo_video.types import Clip, Placement, VideoShape
 
-_DRAWN_AT_ONCE = 16
+_BATCH = 16
 
 
 @final
 class Tiny(Backbone):
-    """A six-million-parameter AnimateDiff that ships in the package.
+    """Tiny AnimateDiff of six million parameters, shipped with the package for demos and tests.
 
-    It shows one coloured shape on a background, 16 frames at 64x64, and is run by the same code as
-    any AnimateDiff checkpoint. Its recipe is `python -m benchmarks.tiny.recipe`.
+    Its videos show one coloured shape on a background, 16 frames at 64x64. It runs by the code of
+    any AnimateDiff checkpoint. Training recipe: `python -m benchmarks.tiny.recipe`.
     """
 
     guards: ClassVar[tuple[str, ...]] = ("caption_match", "sharpness")
 
     model: Path | None = None
-    """A folder that the recipe wrote; the embedded weights when not set."""
+    """Folder written by the recipe; the package's weights when not set."""
 
     def load(self, placement: Placement) -> VideoModel:
-        """Load the parts."""
+        """Load the denoiser."""
         return load_checkpoint(
             Checkpoint(source=str(self.model or WEIGHTS), placement=placement),
             shape=VideoShape(
@@ -41,14 +41,14 @@ class Tiny(Backbone):
         )
 
     def clips(self, seed: int) -> Iterator[Clip]:
-        """Procedural clips, as it was trained on but never the same ones."""
+        """Procedural clips from the distribution of its training."""
         for batch in itertools.count():
-            drawn = scenes.draw_scenes(_DRAWN_AT_ONCE, generator(seed, "clips", batch))
+            drawn = scenes.draw_scenes(_BATCH, generator(seed, "clips", batch))
             videos = scenes.render(drawn).transpose(1, 2)
             for i, (caption, video) in enumerate(zip(drawn.captions(), videos, strict=True)):
-                name = f"scene {batch * _DRAWN_AT_ONCE + i} of seed {seed}"
+                name = f"scene {batch * _BATCH + i} of seed {seed}"
                 yield Clip(name=name, caption=caption, video=video.contiguous())
 
     def prompts(self, n: int) -> list[str]:
-        """Captions in which every word comes up about equally often."""
+        """Captions in which every word appears about equally often."""
         return scenes.spread_captions(n)

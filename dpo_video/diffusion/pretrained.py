@@ -1,4 +1,4 @@
-"""Checkpoints in diffusers' layout: found, loaded part by part, hashed, and freed again."""
+"""Checkpoints in diffusers' layout: find, download, load and hash their parts."""
 
 from __future__ import annotations
 
@@ -35,58 +35,60 @@ from dpo_video.types import Placement
 Loaded = TypeVar("Loaded")
 Network = TypeVar("Network", bound=nn.Module)
 
-_AUTHORS = {"_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version"}
+# Keys of a configuration that describe its file, not the network.
+_METADATA = {"_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DESCRIBING = ("*.json", "*.txt", "*.model")  # configurations, vocabularies, indices of shards
+_DESCRIBING = ("*.json", "*.txt", "*.model")  # configurations, vocabularies, shard indices
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
-_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*.bf16-*", "*non_ema*")  # other copies
+# Further copies of the weights.
+_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.fp16-*", "*.bf16-*", "*non_ema*")
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Where the parts of a model are: a folder, or a repository of the hub.
+    """A model's folder or hub repository, and where its parts are loaded to.
 
     A part is a subfolder such as "vae"; "" is the checkpoint itself, where it is a single network.
-    Of the hub's files only those of the parts asked for are downloaded. HF_HUB_OFFLINE=1 keeps to
-    what is in the cache.
+    Only the files of the parts that are loaded are downloaded. With HF_HUB_OFFLINE=1 only the hub's
+    cache is used.
     """
 
     source: str
-    """Folder or hub id. A known model's name is taken for its id."""
+    """Folder or hub id. The name of a known model stands for its hub id."""
     revision: str | None = None
-    """Branch, tag or commit on the hub; its main branch if None."""
+    """Branch, tag or commit on the hub; the main branch if None."""
     option: str = "backbone.model"
     """The option that names the source, for error messages."""
     placement: Placement = field(default_factory=Placement)
-    """With `on_meta`, networks are built on the meta device in the precision that they would be
-    loaded in, tokenizers and text encoders are None, and nothing but JSON is read: for known models
-    that of the package."""
+    """With `on_meta`, networks are built on the meta device in the dtype that they would be loaded
+    in, tokenizers and text encoders are None, and only JSON is read (for known models, the
+    package's own)."""
 
     def __post_init__(self) -> None:
-        known = find_model(self.source)
-        if known and not self._local.is_dir() and self.source.lower() == known.name:
-            object.__setattr__(self, "source", known.hub[0])
+        model = find_model(self.source)
+        if model and not self._local.is_dir() and self.source.lower() == model.name:
+            object.__setattr__(self, "source", model.hub[0])
 
     @property
     def _local(self) -> Path:
         return Path(self.source).expanduser()
 
     def folder(self, part: str = "") -> Path:
-        """The part's folder, on the disk when this returns; a UserError if there is none."""
-        known = find_model(self.source) if self.placement.on_meta else None
+        """The part's local folder, downloaded if need be; a UserError if there is none."""
+        model = find_model(self.source) if self.placement.on_meta else None
         if self._local.is_dir():
             root = self._local
         else:
-            root = known.folder if known else self._download(part)
+            root = model.folder if model else self._download(part)
         folder = root / part
         if not folder.is_dir():
             raise self._missing(part, f"it has no folder '{part}'")
         return folder
 
     def config(self, part: str = "", file: str = "config.json") -> dict[str, Any]:
-        """What a part says of itself, without loading it."""
+        """A part's configuration."""
         path = self.folder(part) / file
         try:
             config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -97,72 +99,102 @@ class Checkpoint:
         return config
 
     def full_config(self, network: type[Any], part: str = "") -> Mapping[str, Any]:
-        """A part's configuration with the defaults of its diffusers class filled in."""
+        """A part's configuration, completed with the defaults of its diffusers class."""
         with torch.device("meta"):
             full: Mapping[str, Any] = network.from_config(self.config(part)).config
         return full
 
-    def load(self, load: Callable[..., Loaded], part: str = "", **options: Any) -> Loaded:
-        """Call a `from_pretrained` on the part's folder.
+    def load(
+        self,
+        kind: type[Loaded],
+        part: str = "",
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Loaded:
+        """Load a part by its class's `from_pretrained`, on the CPU.
+
+        Args:
+            kind: A network, tokenizer or scheduler class of diffusers or transformers.
+            part: Its folder.
+            dtype: Precision of a network; the placement's if None.
+            options: Further arguments of `from_pretrained`.
 
         Raises:
-            UserError: if that fails, or the network would have weights that no file gives, which
-                libraries draw at random and only warn of.
+            UserError: if that fails, or if files lack weights of the network, which the libraries
+                initialize at random with no more than a warning.
         """
-        if self.placement.on_meta and not _is_scheduler(load):
-            outline: Loaded = self._outline(load, part, **options)
-            return outline
+        cls: Any = kind
+        if issubclass(cls, (ModelMixin, PreTrainedModel)):
+            name = "torch_dtype" if issubclass(cls, ModelMixin) else "dtype"
+            options = {name: dtype or self.placement.dtype, "output_loading_info": True, **options}
+        if self.placement.on_meta and not issubclass(cls, SchedulerMixin):
+            built: Loaded = self._build_on_meta(cls, part, options.get("torch_dtype"))
+            return built
         folder = self.folder(part)
         if _needs_sentencepiece(folder):
             raise UserError(
-                f"The {part} of '{self.source}' is a SentencePiece model, which needs a package "
-                "more to be read. Install it: pip install sentencepiece"
+                f"The {part} of '{self.source}' is a SentencePiece model, and the package that "
+                "reads it is not installed. Install it: pip install sentencepiece"
             )
         try:
             with warnings.catch_warnings():
-                # diffusers gives the hub's client an argument that it has no use for any more.
+                # diffusers passes the hub's client an argument that the client ignores.
                 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-                if not _is_network(load):
-                    return load(str(folder), **options)
-                told: Any = load(str(folder), output_loading_info=True, **options)
+                result: Any = cls.from_pretrained(str(folder), **options)
         except (OSError, ValueError, ImportError) as error:
             raise self._missing(part, str(error).strip().splitlines()[0].rstrip(".")) from error
-        loaded: Loaded = told[0]
-        if absent := sorted(told[1]["missing_keys"]):
+        if "output_loading_info" not in options:
+            other: Loaded = result
+            return other
+        loaded: Loaded = result[0]
+        if missing := sorted(result[1]["missing_keys"]):
             raise self._missing(
                 part,
-                f"its files lack {len(absent)} of its weights, '{absent[0]}' first, so they are "
+                f"its files lack {len(missing)} of its weights, '{missing[0]}' first, so they are "
                 "damaged or were written for another version of the library",
             )
         return loaded
 
-    def _outline(self, load: Any, part: str, **options: Any) -> Any:
-        network = load.__self__
-        if not hasattr(network, "from_config"):
-            return None  # a tokenizer, a text encoder
+    def lazy(
+        self, kind: type[Loaded], part: str = "", *, dtype: torch.dtype | None = None
+    ) -> Lazy[Loaded]:
+        """A network that is loaded and placed on first use."""
+
+        def load() -> Loaded:
+            network: Any = self.load(kind, part, dtype=dtype)
+            placed: Loaded = place(network, self.placement)
+            return placed
+
+        return Lazy(load)
+
+    def _build_on_meta(self, cls: Any, part: str, dtype: torch.dtype | None) -> Any:
+        if dtype is None:
+            return None  # a tokenizer or a text encoder
         with torch.device("meta"):
-            made = network.from_config(dict(self.config(part)))
-        # As from_pretrained: what a class keeps in fp32 stays, and with it all that is no weight.
-        kept = network._keep_in_fp32_modules
-        for name, tensor in (*made.named_parameters(), *(made.named_buffers() if not kept else ())):
+            network = cls.from_config(dict(self.config(part)))
+        # As in from_pretrained: a class may keep modules in fp32; if it does, buffers stay too.
+        kept = cls._keep_in_fp32_modules
+        buffers = () if kept else network.named_buffers()
+        for name, tensor in (*network.named_parameters(), *buffers):
             if tensor.is_floating_point() and not {*(kept or ())} & {*name.split(".")}:
-                tensor.data = tensor.data.to(options.get("torch_dtype", torch.float32))
-        return made
+                tensor.data = tensor.data.to(dtype)
+        return network
 
     def digest(self, *parts: str) -> str:
-        """SHA-256 over the parts' configurations and files of weights; none in an outline.
+        """SHA-256 of the parts' configurations and weight files; a constant on the meta device.
 
-        A network with other settings predicts otherwise from the same weights, and so does one
-        whose scheduler counts on another prediction. What only says who wrote the file is left out.
+        Configurations count because a network with other settings, or a scheduler with another
+        prediction type, predicts differently from the same weights. Metadata does not count.
         """
         if self.placement.on_meta:
-            return "outline"
+            return "meta"
         digest = hashlib.sha256()
         for part in parts:
             scheduler = part == "scheduler"
             settings = self.config(part, "scheduler_config.json" if scheduler else "config.json")
-            said = {name: settings[name] for name in settings.keys() - _AUTHORS}
-            digest.update(f"{part} {json.dumps(said, sort_keys=True)}\n".encode())
+            described = {name: settings[name] for name in settings.keys() - _METADATA}
+            digest.update(f"{part} {json.dumps(described, sort_keys=True)}\n".encode())
             files = weight_files(self.folder(part))
             if not files and not scheduler:
                 raise self._missing(part, "it holds no weights (*.safetensors)")
@@ -199,8 +231,8 @@ class Checkpoint:
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
             at = f" --revision {self.revision}" if self.revision else ""
             raise UserError(
-                f"Cannot load the {_named(part)}'{self.source}': it is not (wholly) in the hub's "
-                "cache, and the hub cannot be reached, or HF_HUB_OFFLINE forbids to ask it. "
+                f"Cannot load the {_named(part)}'{self.source}': it is not (completely) in the "
+                "hub's cache, and the hub cannot be reached or HF_HUB_OFFLINE is set. "
                 f"Download it first (hf download {self.source}{at}), or name a folder that holds "
                 f"it (--set {self.option}=...)."
             ) from error
@@ -212,7 +244,7 @@ class Checkpoint:
                 self.source,
                 revision=self.revision,
                 allow_patterns=[within + name for name in names],
-                # The checkpoint itself is what lies in no subfolder.
+                # The checkpoint itself has no files in subfolders.
                 ignore_patterns=[*_VARIANTS, *([] if part else ["*/*"])],
             )
         )
@@ -225,7 +257,7 @@ class Checkpoint:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that a part's weights are read from, by name: safetensors where there are any."""
+    """The files that a part's weights are read from, sorted: safetensors if there are any."""
     for pattern in (_SAFE, _PICKLED):
         files = [
             path
@@ -238,13 +270,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def identity(*digests: str, dtype: torch.dtype) -> str:
-    """What pairs and checkpoints were made with: 16 hex digits for weights in a precision."""
+    """`VideoModel.identity`: 16 hex digits for weights in a dtype."""
     return hashlib.sha256(" ".join([*digests, str(dtype)]).encode()).hexdigest()[:16]
 
 
 @final
 class Lazy(Generic[Loaded]):
-    """A part that is loaded when it is first used, and can be freed until it is used again."""
+    """A part that is loaded on first use, and again after it was freed."""
 
     def __init__(self, load: Callable[[], Loaded]) -> None:
         self._load = load
@@ -257,24 +289,24 @@ class Lazy(Generic[Loaded]):
         return self._loaded
 
     def free(self) -> None:
-        """Forget it; the next `get` loads it anew."""
+        """Drop it; the next `get` loads it again."""
         self._loaded = None
 
 
 def free(*parts: Lazy[Any]) -> None:
-    """Free parts, and give their memory back."""
+    """Free parts, and return their memory to the device."""
     for part in parts:
         part.free()
-    gc.collect()  # networks hold themselves in circles
+    gc.collect()  # networks contain reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def place(network: Network, placement: Placement) -> Network:
-    """The network on its device, frozen, in evaluation mode, in memory of its own.
+    """Move a network to its device: frozen, in evaluation mode, its weights in memory of their own.
 
-    Loaded weights lie wherever their file has them. Kernels round differently by that, and a copy
-    of the network would not equal it to the bit. On the meta device nothing is moved.
+    Tensors read from a file have the file's memory alignment. Kernels round differently by that,
+    and a copy of the network would not equal it to the bit. On the meta device nothing is moved.
     """
     network = network.eval().requires_grad_(False)
     if placement.on_meta:
@@ -286,26 +318,20 @@ def place(network: Network, placement: Placement) -> Network:
 
 
 def place_denoiser(denoiser: Network, placement: Placement) -> Network:
-    """As `place`, packed before it is moved."""
+    """As `place`, with the denoiser's weights packed before they are moved."""
     denoiser = denoiser.eval().requires_grad_(False)
     if placement.pack is not None and not placement.on_meta:
         placement.pack(denoiser)
     return place(denoiser, placement)
 
 
-def _is_network(load: Callable[..., Any]) -> bool:
-    network = getattr(load, "__self__", None)
-    return isinstance(network, type) and issubclass(network, (ModelMixin, PreTrainedModel))
-
-
-def _is_scheduler(load: Any) -> bool:
-    return issubclass(load.__self__, SchedulerMixin)
-
-
 def _needs_sentencepiece(folder: Path) -> bool:
-    """Whether a tokenizer comes in no other form. transformers would ask for another package."""
-    there = (folder / "spiece.model").exists() and not (folder / "tokenizer.json").exists()
-    return there and importlib.util.find_spec("sentencepiece") is None
+    """Whether a tokenizer is a SentencePiece model only, for which the package is missing.
+
+    transformers would name another package.
+    """
+    only = (folder / "spiece.model").exists() and not (folder / "tokenizer.json").exists()
+    return only and importlib.util.find_spec("sentencepiece") is None
 
 
 def _named(part: str) -> str:
@@ -313,7 +339,7 @@ def _named(part: str) -> str:
 
 
 def _file_digest(path: Path) -> str:
-    """SHA-256 of a file. The hub's cache names large files by it, so that those need no reading."""
+    """SHA-256 of a file, which the hub's cache uses as the name of large files."""
     blob = path.resolve()
     if blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name):
         return blob.name

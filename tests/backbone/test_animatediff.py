@@ -296,7 +296,7 @@ def test_a_missing_adapter_is_named_by_its_own_option(base_folder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"frames": 8}, r"at most 4 frames at once, not 8\..*backbone\.frames=4"),
+        ({"frames": 8}, r"at most 4 frames, not 8\..*backbone\.frames=4"),
         ({}, "Cannot load the unet"),
     ],
 )

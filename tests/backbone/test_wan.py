@@ -448,7 +448,7 @@ def test_frames_that_the_vae_cannot_take_are_refused() -> None:
 
 
 def test_sizes_that_leave_a_rest_are_refused(checkpoints: Checkpoints) -> None:
-    with pytest.raises(UserError, match=r"backbone\.height = 48 is no multiple of 32.*32 or 64"):
+    with pytest.raises(UserError, match=r"backbone\.height = 48 is not a multiple of 32.*32 or 64"):
         checkpoints.load("ti2v", height=48)
 
 
@@ -468,9 +468,9 @@ def edited(folder: Path, copy: Path, file: str, **values: Any) -> Path:
 @pytest.mark.parametrize(
     ("file", "values", "sentence"),
     [
-        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "text alone"),
+        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "text-to-video one"),
         ("vae/config.json", {"z_dim": 3}, "takes 4 channels, and its VAE makes 3"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "predicts no flow"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "does not predict flow"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "is DDIMScheduler"),
     ],
 )

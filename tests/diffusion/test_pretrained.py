@@ -138,7 +138,7 @@ def test_what_is_in_the_cache_loads_offline_by_its_hub_id(
 ) -> None:
     checkpoint = Checkpoint(source="someone/model", revision=revision)
     assert checkpoint.folder("vae") == hub / "vae"
-    vae = checkpoint.load(AutoencoderKL.from_pretrained, "vae", torch_dtype=torch.float32)
+    vae = checkpoint.load(AutoencoderKL, "vae")
     expected = load_file(small_folder / "vae" / WEIGHTS)
     assert all(torch.equal(value, expected[name]) for name, value in vae.state_dict().items())
 
@@ -216,12 +216,12 @@ def test_a_network_with_weights_that_no_file_gives_is_refused(tmp_path: Path) ->
     lost = "decoder.conv_out.bias"
     vae_with(tmp_path, lambda name: None if name == lost else name)
     with pytest.raises(UserError, match=rf"the vae of .* lack 1 of its weights, '{lost}' first"):
-        at(tmp_path).load(AutoencoderKL.from_pretrained, "vae")
+        at(tmp_path).load(AutoencoderKL, "vae")
     shutil.copytree(TINY / "text_encoder", tmp_path / "text_encoder")
     file = tmp_path / "text_encoder" / "model.safetensors"
     save_file({f"another.{name}": weight for name, weight in load_file(file).items()}, file)
     with pytest.raises(UserError, match=r"the text_encoder of .* lack 36 of its weights"):
-        at(tmp_path).load(CLIPTextModel.from_pretrained, "text_encoder")
+        at(tmp_path).load(CLIPTextModel, "text_encoder")
 
 
 def test_the_names_that_stable_diffusions_autoencoder_was_published_with_are_known(
@@ -240,7 +240,7 @@ def test_the_names_that_stable_diffusions_autoencoder_was_published_with_are_kno
     torch.manual_seed(0)
     vae_with(other, published)
     assert any(".query." in name for name in load_file(other / "vae" / WEIGHTS))
-    one, same = (at(each).load(AutoencoderKL.from_pretrained, "vae") for each in (new, other))
+    one, same = (at(each).load(AutoencoderKL, "vae") for each in (new, other))
     for weight, again in zip(one.parameters(), same.parameters(), strict=True):
         assert torch.equal(weight, again)
 
@@ -258,7 +258,7 @@ def test_a_part_without_weights_and_a_folder_that_is_none_are_named(tmp_path: Pa
     with pytest.raises(UserError, match="holds no weights"):
         at(tmp_path).digest("vae")
     with pytest.raises(UserError, match="Cannot load the vae"):
-        at(tmp_path).load(AutoencoderKL.from_pretrained, "vae")
+        at(tmp_path).load(AutoencoderKL, "vae")
     with pytest.raises(UserError, match="there is no such folder"):
         at(tmp_path / "missing").folder("vae")
 
@@ -276,7 +276,7 @@ def test_a_tokenizer_that_needs_another_package_says_which(
         lambda name, *more: None if name == "sentencepiece" else original(name, *more),
     )
     with pytest.raises(UserError, match=r"tokenizer of .* pip install sentencepiece"):
-        at(tmp_path).load(AutoTokenizer.from_pretrained, "tokenizer")
+        at(tmp_path).load(AutoTokenizer, "tokenizer")
 
 
 # --- parts on demand ---------------------------------------------------------------------------

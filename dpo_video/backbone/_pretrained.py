@@ -1,0 +1,162 @@
+"""Shared code of the families of published checkpoints."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, free
+from dpo_video.diffusion.sampling import frame_by_frame
+from dpo_video.strategies import Backbone, Sampling, VideoModel
+from dpo_video.types import Clip, Context, Latents, Region, VideoShape
+
+PROMPTS = (
+    "a cinematic shot of an old lighthouse at dusk",
+    "a drone flies over snowy mountains",
+    "water splashes in slow motion",
+    "timelapse of clouds over a valley",
+    "a walk through a forest in autumn",
+    "ocean waves roll onto a beach",
+    "a city at night with moving traffic",
+    "a fox runs through tall grass",
+)
+
+
+class PretrainedBackbone(Backbone):
+    """A family whose models show anything, and that has no clips of its own."""
+
+    guards: ClassVar[tuple[str, ...]] = ("sharpness",)
+
+    def clips(self, seed: int) -> Iterator[Clip] | None:
+        """None: the family has no clips of its own."""
+        return None
+
+    def prompts(self, n: int) -> list[str]:
+        """Eight diverse prompts, cycled."""
+        return [PROMPTS[i % len(PROMPTS)] for i in range(n)]
+
+
+class PretrainedModel(VideoModel):
+    """A model loaded from a checkpoint. A subclass sets `denoiser` and `identity`.
+
+    Args:
+        checkpoint: Its source and placement.
+        shape: Of its videos.
+        sampling: Defaults of `sample`.
+        vae: Loaded on first use.
+        vae_config: Complete with defaults.
+        text_encoder: Loaded on first use.
+        negative_prompt: Sampling is guided away from it.
+    """
+
+    attention: ClassVar[re.Pattern[str]]
+    """Names of the modules that get a LoRA."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        shape: VideoShape,
+        sampling: Sampling,
+        vae: Lazy[Any],
+        vae_config: Mapping[str, Any],
+        text_encoder: Lazy[Any],
+        negative_prompt: str = "",
+    ) -> None:
+        self.device, self.dtype = checkpoint.placement.device, checkpoint.placement.dtype
+        self.shape, self.sampling = shape, sampling
+        self._checkpoint = checkpoint
+        self._vae, self._vae_config, self._text_encoder = vae, vae_config, text_encoder
+        self._negative_prompt = negative_prompt
+        self._negative: Context | None = None
+
+    @property
+    def vae(self) -> Any:
+        """Loaded on first use."""
+        return self._vae.get()
+
+    @property
+    def text_encoder(self) -> Any:
+        """Loaded on first use."""
+        return self._text_encoder.get()
+
+    def release(self) -> None:
+        """Free the VAE and the text encoder; the encoded negative prompt is kept."""
+        free(self._vae, self._text_encoder)
+
+    def lora_targets(self) -> list[str]:
+        """The attention projections of the denoiser."""
+        return [n for n, _ in self.denoiser.named_modules() if self.attention.fullmatch(n)]
+
+    def sample(
+        self,
+        context: Context,
+        noise: Latents,
+        *,
+        denoiser: nn.Module | None = None,
+        clean: Latents | None = None,
+        strength: float = 1.0,
+        region: Region | None = None,
+        per_frame: bool = False,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Latents:
+        """Sample with the family's scheduler and classifier-free guidance."""
+        steps = num_inference_steps
+        options: dict[str, Any] = {
+            "clean": clean,
+            "region": region,
+            "denoiser": self.denoiser if denoiser is None else denoiser,
+            "strength": strength,
+            "steps": self.sampling.num_inference_steps if steps is None else steps,
+            "guidance_scale": guidance_scale,
+        }
+        if per_frame:
+            return frame_by_frame(self._sample, context, noise, size=self._smallest, **options)
+        return self._sample(context, noise, **options)
+
+    @abstractmethod
+    def _sample(
+        self,
+        context: Context,
+        noise: Latents,
+        *,
+        denoiser: nn.Module,
+        clean: Latents | None,
+        strength: float,
+        region: Region | None,
+        steps: int,
+        guidance_scale: float | None,
+    ) -> Latents:
+        """As `sample`, of whole videos; a guidance scale of None is the family's default."""
+
+    @property
+    def _smallest(self) -> int:
+        """Latent frames of the smallest video."""
+        return 1
+
+    def _negative_context(self, count: int) -> Context:
+        """The encoded negative prompt, repeated."""
+        if self._negative is None:
+            self._negative = self.encode_prompts([self._negative_prompt])
+        return {name: value.expand(count, -1, -1) for name, value in self._negative.items()}
+
+    def _tokens(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
+        """Token ids and mask of prompts, cut and padded to `length`, on the model's device."""
+        return tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        ).to(self.device)
+
+
+def to_pixels(decoded: torch.Tensor) -> torch.Tensor:
+    """From a VAE's [-1, 1] to [0, 1], in fp32."""
+    return (decoded.float() / 2 + 0.5).clamp(0, 1)
