@@ -470,7 +470,7 @@ def edited(folder: Path, copy: Path, file: str, **values: Any) -> Path:
     [
         ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "text-to-video one"),
         ("vae/config.json", {"z_dim": 3}, "takes 4 channels, and its VAE makes 3"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "does not predict flow"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "not predict flow"),
         ("scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, "is DDIMScheduler"),
     ],
 )
