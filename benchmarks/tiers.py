@@ -18,11 +18,11 @@ from typing import Any
 import diffusers
 import torch
 
-from dpo_video.cli.estimate import mode_of, predict
 from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, fewest_blocks
 from dpo_video.estimation.results import GIB
 from dpo_video.estimation.tiers import Tier, tiers
 from dpo_video.workflows.config import resolve
+from dpo_video.workflows.estimate import mode_of, predict
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 MODELS = {

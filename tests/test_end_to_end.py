@@ -99,10 +99,19 @@ def test_evaluate_writes_a_page_and_json(place: Path) -> None:
 
 def test_generate_writes_videos(place: Path) -> None:
     dpo_video(
-        "generate", "runs/local-region", "--prompt", "a red star", "--steps", "2",
+        "generate", "runs/local-region", "--prompt", "a red star", "--num-inference-steps", "2",
         "--out", "star.gif", cwd=place,
     )  # fmt: skip
-    dpo_video("generate", "--steps", "2", "--count", "2", "--out", "base.mp4", cwd=place)
+    dpo_video(
+        "generate",
+        "--num-inference-steps",
+        "2",
+        "--num-videos",
+        "2",
+        "--out",
+        "base.mp4",
+        cwd=place,
+    )
     assert (place / "star.gif").read_bytes()[:3] == b"GIF"
     assert (place / "base_00.mp4").exists() and (place / "base_01.mp4").exists()
 

@@ -1,15 +1,18 @@
-"""The command line: one command a file. Nothing here imports torch before a command runs."""
+"""The command line: one command per file. Nothing here imports torch before a command runs."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
+import dpo_video
 from dpo_video.cli import (
     bench,
     build,
@@ -27,79 +30,103 @@ from dpo_video.cli import (
     train,
 )
 from dpo_video.cli import list as listing
+from dpo_video.cli.console import BAD, console, say
 from dpo_video.errors import UserError
 
 app = typer.Typer(
     name="dpo-video",
     help="Direct Preference Optimization for text-to-video diffusion models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("train")(train.train)
-app.command("estimate")(estimate.estimate)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("generate")(generate.generate)
-app.command("export")(export.export)
-app.command("build")(build.build)
-app.command("label")(label.label)
-app.command("check")(check.check)
-app.command("pack")(pack.pack)
-app.command("export-pairs")(export_pairs.export_pairs)
-app.command("list")(listing.list_strategies)
-app.command("show")(show.show)
-app.command("bench", context_settings=bench.OPEN)(bench.bench)
-app.command("config")(config.config)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "estimate": estimate.estimate,
+    "evaluate": evaluate.evaluate,
+    "compare": compare.compare,
+    "generate": generate.generate,
+    "export": export.export,
+    "build": build.build,
+    "label": label.label,
+    "check": check.check,
+    "pack": pack.pack,
+    "export-pairs": export_pairs.export_pairs,
+    "list": listing.list_strategies,
+    "show": show.show_strategy,
+    "config": config.config,
+    "bench": bench.bench,
+}
+for _name, _command in COMMANDS.items():
+    _help = re.sub(r"(?<=\S)\n *(?=\S)", " ", _command.__doc__ or "")  # the terminal wraps lines
+    _settings = bench.OPEN if _name == "bench" else None
+    app.command(_name, help=_help, context_settings=_settings)(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dpo-video {dpo_video.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    rank = os.environ.get("RANK", "0")
+    console.quiet = rank.isdecimal() and 0 < int(rank) < int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def main() -> None:
-    """Run the command line. A UserError is one sentence and exit code 2, a bug keeps its trace.
+    """Run the command line.
 
-    A plugin's bug keeps it too, below a sentence that names its package; both exit with code 1.
-    SIGTERM ends it with exit code 143 and the command that goes on.
+    A UserError is printed as one sentence and exits with code 2. Any other error keeps its
+    traceback and exits with code 1; for a plugin's, a sentence names its package. SIGTERM prints
+    the command that resumes the work and exits with code 143.
     """
-    from dpo_video.cli.stopping import at_once
+    from dpo_video.cli.stopping import exit_on_sigterm
 
-    # A download then says what fetches it, and nothing of the machine.
+    # Downloads send the name of the library only, nothing about the machine.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        with at_once():
+        with exit_on_sigterm():
             app()
     except UserError as error:
-        _refuse(error)
+        _exit_with(error)
     except (Exception, SystemExit) as error:
         if "torch" in sys.modules:  # no strategy runs without it
             _explain(error)
         raise
 
 
-def _refuse(error: UserError) -> NoReturn:
-    _say(str(error))
+def _exit_with(error: UserError) -> NoReturn:
+    _print_error(str(error))
     sys.exit(2)
 
 
 def _explain(error: BaseException) -> None:
-    """Ends the program if something is known about an error that nobody raised on purpose."""
+    """Exit with a sentence if an unexpected error has a known cause."""
     if isinstance(error, RuntimeError):
         from dpo_video.support.reproducibility import refusal
 
         if refused := refusal(error):
-            _refuse(refused)
+            _exit_with(refused)
     from dpo_video.support.oom import shortage
 
     if short := shortage(error):
-        _refuse(short)
+        _exit_with(short)
     from dpo_video.registry.attribution import blamed
 
     if sentence := blamed(error):
-        _say(sentence)
+        _print_error(sentence)
         traceback.print_exception(error)
         sys.exit(1)
 
 
-def _say(sentence: str) -> None:
-    from rich.markup import escape
-
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(sentence)}")
+def _print_error(sentence: str) -> None:
+    say(("Error:", BAD), f" {sentence}", to=Console(stderr=True))

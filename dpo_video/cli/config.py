@@ -2,62 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import sys
+from typing import Any
 
-import typer
-
-from dpo_video.cli.options import (
-    Assignments,
-    Backbone,
-    Clips,
-    Count,
-    Device,
-    File,
-    Json,
-    Labeler,
-    Loss,
-    Metrics,
-    Pairs,
-    Prompt,
-    Reference,
-    Seed,
-    Tier,
-    resolve,
-)
+from dpo_video.cli.console import show_json
+from dpo_video.cli.options import TRAINING, Json, takes
 
 
-def config(
-    pairs: Pairs = None,
-    loss: Loss = None,
-    reference: Reference = None,
-    backbone: Backbone = None,
-    labeler: Labeler = None,
-    metric: Metrics = None,
-    assignments: Assignments = None,
-    file: File = None,
-    clips: Clips = None,
-    prompt: Prompt = None,
-    seed: Seed = None,
-    device: Device = None,
-    tier: Tier = None,
-    count: Count = None,
-    as_json: Json = False,
-) -> None:
-    """Print the fully resolved configuration and stop."""
-    resolved = resolve(
-        file,
-        assignments,
-        tier=tier,
-        pairs=pairs,
-        loss=loss,
-        reference=reference,
-        backbone=backbone,
-        labeler=labeler,
-        metrics=metric,
-        run_clips=clips,
-        run_prompt=prompt,
-        run_seed=seed,
-        run_device=device,
-        build_count=count,
-    )
-    typer.echo(json.dumps(resolved.tables, indent=2) if as_json else resolved.toml(), nl=as_json)
+@takes(TRAINING)
+def config(options: dict[str, Any], as_json: Json = False) -> None:
+    """Print the resolved configuration of `train` with the same flags, and stop."""
+    from dpo_video.workflows.config import configure
+
+    resolved = configure("train", options, options.pop("pairs"))
+    if as_json:
+        show_json(resolved.tables)
+    else:
+        sys.stdout.write(resolved.toml())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from dpo_video.cli.options import Json, console
+from dpo_video.cli.console import DIM, NAME, WARNING, say, show, show_json
+from dpo_video.cli.options import Json
 from dpo_video.errors import one_line
 
 
@@ -22,47 +20,43 @@ def list_strategies(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List what is installed, built in or by plugins; or the tiers of `--tier`."""
-    from dpo_video import registry
-    from dpo_video.registry.entry_points import unreadable
-
+    """List the installed strategies, built-in ones and plugins', or the tiers of `--tier`."""
     if kind == "tier":
         _list_tiers(as_json)
         return
+    from dpo_video.workflows.catalog import list_strategies
 
-    kinds = [registry.check_kind(kind)] if kind else registry.KINDS
-    found = [listing for each in kinds for listing in registry.listings(each)]
+    found = list_strategies(kind)
     if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(listing) for listing in found], indent=2))
+        show_json(found.to_dict())
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("kind", "name", "what it is", "from"):
-        table.add_column(column)
-    for each in kinds:
-        rows = [listing for listing in found if listing.kind == each]
+    table = _table("kind", "name", "what it is", "from")
+    for each in found.kinds:
+        rows = [row for row in found.strategies if row.kind == each]
         for row in rows:
-            name, summary, distribution = (
-                escape(one_line(text)) for text in (row.name, row.summary, row.distribution)
-            )
-            table.add_row(row.kind, f"[cyan]{name}[/]", summary, distribution)
+            name, summary, package = map(one_line, (row.name, row.summary, row.distribution))
+            table.add_row(row.kind, Text(name, NAME), Text(summary), Text(package))
         if not rows:
-            table.add_row(each, "[dim]none[/]", "", "")
-    Console().print(table)
-    for sentence in unreadable():
-        console.print(f"[yellow]Left out[/]: {escape(sentence)}", highlight=False, soft_wrap=True)
+            table.add_row(each, Text("none", DIM))
+    show(table)
+    for sentence in found.unreadable:
+        say(("Left out", WARNING), f": {sentence}")
 
 
 def _list_tiers(as_json: bool) -> None:
     from dpo_video.estimation.tiers import tiers
 
     if as_json:
-        typer.echo(json.dumps([tier.model_dump() for tier in tiers().values()], indent=2))
+        show_json([tier.model_dump() for tier in tiers().values()])
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("tier", "card", "GiB", "TFLOP/s"):
-        table.add_column(column)
+    table = _table("tier", "card", "GiB", "TFLOP/s")
     for tier in tiers().values():
-        table.add_row(
-            f"[cyan]{tier.name}[/]", tier.card, f"{tier.memory_gib:g}", f"{tier.tflops:g}"
-        )
-    Console().print(table)
+        table.add_row(Text(tier.name, NAME), tier.card, f"{tier.memory_gib:g}", f"{tier.tflops:g}")
+    show(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table

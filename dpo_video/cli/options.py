@@ -1,119 +1,170 @@
-"""The flags that several commands share, and what they resolve to."""
+"""The flags that several commands share, each declared once, in groups that a command takes."""
 
 from __future__ import annotations
 
-import shlex
-import sys
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-if TYPE_CHECKING:
-    from dpo_video.workflows.config import Config
-
-console = Console(stderr=True)
-_CHOICE, _RUN = "Strategies", "Run"
-
-Pairs = Annotated[
-    str | None,
-    typer.Option("--pairs", help="How pairs are made (local, jitter, ...), or a folder of pairs.",
-                 rich_help_panel=_CHOICE),
-]  # fmt: skip
-Loss = Annotated[
-    str | None, typer.Option("--loss", help="region, global, ...", rich_help_panel=_CHOICE)
-]
-Reference = Annotated[
-    str | None, typer.Option("--reference", help="toggle, copy, cached.", rich_help_panel=_CHOICE)
-]
-Backbone = Annotated[
-    str | None,
-    typer.Option("--backbone", help="tiny, animatediff, ...", rich_help_panel=_CHOICE),
-]
-Labeler = Annotated[
-    str | None,
-    typer.Option("--labeler", help="Who labels the pairs that need it.", rich_help_panel=_CHOICE),
-]
-Metrics = Annotated[
-    list[str] | None,
-    typer.Option("--metric", help="A metric to report; repeat for more.", rich_help_panel=_CHOICE),
-]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KIND.OPTION=VALUE", rich_help_panel=_CHOICE,
-                 help="Any option, as in run.toml: --set loss.beta=500. Repeat for more."),
-]  # fmt: skip
-File = Annotated[
-    Path | None,
-    typer.Option("--config", help="A run.toml to start from.", rich_help_panel=_RUN),
-]
-Clips = Annotated[
-    str | None,
-    typer.Option("--clips", help="A folder of real videos.", rich_help_panel=_RUN),
-]
-Prompt = Annotated[
-    str | None,
-    typer.Option("--prompt", help="The caption of clips that have none.", rich_help_panel=_RUN),
-]
-Seed = Annotated[int | None, typer.Option("--seed", rich_help_panel=_RUN)]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", help="cuda, mps, cpu; the best there is.", rich_help_panel=_RUN),
-]
-Deterministic = Annotated[
-    bool | None,
-    typer.Option("--deterministic", help="Equal runs are equal to the bit.", rich_help_panel=_RUN),
-]
-Tier = Annotated[
-    str | None,
-    typer.Option("--tier", help="Presets for a card: t4, l4, 4090, a100, h100, or auto for yours.",
-                 rich_help_panel=_RUN),
-]  # fmt: skip
-Count = Annotated[int | None, typer.Option("--count", help="Pairs to build.", rich_help_panel=_RUN)]
-Checkpoint = Annotated[
-    int | None,
-    typer.Option("--checkpoint", help="The checkpoint of this step; the last one if left out."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+STRATEGIES, RUN = "Strategies", "Run"
 
 
-def typed() -> str:
-    """The command that is running, to be typed again."""
-    return shlex.join(["dpo-video", *sys.argv[1:]])
+def _names_of(kind: str) -> Callable[[str], list[str]]:
+    """Shell completion by the names of a kind's installed strategies."""
+
+    def complete(incomplete: str) -> list[str]:
+        from dpo_video import registry
+
+        names = [listing.name for listing in registry.listings(kind)]
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
 
 
-def resolve(
-    file: Path | None,
-    assignments: list[str] | None,
-    *,
-    pairs: str | None = None,
-    loss: str | None = None,
-    reference: str | None = None,
-    backbone: str | None = None,
-    labeler: str | None = None,
-    metrics: list[str] | None = None,
-    tier: str | None = None,
-    **flags: Any,
-) -> Config:
-    """The configuration that a command's flags amount to.
+def _tiers(incomplete: str) -> list[str]:
+    from dpo_video.estimation.tiers import AUTO, tiers
 
-    Keyword arguments beyond the kinds are options with flags of their own; `train_steps=5` stands
-    for `train.steps`.
-    """
-    from dpo_video.workflows import config
+    return [name for name in (*tiers(), AUTO) if name.startswith(incomplete)]
 
-    return config.resolve(
-        file=file,
-        choices={
-            "pairs": pairs,
-            "loss": loss,
-            "reference": reference,
-            "backbone": backbone,
-            "labeler": labeler,
-        },
-        metrics=metrics or (),
-        tier=tier,
-        flags={name.replace("_", ".", 1): value for name, value in flags.items()},
-        assignments=assignments or (),
-    )
+
+def _flag(type_: Any, name: str, help_: str, panel: str | None = None, **more: Any) -> Any:
+    return Annotated[type_, typer.Option(name, help=help_, rich_help_panel=panel, **more)]
+
+
+def _strategy(name: str, help_: str, type_: Any = str | None) -> Any:
+    return _flag(type_, f"--{name}", help_, STRATEGIES, autocompletion=_names_of(name))
+
+
+Flags = Mapping[str, Any]
+"""Keyword of a workflow to the flag that gives it."""
+
+SET: Flags = {
+    "set": _flag(
+        list[str] | None,
+        "--set",
+        "Set any option by its path, as in --set loss.beta=500; repeat for more.",
+        STRATEGIES,
+        metavar="TABLE.OPTION=VALUE",
+    ),
+}
+CONFIG: Flags = {
+    "config": _flag(
+        Path | None, "--config", "Start from the options of a TOML file, such as a run.toml.", RUN
+    ),
+}
+DEVICE: Flags = {
+    "device": _flag(
+        str | None, "--device", "Device: cuda, cuda:N, mps or cpu; by default the best one.", RUN
+    ),
+}
+DETERMINISTIC: Flags = {
+    "deterministic": _flag(
+        bool | None,
+        "--deterministic",
+        "Use deterministic kernels; identical runs give identical bits.",
+        RUN,
+    ),
+}
+BACKBONE: Flags = {"backbone": _strategy("backbone", "Family of the video diffusion model.")}
+LABELER: Flags = {"labeler": _strategy("labeler", "Labeler that judges which video is better.")}
+METRICS: Flags = {
+    "metrics": _strategy("metric", "Metric to evaluate; repeat for more.", list[str] | None)
+}
+LOSS: Flags = {
+    "loss": _strategy("loss", "Loss to train with."),
+    "reference": _strategy("reference", "Where the reference predictions come from."),
+}
+PAIRS: Flags = {
+    "pairs": _strategy("pairs", "Pair builder, or a folder or URL of finished pairs."),
+}
+PROMPT: Flags = {
+    "prompt": _flag(
+        str | None, "--prompt", "Prompt of the videos, and caption of clips that have none.", RUN
+    ),
+}
+SEED: Flags = {"seed": _flag(int | None, "--seed", "Seed of the random draws.", RUN)}
+TIER: Flags = {
+    "tier": _flag(
+        str | None,
+        "--tier",
+        "Use the presets for a card: t4, l4, 4090, a100, h100, or auto for this machine's.",
+        RUN,
+        autocompletion=_tiers,
+    ),
+}
+SOURCE: Flags = {
+    "clips": _flag(str | None, "--clips", "Folder of real videos, or one video.", RUN),
+    **PROMPT,
+    "count": _flag(int | None, "--count", "Number of pairs to build.", RUN),
+}
+STEPS: Flags = {"steps": _flag(int | None, "--steps", "Number of optimizer steps.", RUN, min=1)}
+LABELS: Flags = {
+    "labels": _flag(
+        list[str] | None,
+        "--labels",
+        "Labels to use instead of the pairs' own; repeat for a vote.",
+        RUN,
+    ),
+}
+SEEDS: Flags = {
+    "seeds": _flag(
+        int | None, "--seeds", "Number of videos of each model, one seed per video.", RUN, min=2
+    ),
+}
+CHECKPOINT: Flags = {
+    "checkpoint": _flag(
+        int | None, "--checkpoint", "Step of the checkpoint; by default the last one.", RUN
+    ),
+}
+SAMPLING: Flags = {
+    "num_inference_steps": _flag(
+        int | None,
+        "--num-inference-steps",
+        "Number of sampling steps; by default the backbone's own.",
+        RUN,
+        min=1,
+    ),
+    "guidance_scale": _flag(
+        float | None,
+        "--guidance-scale",
+        "Classifier-free guidance scale; by default the backbone's own.",
+        RUN,
+        min=0,
+    ),
+}
+# `config` shows what `train` would run, so that both take exactly these.
+BUILDING: Flags = {
+    **PAIRS, **BACKBONE, **LABELER, **SET, **CONFIG, **TIER, **SEED, **DEVICE, **DETERMINISTIC,
+    **SOURCE,
+}  # fmt: skip
+TRAINING: Flags = {**BUILDING, **LOSS, **METRICS, **STEPS, **LABELS}
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Tier = TIER["tier"]
+
+
+def takes(*groups: Flags) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of groups; it receives their values as its `options`, by keyword."""
+    flags = {name: flag for group in groups for name, flag in group.items()}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(**given: Any) -> None:
+            options = {name: given.pop(name) for name in flags}
+            command(options=options, **given)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [each.replace(kind=keyword) for each in own if each.name != "options"]
+        parameters += [
+            inspect.Parameter(name, keyword, default=None, annotation=flag)
+            for name, flag in flags.items()
+        ]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        return run
+
+    return decorate

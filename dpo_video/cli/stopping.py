@@ -1,8 +1,8 @@
-"""SIGTERM: what preemptible machines send before they take the power away.
+"""SIGTERM, which preemptible machines send before they stop.
 
-A command that loses nothing by it stops where it is; one that has a state to save asks
-`with later() as stopping`, saves, and ends itself by `go_on_with`. The exit code is 143 (128 + 15),
-as if nobody had caught the signal.
+A command without a state to save ends at once. One that has to save first takes
+`stop_event()`, saves, and ends with `exit_resumable`. The exit status is 143 (128 + 15), as for a
+process that does not handle the signal.
 """
 
 from __future__ import annotations
@@ -14,52 +14,52 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dpo_video.cli.options import console, typed
+from dpo_video.cli.console import BOLD, say, typed
 
 EXIT_CODE = 128 + signal.SIGTERM
 
 
 class TerminatedError(BaseException):
-    """SIGTERM came; no `except Exception` on the way out may swallow it."""
+    """SIGTERM was received; not an Exception, so that `except Exception` does not swallow it."""
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
-    """Let SIGTERM end what is done inside: every `finally` on the way is passed."""
-    asked = False
+def exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the code inside, running every `finally` on the way."""
+    received = False
 
     def end(*_: object) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal received
+        received = True
         raise TerminatedError
 
     with _handling(end):
         try:
             yield
         except (TerminatedError, Exception):
-            if not asked:
+            if not received:
                 raise
-            # A library may have taken it for an error of its own, as safetensors does.
-            go_on_with(typed(), "Stopped.")
+            # A library may turn it into an error of its own, as safetensors does.
+            exit_resumable(typed(), "Stopped.")
 
 
 @contextmanager
-def later() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, for what stops by itself at a good moment."""
-    asked = threading.Event()
-    with _handling(lambda *_: asked.set()):
-        yield asked
+def stop_event() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, for code that stops by itself."""
+    received = threading.Event()
+    with _handling(lambda *_: received.set()):
+        yield received
 
 
-def go_on_with(command: str, done: str) -> NoReturn:
-    """Say how to go on, and end."""
-    console.print(f"{done} Go on by: [bold]{command}[/]", soft_wrap=True, highlight=False)
+def exit_resumable(command: str, done: str) -> NoReturn:
+    """Print the command that resumes the work, and exit."""
+    say(f"{done} Resume with: ", (command, BOLD))
     sys.exit(EXIT_CODE)
 
 
 @contextmanager
 def _handling(handler: object) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # a notebook's or a test's
+    if threading.current_thread() is not threading.main_thread():  # only it can handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]

@@ -16,6 +16,10 @@ GIB = 2**30
 # Assumptions; benchmarks/estimate_check.py measures them where there is a GPU.
 FRAGMENTS = 0.05  # share of the activations that the caching allocator loses to fragmentation
 CONTEXT = 0.6 * GIB  # CUDA's own context, kernels and libraries' workspaces
+NOT_COMPILED = (
+    "Predicted without memory.compile: compiled blocks may keep more or less for their backward "
+    "pass."
+)
 EFFICIENCY = 0.35  # share of a card's published operations per second that a step reaches
 
 
@@ -85,6 +89,10 @@ class Estimate(Record):
     """The card that it is for."""
     efficiency: float = EFFICIENCY
     """Share of a card's published operations per second that a step reaches (assumed)."""
+    within_budget: bool = True
+    """False if no number of checkpointed blocks fits `memory.budget` (checkpointing=auto)."""
+    compiled: bool = False
+    """Whether the run compiles its blocks, which the prediction ignores."""
 
     def for_mode(self, mode: MemoryMode) -> MemoryEstimate | None:
         """The estimate of a mode; None if it was not predicted."""
@@ -191,7 +199,7 @@ class Estimate(Record):
             f"of them trainable (LoRA rank {self.rank}), latents "
             f"{' x '.join(map(str, self.latent_shape))}, precision {self.precision}, "
             f"{self.pairs} pairs in the run. All numbers are predicted on shapes; nothing was "
-            "measured."
+            "measured." + (f" {NOT_COMPILED}" if self.compiled else "")
         )
 
     @property

@@ -1,1 +1,20 @@
-"""Losses: functions from elementwise errors to one loss per pair."""
+"""Losses on the errors of a pair.
+
+The classes are attributes of this package, imported when they are first used.
+"""
+
+from typing import TYPE_CHECKING
+
+from dpo_video.registry.lazy import lazy
+
+if TYPE_CHECKING:
+    from dpo_video.loss.dpop import DPOP as DPOP
+    from dpo_video.loss.global_ import Global as Global
+    from dpo_video.loss.hinge import Hinge as Hinge
+    from dpo_video.loss.ipo import IPO as IPO
+    from dpo_video.loss.region import Region as Region
+    from dpo_video.loss.robust import Robust as Robust
+    from dpo_video.loss.sdpo import SDPO as SDPO
+    from dpo_video.loss.segment import Segment as Segment
+
+__getattr__, __dir__ = lazy("loss")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _OURS = "dpo_video."
 # What the tables of run.toml and the command line mean by themselves.
 _RESERVED = {"name": "the strategy's name", "store": "a folder of finished pairs"}
+_SESSION: dict[tuple[str, str], type[Strategy]] = {}
 KINDS = ("pairs", "labeler", "loss", "reference", "metric", "backbone")
 
 
@@ -58,6 +59,8 @@ def load(kind: str, name: str) -> type[Strategy]:
     """The class behind a name; a UserError for an unknown name or a broken plugin."""
     found = _by_name(kind)
     if name not in found:
+        if (kind, name) in _SESSION:
+            return _SESSION[kind, name]
         raise unknown(kind, name, found)
     entry, *others = found[name]
     if others:
@@ -78,6 +81,32 @@ def load(kind: str, name: str) -> type[Strategy]:
         raise PluginError(f"The {kind} '{name}' of {entry.distribution} {fault}")
     strategy: type[Strategy] = loaded
     return strategy
+
+
+def strategy(kind: str, name: str, **options: Any) -> Any:
+    """A strategy by its name, a plugin's included: `strategy("loss", "region", beta=2500)`.
+
+    Raises:
+        UserError: for an unknown kind or name.
+        ValidationError: for a wrong option.
+    """
+    return load(kind, name)(**options)
+
+
+def name_of(strategy: Strategy) -> str:
+    """The name that a strategy's class is registered under.
+
+    A class without an entry point, such as one defined in a notebook, is registered under its own
+    name for this session only: no other process can repeat or evaluate its runs.
+    """
+    cls = type(strategy)
+    for entry in entries():
+        if (entry.kind, entry.attr) == (strategy.kind, cls.__qualname__) and (
+            entry.module == cls.__module__ or entry.load() is cls
+        ):
+            return entry.name
+    _SESSION[strategy.kind, cls.__name__] = cls
+    return cls.__name__
 
 
 def options(model: type[Any], path: str) -> list[Option]:

@@ -1,7 +1,7 @@
-"""Options from four places, and presets by card.
+"""The configuration of a run, merged from defaults, a file, names, a tier and single options.
 
-Defaults < run.toml < `--loss NAME` < `--tier NAME` < `--set loss.beta=500` and flags like --seed:
-what stands on the command line is over what a file says.
+Precedence, lowest first: defaults, a TOML file, strategies by name, a tier's presets, and single
+options (`--set loss.beta=500`, and flags such as --seed).
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
+from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError, unknown
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.settings import (
@@ -37,6 +38,7 @@ from dpo_video.strategies import (
     PairBuilder,
     Reference,
     StoreLabeler,
+    Strategy,
 )
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -56,13 +58,77 @@ ENGINES: Mapping[str, type[BaseModel]] = {
     "memory": MemorySettings,
     "evaluate": EvaluateSettings,
 }
+_TABLES = frozenset({*ENGINES, *registry.KINDS})
 _MODEL = "backbone.model"
 _PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
 
 
+class Options(TypedDict, total=False):
+    """Options that every workflow takes; None and a missing one leave the default."""
+
+    backbone: Backbone | str | None
+    config: Path | str | None
+    """A TOML file to start from, such as a run's run.toml."""
+    set: Mapping[str, Any] | Sequence[str] | None
+    """Any option by its path: {"loss.beta": 500}, or ["loss.beta=500"]."""
+    tier: str | None
+    """The card whose presets apply."""
+    device: str | None
+    deterministic: bool | None
+
+
+class BuildOptions(Options, total=False):
+    """Options of building pairs."""
+
+    labeler: Strategy | str | None
+    clips: Path | str | None
+    prompt: str | None
+    seed: int | None
+    count: int | None
+    previews: bool | None
+
+
+class TrainOptions(BuildOptions, total=False):
+    """Options of training: those of building pairs, the strategies, and [train] by name."""
+
+    loss: Loss | str | None
+    reference: Reference | str | None
+    metrics: Sequence[Metric | str] | None
+    steps: int | None
+    batch_size: int | None
+    gradient_accumulation_steps: int | None
+    learning_rate: float | None
+    betas: tuple[float, float] | None
+    weight_decay: float | None
+    warmup_steps: int | None
+    decay: float | None
+    max_grad_norm: float | None
+    rank: int | None
+    alpha: float | None
+    mixed_precision: str | None
+    skips: int | None
+    save_steps: int | None
+    save_total_limit: int | None
+    validation_videos: int | None
+    labels: Sequence[str] | None
+    report_to: str | None
+
+
+class EvaluateOptions(Options, total=False):
+    """Options of an evaluation: [evaluate] by name, and the metrics."""
+
+    metrics: Sequence[Metric | str] | None
+    seeds: int | None
+    seed: int | None
+    batch_size: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    tolerance: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A run, fully resolved."""
+    """A fully resolved run."""
 
     run: RunSettings
     build: BuildSettings
@@ -70,70 +136,176 @@ class Config:
     memory: MemorySettings
     evaluate: EvaluateSettings
     backbone: Backbone
-    pairs: PairBuilder | str
-    """A strategy, or the folder or URL of pairs built earlier."""
+    pairs: PairBuilder | None
+    """How pairs are built; None where `pair_store` names finished pairs."""
+    pair_store: str | None
+    """The folder or URL of finished pairs; None where `pairs` builds them."""
     labeler: Labeler | StoreLabeler | None
     loss: Loss
     reference: Reference
     metrics: Mapping[str, Metric]
     tables: Tables
-    """All of the above as plain tables, defaults filled in."""
+    """All of the above as plain tables, defaults included."""
 
     def toml(self) -> str:
-        """The text of run.toml; `--config` of it repeats the run."""
+        """The text of run.toml; `--config` with it repeats the run."""
         versions = {name: version(name) for name in _PACKAGES}
         return tomli_w.dumps(
             {**self.tables, "versions": {**versions, "python": platform.python_version()}}
         )
 
+    def to_dict(self) -> Tables:
+        """The resolved tables."""
+        return self.tables
+
+
+def configure(table: str, options: Mapping[str, Any], pairs: object = None) -> Config:
+    """Resolve the keyword arguments of a workflow.
+
+    Args:
+        table: The table whose options are keywords: `learning_rate=3e-4` of "train".
+        options: Keywords by name: those of `Options`, options of `table`, [run] and [build].
+        pairs: A pair builder, its name, a `PairStore`, or the folder or URL of one. Finished pairs
+            bring the backbone that they were made with, unless `backbone` or `config` is given.
+
+    Raises:
+        UserError: for an unknown name or option, or a value of the wrong type.
+    """
+    given = {
+        name: value for name, value in options.items() if not (value is None or value in ((), []))
+    }
+    choices: dict[str, Any] = {
+        kind: given.pop(kind, None) for kind in ("loss", "reference", "backbone", "labeler")
+    }
+    metrics, tier, file = (
+        given.pop("metrics", ()),
+        given.pop("tier", None),
+        given.pop("config", None),
+    )
+    paths = given.pop("set", ())
+    flags: dict[str, Any] = {}
+    if isinstance(paths, Mapping):
+        flags, paths = dict(paths), ()
+    if (store := _finished_pairs(pairs)) is not None:
+        pairs = store
+        if choices["backbone"] is None and file is None:
+            choices["backbone"], own = made_with(PairStore(store))
+            flags = {**own, **flags}
+    for name, value in given.items():
+        homes = (table, "run", "build")
+        home = next((each for each in homes if name in ENGINES[each].model_fields), None)
+        if home is None:
+            fields = {field for each in homes for field in ENGINES[each].model_fields}
+            raise unknown(
+                "option",
+                name,
+                fields
+                | {"loss", "reference", "backbone", "labeler", "metrics", "tier", "config", "set"},
+            )
+        flags[f"{home}.{name}"] = str(value) if isinstance(value, Path) else value
+    return resolve(
+        file=Path(file) if file is not None else None,
+        choices={**choices, "pairs": pairs},
+        metrics=metrics,
+        tier=tier,
+        flags=flags,
+        assignments=paths,
+    )
+
+
+def made_with(store: PairStore) -> tuple[str | None, dict[str, Any]]:
+    """The backbone that pairs were made with: its name, and options by their paths."""
+    recipe = store.manifest.recipe
+    backbone = dict(recipe.get("backbone", {}))
+    name = backbone.pop("name", None)
+    options = {f"backbone.{option}": value for option, value in backbone.items()}
+    if precision := recipe.get("train", {}).get("mixed_precision"):
+        options["train.mixed_precision"] = precision
+    return name, options
+
 
 def resolve(
     *,
     file: Path | None = None,
-    choices: Mapping[str, str | None] | None = None,
-    metrics: Sequence[str] = (),
+    choices: Mapping[str, Any] | None = None,
+    metrics: Sequence[Metric | str] = (),
     tier: str | None = None,
     flags: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
 ) -> Config:
-    """Merge the places and make the strategies.
+    """Merge the sources of options and make the strategies.
 
     Args:
-        file: a TOML file; [versions] in it is ignored.
-        choices: kind to name, as given by `--loss NAME`; None leaves the kind as it is.
-        metrics: names given by `--metric`; empty leaves them as they are.
-        tier: name of a tier, whose options are put over the file's.
-        flags: dotted option path to value, for options with flags of their own.
-        assignments: texts such as "loss.beta=500".
+        file: A TOML file; its [versions] is ignored.
+        choices: Kind to a strategy or its name, as `--loss NAME` gives it; None changes nothing.
+        metrics: Metrics or their names, as `--metric` gives them; none changes nothing.
+        tier: Name of a tier, whose options override the file's.
+        flags: Option path to value, for options with flags of their own.
+        assignments: Texts such as "loss.beta=500".
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
     """
     tables = _read(file) if file else {}
-    chosen = {kind: name for kind, name in (choices or {}).items() if name is not None}
+    given: list[tuple[str, Any]] = []
+    chosen = {kind: choice for kind, choice in (choices or {}).items() if choice is not None}
     for kind in (*DEFAULTS, "labeler"):
-        if kind in chosen:
-            _choose(tables, kind, chosen[kind])
+        choice = chosen.get(kind)
+        if isinstance(choice, Strategy):
+            tables[kind] = {"name": registry.name_of(choice)}
+            given += [(f"{kind}.{name}", value) for name, value in _set_by_hand(choice).items()]
+        elif choice is not None:
+            _choose(tables, kind, str(choice))
         elif kind not in tables and kind in DEFAULTS:
             tables[kind] = {"name": DEFAULTS[kind]}
     backbone_class = registry.load("backbone", _name(tables, "backbone"))
     if metrics or "metric" not in tables:
         guards = cast(type[Backbone], backbone_class).guards
-        wanted = metrics or (*METRICS, *guards)
-        tables["metric"] = {name: tables.get("metric", {}).get(name, {}) for name in wanted}
-    given = [(path, value) for path, value in (flags or {}).items() if value is not None]
+        before = tables.get("metric", {})
+        tables["metric"] = {}
+        for metric in metrics or (*METRICS, *guards):
+            if isinstance(metric, Metric):
+                tables["metric"][registry.name_of(metric)] = _set_by_hand(metric)
+            else:
+                tables["metric"][metric] = before.get(metric, {})
+    given += [(path, value) for path, value in (flags or {}).items() if value is not None]
     given += [_read_assignment(text) for text in assignments]
     if tier is not None:
-        # Which model it is decides what the card does with it, so that goes first.
+        # A tier's presets depend on the model, so the model is determined first.
         model = dict(given).get(_MODEL, tables["backbone"].get("model"))
         if model is None and "model" in backbone_class.model_fields:
             model = backbone_class.model_fields["model"].default
-        _apply(find_tier(tier), tables, model if isinstance(model, str) else None)
+        _apply_tier(find_tier(tier), tables, model if isinstance(model, str) else None)
     for path, value in given:
         _assign(tables, path, value)
     defaults = cast(type[Backbone], backbone_class).training
-    tables["train"] = _trained(tables.get("train", {}), defaults)
+    tables["train"] = _with_family_defaults(tables.get("train", {}), defaults)
     return _make(tables)
+
+
+def _set_by_hand(strategy: Strategy) -> dict[str, Any]:
+    """The options that were given to a strategy; the others keep their defaults."""
+    return strategy.model_dump(mode="json", exclude_unset=True)
+
+
+def _finished_pairs(pairs: object) -> str | None:
+    """The folder or URL that `pairs` stands for; None if it stands for a pair builder."""
+    if isinstance(pairs, PairStore):
+        return pairs.where
+    if isinstance(pairs, Path):
+        return str(pairs)
+    return pairs if isinstance(pairs, str) and _is_store(pairs) else None
+
+
+def _is_store(name: str) -> bool:
+    """Whether a text names finished pairs: a path with a slash, a URL, or a store's folder.
+
+    A folder that has the name of a strategy does not hide the strategy.
+    """
+    if "/" in name:
+        return True
+    strategies = {listing.name for listing in registry.listings("pairs")}
+    return name not in strategies and Path(name, "store.json").exists()
 
 
 def _read_assignment(text: str) -> tuple[str, Any]:
@@ -144,25 +316,25 @@ def _read_assignment(text: str) -> tuple[str, Any]:
     return path.strip(), _parse(value.strip())
 
 
-def _apply(tier: Tier, tables: Tables, model: str | None) -> None:
-    """Put a tier's options over those there are; alpha then goes along with its rank."""
+def _apply_tier(tier: Tier, tables: Tables, model: str | None) -> None:
+    """Override options with a tier's; alpha then follows the tier's rank."""
     for path, value in tier.preset(_name(tables, "backbone"), model).items():
         _assign(tables, path, value)
     tables["train"].pop("alpha", None)
 
 
-def _trained(given: Any, defaults: Mapping[str, Any]) -> Any:
-    """[train] with what the family trains with, where nothing else is said."""
+def _with_family_defaults(given: Any, defaults: Mapping[str, Any]) -> Any:
+    """[train] with the backbone's own defaults for options that are not set."""
     if not isinstance(given, Mapping):
         return given
     options = {**defaults, **given}
     rank = options.get("rank")
     if not isinstance(rank, int | float) or not 0 < rank <= LARGEST_RANK:
-        return options  # it will be refused
+        return options  # TrainSettings refuses it
     if "rank" in given and "alpha" not in given:
-        # An adapter's update is scaled by alpha / rank: another rank keeps that scale.
-        usual = TrainSettings(**defaults)
-        options["alpha"] = rank * usual.alpha / usual.rank
+        # LoRA scales its update by alpha / rank: another rank keeps that scale.
+        family = TrainSettings(**defaults)
+        options["alpha"] = rank * family.alpha / family.rank
     return options
 
 
@@ -173,65 +345,59 @@ def _read(file: Path) -> Tables:
         raise UserError(
             f"Cannot read '{file}': {error.strerror}. Name an existing TOML file."
         ) from error
-    except (ValueError, RecursionError) as error:  # numbers too long and tables too deep, too
+    except (ValueError, RecursionError) as error:  # also overlong numbers and too deep tables
         raise UserError(
             f"'{file}' is not valid TOML: {error}. Correct it and run again."
         ) from error
     tables.pop("versions", None)
-    known = {*ENGINES, *registry.KINDS}
     for name, table in tables.items():
-        if name not in known:
-            raise unknown("table", name, known)
+        if name not in _TABLES:
+            raise unknown("table", name, _TABLES)
         if not isinstance(table, dict):
             raise UserError(
-                f"'{name}' in '{file}' is not a table. Write [{name}] and its options below."
+                f"'{name}' in '{file}' is not a table. Write [{name}] above its options."
             )
     return tables
 
 
 def _choose(tables: Tables, kind: str, name: str) -> None:
-    """Options that a file gives belong to the strategy that it names; another one drops them."""
-    if kind == "pairs":
-        # A folder that happens to be called like a strategy must not take its place.
-        strategies = {listing.name for listing in registry.listings("pairs")}
-        if "/" in name or (name not in strategies and Path(name, "store.json").exists()):
-            tables["pairs"] = {"store": name}
-            return
-    if tables.get(kind, {}).get("name") != name:
+    """Choose a strategy by name; the file's options stay only if the file names the same one."""
+    if kind == "pairs" and _is_store(name):
+        tables["pairs"] = {"store": name}
+    elif tables.get(kind, {}).get("name") != name:
         tables[kind] = {"name": name}
 
 
 def _name(tables: Tables, kind: str) -> str:
     name = tables[kind].get("name")
     if not isinstance(name, str):
-        raise UserError(f"The table [{kind}] names no strategy. Add name = \"...\" to it "
-                        f"(see `dpo-video list {kind}`).")  # fmt: skip
+        raise UserError(
+            f'The table [{kind}] names no strategy. Add name = "..." to it (see `dpo-video list '
+            f"{kind}`)."
+        )
     return name
 
 
 def _assign(tables: Tables, path: str, value: Any) -> None:
     for text in (path, value):
         if isinstance(text, str) and not _encodes(text):
-            raise UserError(f"'{path}' = {text!r} is not UTF-8. Type it again.")
+            raise UserError(f"'{path}' = {text!r} is not valid UTF-8. Type it again.")
     head, *middle, last = path.split(".")
-    known = {*ENGINES, *registry.KINDS}
-    if head not in known:
-        raise unknown("table", head, known)
+    if head not in _TABLES:
+        raise unknown("table", head, _TABLES)
     if head == "labeler" and head not in tables:
         raise UserError(
             f"'{path}' sets an option of a labeler, but none is chosen. Add --labeler NAME."
         )
     if head in registry.KINDS and not middle and last == "name":
-        raise UserError(f"'{path}' is no option. Choose a {head} by --{head} NAME.")
+        raise UserError(f"'{path}' is not an option. Choose a {head} with --{head} NAME.")
     node = tables.setdefault(head, {})
     if head == "metric" and middle and middle[0] not in node:
-        raise unknown("metric among those chosen", middle[0], node)
+        raise unknown("metric of this run", middle[0], node)
     for part in middle:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise UserError(
-                f"'{path}' goes through '{part}', which is not a table. Check the path."
-            )
+            raise UserError(f"'{part}' in '{path}' is not a table. Check the path.")
     node[last] = value
 
 
@@ -243,7 +409,7 @@ def _parse(text: str) -> Any:
 
 
 def _encodes(text: str) -> bool:
-    """Whether a run.toml can hold it: bytes of a command line that are not UTF-8 it cannot."""
+    """Whether a text is valid UTF-8, as a run.toml must be; a command line's bytes may not be."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -253,50 +419,47 @@ def _encodes(text: str) -> bool:
 
 def _make(tables: Tables) -> Config:
     engines = {name: _build(model, tables.get(name, {}), name) for name, model in ENGINES.items()}
-    made: dict[str, Any] = {}
-    for kind in ("backbone", "pairs", "labeler", "loss", "reference"):
-        if kind not in tables:
-            made[kind] = None
-        elif kind == "pairs" and "store" in tables["pairs"]:
-            made["pairs"] = _store(tables["pairs"])
-        else:
+    made: dict[str, Any] = dict.fromkeys(("backbone", "pairs", "labeler", "loss", "reference"))
+    store = _store(tables["pairs"]) if "store" in tables["pairs"] else None
+    for kind in made:
+        if kind in tables and not (kind == "pairs" and store is not None):
             options = {key: value for key, value in tables[kind].items() if key != "name"}
             name = _name(tables, kind)
             made[kind] = _build(registry.load(kind, name), options, kind, name)
-    settled = made["labeler"]
-    if isinstance(settled, LabelerFactory):
-        settled, made["labeler"] = _give_metrics(settled)
+    resolved_labeler = made["labeler"]
+    if isinstance(resolved_labeler, LabelerFactory):
+        resolved_labeler, made["labeler"] = _give_metrics(resolved_labeler)
     metrics = {
         name: cast(Metric, _build(registry.load("metric", name), table, f"metric.{name}", name))
         for name, table in tables["metric"].items()
     }
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
-    for kind, strategy in {**made, "labeler": settled}.items():
-        if isinstance(strategy, str):
-            resolved[kind] = {"store": strategy}
-        elif strategy is not None:
+    for kind, strategy in {**made, "labeler": resolved_labeler}.items():
+        if strategy is not None:
             resolved[kind] = {"name": tables[kind]["name"], **_dump(strategy)}
+        elif kind == "pairs" and store is not None:
+            resolved["pairs"] = {"store": store}
     resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
-    return Config(**engines, **made, metrics=metrics, tables=resolved)  # type: ignore[arg-type]
+    return Config(**engines, **made, pair_store=store, metrics=metrics, tables=resolved)  # type: ignore[arg-type]
 
 
 def _give_metrics(labeler: LabelerFactory) -> tuple[LabelerFactory, Labeler]:
-    """The labeler with its metrics' options spelled out, and the one that judges by them."""
+    """The labeler with the options of its metrics resolved, and the one that judges by them."""
     if strays := sorted(labeler.options.keys() - set(labeler.metric_names)):
-        raise unknown("metric among the labeler's", strays[0], labeler.metric_names)
+        raise unknown("metric of the labeler", strays[0], labeler.metric_names)
     metrics = {}
     for name in labeler.metric_names:
         options = labeler.options.get(name, {})
         made = _build(registry.load("metric", name), options, f"metric.{name}", name)
         metrics[name] = cast(Metric, made)
     options = {name: _dump(metric) for name, metric in metrics.items()}
-    settled = labeler.model_copy(update={"options": options})
-    return settled, settled.with_metrics(metrics)
+    resolved = labeler.model_copy(update={"options": options})
+    return resolved, resolved.with_metrics(metrics)
 
 
 def _store(table: Mapping[str, Any]) -> str:
     if not isinstance(table["store"], str):
-        raise UserError(f"pairs.store = {table['store']!r} is no folder. Write its path in quotes.")
+        raise UserError(f"pairs.store = {table['store']!r} is not a path. Write it in quotes.")
     if extra := sorted(table.keys() - {"store"}):
         raise UserError(
             f"pairs.{extra[0]} is an option of a strategy, but pairs.store names finished pairs, "
@@ -307,7 +470,7 @@ def _store(table: Mapping[str, Any]) -> str:
 
 def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model:
     if not isinstance(options, Mapping):
-        raise UserError(f"'{path}' is {options!r}, not a table. Set its options, one by one.")
+        raise UserError(f"'{path}' is {options!r}, not a table. Set its options one by one.")
     try:
         return model(**options)
     except ValidationError as error:
@@ -319,20 +482,20 @@ def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model
             paths = [option.path for option in registry.options(model, path)]
             raise unknown("option", where, paths) from error
         hidden = model.model_config.get("hide_input_in_errors") or detail["type"] == "missing"
-        # What several options together do wrong has no place of its own.
+        # A fault of several options together has no location.
         what = where if hidden or not detail["loc"] else f"{where} = {detail['input']!r}"
         reason = detail["msg"].removeprefix("Value error, ")
         raise UserError(f"{what}: {reason}. See {see}.") from error
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:
-    """Plain values, without the ones that are not set: TOML has no null."""
+    """Plain values of the options that are set: TOML has no null."""
     plain = model.model_dump(mode="json", exclude_none=True)
     try:
         tomli_w.dumps(plain)
-    except (TypeError, ValueError) as error:  # a stranger's options
+    except (TypeError, ValueError) as error:  # a plugin's options
         raise UserError(
-            f"The options of {type(model).__name__} of {type(model).__module__} cannot be written "
-            f"down in a run.toml ({error}). Its author must use plain types."
+            f"The options of {type(model).__name__} in {type(model).__module__} cannot be written "
+            f"to a run.toml ({error}). Its author must use plain types."
         ) from error
     return plain

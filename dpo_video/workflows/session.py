@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -106,7 +105,7 @@ def builder_labeler(config: Config) -> Labeler | None:
 
     Call it before anything is loaded: it raises a UserError if builder and labeler do not match.
     """
-    if isinstance(config.pairs, str):
+    if config.pairs is None:
         return None
     kind = config.tables["pairs"]["name"]
     if config.labeler is None and config.pairs.needs_labeler:
@@ -129,7 +128,7 @@ def builder_labeler(config: Config) -> Labeler | None:
 
 def open_source(config: Config, model: VideoModel) -> OpenedSource:
     """What the pairs bring themselves, or the user's clips, or the backbone's, or prompts alone."""
-    assert not isinstance(config.pairs, str)
+    assert config.pairs is not None
     run = config.run
     if isinstance(config.pairs, SuppliedPairs):
         if run.clips is not None:
@@ -176,9 +175,9 @@ def open_store(
     }
     precision = config.train.mixed_precision
     if precision != "no":  # it shapes the latents, and the model's identity with them
-        tables["train"] = {"precision": precision}
+        tables["train"] = {"mixed_precision": precision}
     if config.memory.quantization != "native":  # it shapes what the model draws
-        tables["memory"] = {"base": config.memory.quantization}
+        tables["memory"] = {"quantization": config.memory.quantization}
     manifest = Manifest(
         recipe={**tables, "seed": config.run.seed, "clips": clips},
         identity=model.identity,
@@ -187,17 +186,6 @@ def open_store(
     )
     names = f"{config.tables['pairs']['name']}-{config.tables['backbone']['name']}"
     return PairStore.create(where if exact else where / f"{names}-{manifest.key}", manifest)
-
-
-def made_with(store: PairStore) -> dict[str, Any]:
-    """What to resolve a configuration with to load the model that the pairs were made with."""
-    recipe = store.manifest.recipe
-    backbone = dict(recipe.get("backbone", {}))
-    return {
-        "backbone": backbone.pop("name", None),
-        **{f"backbone_{option}": value for option, value in backbone.items()},
-        "train_precision": recipe.get("train", {}).get("precision"),
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +247,7 @@ def as_launched(config: Config) -> Config:
             f"Set it to {world} or a divisor, or launch as many: accelerate launch "
             f"--num_processes {memory.shard} -m dpo_video train ..."
         )
-    if memory.shard > 1 and not isinstance(config.pairs, str):
+    if memory.shard > 1 and config.pairs is not None:
         raise UserError(
             "Pairs are built by each process alone, and memory.shard leaves none of them a whole "
             "model. Build them first (dpo-video build, with memory.offload=blocks where the model "

@@ -178,7 +178,7 @@ def test_build_skips_what_is_damaged_and_goes_on_where_it_was(
     assert done.code == 0, done.err
     assert "Skipped torn.mp4" in done.err
     done = run(*arguments, "--count=2")
-    assert "1 are there already" in done.err.replace("\n", " ")
+    assert "1 of them exist already" in done.err.replace("\n", " ")
     assert len(PairStore(tmp_path / "pairs")) == 2
     assert "2 pairs built earlier" in run(*arguments, "--count=2").err.replace("\n", " ")
     done = run(*arguments, "--count=2", "--seed=1")
@@ -219,7 +219,7 @@ def test_ones_own_pairs_are_built_exported_and_built_again(
                "--out", tmp_path / "pairs")  # fmt: skip
     assert done.code == 0, done.err
     assert "Building 2 pairs" in done.err and "Skipped lose/alone.mp4" in done.err
-    assert "Files skipped in all: 1" in done.err
+    assert "Files skipped in total: 1" in done.err
     done = run("export-pairs", tmp_path / "pairs", tmp_path / "published")
     assert done.code == 0 and "2 pairs in" in done.err
     done = run(
@@ -288,12 +288,17 @@ def test_a_run_repeats_and_goes_on_from_its_run_toml(
     assert longer.code == 0, longer.err
     assert latest_checkpoint(second).name == "step_000003"
     finished = run("train", "--out", second, "--resume")
-    assert "has all its 3 steps already" in finished.err.replace("\n", " ")
+    assert "already has all its steps" in finished.err.replace("\n", " ")
 
 
 def test_generate_writes_what_the_suffix_says(run: Run, small: list[str], tmp_path: Path) -> None:
     done = run(
-        "generate", *small, "--prompt=a red square", "--steps=2", "--out", tmp_path / "a.gif"
+        "generate",
+        *small,
+        "--prompt=a red square",
+        "--num-inference-steps=2",
+        "--out",
+        tmp_path / "a.gif",
     )
     assert done.code == 0, done.err
     assert (tmp_path / "a.gif").read_bytes()[:3] == b"GIF"
@@ -304,15 +309,18 @@ def test_generate_writes_what_the_suffix_says(run: Run, small: list[str], tmp_pa
 WRONG = {
     "unknown loss": (["train", "--loss=regoin"], "Did you mean 'region'?"),
     "unknown kind": (["list", "losses"], "Unknown kind 'losses'. Did you mean 'loss'?"),
-    "kind without a name": (["show", "loss"], "Which loss? See `dpo-video list loss`."),
+    "kind without a name": (
+        ["show", "loss"],
+        "show loss needs a NAME (see `dpo-video list loss`).",
+    ),
     "unknown option": (["config", "--set=loss.beat=1"], "Did you mean 'loss.beta'?"),
     "wrong type": (["config", "--set=loss.beta=x"], "See `dpo-video show loss region`."),
     "malformed set": (["config", "--set=beta"], "Write it like --set loss.beta=500."),
     "missing config": (["train", "--config=none.toml"], "Cannot read 'none.toml'"),
     "missing run": (["evaluate", "none"], "it has no run.toml"),
     "missing run to resume": (["train", "--out=none", "--resume"], "Start it without --resume."),
-    "resume what": (["train", "--resume"], "Which run goes on?"),
-    "whose checkpoint": (["generate", "--checkpoint=1"], "Whose checkpoint? Name the run:"),
+    "resume without a run": (["train", "--resume"], "--resume needs --out RUN"),
+    "checkpoint of no run": (["generate", "--checkpoint=1"], "--checkpoint needs a run:"),
     "wrong suffix": (["generate", "--out=video.avi"], "videos end in .mp4 or .gif"),
     "unknown device": (["build", "--device=gpu9"], "'gpu9' is no device. Choose among"),
 }

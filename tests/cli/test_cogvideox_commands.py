@@ -76,7 +76,9 @@ def test_from_clips_to_videos(
     assert any(weight.any() for name, weight in weights.items() if ".lora_B" in name)
     dpo_video("evaluate", "run", "--seeds=2", "--set=evaluate.num_inference_steps=2")
     assert Path("run/evaluation/evaluation.json").exists()
-    dpo_video("generate", "run", "--prompt=a blue star", "--steps=2", "--out=star.mp4")
+    dpo_video(
+        "generate", "run", "--prompt=a blue star", "--num-inference-steps=2", "--out=star.mp4"
+    )
     assert Path("star.mp4").stat().st_size > 0
 
 

@@ -1,4 +1,4 @@
-"""`dpo-video estimate` as the shell runs it."""
+"""The command `dpo-video estimate`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from conftest import SHAPE
 from typer.testing import CliRunner
 
 from dpo_video.cli import app
-from dpo_video.cli.estimate import DOES_NOT_FIT, predict
+from dpo_video.cli.estimate import DOES_NOT_FIT
 from dpo_video.estimation.modes import MemoryMode, candidate_modes
 from dpo_video.estimation.results import Estimate
 from dpo_video.estimation.tracing import TraceCache
 from dpo_video.strategies import Loss
 from dpo_video.workflows.config import Config
+from dpo_video.workflows.estimate import predict
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def arguments(
         return [*modes[:3], modes[4], *modes[-2:]]  # [4]: all blocks, what auto falls back to
 
     monkeypatch.setattr("dpo_video.estimation.modes.candidate_modes", ends)
-    monkeypatch.setattr("dpo_video.cli.estimate.predict", once)
+    monkeypatch.setattr("dpo_video.workflows.estimate.predict", once)
     monkeypatch.setenv("COLUMNS", "200")
     return [
         "estimate", "--backbone=animatediff", f"--set=backbone.model={small_folder}", "--tier=t4",
@@ -48,7 +49,7 @@ def arguments(
     ]  # fmt: skip
 
 
-def test_it_says_in_json_what_every_mode_needs_and_which_card_holds_it(
+def test_json_has_the_memory_of_every_mode_and_the_cards_that_hold_it(
     arguments: list[str],
 ) -> None:
     done = CliRunner().invoke(app, [*arguments, "--json"])
@@ -70,7 +71,7 @@ def test_it_says_in_json_what_every_mode_needs_and_which_card_holds_it(
         assert need["fits"]["h100"] and need["hours"]["h100"] < need["hours"]["t4"]
 
 
-def test_what_does_not_fit_the_card_is_exit_code_3(
+def test_a_mode_that_does_not_fit_the_card_exits_with_3(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo_video.estimation.results.CONTEXT", 1e12)
@@ -87,7 +88,7 @@ def test_what_does_not_fit_the_card_is_exit_code_3(
     assert max(map(len, lines)) <= 80
 
 
-def test_it_says_that_a_compiled_step_is_not_predicted(arguments: list[str]) -> None:
+def test_a_compiled_step_is_predicted_without_compile_and_says_so(arguments: list[str]) -> None:
     told = "Predicted without memory.compile"
     compiled = CliRunner().invoke(app, [*arguments, "--set=memory.compile=on"])
     assert compiled.exit_code == 0 and told in compiled.stdout

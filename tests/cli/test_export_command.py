@@ -37,8 +37,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     save_small_wan(folder / "wan")
     model = ["--backbone=wan", f"--set=backbone.model={folder / 'wan'}", "--device=cpu"]
     model += [f"--set=backbone.{name}={value}" for name, value in OPTIONS.items()]
-    quick = ["rank=2", "alpha=6", "accumulation=1", "save_every=1", "samples=0", "lr=0.1",
-             "precision=bf16", "tracker=none", "warmup=0"]  # fmt: skip
+    quick = ["rank=2", "alpha=6", "gradient_accumulation_steps=1", "save_steps=1",
+             "validation_videos=0", "learning_rate=0.1", "mixed_precision=bf16",
+             "report_to=none", "warmup_steps=0"]  # fmt: skip
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.MonkeyPatch.context() as patch:
         for command in (
@@ -93,27 +94,27 @@ def test_each_format_says_how_it_is_loaded(run: Run, trained: Path, tmp_path: Pa
     with safe_open(tmp_path / "comfyui" / "run.safetensors", framework="pt") as file:
         assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in list(file.keys())
     done = run("generate", "--config", trained / "run" / "run.toml", "--device=cpu",
-               f"--set=backbone.model={tmp_path / 'merged'}", "--steps=1", "--prompt=a red square",
-               "--out", tmp_path / "video.gif")  # fmt: skip
+               f"--set=backbone.model={tmp_path / 'merged'}", "--num-inference-steps=1",
+               "--prompt=a red square", "--out", tmp_path / "video.gif")  # fmt: skip
     assert done.code == 0, done.err
 
 
-def test_the_card_tells_the_runs_story(run: Run, trained: Path) -> None:
+def test_the_card_describes_the_run(run: Run, trained: Path) -> None:
     done = run(*EXPORT, trained / "run", "--checkpoint=1")
     assert done.code == 0, done.err
     card = (trained / "run" / "export" / "diffusers-1" / "README.md").read_text()
     for line in (
         "| pairs | 2 jitter |",
-        "| labels | the pairs' own |",
+        "| labels | those stored with the pairs |",
         "| loss | global (beta 2500.0, sft_weight 0.0) |",
         "| reference | toggle |",
         "| LoRA | rank 2, alpha 6 |",
         "| learning rate | 0.1 |",
-        "| steps | 1 of 2, of 1 pairs each |",
+        "| steps | 1 of 2, 1 pairs each |",
         "| seed | 0 |",
         "| precision | bf16 |",
-        "Training: **too early** at step 1.",
-        "2 videos of each, same prompts and seeds (of another checkpoint, step_000002).",
+        "State: **too early** at step 1.",
+        "the same prompts and seeds (measured on another checkpoint, step_000002).",
         "put that licence's",
     ):
         assert line in card, line
@@ -148,13 +149,13 @@ def test_any_checkpoint_is_evaluated_drawn_and_described(run: Run, trained: Path
     assert any(metric["tuned"] != tuned[metric["name"]] for metric in found["metrics"])
     assert run(*EXPORT, folder, "--checkpoint=1", "--out", trained / "of 1").code == 0
     card = (trained / "of 1" / "README.md").read_text()
-    assert "2 videos of each, same prompts and seeds." in card
+    assert "on 2 videos each, with the same prompts and seeds." in card
 
     videos = []
     for step in ("1", "2"):
         out = trained / f"{step}.gif"
-        done = run("generate", folder, f"--checkpoint={step}", "--device=cpu", "--steps=1",
-                   "--prompt=a red square", "--out", out)  # fmt: skip
+        done = run("generate", folder, f"--checkpoint={step}", "--device=cpu",
+                   "--num-inference-steps=1", "--prompt=a red square", "--out", out)  # fmt: skip
         assert done.code == 0, done.err
         videos.append(out.read_bytes())
     assert videos[0] != videos[1]

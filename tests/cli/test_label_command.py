@@ -118,7 +118,7 @@ def test_a_file_may_grow_under_the_same_name(pairs: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "Who labels. Name a labeler: --labeler NAME"),
+        ([], "label needs --labeler NAME"),
         (["--labeler=metrik"], "Unknown labeler 'metrik'. Did you mean 'metric'"),
         (["--labeler=metric", "--as=a/b"], "'a/b' cannot name labels"),
         (["--labeler=recorded"], "^labeler.file: Field required"),

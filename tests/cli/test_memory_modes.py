@@ -1,4 +1,4 @@
-"""A run on a packed base, from the command line to its card."""
+"""A run on a quantized base, from the command line to its model card."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from small_wan import OPTIONS, save_small_wan
 
 from dpo_video.data.store import PairStore
 
-MODES = ["base=int8", "offload=blocks, checkpoints, optimizer", "checkpointing=blocks",
-         "backward=split", "chunks=2"]  # fmt: skip
-QUICK = ["rank=2", "accumulation=1", "samples=0", "lr=0.1", "tracker=none", "warmup=0"]
+MODES = ["quantization=int8", "offload=blocks, checkpoints, optimizer", "checkpointing=blocks",
+         "backward=split", "forward_chunks=2"]  # fmt: skip
+QUICK = ["rank=2", "gradient_accumulation_steps=1", "validation_videos=0", "learning_rate=0.1",
+         "report_to=none", "warmup_steps=0"]  # fmt: skip
 
 
-def test_a_packed_base_is_named_wherever_the_run_is(tmp_path: Path, said: Said) -> None:
+def test_the_quantization_is_named_in_notes_evaluation_and_card(tmp_path: Path, said: Said) -> None:
     model = [f"--set=backbone.{name}={value}" for name, value in OPTIONS.items()]
     model += [
         "--backbone=wan",
@@ -31,13 +32,13 @@ def test_a_packed_base_is_named_wherever_the_run_is(tmp_path: Path, said: Said) 
     told = said(0, "train", "--pairs", tmp_path / "pairs", "--loss=global", "--steps=2", *model,
                 "--metric=frame_difference", *(f"--set={option}" for option in options),
                 "--out", run)  # fmt: skip
-    assert "The base is packed in int8" in told
+    assert "The base model is quantized to int8" in told
     assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["margin"] == 0
     said(0, "evaluate", run, "--seeds=2", "--set=evaluate.num_inference_steps=1")
     facts = json.loads((run / "evaluation" / "evaluation.json").read_text())["facts"]
-    assert facts["Base packed in"] == "int8"
+    assert facts["Base quantized to"] == "int8"
     said(0, "export", run)
     card = (run / "export" / "diffusers-2" / "README.md").read_text()
-    assert "| trained on | the base's weights in int8" in card
+    assert "| quantization | base weights in int8 during training |" in card
     refused = said(2, "export", run, "--format=merged")
     assert "trained on a base in int8" in refused and refused.count("\n") == 1

@@ -38,7 +38,7 @@ def test_workers_share_a_build_however_they_are_started(
     ]
     said(0, *build, "--out=one")
     told = said(0, *build, "--out=shared", "--worker=2/2")
-    assert "2 pairs are made; 2 of them wait for others before them" in told
+    assert "2 pairs are made; 2 of them wait for earlier ones" in told
     said(0, *build, "--out=shared", "--worker", "1/2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command wherever it is, with the command that goes on."""
+"""SIGTERM ends a command anywhere and prints the command that resumes it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from dpo_video.cli.stopping import EXIT_CODE, at_once, later
+from dpo_video.cli.stopping import EXIT_CODE, exit_on_sigterm, stop_event
 
 
 def terminate() -> None:
@@ -15,8 +15,8 @@ def terminate() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGTERM to catch")
-def test_a_stop_that_a_library_takes_for_an_error_of_its_own_is_a_stop() -> None:
-    with pytest.raises(SystemExit) as ended, at_once():
+def test_sigterm_that_a_library_turns_into_its_own_error_still_exits_with_143() -> None:
+    with pytest.raises(SystemExit) as ended, exit_on_sigterm():
         try:
             terminate()
         except BaseException as error:
@@ -25,14 +25,14 @@ def test_a_stop_that_a_library_takes_for_an_error_of_its_own_is_a_stop() -> None
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_other_errors_pass() -> None:
-    with pytest.raises(OSError, match="the disk"), at_once():
+def test_other_errors_are_not_caught() -> None:
+    with pytest.raises(OSError, match="the disk"), exit_on_sigterm():
         raise OSError("the disk")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGTERM to catch")
-def test_a_command_that_saves_first_is_told() -> None:
-    with at_once(), later() as stopping:
+def test_stop_event_is_set_by_sigterm() -> None:
+    with exit_on_sigterm(), stop_event() as stopping:
         assert not stopping.is_set()
         terminate()
         assert stopping.is_set()

@@ -10,7 +10,6 @@ import torch
 from small_cogvideox import OPTIONS, save_small_cogvideox
 
 from dpo_video.backbone.cogvideox import CogVideoX
-from dpo_video.cli.estimate import choose_blocks, predict
 from dpo_video.errors import UserError
 from dpo_video.estimation.estimate import estimate_memory
 from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, _guess, fewest_blocks
@@ -23,6 +22,8 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Backbone
 from dpo_video.workflows.config import Config, resolve
+from dpo_video.workflows.estimate import choose_blocks, predict
+from dpo_video.workflows.progress import Progress
 
 SETTINGS = TrainSettings(rank=2, alpha=4, gradient_accumulation_steps=1)
 MODE = MemoryMode(reference="toggle", checkpointing="blocks", backward="joint")
@@ -109,6 +110,16 @@ def test_checkpointing_takes_whole_numbers_only(value: object) -> None:
 # --- commands --------------------------------------------------------------------------------
 
 
+class Notes(Progress):
+    """Keeps the notes of a workflow."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str, *, warning: bool = False) -> None:
+        self.texts.append(text)
+
+
 def configured(setup: Setup, *assignments: str) -> Config:
     options = [f"backbone.{name}={value}" for name, value in setup.backbone if value is not None]
     return resolve(
@@ -123,11 +134,12 @@ def configured(setup: Setup, *assignments: str) -> Config:
     )
 
 
-def test_a_run_records_the_chosen_number(setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_records_the_chosen_number(setup: Setup) -> None:
     budget = setup.estimate(1).total / GIB
-    resolved = choose_blocks(configured(setup, f"memory.budget={budget}"))
+    notes = Notes()
+    resolved = choose_blocks(configured(setup, f"memory.budget={budget}"), progress=notes)
     assert resolved.memory.checkpointing == 1
-    assert "Checkpointing 1 of 5 blocks" in capsys.readouterr().err
+    assert "Checkpointing 1 of 5 blocks" in notes.texts[0]
     written = tomllib.loads(resolved.toml())["memory"]
     assert MemorySettings(**written) == resolved.memory
     assert choose_blocks(resolved) is resolved

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dpo_video.cli.estimate import mode_of
 from dpo_video.errors import UserError
 from dpo_video.estimation.estimate import estimate_memory
 from dpo_video.estimation.fewest_blocks import BUDGET_SHARE
 from dpo_video.estimation.results import GIB
 from dpo_video.estimation.tiers import find_tier, tier_of_card, tiers
 from dpo_video.workflows.config import resolve
+from dpo_video.workflows.estimate import mode_of
 
 
 def test_the_presets_are_those_of_video_dpo() -> None:

@@ -151,7 +151,7 @@ def test_a_run_toml_gives_the_same_labeler(tmp_path: Path) -> None:
     ("assignment", "sentence"),
     [
         ("labeler.weights.warp_eror=1", "Unknown metric 'warp_eror'. Did you mean 'warp_error'"),
-        ("labeler.options.sharpness.x=1", "Unknown metric among the labeler's 'sharpness'"),
+        ("labeler.options.sharpness.x=1", "Unknown metric of the labeler 'sharpness'"),
         ("labeler.options.warp_error.x=1", "Unknown option 'metric.warp_error.x'"),
     ],
 )

@@ -186,7 +186,7 @@ def test_the_innermost_plugin_is_blamed_and_nobody_else(faulty: Faulty) -> None:
 def test_a_loss_of_one_number_for_all_pairs_is_refused(faulty: Faulty) -> None:
     from dpo_video.training.objective import loss_of
 
-    with pytest.raises(TrainingError, match="loss Mean of dpo_mean does not give one 'Tensor'"):
+    with pytest.raises(TrainingError, match="loss Mean of dpo_mean does not return one 'Tensor'"):
         loss_of(faulty("loss", "Mean")(), random_errors())
     assert loss_of(Global(), random_errors()).loss.shape == torch.Size([3])
 
@@ -204,5 +204,7 @@ def test_options_that_no_file_can_hold_are_refused(install: Install) -> None:
     source = FAULTY.replace("class Mean(strategies.Loss):\n", "class Mean(strategies.Loss):\n"
                             "    levels: list[int | None] = [None]\n")  # fmt: skip
     install("dpo-holes", source, "holes", "Mean")
-    with pytest.raises(UserError, match=r"options of Mean of dpo_holes cannot be written down"):
+    with pytest.raises(
+        UserError, match=r"options of Mean in dpo_holes cannot be written to a run.toml"
+    ):
         resolve(choices={"loss": "holes"})

@@ -71,8 +71,8 @@ def test_metrics_that_are_named_again_keep_the_files_options(tmp_path: Path) -> 
         ("loss.beta=500", ("loss", "beta"), 500.0),
         ("loss.beta = 5e2", ("loss", "beta"), 500.0),
         ("loss.scale_by_strength=false", ("loss", "scale_by_strength"), False),
-        ("train.mixed_precision=bf16", ("train", "precision"), "bf16"),
-        ('train.mixed_precision="bf16"', ("train", "precision"), "bf16"),
+        ("train.mixed_precision=bf16", ("train", "mixed_precision"), "bf16"),
+        ('train.mixed_precision="bf16"', ("train", "mixed_precision"), "bf16"),
         ("train.betas=[0.8, 0.9]", ("train", "betas"), [0.8, 0.9]),
         ("pairs.mask.max_blobs=2", ("pairs", "mask", "max_blobs"), 2),
         ("run.prompt=a fox = red", ("run", "prompt"), "a fox = red"),
@@ -85,25 +85,26 @@ def test_values_are_toml_or_a_bare_word(text: str, path: tuple[str, ...], value:
     assert node == value
 
 
-def test_a_folder_of_pairs_stands_for_a_strategy(tmp_path: Path) -> None:
+def test_pairs_can_be_a_folder_of_finished_pairs(tmp_path: Path) -> None:
     store = tmp_path / "made"
     store.mkdir()
     (store / "store.json").write_text("{}")
     config = resolved(choices={"pairs": str(store)})
-    assert config.pairs == str(store) and config.tables["pairs"] == {"store": str(store)}
+    assert config.pair_store == str(store) and config.pairs is None
+    assert config.tables["pairs"] == {"store": str(store)}
     file = written(tmp_path, config.toml())
-    assert resolve(file=file).pairs == str(store)
+    assert resolve(file=file).pair_store == str(store)
     assert resolve(file=file, choices={"pairs": "local"}).tables["pairs"]["name"] == "local"
 
 
-def test_a_strategy_goes_before_a_folder_of_its_name(
+def test_a_folder_does_not_hide_a_strategy_of_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "local").mkdir()
     (tmp_path / "local" / "store.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert resolved(choices={"pairs": "local"}).tables["pairs"]["name"] == "local"
-    assert resolved(choices={"pairs": "local/"}).pairs == "local"
+    assert resolved(choices={"pairs": "local/"}).pair_store == "local"
 
 
 # --- repeating -------------------------------------------------------------------------------
@@ -150,15 +151,18 @@ def test_run_toml_holds_every_option_there_is() -> None:
         ("loss.beta=-1", r"loss\.beta = -1: .*greater than 0"),
         ("loss.beta.x=1", r"loss\.beta = {'x': 1}: .*valid number"),
         ("train.steps=2.5", r"train\.steps = 2\.5: .*See `dpo-video show train`"),
-        ("train.mixed_precision=int8", r"train\.precision = 'int8': .*'no', 'fp16' or 'bf16'"),
+        (
+            "train.mixed_precision=int8",
+            r"train\.mixed_precision = 'int8': .*'no', 'fp16' or 'bf16'",
+        ),
         ("pairs.mask.max_blobs=0", r"pairs\.mask\.max_blobs = 0: .*`dpo-video show pairs local`"),
         ("loss.beta", r"'loss\.beta' is not KIND\.OPTION=VALUE.*--set loss\.beta=500"),
         ("beta=500", r"'beta=500' is not KIND\.OPTION=VALUE"),
-        ("loss.name=global", r"'loss\.name' is no option\. Choose a loss by --loss NAME"),
+        ("loss.name=global", r"'loss\.name' is not an option\. Choose a loss with --loss NAME"),
         ("labeler.votes=3", r"but none is chosen\. Add --labeler NAME"),
-        ("metric.sharpnes.x=1", r"Unknown metric among those chosen 'sharpnes'"),
+        ("metric.sharpnes.x=1", r"Unknown metric of this run 'sharpnes'"),
         ("metric.frame_difference=1", r"'metric\.frame_difference' is 1, not a table"),
-        ("pairs.store=5", r"pairs\.store = 5 is no folder"),
+        ("pairs.store=5", r"pairs\.store = 5 is not a path"),
         ("pairs.store=here", r"pairs\.name is an option of a strategy, but pairs\.store names"),
         ("backbone.model.x=1", r"backbone\.model = {'x': 1}: .*path"),
     ],
@@ -203,7 +207,7 @@ def test_a_wrong_file_is_one_sentence_and_a_next_step(
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot read '.*none\.toml': No such file.*Name an exist"):
         resolve(file=tmp_path / "none.toml")
     with pytest.raises(UserError, match=r"Cannot read '.*': Is a directory"):
@@ -214,17 +218,17 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
         resolve(file=latin)
 
 
-def test_a_family_trains_as_its_papers_do_where_nobody_says_otherwise(tmp_path: Path) -> None:
+def test_a_backbone_has_training_defaults_of_its_own(tmp_path: Path) -> None:
     tables = resolve(choices={"backbone": "cogvideox"}).tables["train"]
-    assert (tables["rank"], tables["alpha"], tables["lr"]) == (64, 128, 1e-5)
+    assert (tables["rank"], tables["alpha"], tables["learning_rate"]) == (64, 128, 1e-5)
     assert (tables["betas"], tables["weight_decay"]) == ([0.9, 0.95], 1e-3)
     assert resolve(choices={"backbone": "animatediff"}).train.learning_rate == 1e-5
     assert resolve().train.rank == 16 and resolve().train.learning_rate == 1e-4
-    # What the command line or a file says goes before it.
-    said = resolve(
+    # The command line and a file override it.
+    given = resolve(
         choices={"backbone": "cogvideox"}, assignments=["train.learning_rate=1e-4"]
     ).train
-    assert (said.rank, said.lr) == (64, 1e-4)
+    assert (given.rank, given.learning_rate) == (64, 1e-4)
     file = tmp_path / "run.toml"
     file.write_text('[backbone]\nname = "cogvideox"\n[train]\nrank = 4\nalpha = 4\n')
     read = resolve(file=file).train
@@ -240,6 +244,6 @@ def test_alpha_follows_a_rank_that_is_set_alone(backbone: str) -> None:
 
 
 @pytest.mark.parametrize("rank", [10**400, 2**16 + 1, 0])
-def test_a_rank_that_no_layer_has_is_refused(rank: int) -> None:
+def test_a_rank_out_of_range_is_refused(rank: int) -> None:
     with pytest.raises(UserError, match=r"^train\.rank = "):
         resolve(assignments=[f"train.rank={rank}"])

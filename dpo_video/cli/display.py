@@ -1,0 +1,143 @@
+"""Progress and tables of the commands; imported when a command runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, final
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from dpo_video.cli.console import WARNING, console, say
+from dpo_video.training.diagnosis import StepReport, TrainingState, TrainingVerdict
+from dpo_video.workflows import progress as workflows
+
+STYLES = {"healthy": "bold green", "too_early": "dim", "diverged": "bold red"}
+
+
+def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
+    """A table without lines; the columns in `right` are aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    return table
+
+
+def verdict_text(verdict: TrainingVerdict) -> Text:
+    """A training's verdict in one line."""
+    head = f"{verdict.state.value.replace('_', ' ')} (step {verdict.step})"
+    style = STYLES.get(verdict.state.value, "bold yellow")
+    return Text.assemble((head, style), f": {verdict.seen} {verdict.change}")
+
+
+class _Rate(ProgressColumn):
+    """Items per second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate, once it is known."""
+        return Text(f"{task.speed:.2f}/s" if task.speed else "", style="progress.data.speed")
+
+
+@final
+class TerminalProgress(workflows.Progress):
+    """Shows a workflow's progress on stderr, with a bar while a task runs."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._live = Live(self._bars, console=console, refresh_per_second=4, transient=True)
+        self._tasks: dict[str, TaskID] = {}
+        self._state = TrainingState.TOO_EARLY
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def note(self, text: str, *, warning: bool = False) -> None:
+        """A line; warnings in yellow."""
+        say((text, WARNING) if warning else text)
+
+    def update(self, task: str, done: int, total: int | None = None) -> None:
+        """A bar for each task, until it is finished."""
+        if not self._live.is_started:
+            self._live.start()
+        if task not in self._tasks:
+            self._tasks[task] = self._bars.add_task(task, total=total, completed=done)
+        unfinished = total is None or done < total
+        self._bars.update(self._tasks[task], completed=done, total=total, visible=unfinished)
+
+    def step(
+        self,
+        report: StepReport,
+        verdict: TrainingVerdict,
+        *,
+        steps: int,
+        checkpoint: Path | None,
+        not_finite: Sequence[str],
+    ) -> None:
+        """The step's figures above the bar; a line for checkpoints, skips and new verdicts."""
+        self.update("steps", report.step, steps)
+        self._live.update(Group(_figures(report), self._bars))
+        if report.skipped:
+            self.note(
+                f"Skipped step {report.step}: its loss is {report.loss:.4g} and its gradient norm "
+                f"{report.grad_norm:.4g}; pairs {', '.join(not_finite)}. train.skips is the "
+                "largest number of such steps in a run.",
+                warning=True,
+            )
+        if checkpoint is not None:
+            self.note(
+                f"step {report.step:>5}  loss {report.loss:.4f}  margin {report.margin:+.2e}  "
+                f"accuracy {report.accuracy:.0%}  saved {checkpoint}"
+            )
+        if verdict.state is not self._state:
+            say(verdict_text(verdict))
+        self._state = verdict.state
+
+
+def _figures(report: StepReport) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    figures = {
+        "loss": f"{report.loss:.4f}",
+        "margin": f"{report.margin:+.2e}",
+        "accuracy": f"{report.accuracy:.0%}",
+        "chosen error": f"{report.chosen_change:+.2e}",
+        "rejected error": f"{report.rejected_change:+.2e}",
+        "gradient factor": f"{report.gradient_factor:.3f}",
+        "pairs/s": f"{report.pairs_per_second:.2f}",
+        "GiB": f"{report.memory_gib:.2f}",
+    }
+    for name in figures:
+        table.add_column(name, justify="right", min_width=8)
+    table.add_row(*figures.values())
+    return table

@@ -1,0 +1,24 @@
+"""The classes of a kind as attributes of its package, imported when they are first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dpo_video import registry
+from dpo_video.registry.entry_points import entries
+
+
+def lazy(kind: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` for the package of a kind, plugins' classes included."""
+
+    def get(name: str) -> Any:
+        for entry in entries():
+            if (entry.kind, entry.attr) == (kind, name):
+                return registry.load(kind, entry.name)
+        raise AttributeError(f"module 'dpo_video.{kind}' has no attribute '{name}'")
+
+    def names() -> list[str]:
+        return sorted({entry.attr for entry in entries() if entry.kind == kind})
+
+    return get, names

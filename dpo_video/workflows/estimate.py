@@ -1,0 +1,226 @@
+"""Predict memory and time of a run, and choose how many blocks to checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Unpack
+
+import diffusers
+import torch
+
+from dpo_video import registry
+from dpo_video.errors import BudgetError, UserError
+from dpo_video.estimation import modes as memory_modes
+from dpo_video.estimation.estimate import estimate_memory
+from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, fewest_blocks
+from dpo_video.estimation.modes import BACKWARDS, MemoryMode
+from dpo_video.estimation.results import EFFICIENCY, GIB, NOT_COMPILED, Estimate, MemoryEstimate
+from dpo_video.estimation.tiers import Tier, find_tier
+from dpo_video.estimation.tracing import TraceCache
+from dpo_video.training.step import check_backward
+from dpo_video.workflows.config import Config, TrainOptions, configure
+from dpo_video.workflows.progress import SILENT, Progress
+
+# Of equally fast modes, that of the first reference in this order is recommended.
+REFERENCES = ("toggle", "copy", "cached")
+
+
+def estimate(
+    *,
+    efficiency: float = EFFICIENCY,
+    progress: Progress = SILENT,
+    **options: Unpack[TrainOptions],
+) -> Estimate:
+    """Predict memory and time of a run in every memory mode, before a weight is loaded.
+
+    It needs no GPU and no weights: the training's own step runs on shapes.
+
+    Args:
+        efficiency: Assumed share of a card's published speed.
+        progress: Receives the progress.
+        options: See `TrainOptions`; `tier` names the card.
+
+    Raises:
+        UserError: for a wrong option, or a model whose configuration cannot be read.
+    """
+    tier = options.get("tier")
+    config = configure("train", options)
+    card = find_tier(tier) if tier else None
+    traces = TraceCache()
+    if config.memory.checkpointing == "auto":
+        _budget_of(config, None, tier)  # refuses at once if no budget is known
+        predict(config, traces=traces)  # what the choice and the table have in common
+    try:
+        config, within_budget = (
+            choose_blocks(config, tier=tier, traces=traces, progress=progress),
+            True,
+        )
+    except BudgetError as error:  # the table shows what would fit
+        progress.note(str(error), warning=True)
+        within_budget = False
+    found = predict(config, card=card, traces=traces)
+    compiled = config.memory.compile == "on"
+    return found.model_copy(
+        update={"efficiency": efficiency, "within_budget": within_budget, "compiled": compiled}
+    )
+
+
+def predict(
+    config: Config,
+    *,
+    alone: bool = False,
+    card: Tier | None = None,
+    traces: TraceCache | None = None,
+) -> Estimate:
+    """Predict what a configuration needs, in all memory modes or in its own alone.
+
+    Args:
+        config: The run.
+        alone: Only the run's own mode.
+        card: Adds the mode that fits this card with the fewest checkpointed blocks, if that is
+            neither none nor all of them.
+        traces: Steps traced before for the same configuration, its checkpointing aside.
+    """
+    diffusers.utils.logging.set_verbosity_error()  # remarks on configurations of older versions
+    own = config.tables["reference"]["name"]
+    references: dict[str, Any] = {own: config.reference}
+    modes = [mode_of(config)]
+    if not alone:
+        references = {**{name: _reference(name) for name in REFERENCES}, **references}
+        shown = [
+            mode.model_copy(update={"shard": config.memory.shard})
+            for mode in memory_modes.candidate_modes(list(references), config.loss)
+        ]
+        modes = [*shown, *(mode for mode in modes if mode not in shown)]
+    cache = traces or TraceCache()
+    found = estimate_memory(
+        config.backbone, references, config.loss, config.train, modes=modes, traces=cache
+    )
+    if card is not None and (fewest := _fewest(config, found, card, cache)):
+        estimates = list(found.estimates)
+        position = next(n for n, each in enumerate(estimates) if each.total < fewest.total)
+        estimates.insert(position, fewest)
+        found = found.model_copy(update={"estimates": tuple(estimates)})
+    model = config.tables["backbone"].get("model", config.tables["backbone"]["name"])
+    return found.model_copy(update={"model": model, "asked": mode_of(config), "tier": card})
+
+
+def _fewest(
+    config: Config, found: Estimate, card: Tier, traces: TraceCache
+) -> MemoryEstimate | None:
+    """The mode that fits a card with the fewest blocks checkpointed, if neither none nor all.
+
+    It takes the first backward pass with which all blocks would fit.
+    """
+    name = REFERENCES[0]
+    own = config.reference if config.tables["reference"]["name"] == name else _reference(name)
+    budget = BUDGET_SHARE * card.memory_gib * GIB
+    for backward in BACKWARDS:
+        mode = MemoryMode(
+            reference=name, checkpointing="blocks", backward=backward, shard=config.memory.shard
+        )
+        full = found.for_mode(mode)
+        plain = found.for_mode(mode.model_copy(update={"checkpointing": "none"}))
+        if full is None or full.total > budget:
+            continue
+        if plain is not None and plain.total <= budget:
+            return None
+        estimate = fewest_blocks(
+            config.backbone, own, config.loss, config.train, mode, budget, traces=traces
+        ).estimate
+        return estimate if found.for_mode(estimate.mode) is None else None
+    return None
+
+
+def choose_blocks(
+    config: Config,
+    *,
+    tier: str | None = None,
+    device: torch.device | None = None,
+    traces: TraceCache | None = None,
+    progress: Progress = SILENT,
+) -> Config:
+    """Replace checkpointing=auto with a number of blocks, and report the choice.
+
+    Args:
+        config: The run.
+        tier: Names the card, if the device does not tell its memory.
+        device: The device of the run, if it is known.
+        traces: Steps traced before for the same configuration.
+        progress: Receives the choice.
+
+    Raises:
+        UserError: if the memory is unknown.
+        BudgetError: if no number of blocks fits.
+    """
+    if config.memory.checkpointing != "auto":
+        return config
+    choice = fewest_blocks(
+        config.backbone,
+        config.reference,
+        config.loss,
+        config.train,
+        mode_of(config),
+        _budget_of(config, device, tier) * GIB,
+        traces=traces,
+    )
+    progress.note(str(choice))
+    if config.memory.compile == "on":
+        progress.note(NOT_COMPILED)
+    chosen = {"checkpointing": choice.estimate.mode.checkpointing}
+    tables = {**config.tables, "memory": {**config.tables["memory"], **chosen}}
+    return replace(config, memory=config.memory.model_copy(update=chosen), tables=tables)
+
+
+def _budget_of(config: Config, device: torch.device | None, tier: str | None) -> float:
+    """GiB that training may fill."""
+    return config.memory.budget or BUDGET_SHARE * _memory_of(device, tier)
+
+
+def _memory_of(device: torch.device | None, tier: str | None) -> float:
+    """GiB of the GPU of the run, or else of the tier's card."""
+    if device is None and tier is None and torch.cuda.is_available():
+        device = torch.device("cuda")
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    if tier is not None:
+        return find_tier(tier).memory_gib
+    where = f"on the device {device.type}" if device is not None else "without a GPU"
+    raise UserError(
+        f"memory.checkpointing=auto has no budget {where}. Set memory.budget=GIB, the memory that "
+        "training may fill, or name a card with --tier."
+    )
+
+
+def mode_of(config: Config) -> MemoryMode:
+    """The memory mode of a configuration; "blocks" in place of checkpointing=auto."""
+    check_backward(config.loss, config.memory)
+    options = config.memory.model_dump(include=set(MemoryMode.model_fields))
+    if options["checkpointing"] == "auto":
+        options["checkpointing"] = "blocks"
+    return MemoryMode(reference=config.tables["reference"]["name"], **options)
+
+
+def _reference(name: str) -> Any:
+    return registry.load("reference", name)()
+
+
+def warn_if_too_large(config: Config, device: torch.device, progress: Progress) -> None:
+    """Report before anything is loaded what a run needs, and whether it fits its GPU."""
+    if device.type != "cuda":
+        return
+    try:
+        (estimate,) = predict(config, alone=True).estimates
+    except UserError as error:
+        progress.note(f"The memory of this run cannot be predicted: {error}")
+        return
+    memory = torch.cuda.get_device_properties(device).total_memory
+    needs = f"needs {estimate.total / GIB:.1f} of this GPU's {memory / GIB:.1f} GiB (predicted)"
+    if estimate.total <= memory:
+        progress.note(f"Training {needs}.")
+    else:
+        progress.note(
+            f"Training {needs} and may run out of memory. See what would fit: dpo-video estimate, "
+            "with the same options.",
+            warning=True,
+        )

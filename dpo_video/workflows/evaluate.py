@@ -1,0 +1,122 @@
+"""Compare a run's tuned model with its base."""
+
+from __future__ import annotations
+
+import shlex
+import traceback
+from pathlib import Path
+from typing import Unpack
+
+from dpo_video.data.video import video_bytes
+from dpo_video.evaluation.evaluate import measure
+from dpo_video.evaluation.results import Evaluation
+from dpo_video.evaluation.verdict import judge_evaluation
+from dpo_video.types import Videos
+from dpo_video.workflows.config import Config, EvaluateOptions, configure
+from dpo_video.workflows.progress import SILENT, Progress
+from dpo_video.workflows.runs import Run, verdict_of
+from dpo_video.workflows.session import load_model, pick_device
+
+
+def evaluate(
+    run: Run | Path | str,
+    *,
+    checkpoint: int | None = None,
+    out: Path | str | None = None,
+    command: str | None = None,
+    progress: Progress = SILENT,
+    **options: Unpack[EvaluateOptions],
+) -> Evaluation:
+    """Compare a run's tuned model with its base on identical prompts and seeds.
+
+    Writes evaluation.json, the videos of both models and a self-contained page, index.html.
+
+    Args:
+        run: The run or its folder.
+        checkpoint: The step to evaluate; the last checkpoint by default.
+        out: The folder to write; by default RUN/evaluation, or RUN/evaluation-STEP.
+        command: The command that repeats this evaluation, for the page.
+        progress: Receives the progress.
+        options: See `EvaluateOptions`.
+
+    Raises:
+        UserError: for a wrong option, a video that is not finite, or if no metric is left.
+        RunError: if there is no such run or checkpoint.
+    """
+    run = Run.open(run)
+    options["config"] = options.get("config") or run.folder / "run.toml"
+    config = configure("evaluate", options)
+    return evaluate_run(
+        run,
+        config,
+        evaluation_folder(run, checkpoint, out),
+        checkpoint=checkpoint,
+        command=command or shlex.join(["dpo-video", "evaluate", str(run.folder)]),
+        progress=progress,
+    )
+
+
+def evaluation_folder(
+    run: Run, checkpoint: int | None = None, out: Path | str | None = None
+) -> Path:
+    """Where the evaluation of a checkpoint is written."""
+    if out is not None:
+        return Path(out)
+    return run.folder / ("evaluation" if checkpoint is None else f"evaluation-{checkpoint}")
+
+
+def evaluate_run(
+    run: Run,
+    config: Config,
+    folder: Path,
+    *,
+    command: str,
+    checkpoint: int | None = None,
+    base: Videos | None = None,
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Evaluate a run with a resolved configuration; `base` are the base's videos if known."""
+    adapter = run.adapter(checkpoint)
+    model = load_model(config, pick_device(config.run.device))
+    settings = config.evaluate
+    prompts = config.backbone.prompts(settings.seeds)
+    measured = measure(
+        model,
+        adapter,
+        config.metrics,
+        prompts,
+        settings,
+        base=base,
+        on_progress=lambda done: progress.update("videos", done, 2 * len(prompts)),
+    )
+    for metric in measured.left_out:
+        if metric.error is not None:  # for the plugin's author
+            progress.note("".join(traceback.format_exception(metric.error)), warning=True)
+    reports = run.reports
+    verdict = judge_evaluation(measured.metrics, tolerance=settings.tolerance)
+    details = (*verdict.details, *(metric.reason for metric in measured.left_out))
+    facts = {"Checkpoint": adapter.parent.name, "Device": str(model.device)}
+    if config.memory.quantization != "native":
+        facts["Base quantized to"] = config.memory.quantization
+    evaluation = Evaluation(
+        name=run.name,
+        prompts=tuple(prompts),
+        seeds=tuple(range(settings.seed, settings.seed + len(prompts))),
+        frames=model.shape.frames,
+        fps=model.shape.fps,
+        metrics=measured.metrics,
+        tolerance=settings.tolerance,
+        verdict=verdict.model_copy(update={"details": details}),
+        training=tuple(reports),
+        training_verdict=verdict_of(reports),
+        command=command,
+        run_toml=run.toml,
+        versions=run.versions,
+        facts=facts,
+    )
+    videos = [
+        (video_bytes(first, model.shape.fps), video_bytes(second, model.shape.fps))
+        for first, second in zip(measured.base, measured.tuned, strict=True)
+    ]
+    evaluation.save(folder, videos)
+    return evaluation

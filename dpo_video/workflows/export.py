@@ -1,0 +1,140 @@
+"""Export a run's adapter for other programs, with a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dpo_video.data.store import PairStore
+from dpo_video.errors import RunError, StoreError, UserError, unknown
+from dpo_video.exporting.export import Check, Format
+from dpo_video.exporting.export import export as export_adapter
+from dpo_video.exporting.model_card import RunSummary, loading_script, model_card
+from dpo_video.settings import MemorySettings
+from dpo_video.strategies import VideoModel
+from dpo_video.types import ExportSpec
+from dpo_video.workflows.config import Config, configure
+from dpo_video.workflows.results import ExportResult
+from dpo_video.workflows.runs import Run, verdict_of
+from dpo_video.workflows.session import load_model, pick_device
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def export(
+    run: Run | Path | str,
+    format: str = "diffusers",
+    out: Path | str | None = None,
+    *,
+    checkpoint: int | None = None,
+    dtype: Literal["fp32", "fp16", "bf16"] | None = None,
+    device: str | None = None,
+) -> ExportResult:
+    """Write a run's adapter so that other programs load it, with a model card.
+
+    The export is loaded back and compared with the run before its folder gets its name.
+
+    Args:
+        run: The run or its folder.
+        format: "diffusers", "peft", "comfyui", or "merged" for a complete checkpoint.
+        out: A new folder; by default RUN/export/FORMAT-STEP.
+        checkpoint: The step to export; the last checkpoint by default.
+        dtype: Precision of the weights in the files; their own by default.
+        device: As for training.
+
+    Raises:
+        UserError: if the format does not suit the run.
+        RunError: if there is no such run or checkpoint, or `out` exists.
+        ExportError: if the export does not load back as what was exported.
+    """
+    run = Run.open(run)
+    if format not in set(Format):
+        raise unknown("format", format, [each.value for each in Format])
+    target = Format(format)
+    config = configure("run", {"config": run.folder / "run.toml", "device": device})
+    if target is Format.MERGED and "model" not in type(config.backbone).model_fields:
+        raise UserError(
+            f"The backbone '{config.tables['backbone']['name']}' has no option 'model' that could "
+            "load a merged checkpoint. Export with --format diffusers or peft."
+        )
+    quantization = config.memory.quantization
+    if target is Format.MERGED and quantization != "native":
+        raise UserError(
+            f"The adapter of '{run.folder}' was trained on a base in {quantization}, so it must "
+            "not be merged into other weights. Export with --format diffusers or peft."
+        )
+    # Published adapters go on the published weights.
+    config = dataclasses.replace(config, memory=MemorySettings())
+    adapter = run.adapter(checkpoint)
+    summary = _summary(run, config, adapter.parent.name)
+    folder = Path(out) if out is not None else run.folder / f"export/{format}-{summary.step}"
+    if folder.exists():
+        raise RunError(f"'{folder}' exists already. Delete it, or name another folder with --out.")
+    where = pick_device(config.run.device)
+    model = load_model(config, where)
+
+    def card(spec: ExportSpec, check: Check) -> str:
+        script = ""
+        if target is not Format.COMFYUI:
+            script = loading_script(
+                model,
+                spec,
+                format=format,
+                folder=folder,
+                adapted=check.adapted,
+                prompt=config.backbone.prompts(1)[0],
+            )
+        return model_card(
+            summary,
+            spec,
+            format=format,
+            script=script,
+            change=check.change,
+            difference=check.difference,
+        )
+
+    def reload(folder: Path) -> VideoModel:
+        options = {**config.backbone.model_dump(exclude_unset=True), "model": str(folder)}
+        backbone = type(config.backbone)(**options)
+        return load_model(dataclasses.replace(config, backbone=backbone), where)
+
+    check = export_adapter(
+        model,
+        adapter,
+        target,
+        folder,
+        name=summary.name,
+        card=card,
+        reload=reload,
+        dtype=DTYPES[dtype] if dtype else None,
+    )
+    return ExportResult(folder=folder, format=target, check=check)
+
+
+def _summary(run: Run, config: Config, checkpoint: str) -> RunSummary:
+    step = int(checkpoint.removeprefix("step_"))
+    return RunSummary(
+        name=run.name,
+        tables=config.tables,
+        versions=run.versions,
+        pairs=_pairs(config),
+        checkpoint=checkpoint,
+        step=step,
+        verdict=verdict_of(run.reports[:step]),
+        evaluation=run.evaluation(step),
+    )
+
+
+def _pairs(config: Config) -> str:
+    """What the run was trained on, in words."""
+    if config.pair_store is None:
+        count = f"{config.build.count} " if config.build.count else ""
+        return f"{count}{config.tables['pairs']['name']}"
+    try:
+        store = PairStore(config.pair_store)
+    except StoreError:  # deleted since
+        return f"the pairs in '{config.pair_store}'"
+    return f"{len(store)} {store.manifest.recipe.get('pairs', {}).get('name', 'pairs')}"

@@ -1,0 +1,96 @@
+"""Audit, pack and export finished pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+from dpo_video.data.audit import Audit, audit
+from dpo_video.data.pack import pack as pack_pairs
+from dpo_video.data.store import PairStore
+from dpo_video.data.videodpo import Exported, export_triples
+from dpo_video.errors import UserError
+from dpo_video.strategies import Metric
+from dpo_video.workflows.config import Options, configure
+from dpo_video.workflows.progress import SILENT, Progress
+from dpo_video.workflows.session import apply_labels, load_model, pick_device
+
+
+def opened(pairs: PairStore | Path | str) -> PairStore:
+    """A pair set by its folder or URL."""
+    return pairs if isinstance(pairs, PairStore) else PairStore(pairs)
+
+
+def check(
+    pairs: PairStore | Path | str,
+    *,
+    labels: Sequence[str] | None = None,
+    sample: int = 32,
+    metrics: Sequence[Metric | str] | None = None,
+    progress: Progress = SILENT,
+    **options: Unpack[Options],
+) -> Audit:
+    """Audit a pair set before training on it.
+
+    Args:
+        pairs: The pairs, or their folder or URL. They are audited for the backbone that they were
+            made with, unless `backbone` or `config` is given.
+        labels: Labels to audit instead of the pairs' own.
+        sample: Number of pairs to decode, to compare the motion of both videos.
+        metrics: Those with the role "motion" are compared.
+        progress: Receives the progress.
+        options: See `Options`.
+    """
+    store = opened(pairs)
+    config = configure("train", {**options, "labels": labels, "metrics": metrics}, store)
+    model = load_model(config, pick_device(config.run.device))
+    store = apply_labels(config, store).store
+    return audit(
+        store,
+        model,
+        config.metrics,
+        config.backbone.prompts(config.evaluate.seeds),
+        sample=sample,
+        on_progress=lambda done: progress.update("pairs", done, len(store)),
+    )
+
+
+def pack(
+    pairs: PairStore | Path | str,
+    out: Path | str,
+    *,
+    shard_mib: int = 256,
+    progress: Progress = SILENT,
+) -> PairStore:
+    """Copy pairs into a few large files, to move them or to stream them from a bucket.
+
+    Args:
+        pairs: The pairs, or their folder or URL.
+        out: The folder of the packed copy.
+        shard_mib: Size of a file, MiB.
+        progress: Receives the progress.
+    """
+    store = opened(pairs)
+    if not len(store):
+        raise UserError(f"'{store.where}' holds no pairs yet. Build some first: dpo-video build")
+    for report in pack_pairs(store, Path(out), shard_mib << 20):
+        progress.update("pairs and prompts", report.done, report.total)
+    return PairStore(out)
+
+
+def export_pairs(
+    pairs: PairStore | Path | str, out: Path | str, *, labels: Sequence[str] | None = None
+) -> Exported:
+    """Write pairs as the pair_00000.pt files that Video-DPO publishes, with their prompts.
+
+    The format has a chosen and a rejected video only: ties are left out, labels that differ between
+    frames become their majority, and regions are lost. The result counts them.
+
+    Args:
+        pairs: The pairs, or their folder or URL.
+        out: The folder of the files.
+        labels: Labels to use instead of the pairs' own; a vote if there are several.
+    """
+    config = configure("train", {"labels": labels})
+    return export_triples(apply_labels(config, opened(pairs)).store, Path(out))

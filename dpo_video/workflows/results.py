@@ -1,0 +1,47 @@
+"""What generating and exporting return."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_video.data.video import video_bytes
+from dpo_video.exporting.export import Check, Format
+from dpo_video.types import Video
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedVideo:
+    """A video and what it was drawn from."""
+
+    prompt: str
+    seed: int
+    fps: float
+    video: Video
+    """Pixels in [0, 1], on the CPU."""
+    path: Path | None
+    """The file that it was written to."""
+
+    def _repr_html_(self) -> str:
+        data = base64.b64encode(video_bytes(self.video, self.fps)).decode()
+        return f'<video autoplay loop muted controls src="data:video/mp4;base64,{data}"></video>'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """An export that was loaded back and compared with the run."""
+
+    folder: Path
+    format: Format
+    check: Check
+
+    @property
+    def card(self) -> Path:
+        """The model card, which says how to load the export."""
+        return self.folder / "README.md"
+
+    @property
+    def lost_in_rounding(self) -> bool:
+        """Whether rounding has removed most of what a merged checkpoint had learned."""
+        return self.format is Format.MERGED and self.check.difference > self.check.change / 2

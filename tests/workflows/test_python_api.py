@@ -1,0 +1,319 @@
+"""The Python API: every command both ways, and what only Python can do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import SHAPE
+from typer.testing import CliRunner
+
+import dpo_video as dv
+from dpo_video import registry, settings
+from dpo_video.cli import app
+from dpo_video.data.store import PairStore
+from dpo_video.errors import UserError
+from dpo_video.strategies import Loss
+from dpo_video.training.diagnosis import StepReport, TrainingVerdict
+from dpo_video.workflows.config import EvaluateOptions, TrainOptions, configure
+
+TRAIN: dict[str, Any] = {
+    "steps": 2,
+    "rank": 2,
+    "gradient_accumulation_steps": 1,
+    "validation_videos": 0,
+    "report_to": "none",
+    "mixed_precision": "no",
+}
+EVALUATE = {"seeds": 2, "num_inference_steps": 1}
+
+
+def cli(*arguments: object, code: int = 0) -> str:
+    """Standard output of a command that exits with `code`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done.stdout
+
+
+def flags(table: str, options: dict[str, Any]) -> list[str]:
+    return [f"--set={table}.{name}={json.dumps(value)}" for name, value in options.items()]
+
+
+class Kept(dv.Progress):
+    """Keeps what a workflow reports."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.updates: list[tuple[str, int, int | None]] = []
+        self.steps: list[int] = []
+
+    def note(self, text: str, *, warning: bool = False) -> None:
+        self.notes.append(text)
+
+    def update(self, task: str, done: int, total: int | None = None) -> None:
+        self.updates.append((task, done, total))
+
+    def step(self, report: StepReport, verdict: TrainingVerdict, **more: Any) -> None:
+        self.steps.append(report.step)
+
+
+@pytest.fixture(scope="module")
+def backbone(small_folder: Path) -> Any:
+    """The small model as an object."""
+    return dv.backbone.AnimateDiff(
+        model=str(small_folder), frames=SHAPE.frames, height=SHAPE.height, width=SHAPE.width
+    )
+
+
+@pytest.fixture(scope="module")
+def small(small_folder: Path) -> list[str]:
+    """The small model as flags."""
+    options = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
+    return [
+        "--backbone=animatediff", f"--set=backbone.model={small_folder}", "--device=cpu",
+        *flags("backbone", options),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the module's pairs and runs are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("api"))
+        yield Path.cwd()
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path, backbone: Any) -> PairStore:
+    progress = Kept()
+    store = dv.build_pairs(
+        dv.pairs.Jitter(num_inference_steps=1),
+        backbone=backbone,
+        prompt="a square",
+        count=3,
+        device="cpu",
+        out="python-pairs",
+        progress=progress,
+    )
+    assert progress.updates == [("pairs", n, 3) for n in range(4)]
+    return store
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, pairs: PairStore) -> dv.Run:
+    progress = Kept()
+    run = dv.train(
+        pairs, loss=dv.loss.Global(beta=500), metrics=["frame_difference"], out="python-run",
+        device="cpu", progress=progress, **TRAIN,
+    )  # fmt: skip
+    assert progress.steps == [1, 2] and progress.notes[0].startswith("Using the 3 pairs")
+    return run
+
+
+# --- both ways -------------------------------------------------------------------------------
+
+
+def test_build_makes_the_same_pairs(folder: Path, pairs: PairStore, small: list[str]) -> None:
+    cli("build", "--pairs=jitter", "--set=pairs.num_inference_steps=1", *small,
+        "--prompt=a square", "--count=3", "--out=cli-pairs")  # fmt: skip
+    assert PairStore("cli-pairs").digest == pairs.digest
+    assert PairStore("cli-pairs").manifest == pairs.manifest
+
+
+def test_train_makes_the_same_run(folder: Path, pairs: PairStore, run: dv.Run) -> None:
+    cli("train", "--pairs=python-pairs/", "--loss=global", "--set=loss.beta=500",
+        "--metric=frame_difference", "--device=cpu", "--out=cli-run",
+        *flags("train", TRAIN))  # fmt: skip
+    assert dv.Run.open("cli-run").toml == run.toml
+    weights = [
+        (Path(name) / "checkpoints/step_000002/adapter/adapter_model.safetensors").read_bytes()
+        for name in ("python-run", "cli-run")
+    ]
+    assert weights[0] == weights[1]
+    assert [report.loss for report in run.reports] == [
+        report.loss for report in dv.Run.open("cli-run").reports
+    ]
+
+
+def test_evaluate_measures_the_same(run: dv.Run) -> None:
+    evaluation = run.evaluate(**EVALUATE)
+    found = json.loads(
+        cli("evaluate", "python-run", "--seeds=2", "--set=evaluate.num_inference_steps=1", "--json")
+    )
+    expected = json.loads(evaluation.to_json())
+    assert found.pop("command").startswith("dpo-video ")
+    assert expected.pop("command") == "dpo-video evaluate python-run"
+    assert found == expected
+    assert run.evaluation() is not None
+
+
+def test_generate_draws_the_same_video(run: dv.Run) -> None:
+    (video,) = run.generate(prompt="a red square", num_inference_steps=1, out="python.gif")
+    cli("generate", "python-run", "--prompt=a red square", "--num-inference-steps=1",
+        "--out=cli.gif")  # fmt: skip
+    assert Path("python.gif").read_bytes() == Path("cli.gif").read_bytes()
+    assert video.prompt == "a red square" and video.seed == 0
+    assert "<video" in video._repr_html_()
+
+
+def test_export_writes_the_same_files(run: dv.Run) -> None:
+    done = run.export("peft", "python-export")
+    cli("export", "python-run", "--format=peft", "--out=cli-export")
+    files = sorted(path.name for path in done.folder.iterdir())
+    assert files == sorted(path.name for path in Path("cli-export").iterdir())
+    for name in files:
+        if name != "README.md":  # it names the folder
+            assert (done.folder / name).read_bytes() == Path("cli-export", name).read_bytes()
+
+
+def test_check_finds_the_same(pairs: PairStore) -> None:
+    found = dv.check(pairs, metrics=["frame_difference"], sample=1, device="cpu")
+    text = cli("check", "python-pairs", "--metric=frame_difference", "--sample=1", "--device=cpu",
+               "--json", code=1)  # fmt: skip
+    assert json.loads(text) == json.loads(found.model_dump_json())
+
+
+def test_label_labels_the_same(pairs: PairStore) -> None:
+    labeler = dv.labeler.ByMetric(weights={"frame_difference": 1.0}, motion="")
+    summary = dv.label(pairs, labeler, name="python", device="cpu").to_dict()
+    text = cli("label", "python-pairs", "--labeler=metric", "--as=cli", "--device=cpu", "--json",
+               "--set=labeler.weights={frame_difference=1.0}", "--set=labeler.motion=")  # fmt: skip
+    found = json.loads(text)
+    assert found.pop("labels").endswith("cli.jsonl")
+    agreement = found.pop("agreement")["cli and python"]
+    assert agreement["share"] == 1
+    assert {**summary, **found} == summary
+
+
+def test_pack_and_export_pairs_copy_the_same(pairs: PairStore) -> None:
+    assert dv.pack(pairs, "python-packed").digest == pairs.digest
+    cli("pack", "python-pairs", "cli-packed")
+    assert PairStore("cli-packed").digest == pairs.digest
+    done = dv.export_pairs(pairs, "python-triples")
+    cli("export-pairs", "python-pairs", "cli-triples")
+    names = sorted(path.name for path in Path("python-triples").rglob("*"))
+    assert done.written == 3
+    assert names == sorted(path.name for path in Path("cli-triples").rglob("*"))
+
+
+def test_estimate_predicts_the_same(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_video.estimation import modes
+
+    one = modes.candidate_modes(["toggle"], registry.strategy("loss", "global"))[:1]
+    monkeypatch.setattr(modes, "candidate_modes", lambda references, loss: one)
+    found = dv.estimate(backbone=backbone, loss="global", rank=2)
+    options = [f"--set=backbone.{name}={value}" for name, value in backbone
+               if name in backbone.model_fields_set]  # fmt: skip
+    text = cli("estimate", "--backbone=animatediff", "--loss=global", "--set=train.rank=2",
+               *options, "--json")  # fmt: skip
+    assert json.loads(text) == json.loads(json.dumps(found.to_dict()))
+
+
+def test_config_resolves_the_same(backbone: Any, small: list[str]) -> None:
+    options = {"backbone": backbone, "device": "cpu", "steps": 3, "deterministic": True}
+    text = cli("config", *small, "--steps=3", "--deterministic")
+    tables = tomllib.loads(text)
+    del tables["versions"]
+    assert configure("train", options).tables == tables
+
+
+def test_list_and_show_are_the_catalog() -> None:
+    from dpo_video.workflows.catalog import list_strategies, show_strategy
+
+    assert json.loads(cli("list", "--json")) == list_strategies().to_dict()
+    shown = json.loads(cli("show", "loss", "region", "--json"))
+    assert shown == json.loads(json.dumps(show_strategy("loss", "region").to_dict()))
+
+
+# --- Python alone ----------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    program = (
+        "import sys, dpo_video as dv; dir(dv); dv.loss; dir(dv.loss); "
+        "assert 'torch' not in sys.modules; dv.loss.Region; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_name_of_the_api_is_there() -> None:
+    for name in dir(dv):
+        assert getattr(dv, name) is not None
+    for kind in registry.KINDS:
+        for listing in registry.listings(kind):
+            cls = registry.load(kind, listing.name)
+            assert getattr(getattr(dv, kind), cls.__name__) is cls
+    with pytest.raises(AttributeError, match="no attribute 'Regoin'"):
+        _ = dv.loss.Regoin
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = dv.trian  # type: ignore[attr-defined]
+
+
+def test_strategies_are_given_by_name_or_as_objects() -> None:
+    by_name = configure("train", {"loss": "region", "set": {"loss.beta": 7}})
+    by_object = configure("train", {"loss": dv.loss.Region(beta=7)})
+    by_function = configure("train", {"loss": dv.strategy("loss", "region", beta=7)})
+    assert by_name.tables == by_object.tables == by_function.tables
+
+
+def test_options_of_an_object_override_the_tiers(small_folder: Path) -> None:
+    wan = dv.backbone.Wan(frames=5)
+    assert configure("train", {"backbone": wan, "tier": "t4"}).tables["backbone"]["frames"] == 5
+
+
+def test_an_unknown_keyword_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(UserError, match=r"Unknown option 'stpes'\. Did you mean 'steps'"):
+        configure("train", {"stpes": 3})
+
+
+def test_keywords_are_exactly_the_tables_options() -> None:
+    for options, models in (
+        (TrainOptions, (settings.TrainSettings, settings.BuildSettings, settings.RunSettings)),
+        (EvaluateOptions, (settings.EvaluateSettings,)),
+    ):
+        fields = {name for model in models for name in model.model_fields}
+        assert fields <= options.__annotations__.keys()
+
+
+def test_a_loss_of_the_session_trains(pairs: PairStore) -> None:
+    class Halved(Loss):
+        """The global loss, halved."""
+
+        beta: float = 1000.0
+
+        def __call__(self, errors: Any) -> Any:
+            return dv.loss.Global(beta=self.beta)(errors)
+
+    run = dv.train(pairs, loss=Halved(beta=10), device="cpu", out="own-run", **TRAIN)
+    assert run.config.tables["loss"] == {"name": "Halved", "beta": 10.0}
+
+
+def test_a_run_shows_itself(run: dv.Run) -> None:
+    plain = run.to_dict()
+    assert len(plain["steps"]) == 2 and plain["config"]["loss"]["beta"] == 500
+    assert json.loads(json.dumps(plain)) == plain
+    assert list(run.checkpoints) == [2]
+    assert "python-run" in run._repr_html_()
+
+
+def test_nothing_is_printed(
+    run: dv.Run, pairs: PairStore, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dv.train(pairs, loss="global", device="cpu", out="quiet-run", **TRAIN)
+    dv.evaluate("quiet-run", metrics=["frame_difference"], **EVALUATE)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_load_model_loads_a_backbone(backbone: Any) -> None:
+    model = dv.load_model(backbone, device="cpu")
+    assert model.shape.frames == SHAPE.frames
+    assert next(model.denoiser.parameters()).dtype is torch.float32
