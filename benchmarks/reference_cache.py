@@ -11,6 +11,7 @@ fresh draws: by cosine, length and spread. Times are processor seconds.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
 import tempfile
@@ -62,9 +63,8 @@ def main() -> None:
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "reference_cache.json").write_text(json.dumps(result, indent=2) + "\n")
-    console = Console(record=True, width=100)
-    console.print(table(result))
-    (arguments.out / "reference_cache.txt").write_text(console.export_text())
+    print(text(result))
+    (arguments.out / "reference_cache.txt").write_text(text(result))
 
 
 def measure(folder: Path, pairs: int, noise_draws: int, steps: int) -> dict[str, object]:
@@ -178,6 +178,13 @@ def statistics(
         "cosine_p90": float(np.quantile(cosines, 0.9)),
         "length": float(np.mean([each["length"] for each in found])),
     }
+
+
+def text(result: dict[str, object]) -> str:
+    """The table as plain text."""
+    console = Console(file=io.StringIO(), record=True, width=100)
+    console.print(table(result))
+    return console.export_text()
 
 
 def table(result: dict[str, object]) -> Table:

@@ -17,6 +17,7 @@ from types import ModuleType
 import pytest
 import typer.main
 
+import benchmarks.bench
 from dpo_video import registry
 from dpo_video.cli import app
 from dpo_video.estimation.tiers import tiers
@@ -118,6 +119,8 @@ def test_every_command_parses(document: str, line: str) -> None:
     command = group.commands[name]  # type: ignore[attr-defined]
     # Parses and converts without running; an unknown flag or a wrong type raises.
     given = command.make_context(name, list(arguments)).params
+    if name == "bench":  # passes its arguments on
+        benchmarks.bench.options().parse_args([each for each in arguments if each != "--"])
     for kind in registry.KINDS:
         chosen = given.get(kind)
         for value in (chosen,) if isinstance(chosen, str) else chosen or ():
