@@ -14,13 +14,13 @@ from dpo_video.support.statistics import Record
 
 GIB = 2**30
 # Assumptions; benchmarks/estimate_check.py measures them where there is a GPU.
-FRAGMENTS = 0.05  # share of the activations that the caching allocator loses to fragmentation
+FRAGMENTS = 0.05  # fraction of the activations that the caching allocator loses to fragmentation
 CONTEXT = 0.6 * GIB  # CUDA's own context, kernels and libraries' workspaces
 NOT_COMPILED = (
     "Predicted without memory.compile: compiled blocks may keep more or less for their backward "
     "pass."
 )
-EFFICIENCY = 0.35  # share of a card's published operations per second that a step reaches
+EFFICIENCY = 0.35  # fraction of a card's published operations per second that a step reaches
 
 
 @final
@@ -88,7 +88,7 @@ class Estimate(Record):
     tier: Tier | None = None
     """The card that it is for."""
     efficiency: float = EFFICIENCY
-    """Share of a card's published operations per second that a step reaches (assumed)."""
+    """Fraction of a card's published operations per second that a step reaches (assumed)."""
     within_budget: bool = True
     """False if no number of checkpointed blocks fits `memory.budget` (checkpointing=auto)."""
     compiled: bool = False

@@ -21,7 +21,7 @@ from dpo_video.support.formatting import MINUS, option
 WIDTH, HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 12, 24
 INTERVAL_WIDTH = 220  # of an interval in the table of metrics
-_AIR = 0.06  # share of the range that an axis leaves free at each end
+_AIR = 0.06  # fraction of the range that an axis leaves free at each end
 _LABEL_HEIGHT = 17  # pixels between two labels
 _LETTER = 7  # pixels that a letter of a label is wide, on average
 
@@ -266,14 +266,14 @@ def scatter(
     height: float = 328,
     inline: bool = False,
 ) -> str:
-    """An SVG of panels below each other; names stand right of each panel and do not overlap.
+    """Draw panels below each other; names are right of each panel and do not overlap.
 
     Args:
         title: Title for people who cannot see it.
         panels: From the top down.
         width: Width of a panel's frame.
         height: Height of a panel's frame.
-        inline: Whether it goes into a page that brings its style.
+        inline: Whether it is part of a page that has its style.
     """
     left, gap = 72.0, 62.0
     drawn, top = [], 24.0
@@ -300,7 +300,7 @@ def _panel(panel: Panel, left: float, top: float, right: float, bottom: float) -
     zero = [0.0] if panel.origin else []
     xs = [value for point in panel.points for value in point.x] + zero
     ys = [value for point in panel.points for value in point.y] + zero + list(limits.values())
-    # Points stand right of the names of the limits.
+    # Points are right of the names of the limits.
     names = 6.0 + _LETTER * max(map(len, limits), default=-1)
     x = panel.x(xs, left + names, right - (12.0 if limits else 0.0))
     y = panel.y(ys, bottom, top)

@@ -143,7 +143,7 @@ class Comparison(Record):
         A hollow mark means that a guard got worse: the gain came at a loss of fidelity.
 
         Args:
-            inline: Whether it goes into a page that brings its style.
+            inline: Whether it is part of a page that has its style.
 
         Raises:
             ValueError: if no metric is a target, or none measures motion.

@@ -150,7 +150,7 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "options", "said"),
+    ("text", "options", "message"),
     [
         ("[one]\npair = 'local'", [], "has 'pair'"),
         ("one = 3", [], "no table"),
@@ -163,7 +163,7 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_recipe_is_an_error_before_anything_runs(
-    tmp_path: Path, text: str, options: list[str], said: str
+    tmp_path: Path, text: str, options: list[str], message: str
 ) -> None:
     path = tmp_path / "recipes.toml"
     path.write_text(text)
@@ -171,7 +171,7 @@ def test_a_wrong_recipe_is_an_error_before_anything_runs(
         app, ["compare", str(path), "--out", str(tmp_path / "out"), *options]
     )
     assert isinstance(result.exception, UserError)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         raise result.exception
     assert not (tmp_path / "out").exists()
 
