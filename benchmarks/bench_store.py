@@ -85,7 +85,7 @@ def test_read(measure: Measure, candidate: str, size: str, quick: bool) -> None:
     latents, contexts = store.folder / "latents", store.folder / "contexts"
 
     def raw(index: int) -> Any:
-        files = latents / f"{index:05d}", contexts / store.rows[index].context
+        files = latents / f"{index:05d}", contexts / store.records[index].context
         return [
             # Cloning reads the memory-mapped file.
             {name: value.clone() for name, value in load_file(f"{file}.safetensors").items()}

@@ -111,8 +111,8 @@ def bare(folder: Path) -> dict[str, Any]:
     store = PairStore(folder)
     order = torch.randperm(len(store), generator=torch.Generator().manual_seed(1)).tolist()
     files = [
-        (folder / f"latents/{store.rows[i].key}.safetensors",
-         folder / f"contexts/{store.rows[i].context}.safetensors")
+        (folder / f"latents/{store.records[i].key}.safetensors",
+         folder / f"contexts/{store.records[i].context}.safetensors")
         for i in order[:READS]
     ]  # fmt: skip
     for _ in range(2):

@@ -323,7 +323,7 @@ class SuppliedPairs(PairBuilder, ABC):
     """A pair builder with its own source of clips, such as finished pairs on disk."""
 
     @abstractmethod
-    def material(self, model: VideoModel, prompt: str | None) -> PairSource:
+    def source(self, model: VideoModel, prompt: str | None) -> PairSource:
         """Open it; `prompt` is for whatever has none of its own.
 
         The pairs are then made of its clips and of no others. A UserError if there is nothing to

@@ -392,7 +392,7 @@ class Shuffled(SuppliedPairs):
     def needs_video(self) -> bool:
         return False
 
-    def material(self, model: VideoModel, prompt: str | None) -> PairSource:
+    def source(self, model: VideoModel, prompt: str | None) -> PairSource:
         names = sorted("abcdefgh", key=lambda name: torch.rand(()).item())
         clips = (Clip(name=name, caption="a caption") for name in names)
         return PairSource(clips=clips, count=8, fingerprint="", skipped=[])

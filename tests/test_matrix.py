@@ -101,7 +101,7 @@ class Bench:
             for i, video in enumerate(videos)
         )
         if isinstance(builder, SuppliedPairs):
-            clips = builder.material(model, None).clips
+            clips = builder.source(model, None).clips
         manifest = Manifest(
             recipe={"pairs": name},
             identity=model.identity,

@@ -224,23 +224,23 @@ def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
 
     def make(bench: Bench) -> Reading:
         from dpo_video.data.label import recipe
-        from dpo_video.data.labels import LabelSet, open_books, pinned, preferences
+        from dpo_video.data.labels import LabelSet, open_label_sets, preferences
 
         folder = bench.store.folder
         made = recipe(bench.store, bench.model, {"name": "recorded"}, 0.25)
-        book = LabelSet.open_or_create(folder, "fuzzed", made)
+        label_set = LabelSet.open_or_create(folder, "fuzzed", made)
         for pair, mark in enumerate((1.0, "skip", -0.5)):
-            book.record(pair, [mark] * len(made.segments), rater="ann", note="why")
-        book.record(0, [None] * len(made.segments), rater="bob")
-        path = book.path.with_suffix(suffix)
+            label_set.record(pair, [mark] * len(made.segments), rater="ann", note="why")
+        label_set.record(0, [None] * len(made.segments), rater="bob")
+        path = label_set.path.with_suffix(suffix)
         original = path.read_bytes()
 
         def read(data: bytes) -> object:
             path.write_bytes(data)
             try:
-                books = open_books(folder, ["fuzzed"])
-                pinned(books[0])
-                return preferences(books, bench.model.latent_shape[1])
+                label_sets = open_label_sets(folder, ["fuzzed"])
+                assert label_sets[0].pinned
+                return preferences(label_sets, bench.model.latent_shape[1])
             finally:
                 path.write_bytes(original)
 
@@ -259,11 +259,11 @@ def recorded(bench: Bench) -> Reading:
 
     def read(data: bytes) -> object:
         path.write_bytes(data)
-        book = LabelSet.open_or_create(bench.store.folder, "copied", made)
+        label_set = LabelSet.open_or_create(bench.store.folder, "copied", made)
         try:
-            Recorded(file=str(path)).label_store(StoreTask(bench.store, bench.model, book))
+            Recorded(file=str(path)).label_store(StoreTask(bench.store, bench.model, label_set))
         finally:
-            book.path.unlink(missing_ok=True)
+            label_set.path.unlink(missing_ok=True)
         return None
 
     lines = [

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dpo_video.cli.console import BOLD, say, show, show_json
 from dpo_video.cli.options import BACKBONE, CONFIG, DEVICE, LABELER, RUN, SET, Json, takes
-
-if TYPE_CHECKING:
-    from dpo_video.workflows.label import LabelSummary
 
 
 @takes(LABELER, BACKBONE, SET, CONFIG, DEVICE)
@@ -43,28 +40,8 @@ def label(
         summary = label(pairs, name=name, seconds=seconds, progress=progress, **options)
     if as_json:
         show_json(summary.to_dict())
-    else:
-        _show(summary)
-
-
-def _show(summary: LabelSummary) -> None:
-    from dpo_video.cli.display import plain_table
-
-    store, labels = summary.store, summary.labels
-    labelled = len(labels.labels())
-    columns = ("frames", "first better", "second better", "tie")
-    table = plain_table(*columns, right=columns)
-    for row in summary.segments:
-        start, stop = row["frames"]
-        shares = (f"{row[name]:.0%}" for name in ("first", "second", "tie"))
-        table.add_row(f"{start}-{stop - 1}", *shares)
-    show(f"{labelled} of {len(store)} pairs have labels: {labels.path}", table)
-    for both, found in summary.agreement.items():
-        kappa = "undefined" if found.kappa is None else f"{found.kappa:.2f}"
-        share = "nothing in common" if found.share is None else f"{found.share:.0%} alike"
-        show(f"Agreement of {both}: {share} of {found.segments} segments, Cohen's kappa {kappa}")
-    for figure, value in summary.figures.items():
-        show(f"{figure}: {value:.6g}")
-    if labelled:
-        command = f"dpo-video train --pairs {store.folder} --labels {labels.name}"
+        return
+    show(summary.summary, summary.table(), *summary.details())
+    if summary.labelled:
+        command = f"dpo-video train --pairs {pairs} --labels {summary.name}"
         say("Train on them: ", (command, BOLD))

@@ -100,11 +100,11 @@ def audit(
             if pair.label < 0:
                 videos = videos.flip(0)
             for name, metric in motion.items():
-                chosen, rejected = metric(videos, [store.rows[index].prompt] * 2).tolist()
+                chosen, rejected = metric(videos, [store.records[index].prompt] * 2).tolist()
                 moved[name].append((chosen, rejected))
         on_progress(index + 1)
     finite = [pair for pair in pairs if pair.finite]
-    texts = [row.prompt for row in store.rows]
+    texts = [row.prompt for row in store.records]
     findings = [
         match,
         checks.finite(pairs),

@@ -1,17 +1,20 @@
-"""A stored set and a labeler to a book of labels."""
+"""Label a stored pair set with a labeler."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import combinations
 from typing import Any, final
 
 import torch
+from rich.table import Table
 
-from dpo_video.data.labels import LabelRecipe, LabelSet
-from dpo_video.data.segments import SECONDS, sound_labels, split
+from dpo_video.data.labels import Agreement, LabelRecipe, LabelSet, agreement, names
+from dpo_video.data.segments import SECONDS, check_labels, split
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import (
     Labeler,
@@ -21,39 +24,41 @@ from dpo_video.strategies import (
     StoreLabeler,
     VideoModel,
 )
+from dpo_video.support.formatting import html_table
+from dpo_video.support.statistics import Record
 from dpo_video.types import SegmentLabel, Video
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelReport:
-    """One pair was labelled."""
+    """Progress: a pair was labelled."""
 
     done: int
-    """Pairs of the set that have a label."""
+    """Pairs of the store that have a label."""
     total: int
     pair: int
     labels: Sequence[float]
     seconds: float
     figures: Mapping[str, float]
-    """What it took; see `Judgement`."""
+    """Costs by name; see `LabelResult`."""
 
 
 @final
 class StoreTask(LabelTask):
-    """A pair store and a book, for a labeler that goes through them by itself."""
+    """A pair store and a label set, for a `StoreLabeler`."""
 
-    def __init__(self, store: PairStore, model: VideoModel, book: LabelSet) -> None:
-        self.store, self.model, self.book = store, model, book
+    def __init__(self, store: PairStore, model: VideoModel, label_set: LabelSet) -> None:
+        self.store, self.model, self.label_set = store, model, label_set
         self.pairs = range(len(store))
-        self.segments = [slice(start, stop) for start, stop in book.recipe.segments]
-        self.fps = book.recipe.fps
+        self.segments = [slice(start, stop) for start, stop in label_set.recipe.segments]
+        self.fps = label_set.recipe.fps
 
     def prompt(self, pair: int) -> str:
-        """As it is in the store."""
-        return self.store.rows[pair].prompt
+        """The prompt in the store."""
+        return self.store.records[pair].prompt
 
     def videos(self, pair: int) -> tuple[Video, Video]:
-        """Decoded by the model that the pairs were made with."""
+        """Both videos, decoded by the model that the pairs were made with."""
         batch = self.store.batch([pair])
         both = torch.cat([batch.first, batch.second]).to(self.model.device)
         first, second = self.model.decode_videos(both).float().cpu()
@@ -61,31 +66,31 @@ class StoreTask(LabelTask):
 
     @property
     def raters(self) -> Sequence[str]:
-        """Those in the book."""
-        return self.book.raters
+        """The raters of the label set."""
+        return self.label_set.raters
 
     def labels_by(self, rater: str = "") -> Mapping[int, Sequence[SegmentLabel]]:
-        """What the book says."""
-        return self.book.labels_by(rater)
+        """A rater's labels in the label set."""
+        return self.label_set.labels_by(rater)
 
     def record(
-        self, pair: int, marks: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
+        self, pair: int, labels: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
     ) -> None:
-        """A line in the book, with the time."""
+        """Append a line with the current time to the label set."""
         now = datetime.now(UTC).replace(microsecond=0)
-        self.book.record(pair, marks, rater=rater, note=note, time=now)
+        self.label_set.record(pair, labels, rater=rater, note=note, time=now)
 
 
 def recipe(
     store: PairStore, model: VideoModel, labeler: Mapping[str, Any], seconds: float = SECONDS
 ) -> LabelRecipe:
-    """What the labels of a labeler on a store have in common.
+    """The recipe of a labeler's labels on a store.
 
     Args:
-        store: the pairs.
-        model: what decodes them.
-        labeler: the table [labeler], without its incidental options.
-        seconds: length of a segment.
+        store: The pairs.
+        model: The model that decodes them.
+        labeler: The table [labeler], without its incidental options.
+        seconds: Length of a segment.
     """
     segments = split(model.shape, seconds)
     latents = [model.latent_frames(segment) for segment in segments]
@@ -100,25 +105,25 @@ def recipe(
 
 
 def label(
-    store: PairStore, model: VideoModel, labeler: Labeler | StoreLabeler, book: LabelSet
+    store: PairStore, model: VideoModel, labeler: Labeler | StoreLabeler, label_set: LabelSet
 ) -> Iterator[LabelReport]:
-    """Label the pairs that have no label yet, one report a pair.
+    """Label the pairs that have no label yet, one report per pair.
 
-    A `StoreLabeler` goes through the set by itself and reports nothing.
+    A `StoreLabeler` labels the store by itself and yields no report.
     """
     store.check_fits(model)
-    work = StoreTask(store, model, book)
+    task = StoreTask(store, model, label_set)
     if isinstance(labeler, StoreLabeler):
-        labeler.label_store(work)
+        labeler.label_store(task)
         return
-    done = book.done()
-    for pair in work.pairs:
+    done = label_set.done()
+    for pair in task.pairs:
         if pair in done:
             continue
         started = time.monotonic()
-        judgement = _judge(labeler, work, pair)
-        labels = sound_labels(labeler, judgement.labels, len(work.segments))[0].tolist()
-        book.record(pair, labels, note=judgement.notes[0])
+        result = _judge(labeler, task, pair)
+        labels = check_labels(labeler, result.labels, len(task.segments))[0].tolist()
+        label_set.record(pair, labels, note=result.notes[0])
         done.add(pair)
         yield LabelReport(
             done=len(done),
@@ -126,13 +131,115 @@ def label(
             pair=pair,
             labels=labels,
             seconds=time.monotonic() - started,
-            figures=judgement.figures,
+            figures=result.figures,
         )
 
 
-def _judge(labeler: Labeler, work: StoreTask, pair: int) -> LabelResult:
-    first, second = work.videos(pair)
-    asked = [work.prompt(pair)], first[None], second[None], work.segments
+def _judge(labeler: Labeler, task: StoreTask, pair: int) -> LabelResult:
+    first, second = task.videos(pair)
+    arguments = [task.prompt(pair)], first[None], second[None], task.segments
     if isinstance(labeler, ReasonedLabeler):
-        return labeler.judge(*asked)
-    return LabelResult(labels=labeler(*asked), notes=[""], figures={})
+        return labeler.judge(*arguments)
+    return LabelResult(labels=labeler(*arguments), notes=[""], figures={})
+
+
+class SegmentShares(Record):
+    """Shares of the labelled pairs by their label of one segment."""
+
+    frames: tuple[int, int]
+    """First pixel frame of the segment and the frame after its last."""
+    first: float
+    second: float
+    tie: float
+
+
+class LabelSummary(Record):
+    """The labels of a store under one name."""
+
+    name: str
+    """Name of the label set."""
+    labels: str
+    """Path of the label set."""
+    pairs: int
+    labelled: int
+    segments: tuple[SegmentShares, ...]
+    agreement: dict[str, Agreement]
+    """With the store's other label sets of the same segments, and among the raters."""
+    figures: dict[str, float]
+    """Costs of the last call by name."""
+
+    @property
+    def summary(self) -> str:
+        """The counts in one line."""
+        return f"{self.labelled} of {self.pairs} pairs have labels: {self.labels}"
+
+    def details(self) -> list[str]:
+        """Agreement and costs, a line each."""
+        lines = []
+        for both, found in self.agreement.items():
+            kappa = "undefined" if found.kappa is None else f"{found.kappa:.2f}"
+            share = "none" if found.share is None else f"{found.share:.0%}"
+            lines.append(f"Agreement of {both}: {share} of {found.segments} common segments, "
+                         f"Cohen's kappa {kappa}")  # fmt: skip
+        return lines + [f"{name}: {value:.6g}" for name, value in self.figures.items()]
+
+    def table(self) -> Table:
+        """One row per segment, for a terminal."""
+        columns, rows = self._cells()
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*row)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return self.model_dump(mode="json")
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._cells(), caption="; ".join([self.summary, *self.details()]))
+
+    def _cells(self) -> tuple[list[str], list[list[str]]]:
+        columns = ["frames", "first better", "second better", "tie"]
+        rows = [
+            [f"{start}-{stop - 1}", *(f"{share:.0%}" for share in (each.first, each.second,
+                                                                   each.tie))]
+            for each in self.segments
+            for start, stop in [each.frames]
+        ]  # fmt: skip
+        return columns, rows
+
+
+def summarize(
+    store: PairStore, label_set: LabelSet, figures: Mapping[str, float] | None = None
+) -> LabelSummary:
+    """Summarize a label set of a store; `figures` are the costs to report with it."""
+    labels = list(label_set.tensors().values())
+    segments = []
+    for number, frames in enumerate(label_set.recipe.segments):
+        signs = Counter(int(each[number].sign()) for each in labels)
+        first, second, tie = (signs[sign] / max(1, len(labels)) for sign in (1, -1, 0))
+        segments.append(SegmentShares(frames=frames, first=first, second=second, tie=tie))
+    return LabelSummary(
+        name=label_set.name,
+        labels=str(label_set.path),
+        pairs=len(store),
+        labelled=len(labels),
+        segments=tuple(segments),
+        agreement=_agreements(store, label_set),
+        figures=dict(figures or {}),
+    )
+
+
+def _agreements(store: PairStore, label_set: LabelSet) -> dict[str, Agreement]:
+    found = {}
+    for name in names(store.folder):
+        other = LabelSet(store.folder, name)
+        if name != label_set.name and other.recipe.segments == label_set.recipe.segments:
+            both = f"{label_set.name} and {name}"
+            found[both] = agreement(label_set.consensus(), other.consensus())
+    for one, two in combinations(label_set.raters, 2):
+        both = f"{one or 'no name'} and {two or 'no name'}"
+        found[both] = agreement(label_set.labels_by(one), label_set.labels_by(two))
+    return found

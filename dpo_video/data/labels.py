@@ -1,10 +1,10 @@
-"""Labels of a stored set, beside the pairs and never overwritten.
+"""Labels of a stored pair set, kept beside the pairs and never overwritten.
 
-    STORE/labels/NAME.json    the recipe: who labels, and which frames a segment covers
-    STORE/labels/NAME.jsonl   one line a label, written through to the disk as it is given
+    STORE/labels/NAME.json    the recipe: the labeler, and the frames of each segment
+    STORE/labels/NAME.jsonl   one line per label, on the disk before `record` returns
 
-Of the lines of one pair and rater the last one counts: labelling again, taking a label back and
-undoing are all one more line. A torn last line is a label that was not given.
+The last line of a pair and rater counts, so labelling again, withdrawing a label and undoing each
+append a line. A torn last line is ignored.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, final
+from typing import Annotated, Any, Literal, Self, TypeGuard, final
 
 import torch
 from jaxtyping import Float
@@ -37,24 +37,24 @@ class _Record(BaseModel):
 
 
 class LabelRecipe(_Record):
-    """What the labels of a book have in common."""
+    """The labeler and the segments that all labels of a set share."""
 
     format: Literal["dpo-video labels"] = "dpo-video labels"
     version: Literal[1] = 1
     labeler: dict[str, Any]
-    """The table [labeler], without the options that change nothing about what it says."""
+    """The table [labeler], without the options that do not change the labels."""
     pairs: str
     """The key of the store's manifest."""
     identity: str
-    """The hash of the weights that decoded the videos."""
+    """Hash of the weights that decoded the videos."""
     fps: float
     segments: tuple[tuple[int, int], ...]
-    """First pixel frame of each segment and the one after its last."""
+    """First pixel frame of each segment and the frame after its last."""
     latents: tuple[tuple[int, int], ...]
-    """The latent frames that each covers, likewise."""
+    """The same in latent frames."""
 
     @model_validator(mode="after")
-    def _alike(self) -> Self:
+    def _valid_segments(self) -> Self:
         if len(self.latents) != len(self.segments):
             raise ValueError(f"{len(self.segments)} segments, {len(self.latents)} in latents")
         if any(start < 0 or stop < start for start, stop in (*self.segments, *self.latents)):
@@ -63,33 +63,29 @@ class LabelRecipe(_Record):
 
 
 class LabelLine(_Record):
-    """What one rater said of one pair."""
+    """One rater's labels of one pair."""
 
     pair: int = Field(ge=0)
     labels: tuple[Annotated[float, Field(ge=-1, le=1)] | Literal["skip"] | None, ...]
-    """One a segment: in [-1, 1], +1 where the first is better; "skip" where the rater would not
-    say; None where nothing was said yet."""
+    """One per segment: in [-1, 1], +1 where the first video is better; "skip" where the rater
+    declined; None where there is no label yet."""
     rater: str = ""
     note: str = ""
     time: datetime | None = None
 
-    @property
-    def finished(self) -> bool:
-        """Whether every segment was judged or skipped."""
-        return None not in self.labels
-
 
 class Agreement(_Record):
-    """How far two raters or labelers agree, over the segments that both judged."""
+    """Agreement of two raters or labelers over the segments that both labelled."""
 
     segments: int
     share: float | None
-    """Of the segments with the same sign; None if there are none."""
+    """Share of these segments whose labels have the same sign; None if there are none."""
     kappa: float | None
-    """Cohen's; None where it is undefined (see `cohen_kappa`)."""
+    """Cohen's kappa; None where it is undefined (see `cohen_kappa`)."""
 
 
-Marks = Mapping[int, Sequence[SegmentLabel]]
+PairLabels = Mapping[int, Sequence[SegmentLabel]]
+"""Labels by pair, one per segment."""
 
 
 @final
@@ -97,7 +93,7 @@ class LabelSet:
     """The labels of one labeler on one store, open for reading; `open_or_create` to write."""
 
     def __init__(self, store: Path, name: str) -> None:
-        """Read a book.
+        """Read the labels.
 
         Raises:
             UserError: if the store has no labels of that name.
@@ -119,9 +115,9 @@ class LabelSet:
 
     @classmethod
     def open_or_create(cls, store: Path, name: str, recipe: LabelRecipe) -> LabelSet:
-        """Begin a book, or go on with the one of the same recipe that is there.
+        """Create a set, or open the existing one of the same recipe.
 
-        One without any label is begun anew: somebody corrected an option that did not work.
+        A set without any label may change its recipe.
         """
         path = _path(store, name)
         header = path.with_suffix(".json")
@@ -139,8 +135,13 @@ class LabelSet:
 
     @property
     def raters(self) -> list[str]:
-        """Everyone who said something, in order of appearance."""
+        """Everyone who recorded a label, in order of appearance."""
         return list(dict.fromkeys(line.rater for line in self.lines))
+
+    @property
+    def pinned(self) -> str:
+        """NAME@HASH, which stands for the labels as they are now."""
+        return f"{self.name}@{fingerprint(self.tensors())}"
 
     def record(
         self,
@@ -151,7 +152,7 @@ class LabelSet:
         note: str = "",
         time: datetime | None = None,
     ) -> LabelLine:
-        """Write a label; it is on the disk when this returns.
+        """Write a rater's labels of a pair to the disk before returning.
 
         Raises:
             ValueError: for another number of labels than segments, or one outside [-1, 1].
@@ -165,33 +166,34 @@ class LabelSet:
         return line
 
     def labels_by(self, rater: str = "") -> dict[int, tuple[SegmentLabel, ...]]:
-        """What a rater says by now of every pair, unfinished ones included."""
+        """A rater's current labels, unfinished pairs included."""
         return {line.pair: line.labels for line in self.lines if line.rater == rater}
 
     def done(self, rater: str = "") -> set[int]:
         """The pairs that a rater has finished."""
-        return {pair for pair, marks in self.labels_by(rater).items() if None not in marks}
+        return {pair for pair, labels in self.labels_by(rater).items() if None not in labels}
 
-    def verdicts(self) -> dict[int, tuple[SegmentLabel, ...]]:
-        """Per pair what the raters who finished it say together: one's own marks, or their vote.
-
-        "skip" where nobody would say.
-        """
+    def consensus(self) -> dict[int, tuple[SegmentLabel, ...]]:
+        """The vote of all raters who finished a pair; "skip" where all of them skipped."""
         finished: dict[int, list[tuple[SegmentLabel, ...]]] = {}
         for rater in self.raters:
-            for pair, marks in self.labels_by(rater).items():
-                if None not in marks:
-                    finished.setdefault(pair, []).append(marks)
+            for pair, labels in self.labels_by(rater).items():
+                if None not in labels:
+                    finished.setdefault(pair, []).append(labels)
         return {pair: vote(finished[pair]) for pair in sorted(finished)}
 
-    def labels(self) -> dict[int, Float[Tensor, " s"]]:
-        """The verdicts as numbers, without the pairs that nobody would judge; skips are ties."""
-        return tensors(self.verdicts())
+    def tensors(self) -> dict[int, Float[Tensor, " s"]]:
+        """The consensus as numbers: skips are 0, and pairs with nothing but skips are left out."""
+        return {
+            pair: torch.tensor([label if _is_number(label) else 0.0 for label in labels])
+            for pair, labels in self.consensus().items()
+            if any(map(_is_number, labels))
+        }
 
     def _read(self) -> list[LabelLine]:
         if not self.path.exists():
             return []
-        # What follows the last line break was cut off while it was written, or is being written.
+        # What follows the last line break is torn, or another process is writing it.
         lines = []
         for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
             try:
@@ -211,76 +213,62 @@ class LabelSet:
 
 
 def names(store: Path) -> list[str]:
-    """The names of a store's books."""
+    """The names of a store's label sets."""
     return sorted(path.stem for path in (store / FOLDER).glob("*.json"))
 
 
-def vote(marks: Sequence[Sequence[SegmentLabel]]) -> tuple[SegmentLabel, ...]:
-    """One's own marks, or per segment the sign that most raters give: even counts are ties.
+def vote(labels: Sequence[Sequence[SegmentLabel]]) -> tuple[SegmentLabel, ...]:
+    """A single rater's labels unchanged; of several, the sign of the majority per segment.
 
-    Skips do not vote; where all skip, so does the vote.
+    Equal counts are a tie. Skips do not vote; where all raters skip, the result is "skip".
     """
-    if len(marks) == 1:
-        return tuple(marks[0])
-    return tuple(_majority(segment) for segment in zip(*marks, strict=True))
+    if len(labels) == 1:
+        return tuple(labels[0])
+    return tuple(_majority(segment) for segment in zip(*labels, strict=True))
 
 
-def tensors(verdicts: Marks) -> dict[int, Float[Tensor, " s"]]:
-    """Marks as numbers, skips as ties, without the pairs that have nothing but skips."""
-    return {
-        pair: torch.tensor([mark if isinstance(mark, int | float) else 0.0 for mark in marks])
-        for pair, marks in verdicts.items()
-        if any(isinstance(mark, int | float) for mark in marks)
-    }
-
-
-def open_books(store: Path, chosen: Sequence[str]) -> list[LabelSet]:
-    """The books of these names; where one is pinned, NAME@HASH, only if it still says the same.
+def open_label_sets(store: Path, chosen: Sequence[str]) -> list[LabelSet]:
+    """Open label sets by name; NAME@HASH only if the labels have not changed since.
 
     Raises:
-        UserError: for an unknown name, and for a pinned book that was changed.
+        UserError: for an unknown name, or if pinned labels have changed.
     """
-    books = []
+    label_sets = []
     for text in chosen:
         name, _, pin = text.partition("@")
-        book = LabelSet(store, name)
-        if pin and pin != fingerprint(book.labels()):
+        label_set = LabelSet(store, name)
+        if pin and text != label_set.pinned:
             raise UserError(
-                f"The labels '{name}' in '{store}' are no longer those that this run was begun "
-                f"with. Begin a new run with them as they are now: --labels {name}."
+                f"The labels '{name}' in '{store}' are no longer those that this run was started "
+                f"with. Start a new run with them as they are now: --labels {name}."
             )
-        books.append(book)
-    return books
+        label_sets.append(label_set)
+    return label_sets
 
 
-def pinned(book: LabelSet) -> str:
-    """NAME@HASH: a book as it is now."""
-    return f"{book.name}@{fingerprint(book.labels())}"
+def preferences(label_sets: Sequence[LabelSet], frames: int) -> dict[int, Float[Tensor, " f"]]:
+    """Preferences per latent frame of all labelled pairs.
 
-
-def preferences(books: Sequence[LabelSet], frames: int) -> dict[int, Float[Tensor, " f"]]:
-    """What books say per latent frame of the pairs that they label.
-
-    One book's labels as they are; of several, the sign that most of them give, even counts ties.
-    Their segments may differ.
+    The labels of a single set are used as they are. Several sets vote: the sign of the majority,
+    equal counts are a tie. Their segments may differ.
     """
-    said: dict[int, list[Float[Tensor, " f"]]] = {}
-    for book in books:
-        parts = [slice(start, stop) for start, stop in book.recipe.latents]
-        for pair, labels in book.labels().items():
-            said.setdefault(pair, []).append(broadcast(labels, parts, frames))
+    votes: dict[int, list[Float[Tensor, " f"]]] = {}
+    for label_set in label_sets:
+        parts = [slice(start, stop) for start, stop in label_set.recipe.latents]
+        for pair, labels in label_set.tensors().items():
+            votes.setdefault(pair, []).append(broadcast(labels, parts, frames))
     return {
-        pair: each[0] if len(books) == 1 else torch.stack(each).sign().sum(dim=0).sign()
-        for pair, each in sorted(said.items())
+        pair: each[0] if len(label_sets) == 1 else torch.stack(each).sign().sum(dim=0).sign()
+        for pair, each in sorted(votes.items())
     }
 
 
-def agreement(first: Marks, second: Marks) -> Agreement:
-    """Of two raters' or two books' marks; a label counts by its sign."""
+def agreement(first: PairLabels, second: PairLabels) -> Agreement:
+    """Agreement of two raters or two label sets; a label counts by its sign."""
     both: list[tuple[int, int]] = []
     for pair in sorted(first.keys() & second.keys()):
         for one, other in zip(first[pair], second[pair], strict=True):
-            if isinstance(one, int | float) and isinstance(other, int | float):
+            if _is_number(one) and _is_number(other):
                 both.append((_sign(one), _sign(other)))
     return Agreement(
         segments=len(both),
@@ -290,14 +278,18 @@ def agreement(first: Marks, second: Marks) -> Agreement:
 
 
 def fingerprint(labels: Mapping[int, Float[Tensor, " s"]]) -> str:
-    """A hash of what labels say, whoever gave them and in whatever order: 16 hex digits."""
+    """A hash of the labels, independent of raters and order: 16 hex digits."""
     text = json.dumps({str(pair): labels[pair].tolist() for pair in sorted(labels)})
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _majority(marks: Sequence[SegmentLabel]) -> SegmentLabel:
-    given = [mark for mark in marks if isinstance(mark, int | float)]
-    return float(_sign(sum(_sign(mark) for mark in given))) if given else "skip"
+def _is_number(label: SegmentLabel) -> TypeGuard[float]:
+    return isinstance(label, int | float)
+
+
+def _majority(labels: Iterable[SegmentLabel]) -> SegmentLabel:
+    votes = [_sign(label) for label in labels if _is_number(label)]
+    return float(_sign(sum(votes))) if votes else "skip"
 
 
 def _sign(value: float) -> int:
@@ -315,7 +307,7 @@ def _path(store: Path, name: str) -> Path:
 def _drop_torn_line(path: Path) -> None:
     if path.exists():
         data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
+        complete = data.rfind(b"\n") + 1
+        if complete < len(data):
             with path.open("r+b") as file:
-                file.truncate(whole)
+                file.truncate(complete)

@@ -48,8 +48,8 @@ def pack(store: PairStore, folder: Path, size: int = SIZE) -> Iterator[PackRepor
         if there.digest != digest or not (folder / INDEX).exists():
             raise StoreError(f"'{folder}' holds pairs already. Name another folder.")
         return
-    pairs = {f"latents/{row.key}": row for row in store.rows}
-    prompts = {f"contexts/{row.context}": row for row in store.rows}
+    pairs = {f"latents/{row.key}": row for row in store.records}
+    prompts = {f"contexts/{row.context}": row for row in store.records}
     total = len(pairs) + len(prompts)
     shards: list[Shard] = []
     with writing(folder):
@@ -72,7 +72,7 @@ def pack(store: PairStore, folder: Path, size: int = SIZE) -> Iterator[PackRepor
                     yield PackReport(done=done, total=total, file=path)
             for path in sorted((store.folder / "labels").glob("*.json*")):
                 write_bytes(folder / "labels" / path.name, path.read_bytes())
-            lines = b"".join(row.line() + b"\n" for row in store.rows)
+            lines = b"".join(row.line() + b"\n" for row in store.records)
             write_bytes(folder / "pairs.jsonl", lines)
             write_text(folder / INDEX, ShardIndex(shards=tuple(shards)).model_dump_json() + "\n")
             write_text(folder / "store.json", store.manifest.model_dump_json(indent=2) + "\n")

@@ -14,7 +14,7 @@ from dpo_video.errors import StoreError, first_fault
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PairRow:
+class PairRecord:
     """One line of pairs.jsonl.
 
     A dataclass, for a set may have a hundred thousand: pydantic reads them in a quarter of the time
@@ -47,16 +47,16 @@ class PairRow:
 
 
 AT_ONCE = 5000  # lines, for which pydantic needs memory of its own
-_ONE = TypeAdapter(PairRow)
-_MANY = TypeAdapter(list[PairRow])
+_ONE = TypeAdapter(PairRecord)
+_MANY = TypeAdapter(list[PairRecord])
 
 
-def checked(**fields: Any) -> PairRow:
+def checked(**fields: Any) -> PairRecord:
     """A row whose line can be read again; a ValidationError for what cannot be one."""
     return _ONE.validate_python(fields)
 
 
-def parse(lines: list[bytes], path: str, before: int = 0) -> list[PairRow]:
+def parse(lines: list[bytes], path: str, before: int = 0) -> list[PairRecord]:
     """Read lines; `before` are the lines of the file in front of them.
 
     Raises:
@@ -69,7 +69,7 @@ def parse(lines: list[bytes], path: str, before: int = 0) -> list[PairRow]:
     return rows
 
 
-def _parse(lines: list[bytes], path: str, before: int) -> list[PairRow]:
+def _parse(lines: list[bytes], path: str, before: int) -> list[PairRecord]:
     try:
         rows = _MANY.validate_json(b"[" + b",".join(lines) + b"]")
         if len(rows) == len(lines):
@@ -100,15 +100,15 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class Rows:
+class PairIndex:
     """The pairs that there are: those before the first that is missing, in order.
 
     The others wait until it is there.
     """
 
     def __init__(self) -> None:
-        self.ready: list[PairRow] = []
-        self.waiting: dict[int, PairRow] = {}
+        self.ready: list[PairRecord] = []
+        self.waiting: dict[int, PairRecord] = {}
         self.lines = 0
 
     def __contains__(self, index: int) -> bool:
@@ -117,7 +117,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ready) + len(self.waiting)
 
-    def add(self, rows: Iterable[PairRow], path: str) -> None:
+    def add(self, rows: Iterable[PairRecord], path: str) -> None:
         """Put them where they belong; of equal ones the first.
 
         Raises:
@@ -137,5 +137,5 @@ class Rows:
                     "a line before it. Delete that line and build again: the rest is kept."
                 )
 
-    def _at(self, index: int) -> PairRow:
+    def _at(self, index: int) -> PairRecord:
         return self.ready[index] if index < len(self.ready) else self.waiting[index]

@@ -37,7 +37,7 @@ def broadcast(
     return preference
 
 
-def sound_labels(labeler: Labeler, labels: Tensor, segments: int) -> Float[Tensor, "1 s"]:
+def check_labels(labeler: Labeler, labels: Tensor, segments: int) -> Float[Tensor, "1 s"]:
     """What a labeler has said of one pair, if it is what was asked for.
 
     Raises:
@@ -66,4 +66,4 @@ def preference(
     segments = split(model.shape, seconds)
     labels = labeler([prompt], videos[:1], videos[1:], segments)
     parts = [model.latent_frames(segment) for segment in segments]
-    return broadcast(sound_labels(labeler, labels, len(segments))[0], parts, first.shape[1])
+    return broadcast(check_labels(labeler, labels, len(segments))[0], parts, first.shape[1])

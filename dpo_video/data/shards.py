@@ -82,8 +82,8 @@ class _Rows:
 class Shards:
     """The shards of a store, open for reading from any number of threads."""
 
-    def __init__(self, place: Storage, index: ShardIndex) -> None:
-        self._place = place
+    def __init__(self, storage: Storage, index: ShardIndex) -> None:
+        self._storage = storage
         self._at = {
             name: (shard, row) for shard in index.shards for row, name in enumerate(shard.holds)
         }
@@ -106,23 +106,23 @@ class Shards:
         shard, row = self._at[name]
         layout = self._layouts.get(shard.file)
         if layout is None:  # twice from two threads does no harm
-            layout = _layout(self._place, shard.file, len(shard.holds))
+            layout = _layout(self._storage, shard.file, len(shard.holds))
             self._layouts[shard.file] = layout
         starts = [each.start + row * each.size for each in layout]
         spans = [(start, start + each.size) for start, each in zip(starts, layout, strict=True)]
         return {
             each.name: torch.frombuffer(part, dtype=each.dtype).view(each.shape)
-            for each, part in zip(layout, self._place.parts(shard.file, spans), strict=True)
+            for each, part in zip(layout, self._storage.parts(shard.file, spans), strict=True)
         }
 
 
-def _layout(place: Storage, file: str, rows: int) -> list[_Rows]:
+def _layout(storage: Storage, file: str, rows: int) -> list[_Rows]:
     """What a shard of so many rows holds."""
-    (length,) = struct.unpack("<Q", place.parts(file, [(0, 8)])[0])
+    (length,) = struct.unpack("<Q", storage.parts(file, [(0, 8)])[0])
     if length > LONGEST:
         raise ValueError("its header is too long")
     found = []
-    for name, tensor in _parse_header(place.parts(file, [(8, 8 + length)])[0]).items():
+    for name, tensor in _parse_header(storage.parts(file, [(8, 8 + length)])[0]).items():
         if tensor.shape[:1] != (rows,):
             raise ValueError(f"'{name}' does not have the {rows} rows that {INDEX} tells")
         dtype = DTYPES[tensor.dtype]

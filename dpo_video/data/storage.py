@@ -56,7 +56,7 @@ def folder_of(where: Path | str) -> Path:
 
 
 @final
-class Folder(Storage):
+class LocalStorage(Storage):
     """A folder of this machine, or of a disk that it shares."""
 
     def __init__(self, folder: Path) -> None:
@@ -67,18 +67,18 @@ class Folder(Storage):
         return str(self._folder / name)
 
     def read(self, name: str, start: int = 0) -> bytes:
-        """See `Place`."""
+        """See `Storage`."""
         with (self._folder / name).open("rb") as file:
             file.seek(start)
             return file.read()
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """See `Place`. A large file is mapped, which costs more than copying a small one."""
+        """See `Storage`. A large file is mapped, which costs more than copying a small one."""
         path = self._folder / name
         return load(path.read_bytes()) if path.stat().st_size < MAPPED else load_file(path)
 
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
-        """See `Place`."""
+        """See `Storage`."""
         with (self._folder / name).open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if any(not 0 <= start <= stop <= size for start, stop in spans):
@@ -116,15 +116,15 @@ class RemoteStorage(Storage):
         return f"{self.url}/{name}"
 
     def read(self, name: str, start: int = 0) -> bytes:
-        """See `Place`."""
+        """See `Storage`."""
         return self._patiently(name, lambda path: self._files.cat_file(path, start=start or None))
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """See `Place`."""
+        """See `Storage`."""
         return load(self.read(name))
 
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
-        """See `Place`. All at once, where the protocol can."""
+        """See `Storage`. All at once, where the protocol can."""
         starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
 
         def fetch(path: str) -> list[bytearray]:

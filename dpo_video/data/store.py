@@ -31,9 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from dpo_video.data.pair_index import PairRow, Rows, checked, parse
+from dpo_video.data.pair_index import PairIndex, PairRecord, checked, parse
 from dpo_video.data.shards import INDEX, ShardIndex, Shards
-from dpo_video.data.storage import Folder, RemoteStorage, Storage, folder_of, is_url
+from dpo_video.data.storage import LocalStorage, RemoteStorage, Storage, folder_of, is_url
 from dpo_video.errors import StoreError, first_fault
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.atomic import append_line, write_bytes, write_tensors, write_text, writing
@@ -77,19 +77,19 @@ class PairStore:
             StoreError: if there is no store, or a damaged one.
         """
         self._preferences: Mapping[int, Float[Tensor, " f"]] | None = None
-        self._place: Storage = (
-            RemoteStorage(str(where)) if is_url(where) else Folder(folder_of(where))
+        self._storage: Storage = (
+            RemoteStorage(str(where)) if is_url(where) else LocalStorage(folder_of(where))
         )
         self.local = not is_url(where)
         """Whether it can be written to."""
         self.where = str(where) if is_url(where) else str(folder_of(where))
         """Its path or URL."""
         try:
-            self.manifest = Manifest.model_validate_json(self._place.read("store.json"))
+            self.manifest = Manifest.model_validate_json(self._storage.read("store.json"))
         except ValidationError as error:
             raise StoreError(
-                f"'{self._place.path('store.json')}' cannot be read ({first_fault(error)}). Build "
-                "the pairs again, or update dpo-video if a newer version wrote them."
+                f"'{self._storage.path('store.json')}' cannot be read ({first_fault(error)}). "
+                "Build the pairs again, or update dpo-video if a newer version wrote them."
             ) from error
         except PermissionError as error:
             raise self._forbidden("store.json", error) from error
@@ -100,10 +100,10 @@ class PairStore:
             ) from error
         self.folder = folder_of(where) if self.local else BESIDE / self.manifest.key
         """What belongs to the pairs goes here."""
-        self._rows = Rows()
+        self._index = PairIndex()
         self._read_to = 0
         self.refresh()
-        self.rows: Sequence[PairRow] = self._rows.ready
+        self.records: Sequence[PairRecord] = self._index.ready
         self._shards = self._open_shards()
         self._read_context: Callable[[str], dict[str, Tensor]] = self._fetch_context
         if not self.local:  # of files that are here, the system remembers what is read often
@@ -129,16 +129,16 @@ class PairStore:
         return store
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.records)
 
     def __contains__(self, index: int) -> bool:
         """Whether the pair was made; it counts once all before it were."""
-        return index in self._rows
+        return index in self._index
 
     @property
     def made(self) -> int:
         """How many pairs were made, those included that wait for one before them."""
-        return len(self._rows)
+        return len(self._index)
 
     def preview(self, index: int) -> Path:
         """Where a pair's preview goes."""
@@ -149,7 +149,7 @@ class PairStore:
         if self._read_to and not self.local:
             return
         try:
-            data = self._place.read("pairs.jsonl", self._read_to)
+            data = self._storage.read("pairs.jsonl", self._read_to)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -178,7 +178,7 @@ class PairStore:
             )
         with writing(self.folder), locked(self.folder):
             self._drop_torn_line()
-            index = len(self.rows) if index is None else index
+            index = len(self.records) if index is None else index
             if index in self:
                 return
             preview(self.preview(index))
@@ -207,7 +207,7 @@ class PairStore:
 
     def batch(self, indices: Sequence[int]) -> PairBatch:
         """Read pairs and stack them, on the CPU. Safe from several threads at once."""
-        rows = [self.rows[i] for i in indices]
+        rows = [self.records[i] for i in indices]
         parts = [self.tensors(row) for row in rows]
         if self._preferences is not None:
             for row, part in zip(rows, parts, strict=True):
@@ -230,26 +230,26 @@ class PairStore:
     def preference(self, index: int) -> Float[Tensor, " f"]:
         """Who is better where in a pair, read without its latents."""
         if self._preferences is None:
-            return torch.tensor(self.rows[index].preference)
+            return torch.tensor(self.records[index].preference)
         return self._preferences.get(index, torch.zeros(self.manifest.latent_shape[1]))
 
     def beginning(self, count: int) -> PairStore:
         """The first pairs alone; all where there are no more."""
         view = copy.copy(self)
-        view.rows = self.rows[:count]
+        view.records = self.records[:count]
         return view
 
     @property
     def digest(self) -> str:
         """A hash of the manifest and of every pair's line: 16 hex digits."""
         found = hashlib.sha256(self.manifest.key.encode())
-        for row in self.rows:
+        for row in self.records:
             found.update(row.line())
         return found.hexdigest()[:16]
 
     @property
     def labels_digest(self) -> str:
-        """A hash of the preferences that take the place of the pairs' own; "" if none do."""
+        """A hash of the preferences that take the storage of the pairs' own; "" if none do."""
         if self._preferences is None:
             return ""
         said = [[index, self._preferences[index].tolist()] for index in sorted(self._preferences)]
@@ -264,7 +264,7 @@ class PairStore:
     def decided(self) -> list[int]:
         """The pairs that there is something to learn from; the others are ties throughout."""
         if self._preferences is None:  # of very many, no tensors
-            return [row.index for row in self.rows if any(row.preference)]
+            return [row.index for row in self.records if any(row.preference)]
         return [index for index in range(len(self)) if self.preference(index).any()]
 
     def check_fits(self, model: VideoModel) -> None:
@@ -281,8 +281,8 @@ class PairStore:
                 "for this backbone."
             )
 
-    def tensors(self, row: PairRow) -> dict[str, Tensor]:
-        """What is stored of a pair itself; no labels take the place of its preference."""
+    def tensors(self, row: PairRecord) -> dict[str, Tensor]:
+        """What is stored of a pair itself; no labels take the storage of its preference."""
         name = _latents_of(row)
         found = self._load(name)
         shape = self.manifest.latent_shape
@@ -293,7 +293,7 @@ class PairStore:
             raise self._foreign(name)
         return found
 
-    def context(self, row: PairRow) -> dict[str, Tensor]:
+    def context(self, row: PairRecord) -> dict[str, Tensor]:
         """A pair's encoded prompt, with a leading axis of 1."""
         return self._read_context(row.context)
 
@@ -303,7 +303,7 @@ class PairStore:
             return
         for file in (f"labels/{name}.json", f"labels/{name}.jsonl"):
             with suppress(FileNotFoundError):
-                data = self._place.read(file)
+                data = self._storage.read(file)
                 with writing(self.folder):
                     (self.folder / "labels").mkdir(parents=True, exist_ok=True)
                     with locked(self.folder):
@@ -323,11 +323,11 @@ class PairStore:
         with self._reading(name):
             if name in self._shards:
                 return self._shards.read(name)
-            return self._place.load(f"{name}.safetensors")
+            return self._storage.load(f"{name}.safetensors")
 
     def _path(self, name: str) -> str:
         shard = self._shards.file(name) if name in self._shards else f"{name}.safetensors"
-        return self._place.path(shard)
+        return self._storage.path(shard)
 
     def _foreign(self, name: str) -> StoreError:
         return StoreError(
@@ -351,11 +351,11 @@ class PairStore:
 
     def _open_shards(self) -> Shards:
         try:
-            data = self._place.read(INDEX)
-            return Shards(self._place, ShardIndex.model_validate_json(data))
+            data = self._storage.read(INDEX)
+            return Shards(self._storage, ShardIndex.model_validate_json(data))
         except ValidationError as error:
             raise StoreError(
-                f"'{self._place.path(INDEX)}' cannot be read ({first_fault(error)}). Pack the "
+                f"'{self._storage.path(INDEX)}' cannot be read ({first_fault(error)}). Pack the "
                 "pairs again, or update dpo-video if a newer version packed them."
             ) from error
         except OSError as error:
@@ -363,11 +363,11 @@ class PairStore:
             missing = FileNotFoundError if self.local else (FileNotFoundError, PermissionError)
             if not isinstance(error, missing):
                 raise self._forbidden(INDEX, error) from error
-            return Shards(self._place, ShardIndex(shards=()))
+            return Shards(self._storage, ShardIndex(shards=()))
 
     def _forbidden(self, name: str, error: OSError) -> StoreError:
         return StoreError(
-            f"'{self._place.path(name)}' cannot be read ({error}). Check that it is a file that "
+            f"'{self._storage.path(name)}' cannot be read ({error}). Check that it is a file that "
             "you may read."
         )
 
@@ -376,7 +376,7 @@ class PairStore:
         lines = data.split(b"\n")
         torn = lines.pop()
         if lines:
-            path, before = self._place.path("pairs.jsonl"), self._rows.lines
+            path, before = self._storage.path("pairs.jsonl"), self._index.lines
             rows = parse(lines, path, before)
             frames = self.manifest.latent_shape[1]
             for number, row in enumerate(rows, start=before + 1):
@@ -385,7 +385,7 @@ class PairStore:
                         f"Line {number} of '{path}' does not have one preference a latent frame. "
                         "Delete that line and build again: the rest is kept."
                     )
-            self._rows.add(rows, path)
+            self._index.add(rows, path)
             self._read_to += len(data) - len(torn)
 
     def _drop_torn_line(self) -> None:
@@ -405,11 +405,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _latents_of(row: PairRow) -> str:
+def _latents_of(row: PairRecord) -> str:
     return f"latents/{row.key}"
 
 
-def _context_of(row: PairRow) -> str:
+def _context_of(row: PairRecord) -> str:
     return f"contexts/{row.context}"
 
 

@@ -23,7 +23,7 @@ _KEYS = ("latents_w", "latents_l", "prompt_embeds")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Triple:
+class VideoDPOPair:
     """What one file holds."""
 
     winner: Float[Tensor, "c f h w"]
@@ -32,7 +32,7 @@ class Triple:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
+class VideoDPOExport:
     """What an export wrote, and what the format has no place for."""
 
     written: int
@@ -44,7 +44,7 @@ class Exported:
     """Written pairs that have a region, which is not in the file."""
 
 
-def read_triple(path: Path) -> Triple:
+def read_videodpo_pair(path: Path) -> VideoDPOPair:
     """Read a file; a leading axis of 1 may be there or not.
 
     Raises:
@@ -69,7 +69,7 @@ def read_triple(path: Path) -> Triple:
             f"{path} holds shapes {shapes}; wanted are two of [c f h w] and one of "
             "[1 tokens channels]. Remove or replace it."
         )
-    return Triple(winner=winner, loser=loser, prompt_embeds=prompt)
+    return VideoDPOPair(winner=winner, loser=loser, prompt_embeds=prompt)
 
 
 def _check_archive(path: Path) -> None:
@@ -83,7 +83,7 @@ def _check_archive(path: Path) -> None:
             raise ValueError("its parts overlap")
 
 
-def write_triple(path: Path, triple: Triple) -> None:
+def write_videodpo_pair(path: Path, triple: VideoDPOPair) -> None:
     """Write a file that appears whole or not at all."""
     values = (triple.winner, triple.loser, triple.prompt_embeds)
     with publishing(path) as partial:
@@ -91,7 +91,7 @@ def write_triple(path: Path, triple: Triple) -> None:
         torch.save({key: value.clone() for key, value in zip(_KEYS, values, strict=True)}, partial)
 
 
-def export_triples(store: PairStore, folder: Path) -> Exported:
+def export_videodpo(store: PairStore, folder: Path) -> VideoDPOExport:
     """Write a store's pairs as published files, numbered without gaps, each with its prompt.
 
     Raises:
@@ -101,7 +101,7 @@ def export_triples(store: PairStore, folder: Path) -> Exported:
     if any(folder.glob("*.pt")):
         raise UserError(f"'{folder}' holds .pt files already. Name another folder.")
     written = undecided = simplified = regions = 0
-    for index, row in enumerate(store.rows):
+    for index, row in enumerate(store.records):
         batch = store.batch([index])
         if batch.context.keys() != {"prompt_embeds"}:
             raise StoreError(
@@ -118,9 +118,13 @@ def export_triples(store: PairStore, folder: Path) -> Exported:
         path = folder / f"pair_{written:05d}.pt"
         with writing(folder):
             embeds = batch.context["prompt_embeds"]
-            write_triple(path, Triple(winner=better, loser=worse, prompt_embeds=embeds))
+            write_videodpo_pair(
+                path, VideoDPOPair(winner=better, loser=worse, prompt_embeds=embeds)
+            )
             write_text(path.with_suffix(".txt"), row.prompt + "\n")
         written += 1
         simplified += bool((batch.preference[0] != batch.preference[0, 0]).any())
         regions += bool((batch.region == 0).any())
-    return Exported(written=written, undecided=undecided, simplified=simplified, regions=regions)
+    return VideoDPOExport(
+        written=written, undecided=undecided, simplified=simplified, regions=regions
+    )

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpo_video.errors import UserError
-from dpo_video.labeler._page.sitting import LabelSession, Summary
+from dpo_video.labeler._page.session import LabelSession, Summary
 from dpo_video.strategies import LabelTask, StoreLabeler
 
 
@@ -37,7 +37,7 @@ class Page(StoreLabeler):
     browser: bool = True
     """Open the page in a browser; the link is printed in any case."""
 
-    def label_store(self, work: LabelTask) -> None:
+    def label_store(self, task: LabelTask) -> None:
         """Serve the page until a rater ends it, or Ctrl-C does."""
         try:
             from dpo_video.labeler._page.server import LOOPBACK, listen, serve
@@ -46,7 +46,7 @@ class Page(StoreLabeler):
                 f"The labelling page needs {error.name}. Install it: pip install 'dpo-video[page]'."
             ) from error
         console = Console(stderr=True)
-        sitting = LabelSession(work, self.seed)
+        session = LabelSession(task, self.seed)
         token = secrets.token_urlsafe(16)
         with listen(self.port) as listener:
             port = listener.getsockname()[1]
@@ -62,10 +62,10 @@ class Page(StoreLabeler):
             if self.browser:
                 webbrowser.open(url)
             try:
-                serve(sitting, listener, token, suggested=self.rater or _login())
+                serve(session, listener, token, suggested=self.rater or _login())
             finally:
-                for rater in sitting.present():
-                    console.print(summary_table(sitting.summary(rater)))
+                for rater in session.present():
+                    console.print(summary_table(session.summary(rater)))
 
 
 def summary_table(summary: Summary) -> Table:

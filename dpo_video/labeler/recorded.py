@@ -63,19 +63,19 @@ class Recorded(StoreLabeler):
     file: str
     """The path of the JSONL file."""
 
-    def label_store(self, work: LabelTask) -> None:
-        """Copy what the book does not have yet; nothing if any line of the file is wrong."""
+    def label_store(self, task: LabelTask) -> None:
+        """Copy what the label_set does not have yet; nothing if any line of the file is wrong."""
         final: dict[tuple[str, int], tuple[tuple[SegmentLabel, ...], str]] = {}
         for number, line in self._lines():
-            marks = line.marks(len(work.segments))
-            if len(marks) != len(work.segments):
+            marks = line.marks(len(task.segments))
+            if len(marks) != len(task.segments):
                 raise self._error(
-                    number, f"has {len(marks)} labels for {len(work.segments)} segments"
+                    number, f"has {len(marks)} labels for {len(task.segments)} segments"
                 )
-            final[line.rater, self._pair(number, line, work)] = marks, line.note
+            final[line.rater, self._pair(number, line, task)] = marks, line.note
         for (rater, pair), (marks, note) in final.items():
-            if work.labels_by(rater).get(pair) != marks:
-                work.record(pair, marks, rater=rater, note=note)
+            if task.labels_by(rater).get(pair) != marks:
+                task.record(pair, marks, rater=rater, note=note)
 
     def _lines(self) -> Iterator[tuple[int, _Line]]:
         try:
@@ -95,12 +95,12 @@ class Recorded(StoreLabeler):
                     raise self._error(number, f"is no label ({_reason(error)})") from error
                 yield number, line
 
-    def _pair(self, number: int, line: _Line, work: LabelTask) -> int:
+    def _pair(self, number: int, line: _Line, task: LabelTask) -> int:
         if line.pair is not None:
-            if line.pair not in work.pairs:
-                raise self._error(number, f"names pair {line.pair} of {len(work.pairs)}")
+            if line.pair not in task.pairs:
+                raise self._error(number, f"names pair {line.pair} of {len(task.pairs)}")
             return line.pair
-        found = [pair for pair in work.pairs if work.prompt(pair) == line.prompt]
+        found = [pair for pair in task.pairs if task.prompt(pair) == line.prompt]
         if len(found) != 1:
             raise self._error(number, f"names a prompt that {len(found)} pairs have")
         return found[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 from dpo_video.data.clips import find_videos, read_beginning, read_caption
 from dpo_video.data.segments import split
 from dpo_video.data.video import FRAME_SUFFIXES, fit_video, frame_files, natural_key, read_picture
-from dpo_video.data.videodpo import read_triple
+from dpo_video.data.videodpo import read_videodpo_pair
 from dpo_video.errors import UserError, first_fault
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Clip, Context, Skipped, Video, VideoShape
@@ -106,7 +106,7 @@ class LatentFile:
 
     def read(self, model: VideoModel) -> LatentPair:
         """Read it; a UserError if it is damaged, or of another model."""
-        triple, dtype = read_triple(self.file), self.encoded.dtype
+        triple, dtype = read_videodpo_pair(self.file), self.encoded.dtype
         for what, found, fitting in (
             ("latents", triple.winner.shape, model.latent_shape),
             ("prompt_embeds", triple.prompt_embeds.shape, self.encoded.shape),

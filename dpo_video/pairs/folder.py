@@ -61,7 +61,7 @@ class Folder(SuppliedPairs):
         """It brings what it needs."""
         return False
 
-    def material(self, model: VideoModel, prompt: str | None) -> PairSource:
+    def source(self, model: VideoModel, prompt: str | None) -> PairSource:
         """List the files; they are decoded one by one."""
         listing = list_pairs(self.path, model, prompt, self.seconds)
         return PairSource(

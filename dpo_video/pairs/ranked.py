@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Generator
 
-from dpo_video.data.segments import SECONDS, sound_labels, split
+from dpo_video.data.segments import SECONDS, check_labels, split
 from dpo_video.errors import UserError
 from dpo_video.pairs._chosen import OWN_SAMPLE
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
@@ -91,7 +91,7 @@ def rank(
     won, total = [0] * len(videos), [0.0] * len(videos)
     for one, other in combinations(range(len(videos)), 2):
         asked = [prompt], videos[one : one + 1], videos[other : other + 1], segments
-        labels = sound_labels(labeler, labeler(*asked), len(segments))[0]
+        labels = check_labels(labeler, labeler(*asked), len(segments))[0]
         majority, summed = int(labels.sign().sum().sign()), labels.sum().item()
         won[one] += majority
         won[other] -= majority

@@ -248,12 +248,12 @@ def check_pairs(
 
 def _first_supplied(builder: SuppliedPairs, model: VideoModel, name: str) -> Clip:
     """The first clip that the builder brings, if it brings the same ones in the same order."""
-    one, two = (builder.material(model, "a caption") for _ in range(2))
+    one, two = (builder.source(model, "a caption") for _ in range(2))
     law(
         one.count > 0 and one.count == two.count and one.fingerprint == two.fingerprint,
-        f"{name} opens the same material twice and gives another count or fingerprint.",
+        f"{name} opens the same source twice and gives another count or fingerprint.",
     )
-    clips = [list(islice(material.clips, 2)) for material in (one, two)]
+    clips = [list(islice(source.clips, 2)) for source in (one, two)]
     law(clips[0], f"{name} brings nothing, and raises no UserError that says so.")
     law(
         [clip.name for clip in clips[0]] == [clip.name for clip in clips[1]],

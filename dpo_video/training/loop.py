@@ -486,7 +486,7 @@ def _usable(store: PairStore, loss: Loss) -> list[int]:
     """The pairs to draw from: all but those that are ties throughout."""
     if not len(store):
         raise TrainingError(f"'{store.where}' holds no pairs. Build some first.")
-    if loss.needs_region and all(row.region_share == 1 for row in store.rows):
+    if loss.needs_region and all(row.region_share == 1 for row in store.records):
         raise TrainingError(
             f"The pairs in '{store.where}' have no regions: their two videos may differ "
             "everywhere. Train them with --loss global, or build pairs that have regions "

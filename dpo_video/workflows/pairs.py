@@ -9,7 +9,7 @@ from typing import Unpack
 from dpo_video.data.audit import Audit, audit
 from dpo_video.data.pack import pack as pack_pairs
 from dpo_video.data.store import PairStore
-from dpo_video.data.videodpo import Exported, export_triples
+from dpo_video.data.videodpo import VideoDPOExport, export_videodpo
 from dpo_video.errors import UserError
 from dpo_video.strategies import Metric
 from dpo_video.workflows.config import Options, configure
@@ -81,7 +81,7 @@ def pack(
 
 def export_pairs(
     pairs: PairStore | Path | str, out: Path | str, *, labels: Sequence[str] | None = None
-) -> Exported:
+) -> VideoDPOExport:
     """Write pairs as the pair_00000.pt files that Video-DPO publishes, with their prompts.
 
     The format has a chosen and a rejected video only: ties are left out, labels that differ between
@@ -93,4 +93,4 @@ def export_pairs(
         labels: Labels to use instead of the pairs' own; a vote if there are several.
     """
     config = configure("train", {"labels": labels})
-    return export_triples(apply_labels(config, opened(pairs)).store, Path(out))
+    return export_videodpo(apply_labels(config, opened(pairs)).store, Path(out))

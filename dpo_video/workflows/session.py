@@ -15,7 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from dpo_video.data.build import Source, cycle_prompts, in_order
 from dpo_video.data.clips import open_clips
-from dpo_video.data.labels import open_books, pinned, preferences
+from dpo_video.data.labels import open_label_sets, preferences
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import StoreError, UserError
 from dpo_video.memory.packed_weights import check_base, frozen_weights, pack_frozen_weights
@@ -136,7 +136,7 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
                 f"Pairs of kind '{config.tables['pairs']['name']}' are made of files of their own, "
                 "and of no clips. Leave --clips out."
             )
-        own = config.pairs.material(model, run.prompt)
+        own = config.pairs.source(model, run.prompt)
         return OpenedSource(
             clips=in_order(own.clips),
             fingerprint=own.fingerprint,
@@ -203,17 +203,17 @@ def apply_labels(config: Config, store: PairStore) -> Labelled:
     """Put the labels of `train.labels` in the place of the pairs' own, if there are any."""
     for name in config.train.labels:
         store.fetch_labels(name.partition("@")[0])
-    books = open_books(store.folder, config.train.labels)
-    if not books:
+    label_sets = open_label_sets(store.folder, config.train.labels)
+    if not label_sets:
         return Labelled(config=config, store=store, pairs=len(store))
-    for book in books:
-        if book.recipe.pairs != store.manifest.key:
+    for label_set in label_sets:
+        if label_set.recipe.pairs != store.manifest.key:
             raise StoreError(
-                f"'{book.path}' holds labels of other pairs than '{store.where}'. Label these: "
-                f"dpo-video label {store.where} --labeler NAME --as ANOTHER"
+                f"'{label_set.path}' holds labels of other pairs than '{store.where}'. Label "
+                f"these: dpo-video label {store.where} --labeler NAME --as ANOTHER"
             )
-    preferred = preferences(books, store.manifest.latent_shape[1])
-    names = tuple(pinned(book) for book in books)
+    preferred = preferences(label_sets, store.manifest.latent_shape[1])
+    names = tuple(label_set.pinned for label_set in label_sets)
     train = config.train.model_copy(update={"labels": names})
     tables = {**config.tables, "train": {**config.tables["train"], "labels": list(names)}}
     return Labelled(

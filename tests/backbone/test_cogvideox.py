@@ -280,7 +280,7 @@ def test_pairs_of_ones_own_files(model: CogVideoXModel, tmp_path: Path) -> None:
     builder = Folder(path=own_files(tmp_path))
     check_pairs(builder, model)
     masked = builder(
-        next(builder.material(model, None).clips), model, None, Generator().manual_seed(0)
+        next(builder.source(model, None).clips), model, None, Generator().manual_seed(0)
     )
     half = torch.zeros_like(masked.region)
     half[..., :2] = 1

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.trust.fuzz import try_case
 from benchmarks.trust.mutate import Touch
 from benchmarks.trust.readers import READERS, Bench
-from dpo_video.data.videodpo import read_triple
+from dpo_video.data.videodpo import read_videodpo_pair
 from dpo_video.errors import UserError
 
 CASES = 8
@@ -56,7 +56,7 @@ def test_a_malicious_pt_executes_nothing(protocol: int, tmp_path: Path) -> None:
     path, touched = tmp_path / "pair_00000.pt", tmp_path / "touched"
     path.write_bytes(pickle.dumps({"latents_w": Touch(str(touched))}, protocol=protocol))
     with pytest.raises(UserError, match="cannot be read"):
-        read_triple(path)
+        read_videodpo_pair(path)
     assert not touched.exists()
 
 

@@ -228,7 +228,7 @@ def test_ones_own_pairs_are_built_exported_and_built_again(
     assert done.code == 0, done.err
     one, two = (PairStore(tmp_path / name).batch([0, 1]) for name in ("pairs", "again"))
     assert torch.equal(one.first, two.first) and torch.equal(one.second, two.second)
-    assert [row.prompt for row in PairStore(tmp_path / "again").rows] == ["a square"] * 2
+    assert [row.prompt for row in PairStore(tmp_path / "again").records] == ["a square"] * 2
 
 
 def test_pairs_of_ones_own_take_no_clips_and_say_what_they_want(

@@ -78,11 +78,11 @@ def test_it_decodes_with_what_the_pairs_were_made_with_and_sums_up(pairs: Path) 
     assert [each["frames"] for each in found["segments"]] == [[0, 2], [2, 4]]
     for each in found["segments"]:
         assert each["first"] + each["second"] + each["tie"] == pytest.approx(1)
-    book = LabelSet(pairs, "metric")
-    assert book.recipe.labeler["weights"] == {"frame_difference": 1.0}
-    firsts = sum(label[0].item() == 1 for label in book.labels().values())
+    label_set = LabelSet(pairs, "metric")
+    assert label_set.recipe.labeler["weights"] == {"frame_difference": 1.0}
+    firsts = sum(label[0].item() == 1 for label in label_set.tensors().values())
     assert found["segments"][0]["first"] == pytest.approx(firsts / 3)
-    assert "frame_difference" in book.lines[0].note
+    assert "frame_difference" in label_set.lines[0].note
 
 
 def test_labelling_again_goes_on_and_another_recipe_needs_a_name(pairs: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_file_may_grow_under_the_same_name(pairs: Path, tmp_path: Path) -> Non
     run("label", pairs, *recorded(tmp_path, "first"))
     out = run("label", pairs, *recorded(tmp_path, "second", None, "tie"))
     assert "2 of 3 pairs have labels" in " ".join(out.split())
-    assert LabelSet(pairs, "recorded").labels()[0].tolist() == [-1, -1]
+    assert LabelSet(pairs, "recorded").tensors()[0].tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_training_takes_the_labels_and_its_run_toml_says_which(
         ["train", "--out", second, "--resume", "--steps=3"],
         ["train", "--config", first / "run.toml", "--out", tmp_path / "third"],
     ):
-        with pytest.raises(UserError, match="no longer those that this run was begun with"):
+        with pytest.raises(UserError, match="no longer those that this run was started with"):
             run(*again)
     run("train", "--config", first / "run.toml", "--labels=recorded", "--out", tmp_path / "third")
     assert pinned not in (tmp_path / "third" / "run.toml").read_text()

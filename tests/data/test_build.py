@@ -76,7 +76,7 @@ def test_it_reports_every_pair(small_folder: Path, tmp_path: Path) -> None:
     assert [report.prompt for report in reports] == [CAPTIONS[0], CAPTIONS[1], CAPTIONS[0]]
     assert all(report.seconds > 0 for report in reports)
     store = PairStore(tmp_path / "pairs")
-    assert [row.source for row in store.rows] == ["clip 0", "clip 1", "clip 2"]
+    assert [row.source for row in store.records] == ["clip 0", "clip 1", "clip 2"]
 
 
 def test_what_is_there_is_not_made_again(small_folder: Path, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_pair_counts_once_all_before_it_are_there(small_folder: Path, tmp_path
     list(small_build(small_folder, out, 5, source=source))
     store.refresh()
     assert (len(store), store.made) == (5, 5)
-    assert [row.source for row in store.rows] == [f"clip {i}" for i in range(5)]
+    assert [row.source for row in store.records] == [f"clip {i}" for i in range(5)]
 
 
 @pytest.mark.parametrize("builder", [Jitter(), Local(num_inference_steps=4)])

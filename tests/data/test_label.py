@@ -12,7 +12,7 @@ from small_labels import COUNT, random_store
 from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.data.label import StoreTask, label, recipe
+from dpo_video.data.label import LabelSummary, StoreTask, label, recipe, summarize
 from dpo_video.data.labels import LabelSet, preferences
 from dpo_video.data.store import PairStore
 from dpo_video.errors import StoreError
@@ -57,7 +57,7 @@ def store(small_model: AnimateDiffModel, tmp_path: Path) -> PairStore:
     return random_store(tmp_path / "pairs", small_model)
 
 
-def open_book(store: PairStore, model: AnimateDiffModel, name: str = "mine") -> LabelSet:
+def open_label_set(store: PairStore, model: AnimateDiffModel, name: str = "mine") -> LabelSet:
     made = recipe(store, model, {"name": name}, SECONDS)
     return LabelSet.open_or_create(store.folder, name, made)
 
@@ -65,25 +65,25 @@ def open_book(store: PairStore, model: AnimateDiffModel, name: str = "mine") -> 
 def test_every_pair_is_labelled_on_its_decoded_videos(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    book = open_book(store, small_model)
-    reports = list(label(store, small_model, Brighter(), book))
+    label_set = open_label_set(store, small_model)
+    reports = list(label(store, small_model, Brighter(), label_set))
     assert [report.done for report in reports] == [1, 2, 3]
     assert {report.total for report in reports} == {3}
     batch = store.batch(range(COUNT))
     first, second = (small_model.decode_videos(part) for part in (batch.first, batch.second))
     expected = Brighter()(["a"] * COUNT, first, second, [slice(0, 2), slice(2, 4)])
-    assert torch.equal(torch.stack(list(book.labels().values())), expected)
+    assert torch.equal(torch.stack(list(label_set.tensors().values())), expected)
     assert [list(report.labels) for report in reports] == expected.tolist()
-    assert book.recipe.segments == ((0, 2), (2, 4)) == book.recipe.latents
+    assert label_set.recipe.segments == ((0, 2), (2, 4)) == label_set.recipe.latents
 
 
 def test_it_goes_on_where_it_was_stopped(store: PairStore, small_model: AnimateDiffModel) -> None:
-    stopped = label(store, small_model, Brighter(), open_book(store, small_model, "cut"))
+    stopped = label(store, small_model, Brighter(), open_label_set(store, small_model, "cut"))
     next(stopped)
     stopped.close()
-    again = open_book(store, small_model, "cut")
+    again = open_label_set(store, small_model, "cut")
     assert [report.pair for report in label(store, small_model, Brighter(), again)] == [1, 2]
-    whole = open_book(store, small_model, "whole")
+    whole = open_label_set(store, small_model, "whole")
     list(label(store, small_model, Brighter(), whole))
     assert whole.path.read_bytes() == again.path.read_bytes()
     assert list(label(store, small_model, Brighter(), whole)) == []
@@ -92,26 +92,26 @@ def test_it_goes_on_where_it_was_stopped(store: PairStore, small_model: AnimateD
 def test_pairs_built_later_are_labelled_later(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    list(label(store, small_model, Brighter(), open_book(store, small_model)))
+    list(label(store, small_model, Brighter(), open_label_set(store, small_model)))
     longer = random_store(store.folder, small_model, COUNT + 2)
-    reports = label(longer, small_model, Brighter(), open_book(longer, small_model))
+    reports = label(longer, small_model, Brighter(), open_label_set(longer, small_model))
     assert [(report.pair, report.done) for report in reports] == [(3, 4), (4, 5)]
 
 
 def test_reasons_are_kept_and_figures_reported(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    book = open_book(store, small_model)
-    reports = list(label(store, small_model, Reasoned(), book))
-    assert [line.note for line in book.lines] == [f"of prompt {i}" for i in range(COUNT)]
+    label_set = open_label_set(store, small_model)
+    reports = list(label(store, small_model, Reasoned(), label_set))
+    assert [line.note for line in label_set.lines] == [f"of prompt {i}" for i in range(COUNT)]
     assert [report.figures for report in reports] == [{"requests": 2}] * COUNT
 
 
 def test_a_labeler_of_whole_sets_goes_through_them_itself(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    book = open_book(store, small_model)
-    assert list(label(store, small_model, Everything(), book)) == []
+    label_set = open_label_set(store, small_model)
+    assert list(label(store, small_model, Everything(), label_set)) == []
     again = LabelSet(store.folder, "mine")
     assert again.raters == ["me"] == list(StoreTask(store, small_model, again).raters)
     assert {line.note for line in again.lines} == {f"prompt {i}" for i in range(COUNT)}
@@ -121,10 +121,30 @@ def test_a_labeler_of_whole_sets_goes_through_them_itself(
 
 
 def test_another_model_cannot_decode_them(store: PairStore, small_model: AnimateDiffModel) -> None:
-    book = open_book(store, small_model)
+    label_set = open_label_set(store, small_model)
     small_model.identity = "another"
     with pytest.raises(StoreError, match="made with other weights"):
-        next(label(store, small_model, Brighter(), book))
+        next(label(store, small_model, Brighter(), label_set))
+
+
+def test_a_summary_shows_itself(store: PairStore, small_model: AnimateDiffModel) -> None:
+    label_set = open_label_set(store, small_model)
+    label_set.record(0, [1, 0], rater="ann")
+    label_set.record(0, [1, -1], rater="bob")
+    label_set.record(1, ["skip", -1], rater="ann")
+    summary = summarize(store, label_set, {"requests": 4})
+    assert [(each.first, each.second, each.tie) for each in summary.segments] == [
+        (0.5, 0, 0.5),
+        (0, 1, 0),
+    ]
+    assert summary.summary == f"2 of 3 pairs have labels: {label_set.path}"
+    assert summary.details() == [
+        "Agreement of ann and bob: 50% of 2 common segments, Cohen's kappa 0.33",
+        "requests: 4",
+    ]
+    assert summary.table().row_count == 2
+    assert "<td>0-1</td><td>50%</td>" in summary._repr_html_()
+    assert LabelSummary.model_validate(summary.to_dict()) == summary
 
 
 # --- what training sees ----------------------------------------------------------------------
@@ -133,10 +153,10 @@ def test_another_model_cannot_decode_them(store: PairStore, small_model: Animate
 def test_labels_take_the_place_of_preferences(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    book = open_book(store, small_model)
-    book.record(0, [1, -0.5])
-    book.record(2, [0, 0])
-    view = store.relabelled(preferences([book], frames=4))
+    label_set = open_label_set(store, small_model)
+    label_set.record(0, [1, -0.5])
+    label_set.record(2, [0, 0])
+    view = store.relabelled(preferences([label_set], frames=4))
     assert view.batch([0, 1, 2]).preference.tolist() == [[1, 1, -0.5, -0.5], [0] * 4, [0] * 4]
     assert view.decided() == [0], "unlabelled pairs and ties train nothing"
     assert store.batch([0, 1, 2]).preference.eq(1).all() and store.decided() == [0, 1, 2]
@@ -149,16 +169,16 @@ def test_several_books_vote_per_latent_frame(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
     """The third one's only segment covers all frames."""
-    books = [open_book(store, small_model, name) for name in ("a", "b")]
+    label_sets = [open_label_set(store, small_model, name) for name in ("a", "b")]
     whole = recipe(store, small_model, {"name": "c"}, seconds=1.0)
-    books.append(LabelSet.open_or_create(store.folder, "c", whole))
-    books[0].record(0, [1, 1])
-    books[1].record(0, [-1, 0.5])
-    books[2].record(0, [-0.2])
-    books[1].record(1, [-0.5, "skip"])
-    found = {pair: value.tolist() for pair, value in preferences(books, frames=4).items()}
+    label_sets.append(LabelSet.open_or_create(store.folder, "c", whole))
+    label_sets[0].record(0, [1, 1])
+    label_sets[1].record(0, [-1, 0.5])
+    label_sets[2].record(0, [-0.2])
+    label_sets[1].record(1, [-0.5, "skip"])
+    found = {pair: value.tolist() for pair, value in preferences(label_sets, frames=4).items()}
     assert found == {0: [-1, -1, 1, 1], 1: [-1, -1, 0, 0]}
-    flipped = preferences(books[::-1], frames=4)
+    flipped = preferences(label_sets[::-1], frames=4)
     assert {pair: value.tolist() for pair, value in flipped.items()} == found
-    assert preferences(books[:1], frames=4)[0].tolist() == [1, 1, 1, 1]
-    assert preferences(books[1:2], frames=4)[1].tolist() == [-0.5, -0.5, 0, 0]
+    assert preferences(label_sets[:1], frames=4)[0].tolist() == [1, 1, 1, 1]
+    assert preferences(label_sets[1:2], frames=4)[1].tolist() == [-0.5, -0.5, 0, 0]

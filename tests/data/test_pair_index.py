@@ -10,18 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as draw
 from pydantic import ValidationError
 
-from dpo_video.data.pair_index import PairRow, Rows, checked, parse
+from dpo_video.data.pair_index import PairIndex, PairRecord, checked, parse
 from dpo_video.errors import StoreError
 
 
-def row(index: int, **changes: object) -> PairRow:
+def row(index: int, **changes: object) -> PairRecord:
     fields = {"index": index, "prompt": f"a {index}", "context": "0" * 16, "source": "clip",
               "strength": 0.5, "region_share": 1 / 3, "preference": (1.0, -0.25)}  # fmt: skip
     return checked(**{**fields, **changes})
 
 
-def rows_of(found: list[PairRow]) -> Rows:
-    rows = Rows()
+def index_of(found: list[PairRecord]) -> PairIndex:
+    rows = PairIndex()
     rows.add(found, "pairs.jsonl")
     return rows
 
@@ -32,14 +32,14 @@ def rows_of(found: list[PairRow]) -> Rows:
 def test_what_counts_depends_on_no_order_and_no_repetition(
     indices: list[int], seed: int, cut: int
 ) -> None:
-    rows = rows_of([row(i) for i in indices])
+    rows = index_of([row(i) for i in indices])
     hole = next(i for i in range(32) if i not in indices)
     assert [each.index for each in rows.ready] == list(range(hole))
     assert len(rows) == len(set(indices))
     assert all((i in rows) == (i in indices) for i in range(32))
     shuffled = list(indices)
     Random(seed).shuffle(shuffled)
-    other, at = Rows(), cut % (len(indices) + 1)
+    other, at = PairIndex(), cut % (len(indices) + 1)
     for part in (shuffled[:at], shuffled[at:]):  # read in two goes
         other.add([row(i) for i in part], "pairs.jsonl")
     assert (other.ready, other.waiting) == (rows.ready, rows.waiting)
@@ -50,7 +50,7 @@ def test_what_counts_depends_on_no_order_and_no_repetition(
 def test_two_lines_that_differ_about_a_pair_are_refused(order: list[int]) -> None:
     lines = [row(i) for i in order]
     with pytest.raises(StoreError, match=r"Line 3 of 'pairs.jsonl' says something else of pair"):
-        rows_of([*lines, row(order[1], prompt="another")])
+        index_of([*lines, row(order[1], prompt="another")])
 
 
 def test_a_line_is_read_back_as_it_was_written() -> None:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import resource
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_files import largest_file
 from small_pairs import MANIFEST, context_of, random_pair
 from test_build import small_build
 
@@ -42,17 +40,6 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The system refuses to write files of more than so many bytes, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> PairStore:
     return PairStore.create(tmp_path / "pairs", MANIFEST)
@@ -65,7 +52,7 @@ def test_what_is_appended_is_read_back_to_the_bit(store: PairStore) -> None:
     add(store, 0, 1)
     add(store, 2, prompt="a blue star")
     opened = PairStore(store.folder)
-    assert len(opened) == 3 and opened.rows == store.rows and opened.manifest == MANIFEST
+    assert len(opened) == 3 and opened.records == store.records and opened.manifest == MANIFEST
     batch = opened.batch([2, 0])
     for i, (seed, prompt) in enumerate(((2, "a blue star"), (0, "a red square"))):
         pair = random_pair(seed, prompt)
@@ -76,7 +63,7 @@ def test_what_is_appended_is_read_back_to_the_bit(store: PairStore) -> None:
     assert batch.keys == ["00002", "00000"]
     assert batch.strength.tolist() == [0.75, 0.75]
     share = random_pair(2).region.mean().item()
-    assert opened.rows[2].region_share == pytest.approx(share)
+    assert opened.records[2].region_share == pytest.approx(share)
 
 
 def test_equal_prompts_share_a_context(store: PairStore) -> None:
@@ -139,7 +126,7 @@ def test_a_pair_that_another_worker_has_made_stays_as_it_is(store: PairStore) ->
     other.append(random_pair(9), context_of("x"), index=1, preview=lambda path: path.touch())
     assert contents(store.folder) == whole
     other.append(random_pair(2), context_of(random_pair(2).prompt))  # the next that is missing
-    assert [row.source for row in PairStore(store.folder).rows] == ["clip 0", "clip 1", "clip 2"]
+    assert [row.source for row in PairStore(store.folder).records] == ["clip 0", "clip 1", "clip 2"]
 
 
 def test_workers_that_append_at_once_lose_nothing(store: PairStore) -> None:
@@ -182,7 +169,7 @@ def test_workers_that_append_at_once_lose_nothing(store: PairStore) -> None:
             store.append(random_pair(index), context_of(random_pair(index).prompt), index)
     opened = PairStore(store.folder)
     assert opened.made >= len(opened) >= count
-    assert [row.source for row in opened.rows] == [f"clip {i}" for i in range(len(opened))]
+    assert [row.source for row in opened.records] == [f"clip {i}" for i in range(len(opened))]
     assert torch.equal(opened.batch(range(30)).first[20], random_pair(20).first)
     lines = (store.folder / "pairs.jsonl").read_bytes().splitlines()
     assert len(lines) == len(set(lines)) == opened.made
@@ -217,7 +204,7 @@ def test_a_line_torn_in_the_middle_costs_its_pair_alone(store: PairStore) -> Non
     opened = PairStore(store.folder)
     assert (len(opened), opened.made) == (1, 2)
     add(opened, 1)
-    assert PairStore(store.folder).rows == store.rows
+    assert PairStore(store.folder).records == store.records
     del whole["pairs.jsonl"]
     assert whole.items() <= contents(store.folder).items()
 
@@ -304,7 +291,7 @@ def test_a_full_disk_loses_nothing(store: PairStore, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"Cannot write to '.*': the disk is full\. What was writ"):
+    with pytest.raises(UserError, match=r"Cannot write to '.*': the disk is full\. Everything"):
         add(store, 2)
     monkeypatch.undo()
     assert contents(store.folder) == whole
@@ -322,7 +309,7 @@ def test_a_line_that_does_not_fit_leaves_a_pair_that_does_not_exist(store: PairS
     while lines.stat().st_size + 200 < limit:
         add(store, len(store))
     count = len(store)
-    with largest_file(limit), pytest.raises(UserError, match="larger than is allowed here"):
+    with largest_file(limit), pytest.raises(UserError, match="exceed the size limit"):
         for seed in range(count, count + 10):
             add(store, seed)
     survived = PairStore(store.folder)
@@ -336,7 +323,7 @@ def test_a_real_refusal_inside_safetensors_is_understood(tmp_path: Path) -> None
     """Peft saves adapters by safetensors, whose errors carry the reason in their text alone."""
     with (
         largest_file(4096),
-        pytest.raises(UserError, match="larger than is allowed here"),
+        pytest.raises(UserError, match="exceed the size limit"),
         writing(tmp_path),
     ):
         save_file({"weights": torch.zeros(100_000)}, tmp_path / "adapter.safetensors")
@@ -367,7 +354,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Cannot write to '.*': a part of that path is a file"):
+    with pytest.raises(UserError, match=r"Cannot write to '.*': a parent of that path is a file"):
         PairStore.create(tmp_path / "file" / "pairs", MANIFEST)
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "latents").write_text("")

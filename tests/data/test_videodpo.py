@@ -12,7 +12,12 @@ import torch
 from small_pairs import MANIFEST, random_pair
 
 from dpo_video.data.store import PairStore
-from dpo_video.data.videodpo import Triple, export_triples, read_triple, write_triple
+from dpo_video.data.videodpo import (
+    VideoDPOPair,
+    export_videodpo,
+    read_videodpo_pair,
+    write_videodpo_pair,
+)
 from dpo_video.errors import StoreError, UserError
 
 LATENTS, EMBEDS = torch.rand(2, 4, 3, 3), torch.rand(1, 5, 3)
@@ -37,10 +42,10 @@ class Trap:
 
 
 def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
-    triple = Triple(winner=LATENTS, loser=-LATENTS, prompt_embeds=EMBEDS)
-    write_triple(tmp_path / "one.pt", triple)
+    triple = VideoDPOPair(winner=LATENTS, loser=-LATENTS, prompt_embeds=EMBEDS)
+    write_videodpo_pair(tmp_path / "one.pt", triple)
     for path in (tmp_path / "one.pt", written(tmp_path / "theirs.pt")):
-        read = read_triple(path)
+        read = read_videodpo_pair(path)
         assert torch.equal(read.winner, LATENTS) and torch.equal(read.loser, -LATENTS)
         assert torch.equal(read.prompt_embeds, EMBEDS)
 
@@ -52,7 +57,7 @@ def test_a_leading_axis_of_one_may_be_there_or_not(tmp_path: Path) -> None:
         latents_l=-LATENTS[None],
         prompt_embeds=EMBEDS[0],
     )
-    read = read_triple(path)
+    read = read_videodpo_pair(path)
     assert torch.equal(read.winner, LATENTS) and torch.equal(read.prompt_embeds, EMBEDS)
 
 
@@ -64,7 +69,7 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
     ):
         save(tmp_path / name)
         with pytest.raises(UserError, match=r"cannot be read .*Remove or replace it"):
-            read_triple(tmp_path / name)
+            read_videodpo_pair(tmp_path / name)
     assert not trap.exists()
     pickle.loads(pickle.dumps(Trap(trap)))
     assert trap.exists()  # the trap itself works
@@ -84,17 +89,17 @@ def test_something_else_is_told_apart(
     tmp_path: Path, tensors: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
-        read_triple(written(tmp_path / "one.pt", **tensors))
+        read_videodpo_pair(written(tmp_path / "one.pt", **tensors))
 
 
 def test_a_cut_file_is_told_apart(tmp_path: Path) -> None:
     path = written(tmp_path / "one.pt")
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(UserError, match="cannot be read"):
-        read_triple(path)
+        read_videodpo_pair(path)
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="does not hold the tensors"):
-        read_triple(path)
+        read_videodpo_pair(path)
 
 
 # --- export ----------------------------------------------------------------------------------
@@ -114,14 +119,14 @@ def store(tmp_path: Path) -> PairStore:
 
 
 def test_winners_come_first_and_ties_are_left_out(store: PairStore, tmp_path: Path) -> None:
-    done = export_triples(store, tmp_path / "out")
+    done = export_videodpo(store, tmp_path / "out")
     assert (done.written, done.undecided, done.simplified, done.regions) == (2, 1, 1, 1)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["pair_00000.pt", "pair_00000.txt", "pair_00001.pt", "pair_00001.txt"]
     for number, (seed, winner, loser) in enumerate(
         ((0, "first", "second"), (2, "second", "first"))
     ):
-        read = read_triple(tmp_path / "out" / f"pair_{number:05d}.pt")
+        read = read_videodpo_pair(tmp_path / "out" / f"pair_{number:05d}.pt")
         pair = random_pair(seed)
         assert torch.equal(read.winner, getattr(pair, winner))
         assert torch.equal(read.loser, getattr(pair, loser))
@@ -131,19 +136,19 @@ def test_winners_come_first_and_ties_are_left_out(store: PairStore, tmp_path: Pa
 
 
 def test_a_file_holds_its_own_pair_and_no_more(store: PairStore, tmp_path: Path) -> None:
-    export_triples(store, tmp_path / "out")
+    export_videodpo(store, tmp_path / "out")
     held = torch.load(tmp_path / "out" / "pair_00000.pt", weights_only=True)
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in held.values())
 
 
 def test_files_that_are_there_are_not_mixed_with_new_ones(store: PairStore, tmp_path: Path) -> None:
-    export_triples(store, tmp_path / "out")
+    export_videodpo(store, tmp_path / "out")
     with pytest.raises(UserError, match="Name another folder"):
-        export_triples(store, tmp_path / "out")
+        export_videodpo(store, tmp_path / "out")
 
 
 def test_a_context_that_the_format_cannot_keep_is_refused(tmp_path: Path) -> None:
     store = PairStore.create(tmp_path / "pairs", MANIFEST)
     store.append(random_pair(0), {"prompt_embeds": EMBEDS, "pooled": EMBEDS + 1})
     with pytest.raises(StoreError, match=r"encoded as pooled, prompt_embeds"):
-        export_triples(store, tmp_path / "out")
+        export_videodpo(store, tmp_path / "out")

@@ -27,9 +27,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from small_files import largest_file
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
-from test_store import largest_file
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.label import StoreTask, recipe
@@ -37,8 +37,8 @@ from dpo_video.data.labels import LabelSet
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import UserError
 from dpo_video.labeler._page.server import application, listen, serve
+from dpo_video.labeler._page.session import IDLE, Answer, LabelSession
 from dpo_video.labeler._page.sheets import SpriteSheets, columns, eight_bits, sheet
-from dpo_video.labeler._page.sitting import IDLE, Answer, LabelSession
 from dpo_video.labeler.page import Page as PageLabeler
 from dpo_video.strategies import LabelTask
 from dpo_video.testing import small_videos
@@ -87,20 +87,20 @@ def store(
 
 
 @pytest.fixture
-def work(store: PairStore, model: AnimateDiffModel, request: pytest.FixtureRequest) -> StoreTask:
-    """The store with a new book."""
-    return StoreTask(store, model, new_book(store, model, request.node.name))
+def task(store: PairStore, model: AnimateDiffModel, request: pytest.FixtureRequest) -> StoreTask:
+    """The store with a new label_set."""
+    return StoreTask(store, model, new_label_set(store, model, request.node.name))
 
 
-def new_book(store: PairStore, model: AnimateDiffModel, name: str) -> LabelSet:
+def new_label_set(store: PairStore, model: AnimateDiffModel, name: str) -> LabelSet:
     made = recipe(store, model, {"name": "page", "seed": 0}, seconds=0.25)
     assert made.segments == ((0, 2), (2, 4))
     return LabelSet.open_or_create(store.folder, re.sub(r"[^A-Za-z0-9]", "-", name), made)
 
 
-def on_disk(work: StoreTask, rater: str) -> dict[int, tuple[SegmentLabel, ...]]:
+def on_disk(task: StoreTask, rater: str) -> dict[int, tuple[SegmentLabel, ...]]:
     """What another process would read."""
-    return LabelSet(work.store.folder, work.book.name).labels_by(rater)
+    return LabelSet(task.store.folder, task.label_set.name).labels_by(rater)
 
 
 class Memory(LabelTask):
@@ -134,36 +134,36 @@ class Memory(LabelTask):
 ANSWERS = st.sampled_from(["left", "right", "tie", "skip"])
 
 
-def give(sitting: LabelSession, rater: str, answers: list[Answer]) -> None:
+def give(session: LabelSession, rater: str, answers: list[Answer]) -> None:
     """Answer what is asked, as a person does."""
     for answer in answers:
-        current = sitting.view(rater).current
+        current = session.view(rater).current
         if current is None:
             return
-        sitting.answer(rater, current.pair, current.answers.index(None), answer)
+        session.answer(rater, current.pair, current.answers.index(None), answer)
 
 
 @given(rater=st.text(max_size=5), seed=st.integers(), pair=st.integers(0, 5), answer=ANSWERS)
 def test_an_answer_is_kept_in_the_stores_order(
     rater: str, seed: int, pair: int, answer: Answer
 ) -> None:
-    work = Memory(6, 2)
-    sitting = LabelSession(work, seed)
-    sitting.answer(rater, pair, 1, answer)
-    first_side = "left" if sitting.is_first(rater, pair, "left") else "right"
+    task = Memory(6, 2)
+    session = LabelSession(task, seed)
+    session.answer(rater, pair, 1, answer)
+    first_side = "left" if session.is_first(rater, pair, "left") else "right"
     kept = {first_side: 1.0, "tie": 0.0, "skip": "skip"}.get(answer, -1.0)
-    assert work.labels_by(rater) == {pair: (None, kept)}
-    assert sitting.is_first(rater, pair, "left") != sitting.is_first(rater, pair, "right")
+    assert task.labels_by(rater) == {pair: (None, kept)}
+    assert session.is_first(rater, pair, "left") != session.is_first(rater, pair, "right")
     # And the next time it is shown as it was given.
-    again = LabelSession(work, seed)
+    again = LabelSession(task, seed)
     while (current := again.view(rater).current) and current.pair != pair:
         again.answer(rater, current.pair, 0, "tie", rest=True)
     assert current is not None and current.answers == (None, answer)
 
 
 def test_sides_are_even_and_differ_between_raters() -> None:
-    sitting = LabelSession(Memory(1000, 1), seed=0)
-    sides = {name: [sitting.flipped(name, pair) for pair in range(1000)] for name in ("a", "b")}
+    session = LabelSession(Memory(1000, 1), seed=0)
+    sides = {name: [session.flipped(name, pair) for pair in range(1000)] for name in ("a", "b")}
     same = sum(one == other for one, other in zip(sides["a"], sides["b"], strict=True))
     for count in (sum(sides["a"]), sum(sides["b"]), same):
         assert abs(count - 500) < 80  # five standard deviations
@@ -172,11 +172,11 @@ def test_sides_are_even_and_differ_between_raters() -> None:
 def test_all_raters_see_the_pairs_in_one_random_order() -> None:
     orders = []
     for seed, rater in ((0, "a"), (0, "b"), (1, "a")):
-        sitting, seen = LabelSession(Memory(20, 1), seed), []
-        while current := sitting.view(rater).current:
+        session, seen = LabelSession(Memory(20, 1), seed), []
+        while current := session.view(rater).current:
             seen.append(current.pair)
-            assert sitting.view(rater).ahead == tuple(sitting._order[len(seen) : len(seen) + 2])
-            sitting.answer(rater, current.pair, 0, "tie")
+            assert session.view(rater).ahead == tuple(session._order[len(seen) : len(seen) + 2])
+            session.answer(rater, current.pair, 0, "tie")
         orders.append(seen)
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == list(range(20)) != orders[0]
@@ -191,32 +191,32 @@ def test_all_raters_see_the_pairs_in_one_random_order() -> None:
 def test_undo_takes_everything_back_in_turn(
     answers: list[Answer], rest: bool, restart: bool
 ) -> None:
-    work = Memory(4, 3)
-    sitting = LabelSession(work, seed=0)
+    task = Memory(4, 3)
+    session = LabelSession(task, seed=0)
     history = []
     for answer in answers:
-        history.append(dict(work.labels_by("a")))
-        give(sitting, "a", [answer])
+        history.append(dict(task.labels_by("a")))
+        give(session, "a", [answer])
     if rest:
-        history.append(dict(work.labels_by("a")))
-        current = sitting.view("a").current
+        history.append(dict(task.labels_by("a")))
+        current = session.view("a").current
         if current is None:
             history.pop()
         else:
-            sitting.answer("a", current.pair, current.answers.index(None), "skip", rest=True)
+            session.answer("a", current.pair, current.answers.index(None), "skip", rest=True)
     if restart:  # what came before is no longer known step by step, but can be taken back
-        sitting = LabelSession(work, seed=0)
-        while (view := sitting.view("a")).undoable:
-            sitting.undo("a", view.revision)
+        session = LabelSession(task, seed=0)
+        while (view := session.view("a")).undoable:
+            session.undo("a", view.revision)
     else:
         for before in reversed(history):
-            sitting.undo("a", sitting.view("a").revision)
-            said = {pair: marks for pair, marks in work.labels_by("a").items() if any_said(marks)}
+            session.undo("a", session.view("a").revision)
+            said = {pair: marks for pair, marks in task.labels_by("a").items() if any_said(marks)}
             assert said == {pair: marks for pair, marks in before.items() if any_said(marks)}
-    assert not any(any_said(marks) for marks in work.labels_by("a").values())
-    view = sitting.view("a")
+    assert not any(any_said(marks) for marks in task.labels_by("a").values())
+    view = session.view("a")
     assert not view.undoable
-    assert sitting.undo("a", view.revision) == view
+    assert session.undo("a", view.revision) == view
 
 
 def any_said(marks: tuple[SegmentLabel, ...]) -> bool:
@@ -224,47 +224,47 @@ def any_said(marks: tuple[SegmentLabel, ...]) -> bool:
 
 
 def test_an_undo_that_arrives_twice_is_done_once() -> None:
-    work = Memory(2, 2)
-    sitting = LabelSession(work, seed=0)
-    give(sitting, "a", ["tie", "tie"])
-    revision = sitting.view("a").revision
-    once = sitting.undo("a", revision)
-    assert sitting.undo("a", revision) == once
-    assert [mark for marks in work.labels_by("a").values() for mark in marks] == [0, None]
+    task = Memory(2, 2)
+    session = LabelSession(task, seed=0)
+    give(session, "a", ["tie", "tie"])
+    revision = session.view("a").revision
+    once = session.undo("a", revision)
+    assert session.undo("a", revision) == once
+    assert [mark for marks in task.labels_by("a").values() for mark in marks] == [0, None]
 
 
 def test_a_pair_is_finished_once_every_segment_has_an_answer() -> None:
-    work = Memory(2, 2)
-    first = LabelSession(work, seed=0).view("a").current
+    task = Memory(2, 2)
+    first = LabelSession(task, seed=0).view("a").current
     assert first is not None
-    give(LabelSession(work, seed=0), "a", ["skip"])
-    view = LabelSession(work, seed=0).view("a")
+    give(LabelSession(task, seed=0), "a", ["skip"])
+    view = LabelSession(task, seed=0).view("a")
     assert view.finished == 0 and view.current is not None
     assert view.current.pair == first.pair and view.current.answers == ("skip", None)
-    give(LabelSession(work, seed=0), "a", ["tie"])
-    view = LabelSession(work, seed=0).view("a")
+    give(LabelSession(task, seed=0), "a", ["tie"])
+    view = LabelSession(task, seed=0).view("a")
     assert view.finished == 1 and view.current is not None and view.current.pair != first.pair
 
 
 def test_breaks_do_not_count_as_work() -> None:
     now = 0.0
-    sitting = LabelSession(Memory(10, 1), seed=0, clock=lambda: now)
+    session = LabelSession(Memory(10, 1), seed=0, clock=lambda: now)
     for seconds in (5.0, 5.0, 10_000.0, 5.0, 5.0):
-        assert sitting.view("a").pace is None or sitting.view("a").finished >= 3
+        assert session.view("a").pace is None or session.view("a").finished >= 3
         now += seconds
-        give(sitting, "a", ["tie"])
-    assert sitting.view("a").pace == pytest.approx(5 / (20 + IDLE) * 3600)
-    assert sitting.summary("a").minutes == pytest.approx((20 + IDLE) / 60)
+        give(session, "a", ["tie"])
+    assert session.view("a").pace == pytest.approx(5 / (20 + IDLE) * 3600)
+    assert session.summary("a").minutes == pytest.approx((20 + IDLE) / 60)
 
 
 def test_agreement_is_about_videos_not_about_sides() -> None:
-    work = Memory(40, 1)
-    sitting = LabelSession(work, seed=0)
+    task = Memory(40, 1)
+    session = LabelSession(task, seed=0)
     for rater in ("a", "b"):  # both always prefer the first, wherever it is
         for pair in range(40):
-            side: Answer = "left" if sitting.is_first(rater, pair, "left") else "right"
-            sitting.answer(rater, pair, 0, "tie" if pair < 20 else side)
-    summary = sitting.summary("a")
+            side: Answer = "left" if session.is_first(rater, pair, "left") else "right"
+            session.answer(rater, pair, 0, "tie" if pair < 20 else side)
+    summary = session.summary("a")
     assert [other.rater for other in summary.others] == ["b"]
     assert summary.others[0].agreement.kappa == 1
     assert summary.answers["tie"] == 20 and sum(summary.answers.values()) == 40
@@ -272,8 +272,8 @@ def test_agreement_is_about_videos_not_about_sides() -> None:
     # Who always presses the same key agrees with nobody but by chance.
     for rater in ("c", "d"):
         for pair in range(40):
-            sitting.answer(rater, pair, 0, "left")
-    (found,) = (other for other in sitting.summary("c").others if other.rater == "d")
+            session.answer(rater, pair, 0, "left")
+    (found,) = (other for other in session.summary("c").others if other.rater == "d")
     assert found.agreement.kappa is not None and abs(found.agreement.kappa) < 0.5
 
 
@@ -303,11 +303,11 @@ def test_a_pair_is_decoded_once_and_few_are_kept() -> None:
             decoded.append(pair)
             return small_videos(2, 2, 4, 4, seed=pair).unbind()
 
-    work = Counting(4, 2)
+    task = Counting(4, 2)
     size = 2 * 2 * 4 * 4 * 3  # bytes of a pair
 
     async def look() -> None:
-        sheets = SpriteSheets(work, keep=3 * size)
+        sheets = SpriteSheets(task, keep=3 * size)
         both = (
             sheets.get(0, segment, first=first) for segment in (0, 1) for first in (True, False)
         )
@@ -317,7 +317,7 @@ def test_a_pair_is_decoded_once_and_few_are_kept() -> None:
             await sheets.get(pair, 0, first=True)
         assert decoded == [0, 1, 2, 3, 1]  # the longest unseen went
         decoded.clear()
-        small = SpriteSheets(work, keep=1)
+        small = SpriteSheets(task, keep=1)
         for pair in (0, 0, 1, 1):
             await small.get(pair, 1, first=False)
         assert decoded == [0, 1]
@@ -328,13 +328,13 @@ def test_a_pair_is_decoded_once_and_few_are_kept() -> None:
 # --- the interface ---------------------------------------------------------------------------
 
 
-def app_of(work: LabelTask) -> ASGIApp:
-    return application(LabelSession(work, seed=0), TOKEN, finish=lambda: None)
+def app_of(task: LabelTask) -> ASGIApp:
+    return application(LabelSession(task, seed=0), TOKEN, finish=lambda: None)
 
 
 @pytest.fixture
-def client(work: StoreTask) -> TestClient:
-    return TestClient(app_of(work), base_url=f"http://{HOST}/{TOKEN}/")
+def client(task: StoreTask) -> TestClient:
+    return TestClient(app_of(task), base_url=f"http://{HOST}/{TOKEN}/")
 
 
 GOOD = {"rater": "a", "pair": 0, "segment": 0, "answer": "left"}
@@ -371,11 +371,11 @@ def test_without_the_token_nothing_is_told(client: TestClient, path: str, rest: 
     ids=str,
 )
 def test_other_hosts_and_origins_are_refused(
-    client: TestClient, work: StoreTask, headers: dict[str, str]
+    client: TestClient, task: StoreTask, headers: dict[str, str]
 ) -> None:
     assert client.get("", headers=headers).status_code == 403
     assert client.post("answer", json=GOOD, headers=headers).status_code == 403
-    assert on_disk(work, "a") == {}
+    assert on_disk(task, "a") == {}
 
 
 def test_no_other_origin_is_ever_allowed(client: TestClient) -> None:
@@ -414,11 +414,11 @@ def test_every_answer_forbids_caching_sniffing_and_framing(client: TestClient) -
     ids=lambda value: str(value)[:30],
 )
 def test_nonsense_is_refused_and_not_kept(
-    client: TestClient, work: StoreTask, change: dict[str, Any], status: int
+    client: TestClient, task: StoreTask, change: dict[str, Any], status: int
 ) -> None:
     found = client.post("answer", json={**GOOD, **change})
     assert found.status_code == status and found.json()["error"]
-    assert not work.book.lines
+    assert not task.label_set.lines
 
 
 def test_forms_of_other_pages_are_refused(client: TestClient) -> None:
@@ -431,14 +431,14 @@ def test_forms_of_other_pages_are_refused(client: TestClient) -> None:
 
 
 def test_a_side_shows_the_video_that_its_answer_prefers(
-    client: TestClient, work: StoreTask
+    client: TestClient, task: StoreTask
 ) -> None:
-    for pair in work.pairs:
-        first, second = (pixels(video) for video in work.videos(pair))
+    for pair in task.pairs:
+        first, second = (pixels(video) for video in task.videos(pair))
         shown = client.get(f"sheet/{pair}/1/left.png?rater=a").content
         frame = np.asarray(Image.open(io.BytesIO(shown)))[:, : SHAPE.width]
         client.post("answer", json={**GOOD, "pair": pair, "segment": 1, "answer": "left"})
-        preferred = {1.0: first, -1.0: second}[on_disk(work, "a")[pair][1]]
+        preferred = {1.0: first, -1.0: second}[on_disk(task, "a")[pair][1]]
         assert np.array_equal(frame, preferred[2])
 
 
@@ -448,20 +448,20 @@ def test_nothing_tells_the_sides_apart(client: TestClient) -> None:
     assert "flip" not in told and "winner" not in told
 
 
-def test_a_full_disk_is_said_and_nothing_is_counted(client: TestClient, work: StoreTask) -> None:
+def test_a_full_disk_is_said_and_nothing_is_counted(client: TestClient, task: StoreTask) -> None:
     client.post("answer", json=GOOD)
     before = client.get("view?rater=a").json()
-    with largest_file(work.book.path.stat().st_size):
+    with largest_file(task.label_set.path.stat().st_size):
         found = client.post("answer", json={**GOOD, "segment": 1})
     assert found.status_code == 500 and "Cannot write" in found.json()["error"]
     assert client.get("view?rater=a").json() == before
 
 
-def test_a_missing_extra_is_one_sentence(work: StoreTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_one_sentence(task: StoreTask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "dpo_video.labeler._page.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"needs uvicorn\. .* pip install 'dpo-video\[page\]'"):
-        PageLabeler().label_store(work)
+        PageLabeler().label_store(task)
 
 
 def test_a_port_in_use_is_one_sentence() -> None:
@@ -546,11 +546,11 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def link(work: StoreTask) -> Iterator[str]:
+def link(task: StoreTask) -> Iterator[str]:
     """A running server."""
     with listen(0) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/{TOKEN}/"
-        thread = threading.Thread(target=serve, args=(LabelSession(work, seed=0), listener, TOKEN))
+        thread = threading.Thread(target=serve, args=(LabelSession(task, seed=0), listener, TOKEN))
         thread.start()
         yield url
         if thread.is_alive():
@@ -627,8 +627,8 @@ def sat_down(browser: Browser, link: str, name: str = "ann", **options: Any) -> 
         context.close()
 
 
-def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, work: StoreTask) -> None:
-    sides = LabelSession(work, seed=0)
+def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, task: StoreTask) -> None:
+    sides = LabelSession(task, seed=0)
     keys = {"ArrowLeft": "left", "2": "right", "ArrowDown": "tie", "s": "skip", "1": "left",
             "ArrowRight": "right"}  # fmt: skip
     expected: dict[int, list[SegmentLabel]] = {}
@@ -640,9 +640,9 @@ def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, work: Stor
             first = answer in ("left", "right") and sides.is_first("ann", pair, answer)  # type: ignore[arg-type]
             mark = {"tie": 0.0, "skip": "skip"}.get(answer, 1.0 if first else -1.0)
             expected.setdefault(pair, []).append(mark)
-            kept = on_disk(work, "ann")[pair]
+            kept = on_disk(task, "ann")[pair]
             assert kept[segment] == mark
-        assert on_disk(work, "ann") == {pair: tuple(marks) for pair, marks in expected.items()}
+        assert on_disk(task, "ann") == {pair: tuple(marks) for pair, marks in expected.items()}
         assert ann.text("#verdict") == "All 3 pairs are judged. Thank you, ann."
         assert (
             " ".join(ann.text("#counts tbody").split()) == "← left 2 → right 2 = tie 1 – skipped 1"
@@ -651,12 +651,12 @@ def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, work: Stor
 
 
 def test_both_canvases_show_the_same_frame_to_the_bit(
-    browser: Browser, link: str, work: StoreTask
+    browser: Browser, link: str, task: StoreTask
 ) -> None:
     with sat_down(browser, link) as ann:
         pair, _ = ann.current()
-        flipped = LabelSession(work, seed=0).flipped("ann", pair)
-        videos = [pixels(video) for video in work.videos(pair)]
+        flipped = LabelSession(task, seed=0).flipped("ann", pair)
+        videos = [pixels(video) for video in task.videos(pair)]
         left, right = reversed(videos) if flipped else videos
         frames = np.stack([left, right], axis=1)
 
@@ -705,7 +705,7 @@ def test_speed_is_changed_by_keys(browser: Browser, link: str) -> None:
             assert ann.text("#speed") == speed
 
 
-def test_a_reload_loses_nothing(browser: Browser, link: str, work: StoreTask) -> None:
+def test_a_reload_loses_nothing(browser: Browser, link: str, task: StoreTask) -> None:
     with sat_down(browser, link) as ann:
         ann.press("ArrowLeft")
         place, shown = ann.current(), ann.text("#prompt")
@@ -716,37 +716,37 @@ def test_a_reload_loses_nothing(browser: Browser, link: str, work: StoreTask) ->
         assert ann.text("#rater") == "ann"
         ann.press("u")  # what came before the reload can be taken back too
         assert ann.current() == (place[0], 0)
-        assert on_disk(work, "ann")[place[0]] == (None, None)
+        assert on_disk(task, "ann")[place[0]] == (None, None)
         assert ann.complaints == []
 
 
-def test_undo_goes_back_over_pairs(browser: Browser, link: str, work: StoreTask) -> None:
+def test_undo_goes_back_over_pairs(browser: Browser, link: str, task: StoreTask) -> None:
     with sat_down(browser, link) as ann:
         places = []
         for key in ("ArrowLeft", "Shift+S", "ArrowRight"):
             places.append(ann.current())
             ann.press(key)
         assert len({pair for pair, _ in places}) == 2
-        assert on_disk(work, "ann")[places[1][0]][1] == "skip"
+        assert on_disk(task, "ann")[places[1][0]][1] == "skip"
         for key, place in zip(("Backspace", "u", "Backspace"), reversed(places), strict=True):
             ann.press(key)
             assert ann.current() == place
         assert ann.page.locator("#undo").is_disabled()
-        assert not any(any_said(marks) for marks in on_disk(work, "ann").values())
+        assert not any(any_said(marks) for marks in on_disk(task, "ann").values())
 
 
-def test_a_held_or_hasty_key_answers_once(browser: Browser, link: str, work: StoreTask) -> None:
+def test_a_held_or_hasty_key_answers_once(browser: Browser, link: str, task: StoreTask) -> None:
     with sat_down(browser, link) as ann:
         for _ in range(10):
             ann.page.keyboard.down("ArrowLeft")  # the first is a press, the others repeats
         ann.page.keyboard.up("ArrowLeft")
         ann.settle()
-        assert len(work.book.lines) == 1
+        assert len(task.label_set.lines) == 1
         with ann.page.expect_response(re.compile("/answer$")):
             for _ in range(5):
                 ann.page.keyboard.press("ArrowRight", delay=0)
         ann.settle()
-        assert len(work.book.lines) == 2
+        assert len(task.label_set.lines) == 2
 
 
 def test_nothing_moves_from_pair_to_pair(browser: Browser, link: str) -> None:
@@ -775,16 +775,16 @@ def test_a_hostile_prompt_is_shown_as_it_is(browser: Browser, link: str) -> None
 
 
 def test_two_raters_at_once_see_their_agreement(
-    browser: Browser, link: str, work: StoreTask
+    browser: Browser, link: str, task: StoreTask
 ) -> None:
-    sides = LabelSession(work, seed=0)
+    sides = LabelSession(task, seed=0)
     with sat_down(browser, link, "ann") as ann, sat_down(browser, link, "Bob & Co") as bob:
         for step in range(3):
             for rater in (ann, bob):
                 pair, _ = rater.current()
                 flipped = sides.flipped(rater.name, pair)
                 rater.press(("ArrowRight" if flipped else "ArrowLeft") if step else "ArrowDown")
-        assert on_disk(work, "ann") == on_disk(work, "Bob & Co")
+        assert on_disk(task, "ann") == on_disk(task, "Bob & Co")
         ann.page.keyboard.press("i")
         ann.page.wait_for_selector("#others tbody tr")
         cells = ann.page.locator("#others tbody td").all_inner_texts()
@@ -804,7 +804,7 @@ def test_two_raters_at_once_see_their_agreement(
 
 
 def test_when_the_server_is_gone_the_page_says_so_and_stays(
-    browser: Browser, link: str, work: StoreTask
+    browser: Browser, link: str, task: StoreTask
 ) -> None:
     with sat_down(browser, link) as ann:
         place = ann.current()
@@ -814,7 +814,7 @@ def test_when_the_server_is_gone_the_page_says_so_and_stays(
         assert ann.current() == place
         ann.press("ArrowLeft")  # room was made
         assert ann.page.locator("#notice").is_hidden()
-        assert on_disk(work, "ann")[place[0]][0] in (1.0, -1.0)
+        assert on_disk(task, "ann")[place[0]][0] in (1.0, -1.0)
         post(f"{link}end", {"rater": "ann"})
         ann.page.wait_for_timeout(500)
         ann.page.keyboard.press("ArrowLeft")

@@ -1,4 +1,4 @@
-"""Anyone's labels: what a file says is what the book says."""
+"""Anyone's labels: what a file says is what the label_set says."""
 
 from __future__ import annotations
 
@@ -44,42 +44,42 @@ class Notebook(LabelTask):
 def labels(folder: Path, *lines: Any) -> Notebook:
     file = folder / "labels.jsonl"
     file.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
-    work = Notebook()
-    Recorded(file=str(file)).label_store(work)
-    return work
+    task = Notebook()
+    Recorded(file=str(file)).label_store(task)
+    return task
 
 
 def test_numbers_words_and_prompts(tmp_path: Path) -> None:
-    work = labels(
+    task = labels(
         tmp_path,
         {"pair": 0, "labels": [0.5, -1]},
         "",
         {"pair": 1, "label": "second", "rater": "ann", "note": "tears"},
         {"prompt": "a dog", "labels": ["tie", "skip"]},
     )
-    assert work.written == [
+    assert task.written == [
         (0, (0.5, -1), "", ""), (1, (-1, -1), "ann", "tears"), (2, (0, "skip"), "", "")
     ]  # fmt: skip
 
 
 def test_the_last_line_of_a_pair_and_rater_counts(tmp_path: Path) -> None:
-    work = labels(
+    task = labels(
         tmp_path,
         {"pair": 0, "label": 1},
         {"pair": 0, "label": 1, "rater": "ann"},
         {"pair": 0, "label": -1},
     )
-    assert work.labels_by() == {0: (-1, -1)} and work.labels_by("ann") == {0: (1, 1)}
+    assert task.labels_by() == {0: (-1, -1)} and task.labels_by("ann") == {0: (1, 1)}
 
 
 def test_reading_it_again_adds_only_what_changed(tmp_path: Path) -> None:
-    work = labels(tmp_path, {"pair": 0, "label": 1}, {"pair": 1, "label": 1})
+    task = labels(tmp_path, {"pair": 0, "label": 1}, {"pair": 1, "label": 1})
     file = tmp_path / "labels.jsonl"
-    Recorded(file=str(file)).label_store(work)
-    assert len(work.written) == 2
+    Recorded(file=str(file)).label_store(task)
+    assert len(task.written) == 2
     file.write_text('{"pair": 0, "label": 0}\n{"pair": 1, "label": 1}\n')
-    Recorded(file=str(file)).label_store(work)
-    assert len(work.written) == 3 and work.labels_by()[0] == (0, 0)
+    Recorded(file=str(file)).label_store(task)
+    assert len(task.written) == 3 and task.labels_by()[0] == (0, 0)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dpo_video.data.build import build, in_order
 from dpo_video.data.clips import read_beginning
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.data.video import write_video
-from dpo_video.data.videodpo import export_triples
+from dpo_video.data.videodpo import export_videodpo
 from dpo_video.errors import UserError
 from dpo_video.pairs.folder import Folder, latent_region
 from dpo_video.settings import BuildSettings
@@ -54,19 +54,19 @@ def lines(root: Path, *entries: Any) -> Path:
 def opened(
     model: AnimateDiffModel, path: Path, prompt: str | None = None, **options: Any
 ) -> PairSource:
-    return Folder(path=path, **options).material(model, prompt)
+    return Folder(path=path, **options).source(model, prompt)
 
 
 def made(
     model: AnimateDiffModel, path: Path, prompt: str | None = None, **options: Any
 ) -> list[Pair]:
     builder = Folder(path=path, **options)
-    clips = builder.material(model, prompt).clips
+    clips = builder.source(model, prompt).clips
     return [builder(clip, model, None, Generator()) for clip in clips]
 
 
 def built(model: AnimateDiffModel, path: Path, out: Path, count: int | None = None) -> PairStore:
-    material = opened(model, path)
+    source = opened(model, path)
     manifest = Manifest(
         recipe={}, identity=model.identity, latent_shape=model.latent_shape, fps=model.shape.fps
     )
@@ -74,12 +74,12 @@ def built(model: AnimateDiffModel, path: Path, out: Path, count: int | None = No
     settings = BuildSettings(count=count, previews=False)
     for _ in build(
         store,
-        in_order(material.clips),
+        in_order(source.clips),
         Folder(path=path),
         model,
         settings,
         seed=0,
-        available=material.count,
+        available=source.count,
     ):
         pass
     return store
@@ -96,7 +96,7 @@ def test_it_keeps_the_contract_in_every_format(
     if kind == "lines":
         path = lines(tmp_path, {}, {"labels": [-1.0]})
     if kind == "latents":
-        export_triples(built(small_model, path, tmp_path / "store"), tmp_path / "out")
+        export_videodpo(built(small_model, path, tmp_path / "store"), tmp_path / "out")
         path = tmp_path / "out"
     check_pairs(Folder(path=path), small_model, labeler=Brighter())
 
@@ -129,9 +129,9 @@ def test_a_prompt_is_looked_for_on_both_sides_and_above(
     assert [p.prompt for p in made(small_model, root, "for the rest")] == [
         "beside the loser", "above", "for the rest"
     ]  # fmt: skip
-    material = opened(small_model, root)
-    assert material.count == 2
-    assert "--prompt" in material.skipped[0].reason
+    source = opened(small_model, root)
+    assert source.count == 2
+    assert "--prompt" in source.skipped[0].reason
 
 
 def test_folders_of_frames_are_videos_too(small_model: AnimateDiffModel, tmp_path: Path) -> None:
@@ -202,12 +202,12 @@ def test_what_is_exported_comes_back_to_the_bit(
 ) -> None:
     """Latents, prompts and how they are encoded, without asking the text encoder again."""
     store = built(small_model, folders(tmp_path / "mine"), tmp_path / "store")
-    export_triples(store, tmp_path / "out")
+    export_videodpo(store, tmp_path / "out")
     for file in (tmp_path / "out").glob("*.pt"):  # an encoding that the model would not give
         held = torch.load(file, weights_only=True)
         torch.save({**held, "prompt_embeds": held["prompt_embeds"] + int(file.stem[-1])}, file)
     again = built(small_model, tmp_path / "out", tmp_path / "again")
-    assert [row.prompt for row in again.rows] == [row.prompt for row in store.rows]
+    assert [row.prompt for row in again.records] == [row.prompt for row in store.records]
     one, two = store.batch(range(3)), again.batch(range(3))
     assert torch.equal(one.first, two.first) and torch.equal(one.second, two.second)
     shifts = two.context["prompt_embeds"] - one.context["prompt_embeds"]
@@ -217,7 +217,7 @@ def test_what_is_exported_comes_back_to_the_bit(
 def test_equal_names_of_unknown_prompts_do_not_mix_their_encodings(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
-    export_triples(
+    export_videodpo(
         built(small_model, folders(tmp_path / "mine"), tmp_path / "store"), tmp_path / "out"
     )
     for file in (tmp_path / "out").glob("*.txt"):
@@ -240,7 +240,7 @@ def test_there_are_as_many_pairs_as_files_and_count_caps_them(
     assert len(built(small_model, root, tmp_path / "more", count=9)) == 3
     assert len(built(small_model, root, tmp_path / "two", count=2)) == 2
     resumed = built(small_model, root, tmp_path / "two", count=3)
-    assert [row.source for row in resumed.rows] == ["a", "b", "c"]
+    assert [row.source for row in resumed.records] == ["a", "b", "c"]
 
 
 def test_damage_that_shows_late_shortens_the_set_and_moves_nobody(
@@ -249,9 +249,9 @@ def test_damage_that_shows_late_shortens_the_set_and_moves_nobody(
     root = folders(tmp_path / "mine")
     (root / "lose" / "b.mp4").write_bytes(b"no video")
     store = built(small_model, root, tmp_path / "first", count=1)
-    assert [row.source for row in store.rows] == ["a"]
+    assert [row.source for row in store.records] == ["a"]
     resumed = built(small_model, root, tmp_path / "first")
-    assert [row.source for row in resumed.rows] == ["a", "c"]
+    assert [row.source for row in resumed.records] == ["a", "c"]
 
 
 def test_the_fingerprint_follows_what_the_pairs_are_made_of(
@@ -274,9 +274,9 @@ def test_the_fingerprint_follows_what_the_pairs_are_made_of(
 # --- what gives no pair ----------------------------------------------------------------------
 
 
-def reasons(material: PairSource) -> dict[str, str]:
-    list(material.clips)
-    return {skipped.name: skipped.reason for skipped in material.skipped}
+def reasons(source: PairSource) -> dict[str, str]:
+    list(source.clips)
+    return {skipped.name: skipped.reason for skipped in source.skipped}
 
 
 def test_what_has_no_partner_or_cannot_be_read_is_named(
@@ -289,9 +289,9 @@ def test_what_has_no_partner_or_cannot_be_read_is_named(
     write(root / "lose" / "short.mp4", 3, frames=2)
     write(root / "win" / "twice.gif", 4)
     write(root / "lose" / "other.mp4", 5)
-    material = opened(small_model, root)
-    assert material.count == 4  # the listing sees names alone
-    found = reasons(material)
+    source = opened(small_model, root)
+    assert source.count == 4  # the listing sees names alone
+    found = reasons(source)
     assert found.keys() == {"win/alone.mp4", "lose/other.mp4", "win/twice.gif", "copy", "damaged",
                             "short"}  # fmt: skip
     assert "lose has no video called alone" in found["win/alone.mp4"]
@@ -321,8 +321,8 @@ def test_a_line_that_says_no_pair_is_named(
 ) -> None:
     Image.new("L", (SHAPE.width, SHAPE.height)).save(tmp_path / "black.png")
     write(tmp_path / "bare.mp4", 8)
-    material = opened(small_model, lines(tmp_path, {}, entry))
-    found = reasons(material)
+    source = opened(small_model, lines(tmp_path, {}, entry))
+    found = reasons(source)
     assert found.keys() == {"pairs.jsonl:2"} and reason in found["pairs.jsonl:2"]
 
 
@@ -369,9 +369,9 @@ def test_nothing_usable_is_an_error_with_an_example(
         opened(small_model, lines(tmp_path / "lines", {"win": "gone.mp4"}))
     root = folders(tmp_path / "folders", ["a"])
     (root / "win" / "a.mp4").write_bytes(b"no video")
-    material = opened(small_model, root)  # it shows when it is read
+    source = opened(small_model, root)  # it shows when it is read
     with pytest.raises(UserError, match=r"No file gives a pair\. For example a: .*a\.mp4"):
-        next(material.clips)
+        next(source.clips)
     (tmp_path / "text.jsonl").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read as text"):
         opened(small_model, tmp_path / "text.jsonl")

@@ -12,7 +12,7 @@ from conftest import SHAPE, Install, load_small
 
 from dpo_video import registry
 from dpo_video.cli import main
-from dpo_video.data.segments import sound_labels
+from dpo_video.data.segments import check_labels
 from dpo_video.errors import TrainingError, UserError
 from dpo_video.evaluation.evaluate import measure
 from dpo_video.labeler.vlm import VLM
@@ -195,9 +195,9 @@ def test_a_loss_of_one_number_for_all_pairs_is_refused(faulty: Faulty) -> None:
                                     torch.full((1, 2), torch.nan)])  # fmt: skip
 def test_labels_that_nobody_asked_for_are_refused(labels: torch.Tensor) -> None:
     labeler = VLM(model="none")
-    assert sound_labels(labeler, torch.tensor([[1.0, -0.5]]), 2).tolist() == [[1.0, -0.5]]
+    assert check_labels(labeler, torch.tensor([[1.0, -0.5]]), 2).tolist() == [[1.0, -0.5]]
     with pytest.raises(UserError, match=r"labeler VLM of .* does not give one number in"):
-        sound_labels(labeler, labels, 2)
+        check_labels(labeler, labels, 2)
 
 
 def test_options_that_no_file_can_hold_are_refused(install: Install) -> None:

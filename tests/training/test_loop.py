@@ -190,7 +190,8 @@ def test_ties_are_never_drawn_and_change_nothing_else(
         batch = whole.batch([index])
         pair = Pair(
             first=batch.first[0], second=batch.second[0], preference=batch.preference[0],
-            region=batch.region[0], prompt=whole.rows[index].prompt, source="random", strength=0.8,
+            region=batch.region[0], prompt=whole.records[index].prompt, source="random",
+            strength=0.8,
         )  # fmt: skip
         store.append(pair, batch.context)
     store.append(replace(pair, preference=torch.zeros_like(pair.preference)), batch.context)

@@ -188,7 +188,7 @@ def test_label_labels_the_same(pairs: PairStore) -> None:
     text = cli("label", "python-pairs", "--labeler=metric", "--as=cli", "--device=cpu", "--json",
                "--set=labeler.weights={frame_difference=1.0}", "--set=labeler.motion=")  # fmt: skip
     found = json.loads(text)
-    assert found.pop("labels").endswith("cli.jsonl")
+    assert found.pop("labels").endswith("cli.jsonl") and found.pop("name") == "cli"
     agreement = found.pop("agreement")["cli and python"]
     assert agreement["share"] == 1
     assert {**summary, **found} == summary

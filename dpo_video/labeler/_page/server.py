@@ -25,8 +25,8 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dpo_video.errors import UserError
+from dpo_video.labeler._page.session import Answer, LabelSession, Side
 from dpo_video.labeler._page.sheets import SpriteSheets
-from dpo_video.labeler._page.sitting import Answer, LabelSession, Side
 
 LOOPBACK = "127.0.0.1"
 NAMES = {LOOPBACK, "localhost", "::1"}
@@ -79,17 +79,17 @@ _R = TypeVar("_R", bound=_Request)
 
 
 def application(
-    sitting: LabelSession, token: str, *, suggested: str = "", finish: Callable[[], None]
+    session: LabelSession, token: str, *, suggested: str = "", finish: Callable[[], None]
 ) -> ASGIApp:
     """The page and its interface.
 
     Args:
-        sitting: The raters and the set.
+        session: The raters and the set.
         token: What every path must begin with.
         suggested: A rater's name to begin with.
         finish: Called when a rater ends the session.
     """
-    sheets = SpriteSheets(sitting.work)
+    sheets = SpriteSheets(session.task)
 
     async def page(request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
@@ -99,23 +99,23 @@ def application(
             "frame-ancestors 'none'"
         )
         setup = {
-            "fps": sitting.work.fps,
-            "segments": [[part.start, part.stop] for part in sitting.work.segments],
-            "total": len(sitting.work.pairs),
-            "raters": sitting.raters(),
+            "fps": session.task.fps,
+            "segments": [[part.start, part.stop] for part in session.task.segments],
+            "total": len(session.task.pairs),
+            "raters": session.raters(),
             "suggested": suggested,
         }
         html = _environment().get_template("page.html.j2").render(setup=setup, nonce=nonce)
         return HTMLResponse(html, headers={"content-security-policy": policy})
 
     async def view(request: Request) -> Response:
-        return _json(sitting.view(_rater(request)))
+        return _json(session.view(_rater(request)))
 
     async def answer(request: Request) -> Response:
         given = await _body(request, AnswerRequest)
         try:
             return _json(
-                sitting.answer(
+                session.answer(
                     given.rater, given.pair, given.segment, given.answer, rest=given.rest
                 )
             )
@@ -124,17 +124,17 @@ def application(
 
     async def undo(request: Request) -> Response:
         given = await _body(request, UndoRequest)
-        return _json(sitting.undo(given.rater, given.revision))
+        return _json(session.undo(given.rater, given.revision))
 
     async def summary(request: Request) -> Response:
-        return _json(sitting.summary(_rater(request)))
+        return _json(session.summary(_rater(request)))
 
     async def picture(request: Request) -> Response:
         pair, segment = request.path_params["pair"], request.path_params["segment"]
-        if pair not in sitting.work.pairs or segment >= len(sitting.work.segments):
+        if pair not in session.task.pairs or segment >= len(session.task.segments):
             raise HTTPException(404, f"there is no segment {segment} of a pair {pair}")
         asked = _valid(SheetRequest, side=request.path_params["side"], rater=_named(request))
-        first = sitting.is_first(asked.rater, pair, asked.side)
+        first = session.is_first(asked.rater, pair, asked.side)
         png = await sheets.get(pair, segment, first=first)
         return Response(png, media_type="image/png")
 
@@ -223,7 +223,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(
-    sitting: LabelSession, listener: socket.socket, token: str, *, suggested: str = ""
+    session: LabelSession, listener: socket.socket, token: str, *, suggested: str = ""
 ) -> None:
     """Serve until a rater ends the session or a signal does.
 
@@ -234,7 +234,7 @@ def serve(
     def finish() -> None:
         server.should_exit = True
 
-    app = application(sitting, token, suggested=suggested, finish=finish)
+    app = application(session, token, suggested=suggested, finish=finish)
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -30,8 +30,8 @@ Frames = UInt8[ndarray, "F H W 3"]
 class SpriteSheets:
     """The pictures of a set: decoded when asked for, one pair at a time, and kept for a while."""
 
-    def __init__(self, work: LabelTask, keep: int = KEEP) -> None:
-        self._work = work
+    def __init__(self, task: LabelTask, keep: int = KEEP) -> None:
+        self._task = task
         self._keep = keep
         self._pairs: OrderedDict[int, tuple[Frames, Frames]] = OrderedDict()
         self._turn = asyncio.Lock()
@@ -45,10 +45,10 @@ class SpriteSheets:
             while len(self._pairs) > 1 and self._size() > self._keep:
                 self._pairs.popitem(last=False)
             frames = self._pairs[pair][0 if first else 1]
-        return await asyncio.to_thread(sheet, frames[self._work.segments[segment]])
+        return await asyncio.to_thread(sheet, frames[self._task.segments[segment]])
 
     def _decode(self, pair: int) -> tuple[Frames, Frames]:
-        first, second = self._work.videos(pair)
+        first, second = self._task.videos(pair)
         return eight_bits(first), eight_bits(second)
 
     def _size(self) -> int:

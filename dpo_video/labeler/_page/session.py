@@ -76,7 +76,7 @@ class Summary(_Message):
 
 @dataclass(kw_only=True)
 class _Rater:
-    """What a session knows of a rater that the book does not."""
+    """What a session knows of a rater that the label_set does not."""
 
     finished_before: int
     last: float
@@ -98,25 +98,25 @@ class LabelSession:
     """
 
     def __init__(
-        self, work: LabelTask, seed: int, clock: Callable[[], float] = time.monotonic
+        self, task: LabelTask, seed: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.work = work
+        self.task = task
         self._seed = seed
         self._clock = clock
-        self._order = list(work.pairs)
+        self._order = list(task.pairs)
         random.Random(seed).shuffle(self._order)
         self._raters: dict[str, _Rater] = {}
 
     def view(self, rater: str) -> View:
         """What a rater is to be shown now."""
         state = self._state(rater)
-        marks = self.work.labels_by(rater)
+        marks = self.task.labels_by(rater)
         open_pairs = [pair for pair in self._order if not _finished(marks.get(pair))]
         current = None
         if open_pairs:
             pair = open_pairs[0]
             answers = tuple(self._answer(rater, pair, mark) for mark in self._marks(marks, pair))
-            current = Shown(pair=pair, prompt=self.work.prompt(pair), answers=answers)
+            current = Shown(pair=pair, prompt=self.task.prompt(pair), answers=answers)
         return View(
             rater=rater,
             current=current,
@@ -143,16 +143,16 @@ class LabelSession:
         Raises:
             KeyError: If there is no such pair or segment.
         """
-        if pair not in self.work.pairs or not 0 <= segment < len(self.work.segments):
+        if pair not in self.task.pairs or not 0 <= segment < len(self.task.segments):
             raise KeyError(f"there is no segment {segment} of a pair {pair}")
         state = self._state(rater)
-        before = self._marks(self.work.labels_by(rater), pair)
+        before = self._marks(self.task.labels_by(rater), pair)
         mark = self._mark(rater, pair, answer)
         after = tuple(
             mark if number == segment or (rest and old is None) else old
             for number, old in enumerate(before)
         )
-        self.work.record(pair, after, rater=rater)
+        self.task.record(pair, after, rater=rater)
         state.history.append((pair, before))
         self._heard(state)
         return self.view(rater)
@@ -165,7 +165,7 @@ class LabelSession:
         state = self._state(rater)
         if revision == state.revision and (change := self._last_change(rater)):
             pair, before = change
-            self.work.record(pair, before, rater=rater)
+            self.task.record(pair, before, rater=rater)
             if state.history:
                 state.history.pop()
             self._heard(state)
@@ -182,19 +182,19 @@ class LabelSession:
 
     def raters(self) -> dict[str, int]:
         """Everyone known, with how many pairs they finished."""
-        names = dict.fromkeys([*self.work.raters, *self._raters])
+        names = dict.fromkeys([*self.task.raters, *self._raters])
         return {name: self._count_finished(name) for name in names}
 
     def summary(self, rater: str) -> Summary:
         """What a rater did, and how far the others agree."""
-        marks = self.work.labels_by(rater)
+        marks = self.task.labels_by(rater)
         counts: Counter[Answer] = Counter()
         for pair, line in marks.items():
             counts.update(
                 answer for mark in line if (answer := self._answer(rater, pair, mark)) is not None
             )
         others = tuple(
-            OtherRater(rater=name, agreement=agreement(marks, self.work.labels_by(name)))
+            OtherRater(rater=name, agreement=agreement(marks, self.task.labels_by(name)))
             for name in self.raters()
             if name != rater
         )
@@ -240,14 +240,14 @@ class LabelSession:
         return finished / state.worked * 3600
 
     def _count_finished(self, rater: str) -> int:
-        marks = self.work.labels_by(rater)
+        marks = self.task.labels_by(rater)
         return sum(_finished(marks.get(pair)) for pair in self._order)
 
     def _last_change(self, rater: str) -> tuple[int, tuple[SegmentLabel, ...]] | None:
         history = self._state(rater).history
         if history:
             return history[-1]
-        marks = self.work.labels_by(rater)
+        marks = self.task.labels_by(rater)
         for pair in reversed(self._order):
             line = self._marks(marks, pair)
             given = [number for number, mark in enumerate(line) if mark is not None]
@@ -258,7 +258,7 @@ class LabelSession:
     def _marks(
         self, marks: Mapping[int, Sequence[SegmentLabel]], pair: int
     ) -> tuple[SegmentLabel, ...]:
-        return tuple(marks.get(pair, (None,) * len(self.work.segments)))
+        return tuple(marks.get(pair, (None,) * len(self.task.segments)))
 
     def _mark(self, rater: str, pair: int, answer: Answer) -> SegmentLabel:
         if answer == "skip":
