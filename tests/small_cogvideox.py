@@ -1,4 +1,4 @@
-"""Minimal CogVideoX checkpoints of the real classes, random weights: 2B's, 5B's, 1.5's layout."""
+"""Minimal CogVideoX checkpoints of the real classes, random weights: 2B, 5B and 1.5 layouts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {"frames": 9, "height": 16, "width": 32, "fps": 8.0}
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token, and an end-of-sequence token behind them, as T5's has it."""
+    """One token per word and an end-of-sequence token, as in T5."""
     words = {word for caption in scenes.spread_captions(200) for word in caption.split()}
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     vocabulary |= {word: 3 + i for i, word in enumerate(sorted(words))}
@@ -52,7 +52,7 @@ def save_small_cogvideox(folder: Path, layout: Layout = "2b", **transformer: Any
         "time_embed_dim": 8,
         "text_embed_dim": 16,
         "num_layers": 1,
-        "sample_width": 8,  # another size than the videos': positions are rescaled
+        "sample_width": 8,  # not the videos' size: positions are rescaled
         "sample_height": 8,
         "sample_frames": 9,
         "max_text_seq_length": TEXT_LENGTH,
@@ -61,7 +61,7 @@ def save_small_cogvideox(folder: Path, layout: Layout = "2b", **transformer: Any
     if layout == "1.5":
         options |= {"patch_size_t": 2, "patch_bias": False, "sample_width": 30, "sample_height": 30}
     denoiser = CogVideoXTransformer3DModel(**{**options, **transformer})
-    for parameter in denoiser.parameters():  # its own init leaves predictions next to nothing
+    for parameter in denoiser.parameters():  # its init gives predictions close to zero
         torch.nn.init.normal_(parameter, std=0.2)
     CogVideoXPipeline(
         tokenizer=tokenizer,
@@ -85,7 +85,7 @@ def save_small_cogvideox(folder: Path, layout: Layout = "2b", **transformer: Any
             norm_num_groups=2,
             sample_height=32,
             sample_width=32,
-            scaling_factor=4.0,  # about one over the deviation of what it encodes
+            scaling_factor=4.0,  # about 1 / standard deviation of latents
             invert_scale_latents=layout == "1.5",
         ).eval(),
         transformer=denoiser.eval(),
@@ -108,7 +108,7 @@ def load_small_cogvideox(folder: Path, **options: Any) -> CogVideoXModel:
 
 
 def stock_pipeline(folder: Path) -> CogVideoXPipeline:
-    """The same checkpoint, as diffusers runs it."""
+    """diffusers' pipeline of the checkpoint."""
     pipeline = CogVideoXPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -27,19 +27,19 @@ OPTIONS_TI2V = {**OPTIONS, "height": 32, "width": 32}
 
 
 def unipc() -> UniPCMultistepScheduler:
-    """What Wan's own checkpoints come with."""
+    """The scheduler of Wan's own checkpoints."""
     return UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
 
 
 def euler() -> FlowMatchEulerDiscreteScheduler:
-    """What its authors also sample with."""
+    """The other scheduler that Wan's authors sample with."""
     return FlowMatchEulerDiscreteScheduler(shift=5.0)
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token, an end-of-sequence token behind them, as T5's has it."""
+    """One token per word and an end-of-sequence token, as in T5."""
     words = {word for caption in scenes.spread_captions(200) for word in caption.split()}
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     vocabulary |= {word: 3 + i for i, word in enumerate(sorted(words))}
@@ -63,14 +63,14 @@ def save_small_wan(
     """Write a checkpoint in WanPipeline's layout.
 
     Args:
-        folder: Where to.
+        folder: Where to write.
         scheduler: `unipc()` if left out.
-        ti2v: TI2V-5B's layout: 16 pixels a latent by a patchified VAE, one timestep a token.
-        boundary_ratio: A14B's layout, of two experts.
+        ti2v: TI2V-5B's layout: 16 pixels per latent by a patchified VAE, a timestep per token.
+        boundary_ratio: A14B's layout, with two experts.
     """
     torch.manual_seed(0)
     channels = 6 if ti2v else 4
-    # No two channels alike, and neither all above 1 nor all below.
+    # Different in every channel, some above 1 and some below.
     statistics = {
         "latents_mean": [0.3 * i - 0.5 for i in range(channels)],
         "latents_std": [0.4 + 0.7 * i for i in range(channels)],

@@ -1,1 +1,1 @@
-"""Loading diffusion models, and the one sampling primitive."""
+"""Load and sample diffusion models."""

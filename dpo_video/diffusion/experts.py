@@ -1,4 +1,4 @@
-"""Two denoisers that share the noise levels between them, as one network (Wan 2.2's A14B)."""
+"""Two denoisers for high and low timesteps as one network (Wan 2.2's A14B)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from dpo_video.errors import UserError
 
 @final
 class Experts(nn.Module):
-    """A high-noise and a low-noise denoiser; the level of each video says which one it goes to.
+    """A high-noise and a low-noise denoiser; the timestep of a video selects one of them.
 
-    They keep their names in the checkpoint, so that an adapter's keys begin with the name of the
-    expert that they belong to.
+    They have the names of the checkpoint, so that an adapter's keys begin with the expert's name.
     """
 
     def __init__(
         self, transformer: nn.Module, transformer_2: nn.Module, *, boundary: float, park: bool
     ) -> None:
-        """Take both experts.
+        """Combine two experts.
 
         Args:
             transformer: For timesteps from `boundary` up.
-            transformer_2: For those below.
+            transformer_2: For timesteps below `boundary`.
             boundary: A timestep.
-            park: Keep the one that is not in use in the host's memory. Adapters stay where they
-                are: an optimizer holds on to them.
+            park: Keep the idle expert in CPU memory. Adapters stay on the device, since an
+                optimizer refers to them.
         """
         super().__init__()
         self.transformer, self.transformer_2 = transformer, transformer_2
@@ -39,9 +38,9 @@ class Experts(nn.Module):
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **options: Any
     ) -> tuple[Tensor]:
-        """As of either expert; timesteps are one a video, or one a token, equal in each video."""
+        """As either expert. Timesteps are one per video, or one per token and equal in a video."""
         inputs = (hidden_states, timestep, encoder_hidden_states)
-        if isinstance(timestep, FakeTensor):  # a level without a value; both experts cost the same
+        if isinstance(timestep, FakeTensor):  # without a value; both experts cost the same
             return (_prediction(self.transformer, *inputs, **options),)
         high = timestep.reshape(len(timestep), -1)[:, 0] >= self.boundary
         if high.all():
@@ -50,7 +49,7 @@ class Experts(nn.Module):
             return (self._run(self.transformer_2, *inputs, **options),)
         if self.park and torch.is_grad_enabled() and hidden_states.device.type != "cpu":
             raise UserError(
-                "A batch needs both experts at once, and one of them is kept in the host's memory. "
+                "A batch needs both experts at once, and one of them is kept in CPU memory. "
                 "Set train.batch_size=1 (and raise train.gradient_accumulation_steps), or "
                 "backbone.idle_expert=device."
             )
@@ -72,7 +71,7 @@ class Experts(nn.Module):
         return _prediction(expert, hidden_states, *inputs, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What `.to(device)` calls: one after the other, so that both are never there at once."""
+        """Called by `.to(device)`: moves one after the other, so that never both are there."""
         for expert in (self.transformer, self.transformer_2):
             expert._apply(fn, recurse)
             if self.park:

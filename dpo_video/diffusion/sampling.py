@@ -1,6 +1,6 @@
-"""One sampling loop for all families: guidance, re-noising, repainting of a region, single frames.
+"""The sampling loop of all families: guidance, img2img, inpainting of a region, single frames.
 
-A family brings what its own schedule computes (`Schedule`); everything else is here.
+A family provides its `Schedule`.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from dpo_video.strategies import VideoModel
 from dpo_video.types import Context, Latents, Region, Videos
 
 
-def check_drawn(latents: Latents, videos: Videos, prompts: Sequence[str]) -> None:
-    """See that what a model drew consists of numbers.
+def check_finite(latents: Latents, videos: Videos, prompts: Sequence[str]) -> None:
+    """Check that samples are finite.
 
     Raises:
-        UserError: if it does not; it names the first prompt that it is so for.
+        UserError: if not; it names the first such prompt.
     """
     for prompt, latent, video in zip(prompts, latents, videos, strict=True):
         if not (latent.isfinite().all() and video.isfinite().all()):
             raise UserError(
-                f"What the model drew for '{prompt}' is not finite. Draw in another precision "
-                '(--set train.mixed_precision="bf16" or "no"); if a trained model alone does '
-                "so, its "
-                "training has diverged: take an earlier checkpoint, or lower train.learning_rate."
+                f"The sample for '{prompt}' is not finite. Sample in another precision "
+                '(--set train.mixed_precision="bf16" or "no"). If only a trained model does so, '
+                "its training has diverged: use an earlier checkpoint, or lower "
+                "train.learning_rate."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """The steps of a whole schedule, from noise to a video."""
+    """All sampling steps, from noise to a video."""
 
     timesteps: Float[Tensor, " n"]
     """Input of the denoiser at each step, in the family's unit (see `VideoModel.add_noise`)."""
@@ -49,9 +49,9 @@ class Schedule:
 
 
 def first_step(strength: float, num_inference_steps: int) -> int:
-    """Where a share of the schedule starts: round(strength N) of N steps are run, at least one.
+    """Index of the first step: round(strength N) of N steps are run, and at least one.
 
-    LocalDPO's and DenseDPO's rule (arXiv 2601.04068, 2506.03517).
+    The rule of LocalDPO and DenseDPO (arXiv 2601.04068, 2506.03517).
     """
     return num_inference_steps - max(1, round(strength * num_inference_steps))
 
@@ -73,16 +73,16 @@ def denoise(
     """Run a schedule from its step `first` on.
 
     Args:
-        model: The family: what predicts and adds noise.
+        model: Its `predict` and `add_noise` are used.
         denoiser: The network to run.
         schedule: The steps.
-        context: The encoded prompts, one a video.
-        noise: The only randomness. Latents stay in its dtype, whatever the network computes in.
-        empty: The encoded prompts to guide away from, one a video; None runs without guidance.
-        guidance_scale: The scale of classifier-free guidance, one a step (Ho and Salimans 2022).
-        first: The step to begin at.
-        clean: What is re-noised to the level of that step; None begins with the noise itself.
-        region: With `clean`: 1 where it is repainted. Everything else equals `clean` to the bit.
+        context: Encoded prompts, one per video.
+        noise: The only randomness. Latents keep its dtype, whatever the network's is.
+        empty: Encoded negative prompts, one per video; None runs without guidance.
+        guidance_scale: Scale of classifier-free guidance at each step (Ho and Salimans 2022).
+        first: Index of the first step.
+        clean: Noised to the timestep of the first step; None starts from the noise itself.
+        region: With `clean`: 1 where it is regenerated. Everything else equals `clean` to the bit.
     """
     device, count = model.device, len(noise)
     noise = noise.to(device)
@@ -109,7 +109,7 @@ def denoise(
             prediction = without + guidance_scale[index] * (given - without)
         latents = schedule.step(prediction, index, latents)
         if clean is not None and region is not None:
-            # LocalDPO's Eq. 3. At the end, outside the region, the winner's latents to the bit.
+            # LocalDPO's Eq. 3. After the last step, `clean` to the bit outside the region.
             last = index + 1 == len(timesteps)
             outside = clean
             if not last:
@@ -128,9 +128,9 @@ def frame_by_frame(
     size: int = 1,
     **options: Any,
 ) -> Latents:
-    """Call a family's `sample` with every `size` latent frames as a video of their own."""
+    """Call a family's `sample` with every `size` latent frames as a separate video."""
 
-    def apart(videos: Tensor | None) -> Tensor | None:
+    def split(videos: Tensor | None) -> Tensor | None:
         if videos is None:
             return None
         parts = videos.unflatten(2, (-1, size)).transpose(1, 2)  # b n c s h w
@@ -138,5 +138,5 @@ def frame_by_frame(
 
     count = noise.shape[2] // size
     repeated = {name: value.repeat_interleave(count, dim=0) for name, value in context.items()}
-    drawn = sample(repeated, apart(noise), clean=apart(clean), region=apart(region), **options)
+    drawn = sample(repeated, split(noise), clean=split(clean), region=split(region), **options)
     return drawn.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3).contiguous()

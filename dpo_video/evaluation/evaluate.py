@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_video.diffusion.initial_noise import initial_noise
-from dpo_video.diffusion.sampling import check_drawn
+from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import RunError, UserError
 from dpo_video.evaluation.verdict import MetricResult, Role
 from dpo_video.memory.packed_weights import frozen_weights
@@ -162,7 +162,7 @@ def sample_videos(
             guidance_scale=settings.guidance_scale,
         )
         videos = model.decode_videos(latents).cpu()
-        check_drawn(latents, videos, texts)
+        check_finite(latents, videos, texts)
         yield videos
 
 

@@ -1,1 +1,1 @@
-"""Memory modes of a training step, and counting what they save."""
+"""Memory modes of a training step, and the count of the bytes that it needs."""

@@ -7,7 +7,7 @@ from typing import Unpack
 
 from dpo_video.data.video import write_video
 from dpo_video.diffusion.initial_noise import initial_noise
-from dpo_video.diffusion.sampling import check_drawn
+from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import UserError
 from dpo_video.evaluation.evaluate import merge_adapter
 from dpo_video.support.atomic import writing
@@ -74,7 +74,7 @@ def generate(
             guidance_scale=guidance_scale,
         )
         pixels = model.decode_videos(latents).cpu()
-        check_drawn(latents, pixels, [text])
+        check_finite(latents, pixels, [text])
         path = file
         if file is not None and num_videos > 1:
             path = file.with_stem(f"{file.stem}_{i:02d}")

@@ -29,7 +29,7 @@ PROMPT = "a red square moving left slowly"
 
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A motion adapter for `base_folder`, a repository of its own as on the hub."""
+    """A motion adapter for `base_folder`, in its own folder."""
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(1)
     adapter = MotionAdapter(
@@ -40,7 +40,7 @@ def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         motion_max_seq_length=SHAPE.frames,
         use_motion_mid_block=False,
     )
-    for parameter in adapter.parameters():  # its own init starts with modules that do nothing
+    for parameter in adapter.parameters():  # its init gives modules that do nothing
         torch.nn.init.normal_(parameter, std=0.2)
     adapter.save_pretrained(folder)
     return folder
@@ -93,7 +93,7 @@ def stock_sample(pipeline: AnimateDiffPipeline, noise: Tensor, num_inference_ste
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
-@pytest.mark.parametrize("num_inference_steps", [4, 7])  # 7 do not divide 1000
+@pytest.mark.parametrize("num_inference_steps", [4, 7])  # 7 does not divide 1000
 def test_sampling_from_noise_equals_diffusers_pipeline(
     small_folder: Path, num_inference_steps: int, spacing: str
 ) -> None:
@@ -127,7 +127,7 @@ def test_a_base_with_a_motion_adapter_equals_diffusers_pipeline(
         text_encoder=CLIPTextModel.from_pretrained(base_folder, subfolder="text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(base_folder, subfolder="tokenizer"),
         motion_adapter=MotionAdapter.from_pretrained(adapter_folder),
-        # As in diffusers' examples of AnimateDiff, but for the spacing.
+        # As in diffusers' examples of AnimateDiff, except for the spacing.
         scheduler=DDIMScheduler.from_pretrained(
             base_folder,
             subfolder="scheduler",
@@ -144,7 +144,7 @@ def test_a_base_with_a_motion_adapter_equals_diffusers_pipeline(
     torch.testing.assert_close(ours, stock_sample(pipeline, noise, 4), rtol=1e-4, atol=1e-4)
 
 
-def test_the_adapters_weights_are_part_of_the_identity(
+def test_the_identity_depends_on_the_motion_adapter(
     base_folder: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
     other = MotionAdapter.from_pretrained(adapter_folder)
@@ -156,7 +156,7 @@ def test_the_adapters_weights_are_part_of_the_identity(
 
 
 class TrueNoise(nn.Module):
-    """A network that knows the noise."""
+    """A network that predicts the true noise."""
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__()
@@ -169,17 +169,17 @@ class TrueNoise(nn.Module):
 @pytest.mark.parametrize(
     ("spacing", "num_inference_steps", "least", "most"),
     [
-        ("trailing", 25, 0.0, 1e-3),  # the default: nothing stays
+        ("trailing", 25, 0.0, 1e-3),  # the default: no noise is left
         ("leading", 30, 0.0, 1e-3),
-        ("trailing", 30, 0.0, 0.05),  # steps of 33 where 33.3 were right
+        ("trailing", 30, 0.0, 0.05),  # strides of 33 instead of 33.3
         ("linspace", 25, 0.005, 0.1),
         ("linspace", 4, 0.1, 10.0),
     ],
 )
-def test_noise_that_the_schedulers_steps_leave_in_a_video(
+def test_noise_left_by_each_timestep_spacing(
     small_model: AnimateDiffModel, spacing: str, num_inference_steps: int, least: float, most: float
 ) -> None:
-    """diffusers' DDIM goes down by T // steps, whatever the next timestep is."""
+    """diffusers' DDIM steps down by T // steps, whatever the next timestep is."""
     small_model.scheduler.register_to_config(timestep_spacing=spacing)
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(1, *small_model.latent_shape, generator=generator) for _ in "ab")
@@ -191,10 +191,10 @@ def test_noise_that_the_schedulers_steps_leave_in_a_video(
     assert least <= left <= most
 
 
-def test_outside_of_a_region_the_noise_is_that_of_the_inside(
+def test_noise_outside_a_region_matches_the_inside(
     small_model: AnimateDiffModel,
 ) -> None:
-    """Also where the scheduler's steps do not end where the next begin."""
+    """Also where a step of the scheduler does not end where the next one begins."""
     small_model.scheduler.register_to_config(timestep_spacing="linspace")
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(1, *small_model.latent_shape, generator=generator) for _ in "ab")
@@ -246,7 +246,7 @@ def test_latents_are_scaled_by_the_factor_and_back(small_model: AnimateDiffModel
     )
 
 
-def test_levels_are_uniform_timesteps(small_model: AnimateDiffModel) -> None:
+def test_timesteps_are_uniform(small_model: AnimateDiffModel) -> None:
     timesteps = small_model.sample_timesteps(20_000, torch.Generator().manual_seed(0))
     assert timesteps.min() == 0 and timesteps.max() == 999
     assert abs(timesteps.mean().item() - 499.5) < 10
@@ -270,7 +270,7 @@ def test_outside_the_region_nothing_changes(
     assert (drawn[~outside] != clean[~outside]).all()
 
 
-def test_a_low_level_stays_nearer_to_the_clip(
+def test_a_low_strength_stays_nearer_to_the_clip(
     small_model: AnimateDiffModel, generator: torch.Generator
 ) -> None:
     clean, noise = torch.randn(2, 1, *small_model.latent_shape, generator=generator)
@@ -300,14 +300,14 @@ def test_a_missing_adapter_is_named_by_its_own_option(base_folder: Path, tmp_pat
         ({}, "Cannot load the unet"),
     ],
 )
-def test_what_does_not_fit_is_said(
+def test_shapes_that_do_not_fit_are_refused(
     base_folder: Path, adapter_folder: Path, tmp_path: Path, options: dict[str, int], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
         load_base(base_folder if options else tmp_path, adapter_folder, **options)
 
 
-def test_released_parts_come_back_as_they_were(small_model: AnimateDiffModel) -> None:
+def test_released_parts_load_again_unchanged(small_model: AnimateDiffModel) -> None:
     videos = torch.rand(1, 3, SHAPE.frames, SHAPE.height, SHAPE.width)
     before = small_model.encode_videos(videos), small_model.encode_prompts([PROMPT])
     parts = weakref.ref(small_model.vae), weakref.ref(small_model.text_encoder)
@@ -328,7 +328,7 @@ def test_without_guidance_no_empty_prompt_is_encoded(small_model: AnimateDiffMod
     torch.testing.assert_close(plain, near, rtol=1e-3, atol=1e-4)
 
 
-def test_half_precision_reaches_the_denoiser_and_latents_stay_single(
+def test_the_denoiser_is_in_half_precision_and_latents_in_fp32(
     base_folder: Path, adapter_folder: Path
 ) -> None:
     shape = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}

@@ -48,7 +48,7 @@ PROMPT = "a red square moving left slowly"
 
 
 class Bench:
-    """One layout: its folder, our model, and diffusers' pipeline of the same files."""
+    """One layout: its folder, the model, and diffusers' pipeline of the same files."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         self.layout = layout
@@ -86,8 +86,8 @@ def theirs(bench: Bench, noise: Tensor, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "linspace", "leading"])
-@pytest.mark.parametrize("num_inference_steps", [4, 7])  # 7 do not divide 1000
-def test_a_sample_equals_the_pipelines(
+@pytest.mark.parametrize("num_inference_steps", [4, 7])  # 7 does not divide 1000
+def test_sampling_from_noise_equals_the_pipeline(
     bench: Bench, num_inference_steps: int, spacing: str
 ) -> None:
     model, noise = bench.model, drawn(bench.model)
@@ -109,7 +109,7 @@ def test_a_sample_equals_the_pipelines(
     torch.testing.assert_close(ours, expected.transpose(1, 2), rtol=1e-4, atol=1e-4)
 
 
-def test_dynamic_guidance_and_pixels_equal_the_pipelines(bench: Bench) -> None:
+def test_dynamic_guidance_and_pixels_equal_the_pipeline(bench: Bench) -> None:
     model = load_small_cogvideox(bench.folder, dynamic_guidance=True)
     noise = drawn(model)
     expected = theirs(bench, noise, num_inference_steps=3, use_dynamic_cfg=True)
@@ -125,7 +125,7 @@ def test_dynamic_guidance_and_pixels_equal_the_pipelines(bench: Bench) -> None:
     assert not torch.allclose(plain, ours, atol=1e-2)
 
 
-def test_prompts_are_encoded_as_the_pipeline_does(bench: Bench) -> None:
+def test_prompts_are_encoded_as_in_the_pipeline(bench: Bench) -> None:
     expected, _ = bench.pipeline.encode_prompt(
         [PROMPT, ""], do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
     )
@@ -143,11 +143,11 @@ def test_noise_and_target_equal_the_schedulers(bench: Bench) -> None:
     torch.testing.assert_close(
         model.target(clean, noise, timestep), scheduler.get_velocity(clean, noise, timestep.long())
     )
-    # Zero terminal SNR: nothing of the clip is left at the last timestep.
+    # Zero terminal SNR: no signal at the last timestep.
     assert torch.equal(model.add_noise(clean, noise, timestep)[2], noise[2])
 
 
-def test_videos_are_encoded_as_the_video_to_video_pipeline_does(bench: Bench) -> None:
+def test_videos_are_encoded_as_in_the_video_to_video_pipeline(bench: Bench) -> None:
     model, videos = bench.model, small_videos(1, 9, 16, 32)
     stock = CogVideoXVideoToVideoPipeline(**bench.pipeline.components)
     frames = [
@@ -166,7 +166,7 @@ def test_videos_are_encoded_as_the_video_to_video_pipeline_does(bench: Bench) ->
 
 
 def test_latents_are_scaled_by_the_factor_and_back(model: CogVideoXModel) -> None:
-    """Multiplied on the way in, divided on the way out; the other way round would show twice."""
+    """Multiplied in encoding and divided in decoding."""
     videos = small_videos(1, 9, 16, 32)
     factor = model.vae.config.scaling_factor
     assert factor != 1
@@ -180,11 +180,11 @@ def test_latents_are_scaled_by_the_factor_and_back(model: CogVideoXModel) -> Non
 # --- the family's own rules --------------------------------------------------------------------
 
 
-def test_it_keeps_the_contract(model: CogVideoXModel) -> None:
+def test_the_contract(model: CogVideoXModel) -> None:
     check_backbone_model(model)
 
 
-def test_after_a_release_only_the_denoiser_is_alive(small_cogvideox: Path) -> None:
+def test_release_frees_everything_but_the_denoiser(small_cogvideox: Path) -> None:
     before = count_weights()
     model = load_small_cogvideox(small_cogvideox)
     context = model.encode_prompts([PROMPT])
@@ -192,7 +192,7 @@ def test_after_a_release_only_the_denoiser_is_alive(small_cogvideox: Path) -> No
     parts = weakref.ref(model.vae), weakref.ref(model.text_encoder)
     model.release()
     assert [part() for part in parts] == [None, None]
-    # The encoded empty prompt is kept: sampling loads nothing.
+    # The encoded empty prompt is kept, so that sampling loads nothing.
     model.sample(context, drawn(model), num_inference_steps=1)
     assert count_weights() - before == sum(1 for _ in model.denoiser.parameters())
 
@@ -202,7 +202,7 @@ def count_weights() -> int:
     return sum(type(thing) is nn.Parameter for thing in gc.get_objects())
 
 
-def test_latent_0_is_frame_0_and_latent_k_the_frames_up_to_4k(model: CogVideoXModel) -> None:
+def test_latent_k_covers_frames_4k_minus_3_to_4k(model: CogVideoXModel) -> None:
     padding = model.latent_shape[1] - 3
     assert model.latent_frames(slice(0, 1)) == slice(0, 1 + padding)
     assert model.latent_frames(slice(0, 9)) == slice(0, 3 + padding)
@@ -212,7 +212,7 @@ def test_latent_0_is_frame_0_and_latent_k_the_frames_up_to_4k(model: CogVideoXMo
     assert model.latent_frames(slice(4, 6)) == slice(1 + padding, 3 + padding)
 
 
-def test_a_frame_alone_does_not_see_the_others(model: CogVideoXModel) -> None:
+def test_per_frame_sampling_is_independent_between_frames(model: CogVideoXModel) -> None:
     context, noise = model.encode_prompts([PROMPT]), drawn(model)
     changed = noise.clone()
     changed[:, :, -1] += 1
@@ -226,7 +226,7 @@ def test_a_frame_alone_does_not_see_the_others(model: CogVideoXModel) -> None:
     assert not torch.equal(together[0][:, :, :-patch], together[1][:, :, :-patch])
 
 
-def test_the_adapter_goes_on_the_attention_and_papers_set_its_size(model: CogVideoXModel) -> None:
+def test_lora_targets_the_attention_with_the_papers_rank(model: CogVideoXModel) -> None:
     blocks = len(model.denoiser.transformer_blocks)
     names = ("to_q", "to_k", "to_v", "to_out.0")
     assert sorted(model.lora_targets()) == sorted(
@@ -235,13 +235,13 @@ def test_the_adapter_goes_on_the_attention_and_papers_set_its_size(model: CogVid
     assert CogVideoX.training["rank"] == 64 and CogVideoX.training["alpha"] == 128
 
 
-def test_levels_are_uniform_timesteps(model: CogVideoXModel) -> None:
+def test_timesteps_are_uniform(model: CogVideoXModel) -> None:
     timesteps = model.sample_timesteps(20_000, torch.Generator().manual_seed(0))
     assert timesteps.min() == 0 and timesteps.max() == 999
     assert abs(timesteps.mean().item() - 499.5) < 10 and (timesteps == timesteps.round()).all()
 
 
-def test_a_tile_is_encoded_at_a_time_where_that_is_asked_for(bench: Bench) -> None:
+def test_tiling_is_enabled_on_request(bench: Bench) -> None:
     model = load_small_cogvideox(bench.folder, tiling=True)
     assert model.vae.use_tiling and not bench.model.vae.use_tiling
 
@@ -276,7 +276,7 @@ def test_every_kind_of_pairs(model: CogVideoXModel, builder: PairBuilder) -> Non
     check_pairs(builder, model, labeler=Brighter())
 
 
-def test_pairs_of_ones_own_files(model: CogVideoXModel, tmp_path: Path) -> None:
+def test_pairs_from_own_files(model: CogVideoXModel, tmp_path: Path) -> None:
     builder = Folder(path=own_files(tmp_path))
     check_pairs(builder, model)
     masked = builder(
@@ -287,10 +287,10 @@ def test_pairs_of_ones_own_files(model: CogVideoXModel, tmp_path: Path) -> None:
     assert torch.equal(masked.region, half)
 
 
-def test_in_the_loop_winner_and_loser_get_the_same_gaussian_noise_and_level(
+def test_in_training_both_videos_get_the_same_gaussian_noise_and_timestep(
     small_cogvideox: Path, tmp_path: Path
 ) -> None:
-    """Pairs of two empty latents: all that a network sees of them is the noise."""
+    """Pairs of two zero latents: the network's input is noise only."""
     model = load_small_cogvideox(small_cogvideox)
     store = PairStore.create(
         tmp_path / "store",
@@ -329,7 +329,7 @@ def test_in_the_loop_winner_and_loser_get_the_same_gaussian_noise_and_level(
     )  # fmt: skip
     parts = weakref.ref(model.vae), weakref.ref(model.text_encoder)
     next(steps)
-    assert [part() for part in parts] == [None, None]  # the denoiser trains alone
+    assert [part() for part in parts] == [None, None]  # only the denoiser stays in memory
     assert len(list(steps)) == 11
     noises, timesteps = [], []
     for noisy, timestep in seen:
@@ -338,7 +338,7 @@ def test_in_the_loop_winner_and_loser_get_the_same_gaussian_noise_and_level(
         spread = (1 - model.scheduler.alphas_cumprod[higher.long()]).sqrt().float()
         noises.append(winner / spread.view(-1, 1, 1, 1, 1))
         timesteps.append(higher)
-    # The reference first, then the policy, on the same inputs.
+    # Reference and policy get the same inputs.
     assert all(torch.equal(noises[i], noises[i + 1]) for i in range(0, len(noises), 2))
     assert all(torch.equal(timesteps[i], timesteps[i + 1]) for i in range(0, len(timesteps), 2))
     assert len({float(timestep) for pair in timesteps for timestep in pair}) > 12
@@ -357,14 +357,14 @@ def test_in_the_loop_winner_and_loser_get_the_same_gaussian_noise_and_level(
         ({"width": 36}, r"width is a multiple of 16 pixels, not 36\. Take 32"),
     ],
 )
-def test_a_shape_that_does_not_fit_is_refused_with_one_that_does(
+def test_a_shape_that_does_not_fit_is_refused_with_a_suggestion(
     bench: Bench, options: dict[str, int], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
         load_small_cogvideox(bench.folder, **options)
 
 
-def test_positions_beyond_those_of_training_are_refused_where_there_are_none(bench: Bench) -> None:
+def test_sizes_beyond_the_positions_of_1_5_are_refused(bench: Bench) -> None:
     if bench.layout != "1.5":
         assert load_small_cogvideox(bench.folder, width=256).latent_shape[-1] == 32
         return
@@ -382,7 +382,7 @@ def test_other_models_are_refused(small_folder: Path, tmp_path: Path, bench: Ben
         load_small_cogvideox(pictures)
 
 
-def test_precision_reaches_the_denoiser_and_latents_stay_single(bench: Bench) -> None:
+def test_the_denoiser_is_in_half_precision_and_latents_in_fp32(bench: Bench) -> None:
     model = CogVideoX(model=str(bench.folder), **OPTIONS).load(Placement(CPU, torch.bfloat16))
     assert isinstance(model, CogVideoXModel)
     assert next(model.denoiser.parameters()).dtype == torch.bfloat16

@@ -45,7 +45,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 class Checkpoints:
-    """Folders and models of every layout, made when first asked for."""
+    """Folders and models of every layout, made on first use."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder
@@ -83,7 +83,7 @@ def drawn(model: WanModel, count: int, seed: int = 0) -> Tensor:
 
 
 class Perfect(nn.Module):
-    """Predicts the flow from a clip to the noise that was really drawn."""
+    """Predicts the true flow from a clip to the noise."""
 
     def __init__(self, flow: Tensor) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_sampling_from_noise_equals_the_pipeline(
     torch.testing.assert_close(model.decode_videos(ours), pixels, rtol=1e-3, atol=1e-4)
 
 
-def test_each_expert_has_its_guidance_as_in_the_pipeline(checkpoints: Checkpoints) -> None:
+def test_each_expert_has_its_guidance_scale_as_in_the_pipeline(checkpoints: Checkpoints) -> None:
     model = checkpoints.load("a14b", guidance_2=2.0)
     noise = drawn(model, 1)
     theirs = checkpoints.pipeline("a14b")(
@@ -143,7 +143,7 @@ def test_sampling_from_a_clip_equals_the_video_to_video_pipeline(
     clean, noise = drawn(model, 1, seed=1), drawn(model, 1)
     pipeline.scheduler.set_timesteps(8)
     start = pipeline.scheduler.sigmas[2]
-    theirs = pipeline(  # it cleans prompts by ftfy, installed or not
+    theirs = pipeline(  # it cleans prompts with ftfy, installed or not
         prompt_embeds=model.encode_prompts(PROMPTS[:1])["prompt_embeds"],
         negative_prompt_embeds=model.encode_prompts([""])["prompt_embeds"],
         height=16, width=16, num_inference_steps=8, guidance_scale=3.0, strength=0.75,
@@ -160,7 +160,7 @@ def test_sampling_from_a_clip_equals_the_video_to_video_pipeline(
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_noise_and_target_are_the_schedulers(model: WanModel) -> None:
+def test_noise_and_target_equal_the_schedulers(model: WanModel) -> None:
     clean, noise = drawn(model, 3, seed=1), drawn(model, 3)
     scheduler = unipc()
     scheduler.set_timesteps(8)
@@ -178,7 +178,7 @@ def test_noise_and_target_are_the_schedulers(model: WanModel) -> None:
         rtol=1e-5,
         atol=1e-5,
     )
-    # A perfect prediction is one from which the scheduler finds the clip again.
+    # From the target, the scheduler computes the clip.
     for step in range(3):
         scheduler.set_begin_index(int(indices[step]))
         scheduler._init_step_index(scheduler.timesteps[indices[step]])
@@ -188,9 +188,9 @@ def test_noise_and_target_are_the_schedulers(model: WanModel) -> None:
         torch.testing.assert_close(found, clean[step], rtol=1e-3, atol=1e-4)
 
 
-def test_a_level_means_the_same_to_noise_and_network(model: WanModel) -> None:
-    """LocalDPO's train_wanx21.py takes its noise from a scheduler whose flow was never set up: the
-    network is told 999 of latents that are 1% noise, and 0 of such that are 157 times noise."""
+def test_noise_and_network_agree_on_the_timestep(model: WanModel) -> None:
+    """LocalDPO's train_wanx21.py adds noise with a scheduler whose flow sigmas are never set: the
+    network gets timestep 999 for latents with 1% noise, and 0 for latents with 157 times noise."""
     clean, noise = torch.zeros(1, 4, 2, 2, 2), torch.ones(1, 4, 2, 2, 2)
     for timestep in (0.0, 250.0, 999.0):
         noisy = model.add_noise(clean, noise, torch.tensor([timestep]))
@@ -200,9 +200,7 @@ def test_a_level_means_the_same_to_noise_and_network(model: WanModel) -> None:
 
 
 @pytest.mark.parametrize("layout", ["2.1", "ti2v"])
-def test_latents_are_normalised_by_mean_and_standard_deviation(
-    checkpoints: Checkpoints, layout: str
-) -> None:
+def test_latents_are_standardized(checkpoints: Checkpoints, layout: str) -> None:
     model, vae = checkpoints.load(layout), checkpoints.pipeline(layout).vae
     videos = small_videos(2, model.shape.frames, model.shape.height, model.shape.width)
     raw = vae.encode(2 * videos - 1).latent_dist.mode()
@@ -222,7 +220,7 @@ def test_latents_are_normalised_by_mean_and_standard_deviation(
     "prompt",
     ["a red square", "  a   red\nsquare &amp;amp; a star ", "", "a red square moving left " * 5],
 )
-def test_prompts_are_encoded_as_by_the_pipeline(
+def test_prompts_are_encoded_as_in_the_pipeline(
     checkpoints: Checkpoints, model: WanModel, prompt: str
 ) -> None:
     theirs, _ = checkpoints.pipeline("2.1").encode_prompt(
@@ -240,7 +238,7 @@ def test_prompts_are_encoded_as_by_the_pipeline(
 # --- levels ----------------------------------------------------------------------------------
 
 
-def test_levels_are_logit_normal_and_shifted(checkpoints: Checkpoints) -> None:
+def test_timesteps_are_logit_normal_and_shifted(checkpoints: Checkpoints) -> None:
     def quantiles(layout: str, **options: Any) -> list[float]:
         timesteps = checkpoints.load(layout, **options).sample_timesteps(
             20_000, Generator().manual_seed(0)
@@ -260,7 +258,7 @@ def test_levels_are_logit_normal_and_shifted(checkpoints: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("sampling", ["logit_normal", "uniform"])
-def test_one_experts_levels_are_those_of_both_on_its_side(
+def test_one_experts_timesteps_are_those_of_both_on_its_side(
     checkpoints: Checkpoints, sampling: str
 ) -> None:
     both, high, low = (
@@ -279,7 +277,7 @@ def test_one_experts_levels_are_those_of_both_on_its_side(
 
 
 @pytest.mark.parametrize("layout", ["2.1", "ti2v"])
-def test_winner_and_loser_get_the_same_gaussian_noise_at_the_same_level(
+def test_both_videos_get_the_same_gaussian_noise_and_timestep(
     checkpoints: Checkpoints, layout: str
 ) -> None:
     model = checkpoints.load(layout)
@@ -302,7 +300,7 @@ def test_winner_and_loser_get_the_same_gaussian_noise_at_the_same_level(
     torch.testing.assert_close(
         inputs.target, noise - torch.cat([first, second]), rtol=1e-2, atol=1e-3
     )
-    # Uniform noise of the same variance would have a fourth moment of 1.8, and none beyond 1.74.
+    # Uniform noise of unit variance has a fourth moment of 1.8 and a maximum of 1.74.
     one = noise.chunk(2)[0]
     assert one.std().item() == pytest.approx(1, abs=0.1) and one.abs().max() > 2.2
     assert one.pow(4).mean() > 2.2
@@ -313,7 +311,7 @@ def test_winner_and_loser_get_the_same_gaussian_noise_at_the_same_level(
 def test_dense_pairs_start_at_the_first_sigma_up_to_eta(
     checkpoints: Checkpoints, layout: str, eta: float
 ) -> None:
-    """Noised by exactly that sigma: a denoiser that knows the noise finds the clip again."""
+    """Noised by exactly that sigma, so that the true flow leads back to the clip."""
     model = checkpoints.load(layout)
     clean, noise = drawn(model, 1, seed=1), drawn(model, 1)
     denoiser = Perfect(noise - clean)
@@ -337,7 +335,7 @@ def test_dense_pairs_start_at_the_first_sigma_up_to_eta(
 # --- videos ----------------------------------------------------------------------------------
 
 
-def test_latent_frames_are_those_that_the_vae_makes_of_a_frame(checkpoints: Checkpoints) -> None:
+def test_latent_frames_match_the_vae(checkpoints: Checkpoints) -> None:
     model = checkpoints.load("2.1", frames=13)
     video = small_videos(1, 13, 16, 16)
     latents = model.encode_videos(video)
@@ -353,7 +351,7 @@ def test_latent_frames_are_those_that_the_vae_makes_of_a_frame(checkpoints: Chec
     ]  # fmt: skip
 
 
-def test_repainting_everything_is_re_noising(model: WanModel) -> None:
+def test_a_full_region_equals_no_region(model: WanModel) -> None:
     clean, noise = drawn(model, 1, seed=1), drawn(model, 1)
     context = model.encode_prompts(PROMPTS[:1])
     options: dict[str, Any] = {"clean": clean, "strength": 0.75, "num_inference_steps": 8}
@@ -381,7 +379,7 @@ def test_every_kind_of_pairs(model: WanModel, builder: PairBuilder) -> None:
 # --- experts ---------------------------------------------------------------------------------
 
 
-def test_the_level_chooses_the_expert(checkpoints: Checkpoints) -> None:
+def test_the_timestep_selects_the_expert(checkpoints: Checkpoints) -> None:
     model = checkpoints.load("a14b")
     assert isinstance(model.denoiser, Experts)
     noisy, timestep = drawn(model, 3), torch.tensor([100.0, 1000 * BOUNDARY, 799.9])
@@ -398,7 +396,7 @@ def test_the_level_chooses_the_expert(checkpoints: Checkpoints) -> None:
 
 
 @pytest.mark.parametrize("experts", ["both", "high", "low"])
-def test_only_the_experts_asked_for_train(checkpoints: Checkpoints, experts: str) -> None:
+def test_only_the_chosen_experts_train(checkpoints: Checkpoints, experts: str) -> None:
     model = checkpoints.load("a14b", experts=experts)
     owners = {name.split(".")[0] for name in model.lora_targets()}
     both = {"transformer", "transformer_2"}
@@ -408,7 +406,7 @@ def test_only_the_experts_asked_for_train(checkpoints: Checkpoints, experts: str
 
 
 class Scaled(nn.Module):
-    """A network of one weight, with an adapter's beside it."""
+    """A network of one weight and one adapter weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,16 +419,16 @@ class Scaled(nn.Module):
 
 def test_only_the_expert_in_use_is_on_the_device() -> None:
     experts = Experts(Scaled(), Scaled(), boundary=875.0, park=True)
-    elsewhere = torch.zeros(2, 1, device="meta")  # a device that is not the host, on any machine
-    experts(elsewhere, torch.tensor([100.0, 200.0]), elsewhere)
+    on_device = torch.zeros(2, 1, device="meta")  # stands for a GPU
+    experts(on_device, torch.tensor([100.0, 200.0]), on_device)
     devices = {name: parameter.device.type for name, parameter in experts.named_parameters()}
     assert devices["transformer.scale"] == "cpu" and devices["transformer_2.scale"] == "meta"
     with pytest.raises(UserError, match=r"both experts at once.*train\.batch_size=1"):
-        experts(elsewhere, torch.tensor([100.0, 900.0]), elsewhere)
+        experts(on_device, torch.tensor([100.0, 900.0]), on_device)
 
 
 @pytest.mark.parametrize("reference", [Toggle(), Copy()])
-def test_references_know_both_experts(checkpoints: Checkpoints, reference: Reference) -> None:
+def test_references_cover_both_experts(checkpoints: Checkpoints, reference: Reference) -> None:
     check_reference(reference, checkpoints.load("a14b"))
 
 
@@ -442,23 +440,23 @@ def test_the_contract(checkpoints: Checkpoints, layout: str) -> None:
 # --- what is refused -------------------------------------------------------------------------
 
 
-def test_frames_that_the_vae_cannot_take_are_refused() -> None:
+def test_frame_counts_that_the_vae_does_not_take_are_refused() -> None:
     with pytest.raises(ValidationError, match="choose 77 or 81"):
         Wan(frames=80)
 
 
-def test_sizes_that_leave_a_rest_are_refused(checkpoints: Checkpoints) -> None:
+def test_sizes_that_patches_do_not_divide_are_refused(checkpoints: Checkpoints) -> None:
     with pytest.raises(UserError, match=r"backbone\.height = 48 is not a multiple of 32.*32 or 64"):
         checkpoints.load("ti2v", height=48)
 
 
-def test_an_expert_of_a_model_that_has_none_is_refused(checkpoints: Checkpoints) -> None:
+def test_experts_of_a_model_without_experts_are_refused(checkpoints: Checkpoints) -> None:
     with pytest.raises(UserError, match="no 'high' expert"):
         checkpoints.load("2.1", experts="high")
 
 
 def edited(folder: Path, copy: Path, file: str, **values: Any) -> Path:
-    """A copy of a checkpoint with another value in one of its configurations."""
+    """A copy of a checkpoint with one configuration changed."""
     shutil.copytree(folder, copy)
     path = copy / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

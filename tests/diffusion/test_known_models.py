@@ -1,4 +1,4 @@
-"""The configurations in the package are those of the published models."""
+"""The package's configurations equal those of the published models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DENOISERS = ("unet", "transformer", "transformer_2", "")
 
 
 def networks(model: KnownModel) -> list[torch.nn.Module]:
-    """What the folder's configurations of a denoiser describe, without memory for its weights."""
+    """The denoisers of a folder's configurations, on the meta device."""
     found = []
     for part in DENOISERS:
         path = model.folder / part / "config.json"
@@ -34,7 +34,7 @@ def test_the_configuration_has_as_many_parameters_as_the_published_weights(
     assert counted == model.parameters
 
 
-def test_every_key_of_a_denoisers_configuration_is_one_that_its_class_takes() -> None:
+def test_denoiser_classes_take_every_key_of_their_configurations() -> None:
     for model in known_models():
         for part in DENOISERS:
             path = model.folder / part / "config.json"
@@ -45,7 +45,7 @@ def test_every_key_of_a_denoisers_configuration_is_one_that_its_class_takes() ->
                 assert stray <= network._get_init_keys(network), path
 
 
-def test_a_model_is_found_by_its_name_and_by_every_id_in_any_case() -> None:
+def test_models_are_found_by_name_and_id_in_any_case() -> None:
     for model in known_models():
         for source in (model.name, *model.hub, model.hub[0].upper()):
             assert find_model(source) is model

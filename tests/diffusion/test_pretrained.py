@@ -35,7 +35,7 @@ def at(folder: Path) -> Checkpoint:
 
 
 def cached(root: Path, files: dict[str, bytes], commit: str = "c" * 40) -> Path:
-    """The hub's cache with one repository, laid out as its client does."""
+    """The hub's cache with one repository, in the layout of its client."""
     repository = root / "models--someone--model"
     for name, data in files.items():
         blob = repository / "blobs" / hashlib.sha256(data).hexdigest()
@@ -62,7 +62,7 @@ def digest_of(folder: Path, settings: dict[str, Any], *weights: float) -> str:
     return at(folder).digest("vae", "scheduler")
 
 
-def test_the_digest_changes_with_any_weight_or_setting_and_with_nothing_else(
+def test_the_digest_depends_on_weights_and_settings_only(
     tmp_path: Path,
 ) -> None:
     one = digest_of(tmp_path / "one", {"scale": 1, "type": "v"}, 0.0, 0.0)
@@ -72,21 +72,19 @@ def test_the_digest_changes_with_any_weight_or_setting_and_with_nothing_else(
     assert one != digest_of(tmp_path / "one", {"scale": 1, "type": "v"}, 0.0, 1e-7)
     assert one != digest_of(tmp_path / "one", {"scale": 1, "type": "epsilon"}, 0.0, 0.0)
     assert one == digest_of(tmp_path / "one", {"scale": 1, "type": "v"}, 0.0, 0.0)
-    # The scheduler's alone, which holds no weights.
+    # The scheduler has no weights.
     (tmp_path / "one" / "scheduler" / "scheduler_config.json").write_text("{}")
     assert one != at(tmp_path / "one").digest("vae", "scheduler")
 
 
-def test_precision_and_the_order_of_parts_are_part_of_an_identity() -> None:
+def test_an_identity_depends_on_dtype_and_order_of_parts() -> None:
     one = identity("a", "b", dtype=torch.float32)
     assert len(one) == 16
     assert one != identity("a", "b", dtype=torch.bfloat16)
     assert one != identity("b", "a", dtype=torch.float32)
 
 
-def test_a_downloaded_file_is_hashed_by_its_name_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_files_hash_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"weights of many gigabytes"
     files = {f"vae/{WEIGHTS}": data, "vae/config.json": b"{}"}
     snapshot = cached(tmp_path / "hub", files)
@@ -116,7 +114,7 @@ def test_only_what_is_loaded_is_hashed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds the small model, and nothing else; offline, as all tests are."""
+    """A cache with the small model only; all tests run offline."""
     files = {
         str(path.relative_to(small_folder)): path.read_bytes()
         for path in small_folder.rglob("*")
@@ -133,7 +131,7 @@ def hub(tmp_path: Path, small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("revision", [None, "stable", "c" * 40])
-def test_what_is_in_the_cache_loads_offline_by_its_hub_id(
+def test_a_cached_model_loads_offline_by_its_hub_id(
     hub: Path, small_folder: Path, revision: str | None
 ) -> None:
     checkpoint = Checkpoint(source="someone/model", revision=revision)
@@ -143,7 +141,7 @@ def test_what_is_in_the_cache_loads_offline_by_its_hub_id(
     assert all(torch.equal(value, expected[name]) for name, value in vae.state_dict().items())
 
 
-def test_what_is_not_in_the_cache_is_named_with_what_to_do(hub: Path) -> None:
+def test_a_model_missing_from_the_cache_is_reported_with_a_next_step(hub: Path) -> None:
     for checkpoint in (
         Checkpoint(source="someone/else"),
         Checkpoint(source="someone/model", revision="another"),
@@ -152,7 +150,7 @@ def test_what_is_not_in_the_cache_is_named_with_what_to_do(hub: Path) -> None:
             checkpoint.folder("vae")
 
 
-def test_only_files_of_the_part_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_files_of_the_part_are_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
     def download(repository: str, **options: Any) -> str:
@@ -174,7 +172,7 @@ def test_only_files_of_the_part_are_asked_for(monkeypatch: pytest.MonkeyPatch) -
         (RevisionNotFoundError, r"has no revision 'v2'\."),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_a_sentence(
+def test_hub_errors_become_one_sentence(
     error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: Any, **options: Any) -> str:
@@ -203,7 +201,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, break_it: Any, words: str) -> N
 
 
 def vae_with(folder: Path, names: Callable[[str], str | None]) -> Path:
-    """A small autoencoder whose file has its weights under other names, or not at all."""
+    """A small autoencoder whose file renames or omits weights."""
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=2).save_pretrained(folder / "vae")
     file = folder / "vae" / WEIGHTS
     weights = {names(name): weight for name, weight in load_file(file).items()}
@@ -212,7 +210,7 @@ def vae_with(folder: Path, names: Callable[[str], str | None]) -> Path:
     return folder
 
 
-def test_a_network_with_weights_that_no_file_gives_is_refused(tmp_path: Path) -> None:
+def test_files_that_lack_weights_are_refused(tmp_path: Path) -> None:
     lost = "decoder.conv_out.bias"
     vae_with(tmp_path, lambda name: None if name == lost else name)
     with pytest.raises(UserError, match=rf"the vae of .* lack 1 of its weights, '{lost}' first"):
@@ -224,7 +222,7 @@ def test_a_network_with_weights_that_no_file_gives_is_refused(tmp_path: Path) ->
         at(tmp_path).load(CLIPTextModel, "text_encoder")
 
 
-def test_the_names_that_stable_diffusions_autoencoder_was_published_with_are_known(
+def test_stable_diffusions_published_autoencoder_names_load(
     tmp_path: Path,
 ) -> None:
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -245,12 +243,12 @@ def test_the_names_that_stable_diffusions_autoencoder_was_published_with_are_kno
         assert torch.equal(weight, again)
 
 
-def test_tinys_text_encoder_has_the_names_that_every_version_of_transformers_reads() -> None:
+def test_tinys_text_encoder_loads_in_every_version_of_transformers() -> None:
     names = load_file(TINY / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
 
 
-def test_a_part_without_weights_and_a_folder_that_is_none_are_named(tmp_path: Path) -> None:
+def test_a_part_without_weights_and_a_missing_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     with pytest.raises(UserError, match=r"has no 'vae/config\.json'"):
         at(tmp_path).digest("vae")
@@ -263,7 +261,7 @@ def test_a_part_without_weights_and_a_folder_that_is_none_are_named(tmp_path: Pa
         at(tmp_path / "missing").folder("vae")
 
 
-def test_a_tokenizer_that_needs_another_package_says_which(
+def test_a_tokenizer_names_its_missing_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tokenizer").mkdir()
@@ -282,7 +280,7 @@ def test_a_tokenizer_that_needs_another_package_says_which(
 # --- parts on demand ---------------------------------------------------------------------------
 
 
-def test_a_lazy_part_is_loaded_once_and_again_after_it_was_freed() -> None:
+def test_a_lazy_part_is_loaded_once_and_again_after_free() -> None:
     loaded = []
     part = Lazy(lambda: loaded.append(0) or torch.nn.Linear(1, 1))
     assert not loaded

@@ -14,12 +14,12 @@ from dpo_video.diffusion.sampling import Schedule, denoise, first_step, frame_by
     ("strength", "steps", "first"),
     [(1.0, 50, 0), (0.75, 50, 12), (0.95, 50, 2), (0.15, 20, 17), (0.001, 50, 49), (0.5, 1, 0)],
 )
-def test_round_of_strength_times_steps_are_run(strength: float, steps: int, first: int) -> None:
+def test_strength_times_steps_are_run(strength: float, steps: int, first: int) -> None:
     assert first_step(strength, steps) == first
 
 
 class Prompted(nn.Module):
-    """Predicts the first number of its prompt's encoding, everywhere."""
+    """Predicts a constant: the first number of the encoded prompt."""
 
     def forward(
         self, noisy: Tensor, timestep: Tensor, text: Tensor, **options: Any
@@ -29,7 +29,7 @@ class Prompted(nn.Module):
 
 
 @pytest.mark.parametrize("scales", [[0.0, 0.0], [1.0, 1.0], [3.0, -1.0]])
-def test_guidance_leads_away_from_the_empty_prompt_step_by_step(
+def test_guidance_extrapolates_from_the_empty_prompt_at_each_step(
     small_model: AnimateDiffModel, scales: list[float]
 ) -> None:
     context = {"prompt_embeds": torch.full((1, 3, 16), 5.0)}
@@ -53,7 +53,7 @@ def test_guidance_leads_away_from_the_empty_prompt_step_by_step(
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_frames_are_taken_apart_and_put_together_in_order(size: int) -> None:
+def test_frame_by_frame_keeps_the_order_of_frames(size: int) -> None:
     noise, clean = torch.randn(2, 3, 2, 4, 5, 5)  # two videos of four frames
     region = torch.rand(3, 1, 4, 5, 5)
     context = {"prompt_embeds": torch.arange(3.0).view(3, 1, 1)}

@@ -1,4 +1,4 @@
-"""No step holds a matrix of tokens by tokens: attention is scaled_dot_product_attention's."""
+"""No step stores a matrix of tokens by tokens: attention is scaled_dot_product_attention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
 from dpo_video.types import Placement
 
-# Sizes in which no number of tokens is a number of channels.
+# Sizes for which no number of tokens equals a number of channels.
 SIZES: dict[str, dict[str, Any]] = {
     "animatediff": {"frames": 3, "height": 24, "width": 40},
     "cogvideox": {**COGVIDEOX, "height": 48, "width": 80},
@@ -38,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class Kernels(TorchFunctionMode):
-    """Remembers how large the matrices of all attentions would be: batch times heads, q, k."""
+    """Records the sizes that attention matrices would have: batch times heads, queries, keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Kernels(TorchFunctionMode):
 
 
 class Made(TorchDispatchMode):
-    """Remembers the shapes of all tensors that are made, forward and backward."""
+    """Records the shapes of all tensors made in the forward and backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_no_step_holds_a_matrix_of_tokens_by_tokens(policy: tuple[Any, nn.Module
     assert not kernels.avoided.keys() & made.shapes
 
 
-def test_a_processor_that_would_is_replaced(small_folder: Path) -> None:
+def test_a_processor_that_stores_the_matrix_is_replaced(small_folder: Path) -> None:
     model = registry.load("backbone", "animatediff")(
         model=str(small_folder), **SIZES["animatediff"]
     ).load(Placement())  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What is computed again, in parts or kept elsewhere, is what it was."""
+"""Checkpointing, chunks and offloaded inputs keep gradients and lower the peak."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from dpo_video.memory.peak import Peak, peak_bytes
 from dpo_video.settings import TrainSettings
 from dpo_video.training.lora import adapt
 
-EXACT = 1e-12  # in fp64, so that nothing but rounding can hide behind it
+EXACT = 1e-12  # in fp64
 
 
 class Network:
-    """A policy in fp64 whose adapter has moved, one input, and a direction to pull its output."""
+    """A policy in fp64 with a nonzero adapter, one input, and a gradient of its output."""
 
     def __init__(self, model: Any) -> None:
         model.dtype, self.model = torch.float64, model
@@ -71,7 +71,7 @@ def transformer(small_wan: Path) -> Network:
 
 @pytest.fixture
 def joint_transformer(tmp_path: Path) -> Network:
-    """Of CogVideoX: text and video in one sequence."""
+    """CogVideoX: text and video in one sequence."""
     return Network(load_small_cogvideox(save_small_cogvideox(tmp_path, num_layers=3)))
 
 
@@ -89,7 +89,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 # --- chunks ----------------------------------------------------------------------------------
 
 
-def test_chunks_change_nothing_and_hold_less(network: Network) -> None:
+def test_chunks_keep_gradients_and_lower_the_peak(network: Network) -> None:
     plain, held = network.gradient(), network.peak().activations
     assert run_in_chunks(network.policy, 3) > 0
     assert apart(plain, network.gradient()) < EXACT
@@ -101,7 +101,7 @@ def test_chunks_change_nothing_and_hold_less(network: Network) -> None:
     assert torch.equal(plain, network.gradient())
 
 
-def test_a_network_without_such_layers_is_told_so() -> None:
+def test_a_network_without_feed_forward_layers_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"A Linear has no feed-forward.*\.forward_chunks=1"):
         run_in_chunks(nn.Linear(4, 4), 2)
 
@@ -109,7 +109,7 @@ def test_a_network_without_such_layers_is_told_so() -> None:
 # --- checkpoints -----------------------------------------------------------------------------
 
 
-def test_the_more_blocks_are_checkpointed_the_less_is_held(unet: Network) -> None:
+def test_more_checkpointed_blocks_hold_fewer_activations(unet: Network) -> None:
     peaks = []
     for count in (0, 6, None):
         assert checkpoint_blocks(unet.policy, count) == {0: 0, 6: 6, None: 18}[count]
@@ -119,7 +119,7 @@ def test_the_more_blocks_are_checkpointed_the_less_is_held(unet: Network) -> Non
 
 @pytest.mark.parametrize("family", ["unet", "transformer", "joint_transformer"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_some_blocks_computed_again_change_no_bit(
+def test_checkpointing_some_blocks_changes_no_bit(
     request: pytest.FixtureRequest, family: str, count: int
 ) -> None:
     network: Network = request.getfixturevalue(family)
@@ -128,7 +128,7 @@ def test_some_blocks_computed_again_change_no_bit(
     assert torch.equal(plain, network.gradient())
 
 
-def test_of_two_experts_each_has_so_many(small_wan: Path) -> None:
+def test_the_count_holds_for_each_of_two_experts(small_wan: Path) -> None:
     one, other = load_small_wan(small_wan).denoiser, load_small_wan(small_wan).denoiser
     experts = Experts(one, other, boundary=500, park=False)
     assert [len(together) for together in passes(experts)] == [2, 2]
@@ -138,12 +138,12 @@ def test_of_two_experts_each_has_so_many(small_wan: Path) -> None:
     )
 
 
-def test_blocks_are_counted_from_both_ends() -> None:
+def test_blocks_are_chosen_from_both_ends() -> None:
     assert from_outside_in([0, 1, 2, 3, 4]) == [0, 4, 1, 3, 2]
     assert from_outside_in([0, 1, 2, 3]) == [0, 3, 1, 2]
 
 
-def test_block_inputs_can_wait_on_the_host(network: Network) -> None:
+def test_block_inputs_are_offloaded_to_the_host(network: Network) -> None:
     plain = network.gradient()
     checkpoint_blocks(network.policy)
     here = network.peak()
@@ -151,5 +151,5 @@ def test_block_inputs_can_wait_on_the_host(network: Network) -> None:
     there = network.peak()
     assert torch.equal(plain, network.gradient())
     assert here.host == 0 < there.host
-    few = len(list(blocks(network.policy))) < 3  # one of two inputs is being used at any time
+    few = len(list(blocks(network.policy))) < 3  # one of two inputs is in use at any time
     assert there.activations < here.activations or few

@@ -1,4 +1,4 @@
-"""Compiled blocks take the same step; what does not compile, or not with it, is refused."""
+"""Compiled blocks take the same step; blocks and modes that do not compile are refused."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from dpo_video.settings import MemorySettings
 from dpo_video.strategies import Reference
 
 ON = MemorySettings(compile="on")
-# Dynamo asks every tensor that it is shown whether it has a gradient.
+# Dynamo reads .grad of every tensor that it traces.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are made and run as kernels of torch's own: seconds, where inductor takes minutes."""
+    """Trace graphs and run them by eager kernels: seconds, where inductor takes minutes."""
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
 
 
@@ -44,7 +44,7 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def graphs() -> int:
-    """Made so far."""
+    """Number of graphs compiled so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
@@ -58,9 +58,9 @@ def test_every_mode_takes_the_same_step(wan_folder: Path) -> None:
         before = graphs()
         for mode in modes:
             assert apart(plain[mode], bench.gradient(mode, batch, Global())) < 1e-5, (memory, mode)
-        # One for the first block, which gets what has no gradient, and one for all others; for one
-        # video and for two. A checkpointed block, the reference and what needs no backward pass
-        # have the same ones.
+        # One for the first block, whose input has no gradient, and one for the others; for one
+        # video and for two. Checkpointed blocks, the reference and passes without backward share
+        # them.
         assert graphs() - before == (4 if memory == ON else 0)
 
 
@@ -71,7 +71,7 @@ def test_a_unet_takes_the_same_step(small_folder: Path) -> None:
     apply_memory_modes(bench.policy, ON)
     before = graphs()
     assert apart(plain, bench.gradient("split", batch, Global(beta=100))) < 1e-5
-    assert graphs() - before < len(list(blocks(bench.policy)))  # those that are alike share one
+    assert graphs() - before < len(list(blocks(bench.policy)))  # equal blocks share one
 
 
 @pytest.mark.parametrize("reference", [Toggle(), Copy()], ids=repr)
@@ -91,7 +91,7 @@ def test_the_reference_runs_the_policys_graphs(
     bench.reference_model = reference.attach(bench.policy)
     before = graphs()
     output = bench.step("joint", batch, Global())
-    # There is one block. A copy of it is another module, for which torch 2.6 makes its graph anew.
+    # There is one block. torch 2.6 compiles a copy of it again.
     assert graphs() - before <= (1 if isinstance(reference, Toggle) else 2)
     assert torch.allclose(output.margin, plain.margin, atol=1e-8)
     if adapter == "new":
@@ -103,7 +103,7 @@ def test_the_reference_runs_the_policys_graphs(
 
 
 def origin(result: Tensor) -> set[str]:
-    """The operations that its graph is made of."""
+    """Names of the operations in its autograd graph."""
     reached, ahead = set(), [result.grad_fn]
     while ahead:
         node = ahead.pop()
@@ -113,7 +113,7 @@ def origin(result: Tensor) -> set[str]:
     return {node.name() for node in reached}
 
 
-def test_without_a_graph_nothing_is_kept_behind_a_block(wan_folder: Path) -> None:
+def test_without_graph_cuts_the_graph_after_each_block(wan_folder: Path) -> None:
     bench = Bench(load_small_wan(wan_folder))
     apply_memory_modes(bench.policy, ON)
     noisy, timestep = bench.draw(1)
@@ -128,7 +128,7 @@ def test_without_a_graph_nothing_is_kept_behind_a_block(wan_folder: Path) -> Non
         assert torch.allclose(cut, bench.model.predict(bench.policy, *shown), atol=1e-6)
 
 
-def test_what_does_not_compile_is_told_in_a_sentence() -> None:
+def test_a_block_that_does_not_compile_is_refused() -> None:
     class Breaking(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -148,7 +148,7 @@ def test_what_does_not_compile_is_told_in_a_sentence() -> None:
         compile_blocks(nn.Linear(2, 2))
 
 
-def test_more_shapes_than_there_is_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shapes_than_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -168,7 +168,7 @@ def test_more_shapes_than_there_is_room_for_are_refused(monkeypatch: pytest.Monk
             network.layers[0](torch.ones(2, 2))
 
 
-def test_no_compiler_is_told_before_anything_is_loaded() -> None:
+def test_a_missing_compiler_is_reported_before_loading() -> None:
     told = r"needs a C\+\+ compiler.*memory\.compile=off\.$"
     missing: dict[str, Any] = {"cpp.cxx": ("no-such-compiler",)}
     with inductor.patch(missing), pytest.raises(UserError, match=told):
@@ -181,15 +181,13 @@ def test_no_compiler_is_told_before_anything_is_loaded() -> None:
 @pytest.mark.parametrize(
     "other", [{"offload": "blocks"}, {"shard": 2}, {"quantization": "int8"}], ids=repr
 )
-def test_weights_that_come_layer_by_layer_are_refused(other: dict[str, object]) -> None:
+def test_compile_refuses_packed_weights(other: dict[str, object]) -> None:
     memory = MemorySettings.model_validate({"compile": "on", **other})
     with pytest.raises(UserError, match="would keep whole weights"):
         check_compile(memory, torch.device("cpu"))
 
 
-def test_a_run_is_compiled_and_goes_on_in_another_mode(
-    wan_folder: Path, tmp_path: Path, said: Said
-) -> None:
+def test_a_compiled_run_resumes_uncompiled(wan_folder: Path, tmp_path: Path, said: Said) -> None:
     run, quick = (
         tmp_path / "run",
         ["rank=2", "gradient_accumulation_steps=1", "validation_videos=1", "report_to=none"],
@@ -202,7 +200,7 @@ def test_a_run_is_compiled_and_goes_on_in_another_mode(
     said(0, *command, "--steps=2", "--set=memory.compile=on")
     assert 'compile = "on"' in (run / "run.toml").read_text()
     assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["margin"] == 0
-    # As a run that is not compiled would not predict to the bit, it has a bank of its own.
+    # Uncompiled predictions differ in the last bits, so they have a cache of their own.
     said(0, "train", f"--out={run}", "--resume", "--steps=3", "--set=memory.compile=off")
     banks = [json.loads(path.read_text()) for path in tmp_path.glob("pairs/*/bank/*/bank.json")]
     assert sorted("compiled" in bank["kernels"] for bank in banks) == [False, True]

@@ -1,4 +1,4 @@
-"""AdamW on the host is AdamW. What else waits there: test_blocks.py and test_frozen.py."""
+"""AdamW and tensors in CPU memory. Block inputs and weights: the tests of those."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_video.memory.offload import HOST, HostAdamW, to_device, to_host
 def stepped(parameters: list[nn.Parameter], optimizer: torch.optim.AdamW, first: int) -> None:
     for step in range(first, first + 3):
         generator = torch.Generator().manual_seed(step)
-        for parameter in parameters[:2]:  # the last one never has a gradient
+        for parameter in parameters[:2]:  # the last one has no gradient
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
 
@@ -21,7 +21,7 @@ def weights() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(4, 3, generator=generator)) for _ in range(3)]
 
 
-def test_it_takes_the_steps_of_adamw_and_goes_on_from_it() -> None:
+def test_host_adamw_steps_as_adamw_and_shares_its_state() -> None:
     options = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
     mine, others = weights(), weights()
     host, plain = HostAdamW(mine, **options), torch.optim.AdamW(others, **options)
@@ -39,7 +39,7 @@ def test_it_takes_the_steps_of_adamw_and_goes_on_from_it() -> None:
     assert len(state) == 6 and all(value.device == HOST for value in state)
 
 
-def test_a_tensor_comes_back_as_it_lay() -> None:
+def test_offloading_keeps_values_and_strides() -> None:
     tensor = torch.randn(3, 4).t()
     back = to_device(to_host(tensor), HOST)
     assert torch.equal(tensor, back) and back.stride() == tensor.stride()

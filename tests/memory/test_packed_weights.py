@@ -1,4 +1,4 @@
-"""A base in another form: the same in the host's memory, another one in fewer bits."""
+"""Packed weights: offloaded ones keep their bits, quantized ones come close."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ BASES = ["native", "int8", "fp8", pytest.param("nf4", marks=needs_bnb)]
 
 @pytest.fixture(params=["unet", "transformer"])
 def network(request: pytest.FixtureRequest, small_folder: Path, tmp_path: Path) -> Network:
-    """Convolutions in two dimensions, or none."""
+    """With 2D convolutions, or without convolutions."""
     if request.param == "unet":
         return Network(load_small(small_folder))
     return Network(load_small_wan(save_small_wan(tmp_path)))
 
 
-def test_weights_on_the_host_change_nothing(network: Network) -> None:
+def test_offloaded_weights_keep_gradients(network: Network) -> None:
     plain, before = network.gradient(), network.peak().weights
     count = pack_frozen_weights(network.policy, CPU, "native", on_host=True)
     assert count == len(list(frozen_weights(network.policy)))
@@ -50,12 +50,12 @@ def test_weights_on_the_host_change_nothing(network: Network) -> None:
 
 
 @pytest.mark.parametrize(("base", "loss"), [("int8", 0.05), ("fp8", 0.3)])
-def test_fewer_bits_are_near_and_smaller(network: Network, base: Base, loss: float) -> None:
+def test_quantized_weights_are_close_and_smaller(network: Network, base: Base, loss: float) -> None:
     plain = network.gradient()
     pack_frozen_weights(network.policy, CPU, base)
     whole = sum(8 * each.shape.numel() for each in frozen_weights(network.policy))
     packed = sum(part.nbytes for each in frozen_weights(network.policy) for part in each.parts)
-    assert packed < 0.3 * whole  # an eighth, and the scales of rows that are a few numbers long
+    assert packed < 0.3 * whole  # an eighth, plus scales; rows are short
     gradient = network.gradient()
     assert 0 < apart(plain, gradient) < loss
     checkpoint_blocks(network.policy)
@@ -63,7 +63,7 @@ def test_fewer_bits_are_near_and_smaller(network: Network, base: Base, loss: flo
 
 
 @pytest.mark.parametrize("reference", [Toggle(), Copy()], ids=repr)
-def test_the_reference_is_packed_as_well(small_folder: Path, reference: Toggle | Copy) -> None:
+def test_the_reference_is_packed_too(small_folder: Path, reference: Toggle | Copy) -> None:
     network = Network(load_small(small_folder))
     for name, parameter in network.policy.named_parameters():
         if "lora_B" in name:
@@ -77,11 +77,11 @@ def test_the_reference_is_packed_as_well(small_folder: Path, reference: Toggle |
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("shape", [(8, 32), (4, 6, 3, 3)])
-def test_a_weight_is_what_it_was_to_its_bits(base: Base, shape: tuple[int, ...]) -> None:
+def test_unpacking_is_exact_up_to_quantization(base: Base, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     whole = PackedWeight.pack(weight, base, CPU, on_host=False).unpack()
     assert whole.shape == weight.shape and whole.dtype == weight.dtype
-    # Half a step of the largest value in a row (e4m3: of each value); nf4's widest step is 0.3.
+    # Half a step, of a row's largest value (e4m3: of each value); nf4's widest step is 0.3.
     error = (whole - weight).abs()
     most = weight.flatten(1).abs().amax(1).view(-1, *[1] * (weight.ndim - 1))
     bound = {
@@ -94,7 +94,7 @@ def test_a_weight_is_what_it_was_to_its_bits(base: Base, shape: tuple[int, ...])
 
 
 @needs_bnb
-def test_the_size_of_nf4_is_known_without_it() -> None:
+def test_the_size_of_nf4_is_known_without_bitsandbytes() -> None:
     sizes = []
     for mode in (FakeTensorMode(), torch.device("cpu")):
         with mode:
@@ -104,7 +104,9 @@ def test_the_size_of_nf4_is_known_without_it() -> None:
     assert sizes[0] == sizes[1]
 
 
-def test_what_cannot_be_done_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_blocks_and_packages_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(TrainingError, match=r"A Linear has no blocks.*memory\.quantization=native"):
         pack_frozen_weights(nn.Linear(4, 4), CPU, "int8")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

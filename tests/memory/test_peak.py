@@ -1,4 +1,4 @@
-"""Bytes and operations, against counts made by hand."""
+"""Bytes and operations equal counts made by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def chain(layers: int) -> nn.Module:
     return nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)])
 
 
-def test_without_a_graph_three_are_alive_with_one_all_are() -> None:
+def test_activations_of_a_chain_with_and_without_backward() -> None:
     network, inputs = chain(5), torch.zeros(ROWS, WIDTH)
 
     def evaluate() -> None:
@@ -30,16 +30,16 @@ def test_without_a_graph_three_are_alive_with_one_all_are() -> None:
 
     bare = peak_bytes(evaluate, networks=[network])
     assert bare.weights == 5 * WEIGHT
-    assert bare.activations == 3 * ACTIVATION  # what goes in at first, into a layer and out of it
+    assert bare.activations == 3 * ACTIVATION  # the input, and a layer's input and output
     kept = peak_bytes(lambda: network(inputs).backward(inputs), networks=[network])
-    # At worst in the backward of the last layer but one: what the four layers up to it were given,
-    # the output, two gradients of activations and two of weights.
+    # The peak is in the backward pass of the last layer but one: inputs of the four layers up to
+    # it, the output, two gradients of activations and two of weights.
     assert kept.activations == (4 + 1 + 2) * ACTIVATION + 2 * WEIGHT
     assert bare.flops == 5 * 2 * ROWS * WIDTH * WIDTH
-    assert kept.flops == (3 * 5 - 1) * 2 * ROWS * WIDTH * WIDTH  # the inputs want no gradient
+    assert kept.flops == (3 * 5 - 1) * 2 * ROWS * WIDTH * WIDTH  # the inputs need no gradient
 
 
-def test_a_view_is_free_and_what_is_gone_counts_no_more() -> None:
+def test_views_and_freed_tensors_do_not_count() -> None:
     def views() -> None:
         whole = torch.zeros(ROWS, WIDTH)
         for _ in range(3):
@@ -53,7 +53,7 @@ def test_a_view_is_free_and_what_is_gone_counts_no_more() -> None:
     assert peak_bytes(lambda: torch.zeros(1)).total == BLOCK
 
 
-def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
+def test_gradients_and_optimizer_state_count_separately() -> None:
     network, inputs = chain(2), torch.zeros(ROWS, WIDTH)
     optimizer = torch.optim.AdamW(network.parameters())
     before = [parameter.clone() for parameter in network.parameters()]
@@ -63,7 +63,7 @@ def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
             network(inputs).sum().backward()
 
     peak = peak_bytes(lambda: None, networks=[network], optimizer=optimizer)
-    state = 2 * (2 * WEIGHT + BLOCK)  # of each weight two momenta, and the number of the step
+    state = 2 * (2 * WEIGHT + BLOCK)  # two momenta and a step count per weight
     assert peak == Peak(weights=2 * WEIGHT, gradients=0, optimizer=state, activations=0, flops=0)
     for parameter, value in zip(network.parameters(), before, strict=True):
         assert torch.equal(parameter, value) and parameter.grad is None
@@ -72,7 +72,7 @@ def test_gradients_and_the_optimizers_state_are_told_apart() -> None:
     assert peak.total == peak.activations + 4 * WEIGHT + state
 
 
-def test_what_is_on_the_host_counts_apart() -> None:
+def test_host_memory_counts_separately() -> None:
     def run() -> None:
         here = torch.zeros(ROWS, WIDTH)
         with on_host():
@@ -85,11 +85,11 @@ def test_what_is_on_the_host_counts_apart() -> None:
     assert (peak.total, peak.host) == (ACTIVATION, ACTIVATION)
 
 
-def test_a_trace_names_what_filled_the_worst_moment() -> None:
+def test_a_trace_lists_the_tensors_alive_at_the_peak() -> None:
     network, inputs = chain(2), torch.zeros(ROWS, WIDTH)
 
     def run() -> None:
-        torch.zeros(1)  # gone before
+        torch.zeros(1)  # freed before the peak
         network(inputs).sum().backward()
 
     peak = peak_bytes(run, networks=[network], trace=True)
@@ -123,19 +123,19 @@ def measured(size: int) -> Peak:
     )
 
 
-def test_fake_tensors_count_as_real_ones_do() -> None:
+def test_fake_tensors_count_as_real_ones() -> None:
     real = measured(8)
     with FakeTensorMode():
         assert measured(8) == real
 
 
-def test_attention_is_never_held_as_a_matrix() -> None:
+def test_attention_stores_no_matrix() -> None:
     with FakeTensorMode():
         small, large = measured(16), measured(32)
     assert large.activations == pytest.approx(4 * small.activations, rel=0.02)
     tokens = 16 * 16
     convolved, attended = 2 * 2 * tokens * 8 * 8 * 9, 2 * 2 * 2 * tokens * tokens * 8
-    # The convolution's backward has its weight's gradient alone; attention's, five products to two.
+    # Backward: the convolution's weight gradient only; five products of attention for two forward.
     assert small.flops == 2 * convolved + 3.5 * attended
 
 
@@ -150,14 +150,14 @@ def test_a_norm_runs_in_fp32_as_on_a_gpu() -> None:
     assert norm(inputs.bfloat16()).dtype == torch.bfloat16
 
 
-def test_what_is_computed_again_has_the_precision_that_it_had() -> None:
+def test_recomputation_keeps_the_dtype() -> None:
     network, inputs = (
         nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)),
         torch.ones(2, 4),
     )
     network.requires_grad_(False)
     inputs.requires_grad_()
-    with cuda_autocast(torch.bfloat16):  # a tensor in another precision than before is an error
+    with cuda_autocast(torch.bfloat16):  # a recomputed tensor of another dtype is an error
         output = checkpoint(network.forward, inputs, use_reentrant=False)
         torch.autograd.backward(output.sum())
     assert inputs.grad is not None

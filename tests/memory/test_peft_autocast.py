@@ -1,4 +1,4 @@
-"""Sparing casts changes what is kept and copied, and no bit of what comes out."""
+"""Without peft's casts, less is saved for the backward pass and every bit stays."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def folders(small_folder: Path, wan_folder: Path) -> dict[str, Path]:
     return {"animatediff": small_folder, "wan": wan_folder}
 
 
-def adapted(kind: str, folder: Path, *, spared: bool) -> tuple[VideoModel, PeftModel]:
-    """With an adapter in fp32 that has moved."""
+def adapted(kind: str, folder: Path, *, uncast: bool) -> tuple[VideoModel, PeftModel]:
+    """A model and a policy with a nonzero adapter in fp32."""
     model: VideoModel = load_small(folder) if kind == "animatediff" else load_small_wan(folder)
     torch.manual_seed(0)
     config = LoraConfig(
@@ -37,7 +37,7 @@ def adapted(kind: str, folder: Path, *, spared: bool) -> tuple[VideoModel, PeftM
     )
     policy = get_peft_model(model.denoiser, config)
     assert isinstance(policy, PeftModel)
-    if spared:
+    if uncast:
         skip_adapter_input_cast(policy)
     return model, policy
 
@@ -63,19 +63,19 @@ def step(model: VideoModel, policy: PeftModel) -> tuple[Tensor, list[Tensor], in
     return predicted, [p.grad for p in policy.parameters() if p.grad is not None], held
 
 
-# What torch says of a bf16 input beside an fp32 weight on a CPU.
+# torch warns of a bf16 input with an fp32 weight on a CPU.
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_bit_changes_and_less_is_kept(kind: str, folders: dict[str, Path]) -> None:
-    plain, spared = (step(*adapted(kind, folders[kind], spared=spared)) for spared in (False, True))
-    assert torch.equal(plain[0], spared[0])
-    assert len(plain[1]) == len(spared[1]) > 0
-    assert all(torch.equal(a, b) for a, b in zip(plain[1], spared[1], strict=True))
-    assert spared[2] < plain[2]
+def test_gradients_keep_their_bits_and_less_is_saved(kind: str, folders: dict[str, Path]) -> None:
+    plain, uncast = (step(*adapted(kind, folders[kind], uncast=uncast)) for uncast in (False, True))
+    assert torch.equal(plain[0], uncast[0])
+    assert len(plain[1]) == len(uncast[1]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], uncast[1], strict=True))
+    assert uncast[2] < plain[2]
 
 
-def test_without_autocast_an_adapter_in_fp32_takes_half_precision() -> None:
-    # As when samples are drawn: the frozen weights are in half precision, and nothing casts.
+def test_without_autocast_an_fp32_adapter_takes_half_precision() -> None:
+    # As in sampling: frozen weights in half precision, and no autocast.
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).bfloat16()
     config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)

@@ -1,11 +1,11 @@
-"""The configurations of known models, without their weights.
+"""Configurations of known models, without their weights.
 
     index.json      name -> backbone, ids on the hub, parameters of the denoiser
-    NAME/...        a checkpoint folder in diffusers' layout that holds its config.json files only
+    NAME/...        a checkpoint folder in diffusers' layout with its config.json files only
 
-So `--set backbone.model=NAME` works, and `fit` knows a model's shape without a network. The values
-are those of the published config.json files; several ids of one shape share a folder. The number of
-parameters is that of the published weights, which a test counts again.
+With them, `--set backbone.model=NAME` works, and `dpo-video estimate` needs no network connection.
+The values are those of the published config.json files; ids with equal shapes share a folder. A
+test counts the parameters.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ FOLDER = Path(__file__).parent
 @final
 @dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """A model, or a part of one, whose configuration ships in the package."""
+    """A model, or a part of one, whose configuration ships with the package."""
 
     name: str
     backbone: str
-    """The name of the family that runs it."""
+    """Name of its backbone."""
     hub: tuple[str, ...]
-    """Its ids on the hub, the one that `name` stands for first."""
+    """Its hub ids; `name` stands for the first."""
     parameters: int
-    """Of its denoiser; of both experts where there are two."""
+    """Parameters of its denoiser, or of both experts."""
 
     @property
     def folder(self) -> Path:
@@ -40,7 +40,7 @@ class KnownModel:
 
 @cache
 def known_models() -> tuple[KnownModel, ...]:
-    """All of them, by name."""
+    """All known models, sorted by name."""
     index = json.loads((FOLDER / "index.json").read_text(encoding="utf-8"))
     return tuple(
         KnownModel(
@@ -54,7 +54,7 @@ def known_models() -> tuple[KnownModel, ...]:
 
 
 def find_model(source: str) -> KnownModel | None:
-    """The model of a name or an id on the hub, in capitals or not; None if it is not known."""
+    """The model with a name or hub id, in any case; None if unknown."""
     wanted = source.lower()
     for model in known_models():
         if wanted in (model.name, *(hub.lower() for hub in model.hub)):
