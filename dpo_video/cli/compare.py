@@ -33,8 +33,11 @@ def compare(
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", help="Folder of all the runs.", rich_help_panel=RUN)
-    ] = Path("runs/compare"),
+        Path | None,
+        typer.Option(
+            "--out", help="Folder of all runs; by default runs/compare.", rich_help_panel=RUN
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build, train and evaluate several recipes with the same seeds and prompts.
@@ -47,6 +50,7 @@ def compare(
     from dpo_video.cli.display import TerminalProgress
     from dpo_video.workflows.compare import compare
 
+    out = out or Path("runs/compare")
     with TerminalProgress() as progress:
         comparison = compare(
             recipes,

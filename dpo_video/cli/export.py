@@ -37,8 +37,8 @@ def export(
         Target,
         typer.Option(
             "--format",
-            help="diffusers: for load_lora_weights. peft: for PeftModel.from_pretrained. comfyui: "
-            "for ComfyUI. merged: a complete checkpoint with the adapter merged into it.",
+            help="Format: diffusers for load_lora_weights, peft for PeftModel.from_pretrained, "
+            "comfyui for ComfyUI, merged for a complete checkpoint that contains the adapter.",
             rich_help_panel=RUN,
         ),
     ] = Target.diffusers,

@@ -39,17 +39,19 @@ def generate(
         ),
     ] = 1,
     out: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
-            help="File ending in .mp4 or .gif; numbered if there are several.",
+            help="File ending in .mp4 or .gif, numbered; by default video.mp4.",
             rich_help_panel=RUN,
         ),
-    ] = Path("video.mp4"),
+    ] = None,
 ) -> None:
     """Generate videos with a run's tuned model, or with a base model."""
     from dpo_video.cli.display import TerminalProgress
     from dpo_video.workflows.generate import generate
 
     with TerminalProgress() as progress:
-        generate(run, num_videos=num_videos, out=out, progress=progress, **options)
+        generate(
+            run, num_videos=num_videos, out=out or Path("video.mp4"), progress=progress, **options
+        )

@@ -1,4 +1,4 @@
-"""From a resolved configuration to loaded things: the device, the model, the clips, the pairs."""
+"""Load what a resolved configuration names: the device, the model, the clips and the pairs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 
 from dpo_video.data.build import Source, cycle_prompts, in_order
 from dpo_video.data.clips import open_clips
@@ -34,11 +35,11 @@ from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config, Tables
 from dpo_video.workflows.distributed import launcher_request
 
-PROMPTS = 64  # cycled, for pairs that need no clip on a backbone that has none of its own
+PROMPTS = 64  # cycled, for pairs without clips on a backbone that has none
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the best there is."""
+    """The torch device of a name; "auto" is the best available one."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -46,31 +47,33 @@ def pick_device(name: str) -> torch.device:
         available.insert(0, "cuda")
     if name == "auto":
         name = available[0]
-    own = os.environ.get("LOCAL_RANK", "")  # of the processes that a launcher started here
+    own = os.environ.get("LOCAL_RANK", "")  # set by a launcher
     if name == "cuda" and own.isdecimal() and int(own) < torch.cuda.device_count():
         name = f"cuda:{own}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"'{name}' is no device. Choose among {', '.join(available)}.") from error
+        raise UserError(
+            f"'{name}' is not a device. Choose one of {', '.join(available)}."
+        ) from error
     if device.type not in available:
         raise UserError(
-            f"There is no '{device.type}' here, or this torch cannot use it. Choose among "
+            f"The device '{device.type}' is not available to this torch. Choose one of "
             f"{', '.join(available)}."
         )
     return device
 
 
 def load_model(config: Config, device: torch.device) -> VideoModel:
-    """Load the backbone; its weights stay fp32 on a CPU and under mixed precision's choice."""
+    """Load the backbone's model in the precision of `train.mixed_precision`."""
     settle(config.run.deterministic)
     dtypes = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    # Their progress bars come in dozens and say nothing that ours do not.
+    # One progress bar per file of a checkpoint tells nothing useful.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     memory, dtype = config.memory, dtypes[config.train.mixed_precision]
     on_host = "blocks" in memory.offload
-    # One process alone, which looks at what several have trained, has all to itself.
+    # A single process that evaluates a sharded run holds all weights itself.
     shared = memory.shard > 1 and torch.distributed.is_initialized()
     if memory.quantization == "native" and not on_host and not shared:
         return config.backbone.load(Placement(device, dtype))
@@ -80,7 +83,7 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
         pack_frozen_weights, device=device, base=memory.quantization, on_host=on_host, shard=shard
     )
     model = config.backbone.load(Placement(device, dtype, pack=pack))
-    if next(frozen_weights(model.denoiser), None) is None:  # a backbone that loads in its own way
+    if next(frozen_weights(model.denoiser), None) is None:  # the backbone ignored `pack`
         pack(model.denoiser)
     if memory.quantization != "native":
         model.identity += f"{PACKED}{memory.quantization}"
@@ -89,15 +92,15 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedSource:
-    """Where the clips come from."""
+    """A supply of clips."""
 
     clips: Source
     fingerprint: str
-    """A hash or a name that stands for them."""
+    """A hash or a name that identifies them."""
     count: int | None = None
-    """How many there are at most; None where they have no end."""
+    """Largest number of clips; None if they are endless."""
     skipped: Sequence[Skipped] = ()
-    """The user's files that give none; grows while clips are read."""
+    """Files without a usable clip; grows while clips are read."""
 
 
 def builder_labeler(config: Config) -> Labeler | None:
@@ -110,31 +113,32 @@ def builder_labeler(config: Config) -> Labeler | None:
     kind = config.tables["pairs"]["name"]
     if config.labeler is None and config.pairs.needs_labeler:
         raise UserError(
-            f"Pairs of kind '{kind}' need somebody who ranks them. Choose with --labeler NAME (see "
-            "`dpo-video list labeler`)."
+            f"Pairs of kind '{kind}' need a labeler that ranks the videos. Choose one with "
+            "--labeler NAME (see `dpo-video list labeler`)."
         )
     if config.labeler is not None and not config.pairs.asks_labeler:
         raise UserError(
-            f"Pairs of kind '{kind}' know who is better and ask no labeler. Leave --labeler out, "
-            "or label them once they are built: dpo-video label PAIRS --labeler NAME"
+            f"Pairs of kind '{kind}' take no labeler: the way they are built decides which video "
+            "is better. Leave --labeler out, or label the finished pairs: dpo-video label PAIRS "
+            "--labeler NAME"
         )
     if isinstance(config.labeler, StoreLabeler):
         raise UserError(
-            f"The labeler '{config.tables['labeler']['name']}' labels finished sets only. Build "
+            f"The labeler '{config.tables['labeler']['name']}' labels finished pairs only. Build "
             "the pairs without it, then: dpo-video label PAIRS --labeler NAME"
         )
     return config.labeler
 
 
 def open_source(config: Config, model: VideoModel) -> OpenedSource:
-    """What the pairs bring themselves, or the user's clips, or the backbone's, or prompts alone."""
+    """The builder's own clips, or else the user's, the backbone's, or prompts alone."""
     assert config.pairs is not None
     run = config.run
     if isinstance(config.pairs, SuppliedPairs):
         if run.clips is not None:
             raise UserError(
-                f"Pairs of kind '{config.tables['pairs']['name']}' are made of files of their own, "
-                "and of no clips. Leave --clips out."
+                f"Pairs of kind '{config.tables['pairs']['name']}' bring their own files and use "
+                "no clips. Leave --clips out."
             )
         own = config.pairs.source(model, run.prompt)
         return OpenedSource(
@@ -165,18 +169,18 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
 def open_store(
     config: Config, builder: PairBuilder, model: VideoModel, clips: str, where: Path, exact: bool
 ) -> PairStore:
-    """The store that this configuration's pairs belong in, new or begun.
+    """The store for a configuration's pairs, created if necessary.
 
-    Its folder is `where` itself if `exact`, else one under `where` that is named after a hash of
-    all that the pairs depend on, so that equal recipes find each other's pairs.
+    Its folder is `where` if `exact`, else a folder under `where` named after a hash of everything
+    that the pairs depend on, so that equal recipes share their pairs.
     """
     tables: Tables = {
         name: config.tables.get(name, {}) for name in ("backbone", "pairs", "labeler")
     }
     precision = config.train.mixed_precision
-    if precision != "no":  # it shapes the latents, and the model's identity with them
+    if precision != "no":  # it changes the latents and the model's identity
         tables["train"] = {"mixed_precision": precision}
-    if config.memory.quantization != "native":  # it shapes what the model draws
+    if config.memory.quantization != "native":  # it changes the model's samples
         tables["memory"] = {"quantization": config.memory.quantization}
     manifest = Manifest(
         recipe={**tables, "seed": config.run.seed, "clips": clips},
@@ -190,17 +194,17 @@ def open_store(
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """A configuration and its pairs, with the labels that it names."""
+    """A configuration and its pairs, with the labels of `train.labels` applied."""
 
     config: Config
-    """`train.labels` in it says what the labels were, so that no others pass for them."""
+    """Its `train.labels` are pinned by their hash, so that changed labels are detected."""
     store: PairStore
     pairs: int
-    """How many have a label; the others are not trained on."""
+    """Number of labelled pairs; the others are not trained on."""
 
 
 def apply_labels(config: Config, store: PairStore) -> Labelled:
-    """Put the labels of `train.labels` in the place of the pairs' own, if there are any."""
+    """Replace the pairs' own labels by those of `train.labels`, if any are named."""
     for name in config.train.labels:
         store.fetch_labels(name.partition("@")[0])
     label_sets = open_label_sets(store.folder, config.train.labels)
@@ -224,48 +228,50 @@ def apply_labels(config: Config, store: PairStore) -> Labelled:
 
 
 def as_launched(config: Config) -> Config:
-    """The configuration as the launcher's own settings change it.
+    """Apply the launcher's FSDP or DeepSpeed settings to the [memory] options.
 
-    What FSDP and DeepSpeed would do to a model is done by `memory` here: only frozen weights are
-    large, and they have no gradients to be reduced.
+    FSDP and DeepSpeed themselves are not used: only the frozen weights are large, and they have no
+    gradients to reduce.
 
     Raises:
-        UserError: if weights are to be shared among other processes than there are, or DeepSpeed's
-            file cannot be read.
+        UserError: if memory.shard does not divide the number of processes, or DeepSpeed's file
+            cannot be read.
     """
-    asked = launcher_request()
+    request = launcher_request()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     memory = config.memory
     changes = {
-        "shard": world if asked.shared and memory.shard == 1 else memory.shard,
-        "offload": tuple(dict.fromkeys((*memory.offload, *asked.waits))),
+        "shard": world if request.shard and memory.shard == 1 else memory.shard,
+        "offload": tuple(dict.fromkeys((*memory.offload, *request.offload))),
     }
     memory = memory.model_copy(update=changes)
     if world % memory.shard:
         raise UserError(
             f"memory.shard={memory.shard} does not divide this run's number of processes, {world}. "
-            f"Set it to {world} or a divisor, or launch as many: accelerate launch "
+            f"Set it to {world} or a divisor, or start that many processes: accelerate launch "
             f"--num_processes {memory.shard} -m dpo_video train ..."
         )
     if memory.shard > 1 and config.pairs is not None:
         raise UserError(
-            "Pairs are built by each process alone, and memory.shard leaves none of them a whole "
-            "model. Build them first (dpo-video build, with memory.offload=blocks where the model "
+            "With memory.shard no process holds a complete model, so pairs cannot be built during "
+            "training. Build them first (dpo-video build, with memory.offload=blocks if the model "
             "is too large), then train with --pairs FOLDER/."
         )
-    told = {"shard": memory.shard, "offload": list(memory.offload)}
-    tables = {**config.tables, "memory": {**config.tables["memory"], **told}}
+    options = {"shard": memory.shard, "offload": list(memory.offload)}
+    tables = {**config.tables, "memory": {**config.tables["memory"], **options}}
     return replace(config, memory=memory, tables=tables)
 
 
 def accelerator_for(config: Config, folder: Path) -> Accelerator:
-    """Accelerate's object for a run: device, precision, tracker."""
+    """The Accelerator of a run, with its device, precision and tracker."""
     device = pick_device(config.run.device)
     name = config.train.report_to
-    meeting = distributed.url()
+    rendezvous = distributed.rendezvous_url()
+    if not torch.distributed.is_initialized():  # another run of this process may have set another
+        AcceleratorState._reset_state(reset_partial_state=True)
     try:
         accelerator = Accelerator(
-            kwargs_handlers=[InitProcessGroupKwargs(init_method=meeting)] if meeting else [],
+            kwargs_handlers=[InitProcessGroupKwargs(init_method=rendezvous)] if rendezvous else [],
             cpu=device.type == "cpu",
             mixed_precision=config.train.mixed_precision,
             log_with=None if name == "none" else name,
@@ -273,7 +279,7 @@ def accelerator_for(config: Config, folder: Path) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(
-            f"train.report_to or train.mixed_precision does not work here: {error} "
+            f"train.report_to or train.mixed_precision does not work on this machine: {error} "
             "Set train.report_to=none or train.mixed_precision=no."
         ) from error
     if name != "none":

@@ -322,7 +322,7 @@ WRONG = {
     "resume without a run": (["train", "--resume"], "--resume needs --out RUN"),
     "checkpoint of no run": (["generate", "--checkpoint=1"], "--checkpoint needs a run:"),
     "wrong suffix": (["generate", "--out=video.avi"], "videos end in .mp4 or .gif"),
-    "unknown device": (["build", "--device=gpu9"], "'gpu9' is no device. Choose among"),
+    "unknown device": (["build", "--device=gpu9"], "'gpu9' is not a device. Choose one of"),
 }
 
 

@@ -115,7 +115,7 @@ def test_the_card_describes_the_run(run: Run, trained: Path) -> None:
         "| precision | bf16 |",
         "State: **too early** at step 1.",
         "the same prompts and seeds (measured on another checkpoint, step_000002).",
-        "put that licence's",
+        "whose licence applies. Name that licence here",
     ):
         assert line in card, line
     assert re.search(r"\| frame difference \| lower \| [\d.]+ \| [\d.]+ \| .+ to .+ \|", card)

@@ -141,9 +141,9 @@ def test_what_is_no_store_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--pairs=jitter", *METRIC], "'jitter' know who is better and ask no labeler"),
-        (["--pairs=dense", "--labeler=recorded", "--set=labeler.file=x"], "finished sets only"),
-        (["--pairs=ranked"], "'ranked' need somebody who ranks them"),
+        (["--pairs=jitter", *METRIC], "'jitter' take no labeler"),
+        (["--pairs=dense", "--labeler=recorded", "--set=labeler.file=x"], "finished pairs only"),
+        (["--pairs=ranked"], "'ranked' need a labeler that ranks"),
     ],
 )
 def test_pairs_and_labelers_that_do_not_go_together_are_refused_at_once(

@@ -186,15 +186,17 @@ def test_two_recipes_of_one_name_are_an_error(tmp_path: Path) -> None:
 def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
     """Two small recipes on the embedded model; a second call runs only what is missing."""
     path, out = tmp_path / "recipes.toml", tmp_path / "out"
-    small = "'build.count=1', 'train.batch_size=1', 'train.gradient_accumulation_steps=1', "
-    "'evaluate.num_inference_steps=2'"
+    small = (
+        "'build.count=1', 'train.batch_size=1', 'train.gradient_accumulation_steps=1', "
+        "'evaluate.num_inference_steps=2'"
+    )
     path.write_text(
         f"[own]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, "
         "'pairs.num_inference_steps=2']\n"
         f"[clips]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, \"pairs.chosen='clip'\"]\n"
         "seeds = [1]\n"
     )
-    command = ["compare", str(path), "--out", str(out), "--steps", "1", "--videos", "2"]
+    command = ["compare", str(path), "--out", str(out), "--steps", "1", "--seeds", "2"]
     command += ["--device", "cpu"]
     first = CliRunner().invoke(app, [*command, "--only", "own"], catch_exceptions=False)
     assert first.exit_code == 0
