@@ -31,9 +31,9 @@ from dpo_video.data.store import Manifest, PairStore
 from dpo_video.memory.peak import Peak, peak_bytes
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Loss, Reference, VideoModel
-from dpo_video.training.loop import train
 from dpo_video.training.lora import adapt
 from dpo_video.training.objective import noised
+from dpo_video.training.run import train
 from dpo_video.types import Pair, PairBatch
 
 PAIRS = 4

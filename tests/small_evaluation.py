@@ -10,7 +10,8 @@ import numpy as np
 
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.verdict import MetricResult, Role, judge_evaluation
-from dpo_video.training.diagnosis import StepReport, judge_training
+from dpo_video.training.diagnosis import judge_training
+from dpo_video.training.report import StepReport
 
 FRAMES, FPS = 16, 8.0
 # Other people's text, which can be anything.
@@ -34,7 +35,7 @@ def a_training(steps: int = 60, seed: int = 0) -> list[StepReport]:
                 chosen_change=-0.1 * float(logits.mean()) / 2500,
                 rejected_change=0.9 * float(logits.mean()) / 2500,
                 gradient_factor=float((1 / (1 + np.exp(logits))).mean()),
-                loser_dominant=0.25 * float(rng.integers(0, 3)),
+                rejected_dominant=0.25 * float(rng.integers(0, 3)),
                 grad_norm=float(rng.lognormal(-1, 0.4)),
                 lr=1e-4 * min(1, step / 10),
                 pairs_per_second=3.1,
@@ -89,7 +90,7 @@ def an_evaluation(prompts: list[str], *, still: bool = False, seed: int = 1) -> 
         tolerance=0.03,
         verdict=judge_evaluation(metrics),
         training=tuple(training),
-        training_verdict=judge_training(training, slope=2500, steps=60),
+        training_verdict=judge_training(training, steps=60),
         command="dpo-video evaluate runs/local-region --set evaluate.seeds=47",
         run_toml='[loss]\nname = "region"\nbeta = 2500.0\n',
         versions={"dpo-video": "0.1.0", "torch": "2.13.0"},

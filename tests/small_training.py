@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss
-from dpo_video.training.loop import Progress, train
+from dpo_video.training.listeners import Listener
+from dpo_video.training.report import StepEvent
+from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.types import Pair
 
@@ -68,7 +71,9 @@ def run(
     *,
     loss: Loss | None = None,
     resume: bool = False,
-) -> list[Progress]:
+    listeners: Sequence[Listener] = (),
+    accelerator: Accelerator | None = None,
+) -> list[StepEvent]:
     return list(
         train(
             load_small(folder),
@@ -78,8 +83,9 @@ def run(
             settings,
             seed=0,
             out=out,
-            accelerator=Accelerator(cpu=True),
+            accelerator=accelerator or Accelerator(cpu=True),
             resume=resume,
+            listeners=listeners,
         )
     )
 

@@ -407,8 +407,8 @@ class Shuffled(SuppliedPairs):
     ("builder", "sentence"),
     [
         (Leaking, "differ outside their region"),
-        (Stuck, "whatever the generator says"),
-        (Flat, "not shaped as the model encodes"),
+        (Stuck, "with every generator"),
+        (Flat, "does not have the shapes of the model"),
         (Shuffled, "in another order"),
     ],
 )
@@ -481,9 +481,9 @@ def test_a_labeler_that_keeps_the_contract_passes() -> None:
     [
         (FirstIsBetter, "do not change their sign"),
         (AtLeastAsBright, "prefers one of two identical videos"),
-        (Percent, "labels leave"),
-        (Whole, "Give one label each"),
-        (Careless, "no options of it"),
+        (Percent, "labels are not in"),
+        (Whole, "Return one label per segment"),
+        (Careless, "which are not its options"),
     ],
 )
 def test_a_broken_labeler_is_caught(labeler: type[Labeler], sentence: str) -> None:

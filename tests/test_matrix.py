@@ -23,7 +23,7 @@ from dpo_video.errors import TrainingError
 from dpo_video.settings import BuildSettings, TrainSettings
 from dpo_video.strategies import Labeler, SuppliedPairs
 from dpo_video.testing import small_videos
-from dpo_video.training.loop import train
+from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.types import Clip
 

@@ -331,11 +331,12 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     def make(bench: Bench) -> Reading:
         from accelerate import Accelerator
 
-        from dpo_video import train as engine
         from dpo_video.loss.global_ import Global
         from dpo_video.reference.toggle import Toggle
         from dpo_video.settings import TrainSettings
-        from dpo_video.training.checkpoint import restore
+        from dpo_video.training.checkpoint import RunFingerprint, restore
+        from dpo_video.training.lora import adapt
+        from dpo_video.training.run import train
 
         settings = TrainSettings(
             steps=1,
@@ -351,25 +352,25 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         bare = model.denoiser
         if not (out / "checkpoints").exists():
             list(
-                engine.train(
+                train(
                     model, bench.store, Global(), Toggle(), settings, seed=0, out=out,
                     accelerator=Accelerator(cpu=True),
                 )
             )  # fmt: skip
             _bare(model, bare)
-        policy = engine.adapt(model, settings, 0)
+        policy = adapt(model, settings, 0)
         parameters = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4)
         path = next(out.rglob(name))
         original = path.read_bytes()
-        identity = engine._identity(model, bench.store, policy, "no")
+        fingerprint = RunFingerprint.of(model, bench.store, policy, "no")
 
         def read(data: bytes) -> object:
             path.write_bytes(data)
             try:
                 if len(data) % 2 and path.suffix == ".safetensors":
                     _read_state(path)
-                at = restore(out, policy, optimizer, identity, None)
+                at = restore(out, policy, optimizer, fingerprint, None)
                 assert at.step >= 0, f"resumes from step {at.step}"
                 # An accepted checkpoint must train.
                 for parameter in parameters:
@@ -448,7 +449,7 @@ def log(bench: Bench) -> Reading:
         path.write_bytes(data)
         try:
             reports = read_log(path.parent)
-            return judge_training(reports, slope=1.0) if reports else None
+            return judge_training(reports) if reports else None
         finally:
             path.write_bytes(line)
 
@@ -549,7 +550,7 @@ def reference_cache(name: str, damage: Damage) -> Callable[[Bench], Reading]:
             return torch.randn(2, *bench.model.latent_shape, generator=generator)
 
         ReferenceCache(bench.store, manifest).fill(draws, predict)
-        path = next((bench.store.folder / "bank").rglob(name))
+        path = next((bench.store.folder / "reference_cache").rglob(name))
         original = path.read_bytes()
 
         def read(data: bytes) -> object:
@@ -603,7 +604,7 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "mkv": video(".mkv"),
     "pictures": pictures,
     "metadata.jsonl": captions,
-    "reference cache manifest": reference_cache("bank.json", mutate.damage_json),
+    "reference cache manifest": reference_cache("manifest.json", mutate.damage_json),
     "reference cache predictions": reference_cache(
         "00000-000.safetensors", mutate.damage_safetensors
     ),

@@ -26,8 +26,8 @@ from accelerate import Accelerator
 
 from dpo_video.data.build import build
 from dpo_video.strategies import PairBuilder, VideoModel
-from dpo_video.training.diagnosis import StepReport
-from dpo_video.training.loop import train
+from dpo_video.training.report import StepReport
+from dpo_video.training.run import train
 from dpo_video.workflows.config import resolve
 from dpo_video.workflows.session import load_model, open_source, open_store, pick_device
 

@@ -17,7 +17,8 @@ from dpo_video.evaluation import charts
 from dpo_video.evaluation.rendering import asset
 from dpo_video.evaluation.verdict import MetricResult, Role
 from dpo_video.support.formatting import brief
-from dpo_video.training.diagnosis import WINDOW, StepReport
+from dpo_video.training.diagnosis import WINDOW
+from dpo_video.training.report import StepReport
 
 
 def page_context(
@@ -257,9 +258,9 @@ def _curves(reports: Sequence[StepReport]) -> list[_Figure]:
             [(0.5, "start")],
         ),
         curve(
-            "accuracy and loser-dominant pairs",
+            "accuracy and rejected-dominant pairs",
             "fraction of the pairs",
-            {"accuracy": lambda r: r.accuracy, "loser-dominant": lambda r: r.loser_dominant},
+            {"accuracy": lambda r: r.accuracy, "rejected-dominant": lambda r: r.rejected_dominant},
             [(0.5, "chance")],
         ),
         curve("gradient norm", "before clipping", {"gradient norm": lambda r: r.grad_norm}),

@@ -17,7 +17,8 @@ from dpo_video.evaluation.report import page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult
 from dpo_video.support.formatting import brief, html_table, percent
 from dpo_video.support.statistics import Record
-from dpo_video.training.diagnosis import StepReport, TrainingVerdict
+from dpo_video.training.diagnosis import TrainingVerdict
+from dpo_video.training.report import StepReport
 
 _JSON, _PAGE, _VIDEOS = "evaluation.json", "index.html", "videos"
 _HEADER = ("metric", "better", "base", "tuned", "change", "95% interval", "result")

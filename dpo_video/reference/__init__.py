@@ -1,4 +1,4 @@
-"""References: where the frozen model's predictions come from.
+"""References: sources of the frozen model's predictions.
 
 The classes are attributes of this package, imported when they are first used.
 """

@@ -1,4 +1,4 @@
-"""The reference as predictions made once, ahead of training."""
+"""Cached predictions as the reference."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dpo_video.strategies import Reference, ReferenceModel
 
 @final
 class Cached(Reference):
-    """Predictions stored ahead of training: no reference runs in it, a third of the forward work.
+    """Cached predictions: computed once before training, which saves a third of the forward work.
 
-    Every pair has a bank of `draws` noises and levels, and its visits take them in turn; what the
-    reference predicts for each is made once, with the adapter off, and kept beside the pairs. Up to
-    `draws` epochs this is `toggle` to the bit, later the draws repeat. The price, on `tiny`: the
-    mean gradient over 1, 4 or 16 draws of 2 pairs has a cosine of 0.67, 0.90 or 0.99 with that over
-    fresh ones (benchmarks/reference_cache.py). Time is saved only where pairs are visited more
-    often than they have draws, or by several runs.
+    Every pair has `noise_draws` draws of noise and timestep, used in turn. The reference's
+    prediction for each is computed once, with the adapter off, and stored beside the pairs. Up to
+    `noise_draws` epochs training equals `toggle` to the bit; later the draws repeat. The cost, on
+    `tiny`: the mean gradient over 1, 4 or 16 draws of 2 pairs has a cosine of 0.67, 0.90 or 0.99
+    with that over new draws (benchmarks/reference_cache.py). It saves time only if pairs are used
+    more often than they have draws, or by several runs.
     """
 
     noise_draws: int = Field(default=4, ge=1)
-    """Noises and levels of each pair; the bank's size on the disk grows with it."""
+    """Draws of noise and timestep per pair; the size on disk is proportional to it."""
 
     def attach(self, policy: nn.Module) -> ReferenceModel:
-        """The policy with its adapter off, for as long as predictions are missing."""
+        """Use the policy with its adapter off for the predictions that are missing."""
         return Toggled(policy, noise_draws=self.noise_draws)

@@ -1,4 +1,4 @@
-"""The reference as a second network."""
+"""A second network as the reference."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dpo_video.strategies import Reference, ReferenceModel
 
 @final
 class Copy(Reference):
-    """A deep copy of the denoiser without the adapter: simplest, and the weights twice in memory.
+    """Deep copy of the denoiser without the adapter: simplest, but the weights are in memory twice.
 
-    The standard mode of Video-DPO.
+    It is the standard mode of Video-DPO.
     """
 
     def attach(self, policy: nn.Module) -> ReferenceModel:
-        """Copy the policy, take the adapter off the copy, freeze it.
+        """Copy the policy, remove the copy's adapter, and freeze it.
 
-        The copy of a compiled one keeps it, adding zeros: else it would round in its own way.
+        The copy of a compiled policy keeps an adapter of zeros, so that both round alike.
         """
         copied: Any = copy.deepcopy(policy)
         if is_compiled(policy):
@@ -40,5 +40,5 @@ class _Frozen(ReferenceModel):
 
     @contextmanager
     def network(self) -> Iterator[nn.Module]:
-        """The copy."""
+        """Yield the copy."""
         yield self._network

@@ -1,4 +1,4 @@
-"""The reference as the policy with its adapter off."""
+"""The policy with its adapter off as the reference."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dpo_video.strategies import Reference, ReferenceModel
 
 @final
 class Toggle(Reference):
-    """The same network with its adapter off: no second set of weights.
+    """Toggled adapter: the policy's own network with its adapter off, without a second copy.
 
-    The memory-optimised mode of Video-DPO. What it saves is the weights (2.5 GiB of 46 for an
-    SD1.5 motion model), not the activations.
+    It is the memory-optimised mode of Video-DPO. It saves the weights (2.5 GiB of 46 for an SD1.5
+    motion model), not the activations.
     """
 
     def attach(self, policy: nn.Module) -> ReferenceModel:
-        """Toggle the policy's own adapter."""
+        """Use the policy's own network with its adapter off."""
         return Toggled(policy)
 
 
 @final
 class Toggled(ReferenceModel):
-    """A policy's own network, its adapter off while it is used."""
+    """The policy's network, with its adapter off while it is used as the reference."""
 
     def __init__(self, policy: nn.Module, noise_draws: int | None = None) -> None:
         self._policy = policy
@@ -37,12 +37,11 @@ class Toggled(ReferenceModel):
 
     @contextmanager
     def network(self) -> Iterator[nn.Module]:
-        """The policy with its adapter off; on again afterwards, whatever happens inside.
+        """Yield the policy with its adapter off; it is on again afterwards, also after an error.
 
-        By the flag that every adapted layer reads. peft's own `disable_adapter` also takes
-        `requires_grad` from all weights and gives it back, which costs more than a hundredth of a
-        step and changes nothing where no graph is made. A compiled network keeps it on, and adds
-        zeros.
+        This sets the flag that every adapted layer reads. peft's own `disable_adapter` also clears
+        and restores `requires_grad` of all weights, which costs more than 1% of a step and changes
+        nothing without a graph. A compiled network keeps its adapter, with zeros for weights.
         """
         if is_compiled(self._policy):
             with zeroed_adapter(self._policy):

@@ -1,12 +1,12 @@
-"""The contracts that every strategy keeps, built in or yours.
+"""Contracts of strategies, built-in or your own.
 
     from dpo_video.testing import check_loss
 
-    def test_it_keeps_the_contract() -> None:
+    def test_contract() -> None:
         check_loss(Focal())
 
-Each check raises an AssertionError that says in a sentence what is not so, and what to do. They
-need no test framework, no download and no GPU.
+Each check raises an AssertionError that states what is wrong and what to do. They need no test
+framework, no download and no GPU.
 """
 
 from __future__ import annotations

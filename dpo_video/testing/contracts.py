@@ -1,4 +1,4 @@
-"""The contracts of what computes: losses, pairs, metrics, labelers; and of all options."""
+"""Contracts of losses, pair builders, metrics and labelers, and of all options."""
 
 from __future__ import annotations
 
@@ -42,10 +42,13 @@ from dpo_video.types import Clip, LossOutput, Pair, PairErrors
 
 
 def check_options(strategy: Strategy) -> None:
-    """A documented class whose options are frozen, documented, and at home in a TOML file."""
+    """Check that the options are frozen and documented, and survive a TOML file."""
     model = type(strategy)
     name = model.__name__
-    law((model.__doc__ or "").strip(), f"{name} has no docstring. Say what it does, and cite it.")
+    law(
+        (model.__doc__ or "").strip(),
+        f"{name} has no docstring. Describe what it does, and cite its source.",
+    )
     _check_fields(model, name)
     try:
         text = tomli_w.dumps(strategy.model_dump(mode="json", exclude_none=True))
@@ -56,15 +59,21 @@ def check_options(strategy: Strategy) -> None:
         ) from error
     law(
         read == strategy,
-        f"{name}'s options come back from a TOML file as {read!r}, and were "
-        f"{strategy!r}. A run could not be repeated.",
+        f"{name}'s options are {read!r} when read from a TOML file, and were {strategy!r}. A run "
+        "could not be repeated.",
     )
 
 
 def _check_fields(model: type[BaseModel], name: str) -> None:
     config = model.model_config
-    law(config.get("frozen"), f"{name} is not frozen. State belongs in what a strategy makes.")
-    law(config.get("extra") == "forbid", f"{name} accepts unknown options: a typo would pass.")
+    law(
+        config.get("frozen"),
+        f"{name} is not frozen. State belongs in the objects that a strategy makes.",
+    )
+    law(
+        config.get("extra") == "forbid",
+        f"{name} accepts unknown options, so a typo would go unnoticed.",
+    )
     for option, field in model.model_fields.items():
         law(
             (field.description or "").strip(),
@@ -77,7 +86,7 @@ def _check_fields(model: type[BaseModel], name: str) -> None:
 
 
 def check_loss(loss: Loss) -> None:
-    """A pure function of the errors, pair by pair, that does not depend on the videos' order."""
+    """Check that it is a pure function of the errors, pair by pair, whatever the videos' order."""
     check_options(loss)
     name = type(loss).__name__
     count = len(PREFERENCES)
@@ -129,7 +138,7 @@ def check_loss(loss: Loss) -> None:
 
 
 def _check_margin(loss: Loss, errors: PairErrors) -> None:
-    """The margin is that of the two changes, and the loss raises it; by autograd at -2, 0, 2."""
+    """Check that the margin follows from the changes, and the slopes at logits of -2, 0 and 2."""
     name = type(loss).__name__
     one = one_of(errors, 0)  # the first video is preferred in every frame
     one = replace(one, policy_first=one.reference_first)
@@ -194,7 +203,7 @@ def _check_gradients(loss: Loss, errors: PairErrors) -> None:
     for value in (decided.reference_first, decided.reference_second):
         law(
             not value.requires_grad and value.grad is None,
-            f"{name} asks for a gradient on the reference's errors. The reference is frozen.",
+            f"{name} requires a gradient on the reference's errors. The reference is frozen.",
         )
 
 
@@ -205,14 +214,14 @@ def check_pairs(
     clip: Clip | None = None,
     labeler: Labeler | None = None,
 ) -> None:
-    """Pairs of the model's shape, drawn from the generator alone, equal outside their region.
+    """Check that pairs have the model's shape, and differ by the generator and in their region.
 
     Args:
         builder: The strategy.
         model: Any small model.
-        clip: What the pairs are made of; if left out, the first of what the builder brings itself,
-            or else random pixels under a caption.
-        labeler: For strategies that need one.
+        clip: The clip to make pairs of; by default the first of the builder's own, or random pixels
+            with a caption.
+        labeler: Labeler, for builders that need one.
     """
     check_options(builder)
     name = type(builder).__name__
@@ -228,13 +237,13 @@ def check_pairs(
     with pure(name, *([] if clip.video is None else [clip.video])):
         pair, again, other = make(clip, 0), make(clip, 0), make(clip, 1)
     _check_pair(pair, model, name)
-    law(same(pair, again), f"{name} makes another pair of the same clip and generator.")
-    # Nobody to ask is for the builder to say, or to do without.
+    law(same(pair, again), f"{name} makes different pairs of the same clip and generator.")
+    # Without a labeler a builder raises a UserError or works.
     with suppress(UserError):
         _check_pair(builder(clip, model, None, Generator().manual_seed(0)), model, name)
-    if isinstance(builder, SuppliedPairs):  # finished pairs leave nothing to draw or to leave out
+    if isinstance(builder, SuppliedPairs):  # finished pairs draw nothing
         return
-    law(not same(pair, other), f"{name} makes the same pair whatever the generator says.")
+    law(not same(pair, other), f"{name} makes the same pair with every generator.")
     bare = replace(clip, video=None)
     if not builder.needs_video:
         _check_pair(make(bare, 0), model, name)
@@ -243,21 +252,21 @@ def check_pairs(
         make(bare, 0)
     except UserError:
         return
-    raise AssertionError(f"{name} says that it needs videos, but makes a pair of a prompt alone.")
+    raise AssertionError(f"{name} declares needs_video, but makes a pair of a prompt alone.")
 
 
 def _first_supplied(builder: SuppliedPairs, model: VideoModel, name: str) -> Clip:
-    """The first clip that the builder brings, if it brings the same ones in the same order."""
+    """The first of the builder's own clips, after checking that their order is fixed."""
     one, two = (builder.source(model, "a caption") for _ in range(2))
     law(
         one.count > 0 and one.count == two.count and one.fingerprint == two.fingerprint,
-        f"{name} opens the same source twice and gives another count or fingerprint.",
+        f"{name} gives another count or fingerprint for the same source.",
     )
     clips = [list(islice(source.clips, 2)) for source in (one, two)]
-    law(clips[0], f"{name} brings nothing, and raises no UserError that says so.")
+    law(clips[0], f"{name} has no clips, and raises no UserError.")
     law(
         [clip.name for clip in clips[0]] == [clip.name for clip in clips[1]],
-        f"{name} brings its clips in another order. Pairs are numbered: sort them.",
+        f"{name} gives its clips in another order. Pairs are numbered: sort them.",
     )
     return clips[0][0]
 
@@ -278,8 +287,11 @@ def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
         )
         law(value.isfinite().all(), f"{name}'s {part} is not finite.")
         law(value.device.type == "cpu", f"{name}'s {part} is not on the CPU, where pairs are kept.")
-    law(pair.preference.abs().max() <= 1, f"{name}'s preference leaves [-1, 1].")
-    law(((pair.region == 0) | (pair.region == 1)).all(), f"{name}'s region is not of 0 and 1.")
+    law(pair.preference.abs().max() <= 1, f"{name}'s preference is not in [-1, 1].")
+    law(
+        ((pair.region == 0) | (pair.region == 1)).all(),
+        f"{name}'s region has values other than 0 and 1.",
+    )
     outside = (pair.region == 0).expand_as(pair.first)
     law(
         torch.equal(pair.first[outside], pair.second[outside]),
@@ -287,23 +299,23 @@ def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
     )
     law((pair.first != pair.second).any(), f"{name}'s two videos are the same.")
     law(0 <= pair.strength <= 1, f"{name}'s strength is {pair.strength}, not in [0, 1].")
-    law(pair.prompt and pair.source, f"{name}'s pair does not say its prompt and its source.")
+    law(pair.prompt and pair.source, f"{name}'s pair has no prompt or no source.")
     if pair.context is not None:
         encoded = model.encode_prompts([pair.prompt])
         law(
             {k: v.shape for k, v in pair.context.items()}
             == {k: v.shape for k, v in encoded.items()},
-            f"{name}'s context is not shaped as the model encodes a prompt, a leading axis of 1 "
-            "included.",
+            f"{name}'s context does not have the shapes of the model's encoded prompt, with a "
+            "leading axis of 1.",
         )
 
 
 def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
-    """One finite number per video, whatever else is in the batch.
+    """Check that it gives one finite number per video, whatever else is in the batch.
 
     Args:
         metric: The strategy.
-        prompts: Three that it can read; captions of the embedded model if left out.
+        prompts: Three prompts; captions of the embedded model by default.
     """
     check_options(metric)
     model = type(metric)
@@ -311,10 +323,13 @@ def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
     prompts = spread_captions(3) if prompts is None else list(prompts)
     law(
         isinstance(getattr(model, "higher_is_better", None), bool),
-        f"{name} does not say whether higher_is_better.",
+        f"{name} does not define higher_is_better.",
     )
-    law(getattr(model, "unit", ""), f"{name} has no unit. It is printed beside its numbers.")
-    law(model.role in ("target", "motion", "guard"), f"{name} has no role of the three.")
+    law(getattr(model, "unit", ""), f"{name} has no unit. It is printed beside the numbers.")
+    law(
+        model.role in ("target", "motion", "guard"),
+        f"{name}'s role is not target, motion or guard.",
+    )
     metric(small_videos(len(prompts)), prompts)  # the first use may load what it measures with
     for frames in (5, 2):
         videos = small_videos(len(prompts), frames)
@@ -322,11 +337,11 @@ def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
             values, again = metric(videos, prompts), metric(videos, prompts)
         law(
             values.shape == (len(prompts),),
-            f"{name} gives the shape {tuple(values.shape)} for {len(prompts)} videos of {frames} "
-            "frames. Give one number each.",
+            f"{name} returns the shape {tuple(values.shape)} for {len(prompts)} videos of {frames} "
+            "frames. Return one number per video.",
         )
         law(values.isfinite().all(), f"{name} is not finite on videos of {frames} frames.")
-        law(torch.equal(values, again), f"{name} gives other numbers for the same videos.")
+        law(torch.equal(values, again), f"{name} gives different numbers for the same videos.")
         alone = [metric(videos[i : i + 1], prompts[i : i + 1]) for i in range(len(prompts))]
         law(
             close(torch.cat(alone), values, 1e-3),
@@ -343,19 +358,19 @@ def check_labeler(
     *,
     metrics: Mapping[str, Metric] | None = None,
 ) -> None:
-    """One label in [-1, 1] per video and segment, blind to the order of the two videos.
+    """Check that it gives a label in [-1, 1] per pair and segment, whatever the videos' order.
 
     Only the options of a `StoreLabeler` are checked, because it takes no videos.
 
     Args:
         labeler: The strategy.
-        prompts: Two that it can read; captions of the embedded model if left out.
+        prompts: Two prompts; captions of the embedded model by default.
         metrics: For a `LabelerFactory`, one for each of its `metric_names`.
     """
     check_options(labeler)
     name = type(labeler).__name__
     strays = labeler.incidental - type(labeler).model_fields.keys()
-    law(not strays, f"{name} calls {sorted(strays)} incidental, which are no options of it.")
+    law(not strays, f"{name} declares {sorted(strays)} incidental, which are not its options.")
     if isinstance(labeler, StoreLabeler):
         return
     if isinstance(labeler, LabelerFactory):
@@ -372,19 +387,19 @@ def check_labeler(
         again = labeler(prompts, first, second, segments)
     law(
         labels.shape == (count, len(segments)),
-        f"{name} gives the shape {tuple(labels.shape)} for {count} pairs of {len(segments)} "
-        "segments. Give one label each.",
+        f"{name} returns the shape {tuple(labels.shape)} for {count} pairs of {len(segments)} "
+        "segments. Return one label per segment.",
     )
-    law(labels.isfinite().all() and labels.abs().max() <= 1, f"{name}'s labels leave [-1, 1].")
-    law(torch.equal(labels, again), f"{name} gives other labels for the same videos.")
+    law(labels.isfinite().all() and labels.abs().max() <= 1, f"{name}'s labels are not in [-1, 1].")
+    law(torch.equal(labels, again), f"{name} gives different labels for the same videos.")
     law(
         close(labeler(prompts, second, first, segments), -labels),
         f"{name}'s labels do not change their sign when the videos swap places. Ask in both "
-        "orders, and call it a tie where the answers disagree.",
+        "orders, and return a tie where the answers disagree.",
     )
     law(
         (labeler(prompts, first, first.clone(), segments) == 0).all(),
-        f"{name} prefers one of two identical videos. They are a tie.",
+        f"{name} prefers one of two identical videos. Return a tie.",
     )
     alone = [
         labeler(prompts[i : i + 1], first[i : i + 1], second[i : i + 1], segments)

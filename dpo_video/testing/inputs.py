@@ -1,4 +1,4 @@
-"""What strategies are tried on: errors, videos, clips, noise, all drawn from seeds."""
+"""Inputs for contracts and tests: errors, videos, clips and noise, drawn from seeds."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dpo_video.types import Clip, PairErrors, Videos
 PREFERENCES = torch.tensor(
     [[1.0, 1, 1, 1], [-1.0, -1, -1, -1], [1.0, 1, 0, -1], [-1.0, 1, -1, -1], [1.0, 1, -1, -1]]
 )
-"""Per frame: the first is better, the second is, either one mostly is, and an even pair."""
+"""Labels per frame: first better, second better, mostly first, mostly second, and even."""
 SMALL_CHANGE = 1e-4
-"""How far the errors of a policy in training are from its reference's: at the usual slope of 2500
-that is a logit of 0.25, where every loss still has a gradient."""
+"""Typical change of error in training: 0.25 logits at a slope of 2500, where every loss still has a
+gradient."""
 
 
 def random_errors(
@@ -28,10 +28,11 @@ def random_errors(
     """Errors in [0, 1) on latents of 2x4x3x3, the first video preferred everywhere.
 
     Args:
-        seed: Of all draws.
-        pairs: How many.
-        full_region: Whether the videos may differ everywhere, or in two fifths of the elements.
-        change: How far the policy's errors are from the reference's at most; None draws them apart.
+        seed: Seed of all draws.
+        pairs: Number of pairs.
+        full_region: Whether the region is everything, or two fifths of the elements.
+        change: Largest change of the policy's errors from the reference's; None draws them
+            independently.
     """
     generator = Generator().manual_seed(seed)
     shape = (pairs, 2, 4, 3, 3)
@@ -59,7 +60,7 @@ def random_errors(
 
 
 def swapped(errors: PairErrors) -> PairErrors:
-    """The same pairs with their videos in the other order, the preference left as it is."""
+    """The same pairs with their videos in the other order and the same preference."""
     return replace(
         errors,
         policy_first=errors.policy_second,
@@ -70,14 +71,14 @@ def swapped(errors: PairErrors) -> PairErrors:
 
 
 def one_of(errors: PairErrors, index: int) -> PairErrors:
-    """The errors of one pair, as a batch of it alone."""
+    """The errors of one pair, as a batch of size 1."""
     return PairErrors(**{k: v[index : index + 1] for k, v in vars(errors).items()})
 
 
 def small_videos(
     count: int = 2, frames: int = 5, height: int = 64, width: int = 64, *, seed: int = 0
 ) -> Videos:
-    """Smooth random textures that drift by one pixel a frame, under a little grain."""
+    """Smooth random textures that move by one pixel per frame, with a little grain."""
     generator = Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, 2 + height // 6, 2 + width // 6, generator=generator)
     texture = F.interpolate(coarse, size=(height, width + frames - 1), mode="bilinear")
@@ -87,13 +88,13 @@ def small_videos(
 
 
 def random_clip(model: VideoModel) -> Clip:
-    """Random pixels of the model's shape, under a caption."""
+    """A video of random pixels at the model's shape, with a caption."""
     shape = model.shape
     video = small_videos(1, shape.frames, shape.height, shape.width)[0]
     return Clip(name="random", caption=spread_captions(1)[0], video=video)
 
 
 def latent_noise(model: VideoModel, count: int) -> Float[Tensor, "b c f h w"]:
-    """Noise of the model's shape, on its device."""
+    """Noise of the model's latent shape, on its device."""
     generator = Generator().manual_seed(0)
     return torch.randn(count, *model.latent_shape, generator=generator).to(model.device)

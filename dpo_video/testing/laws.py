@@ -1,4 +1,4 @@
-"""How a contract says that it is not kept, and the comparisons that contracts share."""
+"""Assertions and comparisons that the contracts share."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dpo_video.types import Pair
 
 
 def law(holds: Any, sentence: str) -> None:
-    """An AssertionError of that sentence unless it holds."""
+    """Raise an AssertionError with the sentence unless the law holds."""
     if not holds:
         raise AssertionError(sentence)
 
 
 @contextmanager
 def pure(name: str, *inputs: Tensor) -> Iterator[None]:
-    """Inside, nothing may write to the inputs or draw from the global generator."""
+    """Check that the block neither writes to the inputs nor draws from the global generator."""
     copies = [value.detach().clone() for value in inputs]
     state = torch.get_rng_state()
     yield
     law(
         all(torch.equal(value, copy) for value, copy in zip(inputs, copies, strict=True)),
-        f"{name} writes to what it was given. Work on copies.",
+        f"{name} writes to its inputs. Work on copies.",
     )
     law(
         torch.equal(state, torch.get_rng_state()),
@@ -35,16 +35,16 @@ def pure(name: str, *inputs: Tensor) -> Iterator[None]:
 
 
 def same(one: Pair, other: Pair) -> bool:
-    """To the bit."""
+    """Whether two pairs are equal to the bit."""
     parts = ("first", "second", "preference", "region")
     return all(torch.equal(vars(one)[part], vars(other)[part]) for part in parts)
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = 1e-4) -> bool:
-    """To a relative tolerance, and a hundredth of it near 0."""
+    """Whether all values agree to a relative tolerance, or to a hundredth of it near 0."""
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance / 100)
 
 
 def in_unit(pixels: Tensor) -> bool:
-    """Whether all lie in [0, 1]."""
+    """Whether all pixels are in [0, 1]."""
     return bool(pixels.min() >= 0 and pixels.max() <= 1)

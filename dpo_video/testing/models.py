@@ -1,4 +1,4 @@
-"""The contracts of what holds a network: references, backbones and the models that they load."""
+"""Contracts of references, backbones and the models that backbones load."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dpo_video.training.lora import adapt
 
 
 def check_reference(reference: Reference, model: VideoModel) -> None:
-    """It predicts what the bare denoiser predicts, and leaves the policy as it was.
+    """Check that it predicts what the denoiser without an adapter does, and restores the policy.
 
-    The adapter that this puts on the model is taken off at the end.
+    The model has no adapter afterwards.
     """
     check_options(reference)
     name = type(reference).__name__
@@ -39,32 +39,32 @@ def check_reference(reference: Reference, model: VideoModel) -> None:
         reference_model = reference.attach(policy)
         law(
             reference_model.noise_draws is None or reference_model.noise_draws >= 1,
-            f"{name} gives every pair {reference_model.noise_draws} draws. Say None for fresh "
-            "ones, or how many.",
+            f"{name} has {reference_model.noise_draws} noise_draws. Set None for a new draw per "
+            "visit, or a number above 0.",
         )
-        for seed in (1, 2):  # the adapter as it is after a step, and after another
+        for seed in (1, 2):  # the adapter after one step, and after two
             _move(policy, seed)
             adapted, trainable = predicted(policy), _trainable(policy)
             with reference_model.network() as network:
                 seen = predicted(network)
             law(
                 torch.equal(seen, bare),
-                f"{name} does not predict what the bare denoiser does. "
-                "Take the adapter off, and nothing else.",
+                f"{name} does not predict what the bare denoiser does. Remove the adapter and "
+                "nothing else.",
             )
             reached = False
             with suppress(_InterruptedError), reference_model.network():
                 reached = True
                 raise _InterruptedError
-            law(reached, f"{name} does not run what stands in its `with` block.")
+            law(reached, f"{name} does not run the body of its `with` block.")
             law(
                 torch.equal(predicted(policy), adapted),
-                f"The policy predicts something else after {name} was used. Put the adapter on "
-                "again, also after an error (try ... finally).",
+                f"The policy's predictions change after {name} was used. Restore the adapter, also "
+                "after an error (try ... finally).",
             )
             law(
                 _trainable(policy) == trainable,
-                f"Other weights are trainable after {name} was used.",
+                f"The set of trainable weights changes after {name} was used.",
             )
 
 
@@ -73,16 +73,16 @@ class _InterruptedError(Exception):
 
 
 def check_backbone(backbone: Backbone) -> None:
-    """What a family says of itself without being loaded: guards, prompts, clips of its own."""
+    """Check what a backbone declares without being loaded: guards, prompts and clips."""
     check_options(backbone)
     name = type(backbone).__name__
     guards = getattr(type(backbone), "guards", None)
     law(
         isinstance(guards, tuple) and all(isinstance(guard, str) for guard in guards),
-        f"{name} does not name its guards, a tuple of names of metrics.",
+        f"{name} does not define guards, a tuple of names of metrics.",
     )
     strays = backbone.training.keys() - TrainSettings.model_fields.keys()
-    law(not strays, f"{name}.training sets {sorted(strays)}, which are no options of [train].")
+    law(not strays, f"{name}.training sets {sorted(strays)}, which are not options of [train].")
     TrainSettings(**backbone.training)
     for count in (1, 47):
         prompts = backbone.prompts(count)
@@ -98,13 +98,16 @@ def check_backbone(backbone: Backbone) -> None:
 
 
 def check_backbone_model(model: VideoModel) -> None:
-    """Shapes and ranges, randomness from arguments alone, the law of the region, the adapter."""
+    """Check shapes, ranges, determinism, sampling in a region, and the adapter's targets."""
     name = type(model).__name__
     shape, latent_shape = model.shape, model.latent_shape
-    law(model.identity, f"{name} has no identity: pairs could not be matched with their model.")
+    law(
+        model.identity,
+        f"{name} has no identity, so that pairs could not be matched with their model.",
+    )
     law(
         not model.denoiser.training and not _trainable(model.denoiser),
-        f"{name}'s denoiser is not frozen and in evaluation mode. Load it so.",
+        f"{name}'s denoiser is not frozen and in evaluation mode.",
     )
     videos = small_videos(2, shape.frames, shape.height, shape.width)
     with pure(name, videos):
@@ -112,15 +115,15 @@ def check_backbone_model(model: VideoModel) -> None:
         again = model.encode_videos(videos)
     law(
         latents.shape == (2, *latent_shape),
-        f"{name} encodes to {tuple(latents.shape[1:])} and says {latent_shape}.",
+        f"{name} encodes to {tuple(latents.shape[1:])}, and its latent_shape is {latent_shape}.",
     )
     law(latents.isfinite().all(), f"{name} encodes to latents that are not finite.")
     law(
         torch.equal(latents, again),
-        f"{name} encodes the same videos to other latents. Take the mean of the posterior.",
+        f"{name} encodes the same videos to different latents. Use the mean of the posterior.",
     )
     decoded = model.decode_videos(latents)
-    law(decoded.shape == videos.shape, f"{name} decodes to {tuple(decoded.shape[1:])}.")
+    law(decoded.shape == videos.shape, f"{name} decodes to the shape {tuple(decoded.shape[1:])}.")
     law(in_unit(decoded), f"{name} decodes to pixels outside [0, 1].")
     _check_diffusion(model, latents)
     _check_sampling(model, latents)
@@ -133,37 +136,37 @@ def check_backbone_model(model: VideoModel) -> None:
     missing = set(targets) - {module for module, _ in model.denoiser.named_modules()}
     law(
         targets and not missing,
-        f"{name} names no adapter targets, or some that its denoiser lacks: {sorted(missing)[:3]}.",
+        f"{name} has no adapter targets, or some that its denoiser lacks: {sorted(missing)[:3]}.",
     )
     with _adapted(model) as policy:
         trained = {parameter.split(".lora_")[0] for parameter in _trainable(policy)}
         strays = {path for path in trained if not path.endswith(tuple(f".{t}" for t in targets))}
-        law(not strays, f"{name} trains {sorted(strays)[:3]}, which is not among its targets.")
+        law(not strays, f"{name} trains {sorted(strays)[:3]}, which are not among its targets.")
     model.release()
     law(
         torch.equal(model.encode_videos(videos), latents),
-        f"{name} encodes the same videos to other latents after it was released.",
+        f"{name} encodes the same videos to different latents after release().",
     )
     model.release()
 
 
 def _check_diffusion(model: VideoModel, clean: Tensor) -> None:
-    """Noise, target and prediction."""
+    """Check noise, target and prediction."""
     name = type(model).__name__
     timesteps = [model.sample_timesteps(64, Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     law(
         timesteps[0].shape == (64,) and timesteps[0].device.type == "cpu",
-        f"{name} does not draw levels one each, on the CPU.",
+        f"{name} does not draw one timestep per sample on the CPU.",
     )
     law(
         torch.equal(timesteps[0], timesteps[1]) and not torch.equal(timesteps[0], timesteps[2]),
-        f"{name}'s levels are not drawn from the generator, or not from it alone.",
+        f"{name}'s timesteps do not depend on the generator alone.",
     )
     noise, timestep = latent_noise(model, 2), timesteps[0][:2].to(model.device)
     context = model.encode_prompts(spread_captions(2))
     law(
         context and all(len(value) == 2 for value in context.values()),
-        f"{name}'s encoded prompts are not tensors with a first axis of one entry a prompt.",
+        f"{name}'s encoded prompts are not tensors with one row per prompt.",
     )
     with pure(name, clean, noise, timestep), torch.no_grad():
         noisy = model.add_noise(clean, noise, timestep)
@@ -175,7 +178,10 @@ def _check_diffusion(model: VideoModel, clean: Tensor) -> None:
     alone = [
         model.add_noise(clean[i : i + 1], noise[i : i + 1], timestep[i : i + 1]) for i in (0, 1)
     ]
-    law(close(torch.cat(alone), noisy), f"{name} does not noise every video to its own level.")
+    law(
+        close(torch.cat(alone), noisy),
+        f"{name} does not add noise to every video at its own timestep.",
+    )
 
 
 def _check_sampling(model: VideoModel, clean: Tensor) -> None:
@@ -186,9 +192,9 @@ def _check_sampling(model: VideoModel, clean: Tensor) -> None:
         again = model.sample(context, noise, num_inference_steps=2)
     law(
         drawn.shape == noise.shape and drawn.isfinite().all(),
-        f"{name} draws latents of another shape, or such that are not finite.",
+        f"{name} samples latents of another shape, or some that are not finite.",
     )
-    law(torch.equal(drawn, again), f"{name} draws other videos from the same noise.")
+    law(torch.equal(drawn, again), f"{name} samples different videos from the same noise.")
     region = torch.zeros(2, 1, *noise.shape[2:], device=noise.device)
     region[..., : noise.shape[-1] // 2] = 1
     repainted = model.sample(
@@ -197,18 +203,18 @@ def _check_sampling(model: VideoModel, clean: Tensor) -> None:
     outside = (region == 0).expand_as(clean)
     law(
         torch.equal(repainted[outside], clean[outside]),
-        f"{name} changes what lies outside the region.",
+        f"{name} changes latents outside the region.",
     )
-    law((repainted != clean)[~outside].any(), f"{name} repaints nothing inside the region.")
+    law((repainted != clean)[~outside].any(), f"{name} changes nothing inside the region.")
     alone = model.sample(
         context, noise, clean=clean, strength=0.5, per_frame=True, num_inference_steps=2
     )
-    law(alone.shape == noise.shape, f"{name} draws another shape frame by frame.")
+    law(alone.shape == noise.shape, f"{name} samples another shape with per_frame.")
 
 
 @contextmanager
 def _adapted(model: VideoModel) -> Iterator[PeftModel]:
-    """The model's denoiser with a small adapter on it; off again afterwards."""
+    """The model's denoiser with a small adapter, removed afterwards."""
     state = torch.get_rng_state()
     policy = adapt(model, TrainSettings(rank=2, alpha=4), seed=0)
     try:
@@ -219,7 +225,7 @@ def _adapted(model: VideoModel) -> Iterator[PeftModel]:
 
 
 def _move(policy: PeftModel, seed: int) -> None:
-    """What a training step does to the adapter, only more of it."""
+    """Move the adapter's weights, as a large training step would."""
     generator = Generator().manual_seed(seed)
     for name, parameter in policy.named_parameters():
         if ".lora_B" in name:

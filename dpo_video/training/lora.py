@@ -1,4 +1,4 @@
-"""Putting the LoRA on a denoiser."""
+"""LoRA adapters."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from dpo_video.support.rng import derive
 
 
 def adapt(model: VideoModel, settings: TrainSettings, seed: int) -> PeftModel:
-    """Put a LoRA on the model's denoiser; nothing else may be trainable.
+    """Add a LoRA to the model's denoiser, the only trainable part.
 
-    `B` starts at zero, so the policy starts as the reference. No dropout: it would make the two
-    differ at step 0.
+    `B` starts at zero, so the policy starts as the reference. There is no dropout, which would make
+    the two differ at step 0.
+
+    Raises:
+        TrainingError: if other weights are trainable.
     """
     torch.manual_seed(derive(seed, "lora"))
     config = LoraConfig(
@@ -29,8 +32,8 @@ def adapt(model: VideoModel, settings: TrainSettings, seed: int) -> PeftModel:
     stray = [n for n, p in policy.named_parameters() if p.requires_grad and ".lora_" not in n]
     if stray:
         raise TrainingError(
-            f"{len(stray)} weights outside the adapter are trainable, '{stray[0]}' first. This is "
-            "a fault of the backbone: it must load frozen."
+            f"{len(stray)} weights outside the adapter are trainable, such as '{stray[0]}'. The "
+            "backbone must load its model frozen."
         )
     for name, parameter in policy.named_parameters():
         if ".lora_" in name:

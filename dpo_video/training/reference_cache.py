@@ -1,11 +1,11 @@
 """The reference's predictions on disk, so that no reference runs while the policy trains.
 
-    STORE/bank/KEY/bank.json                 what they were made with
-    STORE/bank/KEY/00012-003.safetensors     pair 12, draw 3: first, second
+    STORE/reference_cache/KEY/manifest.json            what they were made with
+    STORE/reference_cache/KEY/00012-003.safetensors    pair 12, draw 3: first, second
 
-The bank lies beside its pairs, not in a run: a prediction depends on the pair, the model, the draw
-and the kernels, and not on a loss, a rate or labels, so that runs which differ in those share it.
-A prediction exists when its file does; files appear whole or not at all.
+The cache lies beside the pairs and not in a run: a prediction depends on the pair, the model, the
+draw and the kernels, and not on the loss, the learning rate or the labels, so that runs that differ
+in those share it. Files appear complete or not at all.
 """
 
 from __future__ import annotations
@@ -38,32 +38,32 @@ _NARROW = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class PairDraw:
-    """A pair, and which of its draws of noise and level it gets."""
+    """A pair, and the number of its draw of noise and timestep."""
 
     pair: int
     draw: int
 
 
 class ReferenceCacheManifest(Record):
-    """What all predictions of a bank were made with."""
+    """What all predictions of a cache were made with."""
 
-    format: Literal["dpo-video bank"] = "dpo-video bank"
+    format: Literal["dpo-video reference cache"] = "dpo-video reference cache"
     version: Literal[1] = 1
     identity: str
-    """The hash of the model's weights."""
+    """Hash of the model's weights."""
     adapter: Literal["none"] = "none"
     """The reference's adapter: the base has none."""
     seed: int
-    """Of the draws."""
+    """Seed of the draws."""
     precision: str
-    """Of the forward passes."""
+    """Mixed precision of the forward passes."""
     videos_at_once: Literal[1, 2]
-    """Of a pair, in a forward pass: last bits depend on that too."""
+    """Videos of a pair per forward pass: the last bits depend on it."""
     chunks: int = 1
-    """Parts that layers ran in (`memory.forward_chunks`): and on that."""
+    """`memory.forward_chunks`: the last bits depend on it."""
     kernels: str
-    """What computed them: last bits differ from one library, device or number of threads to
-    another, and a step whose policy equals its reference must have a margin of exactly 0."""
+    """Library, device and number of threads: the last bits depend on them, and the margin of a
+    policy that equals its reference must be exactly 0."""
 
     @classmethod
     def of(
@@ -76,7 +76,7 @@ class ReferenceCacheManifest(Record):
         *,
         compiled: bool = False,
     ) -> Self:
-        """What a run would make its predictions with, here and now."""
+        """Manifest of the predictions that this run would make on this machine."""
         device = model.device
         if device.type == "cuda":
             kernels = torch.cuda.get_device_name(device)
@@ -93,14 +93,14 @@ class ReferenceCacheManifest(Record):
 
     @property
     def key(self) -> str:
-        """A hash of everything: 10 hex digits."""
+        """Hash of the manifest: 10 hex digits."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceCacheReport:
-    """How far the bank is; the first one comes before anything is written."""
+    """Progress of filling a cache; the first report comes before anything is written."""
 
     folder: Path
     done: int
@@ -109,17 +109,17 @@ class ReferenceCacheReport:
     size: int
     """Bytes of all of them."""
     seconds: float
-    """Left, by the time that they have taken so far."""
+    """Expected seconds to the end."""
 
 
 @final
 class ReferenceCache:
-    """An open bank: `fill` once, `read` at every step."""
+    """An open cache: `fill` it once, `read` from it at every step."""
 
     def __init__(self, store: PairStore, manifest: ReferenceCacheManifest) -> None:
         self.store = store
-        self.folder = store.folder / "bank" / manifest.key
-        path = self.folder / "bank.json"
+        self.folder = store.folder / "reference_cache" / manifest.key
+        path = self.folder / "manifest.json"
         if not path.exists():
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,98 +130,105 @@ class ReferenceCache:
         except ValidationError:
             found = None
         if found != manifest:
-            raise self._stale(f"'{path}' does not describe what this run would make")
+            raise self._stale(f"'{path}' does not describe this run")
 
-    def read(self, visits: Sequence[PairDraw]) -> Latents:
-        """Predictions on the CPU: all first videos, then all second ones."""
-        parts = [self._load(visit) for visit in visits]
+    def read(self, draws: Sequence[PairDraw]) -> Latents:
+        """Predictions on the CPU: those of all first videos, then of all second ones."""
+        parts = [self._load(draw) for draw in draws]
         return torch.stack([part[name].float() for name in ("first", "second") for part in parts])
 
     def fill(
         self,
-        visits: Sequence[PairDraw],
+        draws: Sequence[PairDraw],
         predict: Callable[[PairDraw], Latents],
         on_progress: Callable[[ReferenceCacheReport], None] = lambda report: None,
-    ) -> None:
-        """Make the predictions that are missing.
+        stop: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Add the predictions that are missing; False if stopped before the end.
 
         Args:
-            visits: All that the run, or this process of it, will read.
-            predict: The reference's predictions of one pair's two videos.
-            on_progress: Told of size and time before anything is written, then of every prediction.
+            draws: All that this process will read.
+            predict: The reference's predictions for the two videos of a pair.
+            on_progress: Called before anything is written, with size and time, and after every
+                prediction.
+            stop: Called after each `on_progress`; the predictions made so far are kept.
 
         Raises:
-            StoreError: if what is there belongs to other pairs, or is not what `predict` gives.
+            StoreError: if the cache belongs to other pairs, or differs from what `predict` returns.
             UserError: if the disk is too small.
         """
-        if not visits:
-            return
-        digests = {pair: self._digest(pair) for pair in {visit.pair for visit in visits}}
-        missing = [visit for visit in visits if not self._holds(visit, digests[visit.pair])]
-        probe = next((visit for visit in visits if visit not in set(missing)), visits[0])
+        if not draws:
+            return True
+        digests = {pair: self._digest(pair) for pair in {draw.pair for draw in draws}}
+        missing = [draw for draw in draws if not self._holds(draw, digests[draw.pair])]
+        probe = next((draw for draw in draws if draw not in set(missing)), draws[0])
         started = time.monotonic()
         prediction = _narrowed(predict(probe))
         seconds = time.monotonic() - started
         if probe not in missing and not torch.equal(self.read([probe]), prediction.float().cpu()):
             raise self._stale(
-                f"The reference's prediction of pair {probe.pair} there is not what it predicts now"
+                f"its prediction for pair {probe.pair} is not what the reference predicts now"
             )
         size = prediction.nbytes
         self._check_space(size * len(missing))
 
-        def report(done: int, left: float) -> None:
+        def stopped(done: int, remaining: float) -> bool:
             on_progress(
                 ReferenceCacheReport(
                     folder=self.folder,
-                    done=len(visits) - len(missing) + done,
-                    total=len(visits),
-                    size=size * len(visits),
-                    seconds=left,
+                    done=len(draws) - len(missing) + done,
+                    total=len(draws),
+                    size=size * len(draws),
+                    seconds=remaining,
                 )
             )
+            return stop()
 
-        report(0, seconds * len(missing))
+        if stopped(0, seconds * len(missing)):
+            return False
         started = time.monotonic()
-        for done, visit in enumerate(missing, start=1):
-            self._save(visit, _narrowed(predict(visit)), digests[visit.pair])
-            report(done, (time.monotonic() - started) * (len(missing) - done) / done)
+        for done, draw in enumerate(missing, start=1):
+            self._save(draw, _narrowed(predict(draw)), digests[draw.pair])
+            if stopped(done, (time.monotonic() - started) * (len(missing) - done) / done):
+                return False
+        return True
 
-    def _path(self, visit: PairDraw) -> Path:
-        return self.folder / f"{visit.pair:05d}-{visit.draw:03d}.safetensors"
+    def _path(self, draw: PairDraw) -> Path:
+        return self.folder / f"{draw.pair:05d}-{draw.draw:03d}.safetensors"
 
     def _digest(self, pair: int) -> str:
-        """A hash of what the networks see of a pair: both latents and the encoded prompt."""
+        """Hash of the networks' inputs for a pair: both latents and the encoded prompt."""
         batch = self.store.batch([pair])
         return tensors_digest({"first": batch.first, "second": batch.second, **batch.context})
 
-    def _holds(self, visit: PairDraw, digest: str) -> bool:
-        """Whether a prediction is there; a StoreError if it was made of another pair."""
-        path = self._path(visit)
+    def _holds(self, draw: PairDraw, digest: str) -> bool:
+        """Whether the prediction is there; a StoreError if it was made for another pair."""
+        path = self._path(draw)
         if not path.exists():
             return False
         try:
             with safe_open(path, framework="pt") as file:
-                made_of = (file.metadata() or {}).get("pair")
+                made_for = (file.metadata() or {}).get("pair")
         except (OSError, SafetensorError) as error:
             raise self._damaged(path, error) from error
-        if made_of != digest:
-            raise self._stale(f"'{path.name}' there was predicted for another pair {visit.pair}")
+        if made_for != digest:
+            raise self._stale(f"'{path.name}' was predicted for another pair {draw.pair}")
         return True
 
-    def _save(self, visit: PairDraw, prediction: Latents, digest: str) -> None:
+    def _save(self, draw: PairDraw, prediction: Latents, digest: str) -> None:
         first, second = prediction.cpu()
-        with writing(self.folder), locked(self.folder):  # another run may fill the same bank
+        with writing(self.folder), locked(self.folder):  # another run may fill the same cache
             write_tensors(
-                self._path(visit), {"first": first, "second": second}, metadata={"pair": digest}
+                self._path(draw), {"first": first, "second": second}, metadata={"pair": digest}
             )
 
-    def _load(self, visit: PairDraw) -> dict[str, Tensor]:
-        path = self._path(visit)
+    def _load(self, draw: PairDraw) -> dict[str, Tensor]:
+        path = self._path(draw)
         try:
             found = load_file(path)
             shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
             if shapes != dict.fromkeys(("first", "second"), self.store.manifest.latent_shape):
-                raise ValueError("it holds something else than two predictions")
+                raise ValueError("it does not hold two predictions")
         except (OSError, SafetensorError, ValueError) as error:
             raise self._damaged(path, error) from error
         return found
@@ -230,28 +237,28 @@ class ReferenceCache:
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise StoreError(
-                f"The bank in '{self.folder}' needs {size / 2**30:.1f} GiB more, and the disk has "
-                f"{free / 2**30:.1f} GiB. Give fewer draws (--set reference.noise_draws=1) or "
-                "free some."
+                f"The reference cache in '{self.folder}' needs {size / 2**30:.1f} GiB more, and "
+                f"the disk has {free / 2**30:.1f} GiB. Use fewer draws (--set "
+                "reference.noise_draws=1), or free some space."
             )
 
     def _damaged(self, path: Path, error: Exception) -> StoreError:
         return StoreError(
-            f"'{path}' cannot be read ({error}). Delete that file and run the same command again: "
-            "it is made anew, the rest is kept."
+            f"'{path}' cannot be read ({error}). Delete that file and run the same command again; "
+            "only this prediction is made again."
         )
 
     def _stale(self, reason: str) -> StoreError:
         return StoreError(
-            f"The bank of predictions in '{self.folder}' is stale: {reason}. Delete that folder "
-            "and run the same command again, or train with --reference toggle."
+            f"The reference cache in '{self.folder}' is stale: {reason}. Delete that folder and "
+            "run the same command again, or train with --reference toggle."
         )
 
 
 def _narrowed(prediction: Latents) -> Latents:
-    """The same numbers, to the bit, in half the bytes where they came out of half precision.
+    """The same numbers, to the bit, in half precision if they came from there.
 
-    Mixed precision hands its results over as fp32.
+    Accelerate converts the outputs of mixed precision to fp32.
     """
     for dtype in _NARROW:
         narrow = prediction.to(dtype)

@@ -1,4 +1,4 @@
-"""A run's folder: its log, and its newest checkpoint."""
+"""A run's folder: its log and its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ from pydantic import ValidationError
 
 from dpo_video.errors import RunError, first_fault
 from dpo_video.support.atomic import write_bytes
-from dpo_video.training.diagnosis import StepReport
+from dpo_video.training.report import StepReport
 
-LATEST = "latest"
-_STEP = re.compile(r"step_[0-9]{6,12}")  # no folder elsewhere
+LATEST, LOG = "latest", "log.jsonl"
+_STEP = re.compile(r"step_[0-9]{6,12}")  # no path to another folder
+
+
+def checkpoint_folder(out: Path, step: int) -> Path:
+    """Folder of a step's checkpoint."""
+    return out / "checkpoints" / f"step_{step:06d}"
 
 
 def latest_checkpoint(out: Path) -> Path:
-    """The newest whole checkpoint of a run; a RunError if there is none."""
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        RunError: if there is none.
+    """
     pointer = out / "checkpoints" / LATEST
     if not pointer.is_file():
         raise RunError(
@@ -28,20 +37,24 @@ def latest_checkpoint(out: Path) -> Path:
     if not (_STEP.fullmatch(name) and (folder / "state.safetensors").is_file()):
         raise RunError(
             f"'{pointer}' names '{folder.name}', which holds no checkpoint. Write the name of "
-            "another folder beside it into that file, or train again."
+            "another folder beside it to that file, or train again."
         )
     return folder
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """A run's checkpoints by their steps, in that order."""
+    """A run's checkpoints by step, in order."""
     found = (run / "checkpoints").glob("step_*/adapter")
     folders = [path.parent for path in found if _STEP.fullmatch(path.parent.name)]
     return dict(sorted((int(folder.name.removeprefix("step_")), folder) for folder in folders))
 
 
 def checkpoint_at(run: Path, step: int | None) -> Path:
-    """A run's checkpoint of a step, the last one if None; a RunError if there is none."""
+    """A run's checkpoint of a step, or the newest one if `step` is None.
+
+    Raises:
+        RunError: if there is none.
+    """
     latest = latest_checkpoint(run)
     if step is None:
         return latest
@@ -55,23 +68,27 @@ def checkpoint_at(run: Path, step: int | None) -> Path:
 
 
 def read_log(out: Path) -> list[StepReport]:
-    """The steps that a run has made so far."""
-    path = out / "log.jsonl"
+    """Reports of a run's steps so far.
+
+    Raises:
+        RunError: if the log is damaged.
+    """
+    path = out / LOG
     if not path.exists():
         return []
-    # What follows the last line break was cut off while it was written.
+    # What follows the last line break was not written completely.
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
         return [StepReport.model_validate_json(line) for line in lines]
     except ValidationError as error:
         raise RunError(
-            f"'{path}' cannot be read ({first_fault(error)}). Delete it to go on without the "
+            f"'{path}' cannot be read ({first_fault(error)}). Delete it to continue without "
             "training curves."
         ) from error
 
 
 def truncate_log(path: Path, steps: int) -> None:
-    """Keep the lines of the steps that the checkpoint holds; the others will be written again."""
+    """Keep the first lines of a log, those of the steps up to a checkpoint."""
     if path.exists():
-        whole = path.read_bytes().split(b"\n")[:-1]  # what follows was cut off
-        write_bytes(path, b"".join(line + b"\n" for line in whole[:steps]))
+        lines = path.read_bytes().split(b"\n")[:-1]  # the last one is incomplete or empty
+        write_bytes(path, b"".join(line + b"\n" for line in lines[:steps]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -115,6 +116,16 @@ class Step:
         if self.mode == "joint":
             return self._reference(inputs)
         return torch.cat([self._reference(inputs.only([video])) for video in range(2)])
+
+    def reduce_gradients(self, accelerator: Accelerator) -> None:
+        """Average the gradients over all processes, after passes without synchronisation."""
+        if accelerator.num_processes == 1:
+            return
+        for parameter in self.policy.parameters():
+            if parameter.requires_grad:
+                # Another process may have used a part of the network that this one has not.
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = accelerator.reduce(own, reduction="mean")
 
     def _reference(self, inputs: Inputs) -> Latents:
         with self.autocast():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_video.training.diagnosis import StepReport, TrainingVerdict
+from dpo_video.training.diagnosis import TrainingVerdict
+from dpo_video.training.report import StepReport
 
 
 class Progress:

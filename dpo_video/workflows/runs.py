@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import dpo_video
 from dpo_video.errors import RunError
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.support.formatting import html_table
-from dpo_video.training.diagnosis import StepReport, TrainingVerdict, judge_training
+from dpo_video.training.diagnosis import TrainingVerdict, judge_training
+from dpo_video.training.report import StepReport
 from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log
 from dpo_video.workflows.config import Config, resolve
 from dpo_video.workflows.results import ExportResult, GeneratedVideo
@@ -149,13 +149,6 @@ class Run:
         }
 
 
-def slope_of(reports: Sequence[StepReport]) -> float:
-    """The loss's slope on the margin, from the logits and margins of the steps."""
-    finite = [report for report in reports if math.isfinite(report.margin)]
-    margins = sum(abs(report.margin) for report in finite)
-    return sum(abs(report.logits) for report in finite) / margins if margins else 1.0
-
-
 def verdict_of(reports: Sequence[StepReport]) -> TrainingVerdict | None:
     """The judgement of a training that has ended; None without steps."""
-    return judge_training(reports, slope=slope_of(reports)) if reports else None
+    return judge_training(reports) if reports else None

@@ -14,15 +14,16 @@ from dpo_video.errors import RunError, UserError
 from dpo_video.memory.compile import check_compile
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.atomic import write_text, writing
-from dpo_video.training.diagnosis import StepReport, judge_training
-from dpo_video.training.loop import train as train_loop
+from dpo_video.training.diagnosis import Diagnosis
 from dpo_video.training.reference_cache import ReferenceCacheReport
+from dpo_video.training.report import StepReport
+from dpo_video.training.run import train as train_loop
 from dpo_video.training.step import check_backward
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config, TrainOptions, configure
 from dpo_video.workflows.estimate import choose_blocks, warn_if_too_large
 from dpo_video.workflows.progress import SILENT, Progress
-from dpo_video.workflows.runs import Run, slope_of
+from dpo_video.workflows.runs import Run
 from dpo_video.workflows.session import (
     accelerator_for,
     apply_labels,
@@ -146,6 +147,7 @@ def run_training(
     for text, warning in (*_opening(config, folder, accelerator), *_left_out(store)):
         progress.note(text, warning=warning)
     reports: list[StepReport] = []
+    diagnosis = Diagnosis(settings.steps)
     for event in train_loop(
         model,
         store,
@@ -162,14 +164,13 @@ def run_training(
     ):
         report = event.report
         reports.append(report)
-        accelerator.log(report.model_dump(exclude={"step"}), step=report.step)
-        verdict = judge_training(reports, slope=slope_of(reports), steps=settings.steps)
+        diagnosis.add(report)
         progress.step(
             report,
-            verdict,
+            diagnosis.verdict(),
             steps=settings.steps,
             checkpoint=event.checkpoint,
-            not_finite=event.unsound,
+            not_finite=event.nonfinite_pairs,
         )
     accelerator.end_training()
     stopped = stop() and (not reports or reports[-1].step < settings.steps)

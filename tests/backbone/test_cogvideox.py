@@ -41,7 +41,7 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import PairBuilder
 from dpo_video.testing import check_backbone_model, check_pairs, small_videos
-from dpo_video.training.loop import train
+from dpo_video.training.run import train
 from dpo_video.types import Pair, Placement
 
 PROMPT = "a red square moving left slowly"

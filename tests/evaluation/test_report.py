@@ -92,7 +92,7 @@ def test_a_diverged_run_has_a_page() -> None:
         for report in a_training(3)
     ]
     evaluation = an_evaluation(["a", "b", "c"]).model_copy(
-        update={"training": tuple(broken), "training_verdict": judge_training(broken, slope=2500)}
+        update={"training": tuple(broken), "training_verdict": judge_training(broken)}
     )
     html = evaluation.html()
     drawn = "".join(

@@ -231,7 +231,7 @@ def test_the_limit_is_global(loss: Loss, changed: dict[str, torch.Tensor], sign:
         torch.testing.assert_close(mine, other)
 
 
-def test_dpop_is_global_while_the_winner_gets_better() -> None:
+def test_dpop_is_global_while_the_chosen_error_falls() -> None:
     errors = random_errors(change=1e-3)
     better = replace(errors, policy_first=errors.reference_first * 0.999)
     worse = replace(errors, policy_first=errors.reference_first * 1.001)
@@ -251,7 +251,7 @@ def test_the_mean_of_robust_over_flipped_labels_is_global_on_the_true_ones() -> 
     assert (mean - Global()(errors).loss).abs().max() > 1e-2
 
 
-def test_conservative_rests_where_it_is_as_sure_as_the_labels() -> None:
+def test_conservative_has_its_minimum_at_the_labels_reliability() -> None:
     # z = ln(0.7 / 0.3): the gradient factor and the gradient are 0, and beyond it turns back.
     margin = math.log(0.7 / 0.3) / 2500
     loss = Robust(label_smoothing=0.3, variant="conservative")

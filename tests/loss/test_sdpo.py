@@ -45,7 +45,7 @@ def shared_weights(seed: int) -> tuple[Tensor, PairErrors]:
     )
 
 
-def test_a_step_leaves_the_winner_its_share_of_the_descent() -> None:
+def test_a_step_leaves_the_chosen_video_its_share_of_the_descent() -> None:
     limited = 0
     for seed in range(20):
         weights, errors = shared_weights(seed)
@@ -62,7 +62,7 @@ def test_a_step_leaves_the_winner_its_share_of_the_descent() -> None:
     assert limited > 20
 
 
-def test_a_small_step_lowers_the_winners_error_where_that_of_global_raises_it() -> None:
+def test_a_small_step_lowers_the_chosen_error_where_global_raises_it() -> None:
     raised = {"global": 0, "sdpo": 0}
     for seed in range(20):
         weights, errors = shared_weights(seed)
@@ -79,7 +79,7 @@ def test_a_small_step_lowers_the_winners_error_where_that_of_global_raises_it() 
     assert raised["global"] > 3
 
 
-def test_a_real_network_keeps_its_winner_too(small_model: AnimateDiffModel) -> None:
+def test_the_chosen_error_falls_on_a_real_network_too(small_model: AnimateDiffModel) -> None:
     # The gradients on the outputs stand for those on the weights, so the law is no longer exact:
     # mu is what absorbs the difference.
     policy = adapt(small_model, TrainSettings(rank=2, alpha=4), seed=0)
@@ -126,7 +126,7 @@ def test_the_value_is_that_of_global() -> None:
     assert (safe[1].abs() < plain[1].abs()).all()
 
 
-def test_at_mu_1_a_loser_that_pulls_the_same_way_is_left_alone() -> None:
+def test_at_mu_1_an_aligned_rejected_gradient_is_zero() -> None:
     errors = replace(random_errors(change=1e-3), policy_product=torch.full((3, 2, 4, 3, 3), 0.1))
     first, second = gradients(SDPO(mu=1), errors)
     assert first.all() and not second.any()

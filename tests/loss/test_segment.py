@@ -79,7 +79,7 @@ def test_it_follows_the_formula(per: str) -> None:
     assert loss(errors).loss.tolist() == pytest.approx(by_loops(errors, 250, per), rel=1e-4)
 
 
-def test_one_frame_with_a_winner_is_the_global_loss_of_that_frame() -> None:
+def test_one_labelled_frame_is_the_global_loss_of_that_frame() -> None:
     errors = replace(random_errors(change=1e-2), preference=torch.tensor([[0.0, 0, -1, 0]] * 3))
     alone = PairErrors(
         **{

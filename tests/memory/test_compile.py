@@ -202,8 +202,9 @@ def test_a_compiled_run_resumes_uncompiled(wan_folder: Path, tmp_path: Path, sai
     assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["margin"] == 0
     # Uncompiled predictions differ in the last bits, so they have a cache of their own.
     said(0, "train", f"--out={run}", "--resume", "--steps=3", "--set=memory.compile=off")
-    banks = [json.loads(path.read_text()) for path in tmp_path.glob("pairs/*/bank/*/bank.json")]
-    assert sorted("compiled" in bank["kernels"] for bank in banks) == [False, True]
+    manifests = tmp_path.glob("pairs/*/reference_cache/*/manifest.json")
+    kernels = [json.loads(path.read_text())["kernels"] for path in manifests]
+    assert sorted("compiled" in each for each in kernels) == [False, True]
     told = said(2, *command[:-1], f"--out={tmp_path / 'b'}", "--set=memory.compile=on",
                 "--set=memory.offload=blocks")  # fmt: skip
     assert "Set memory.compile=off, or leave those out." in told

@@ -73,7 +73,7 @@ def test_toggle_equals_copy(small_folder: Path) -> None:
         assert torch.equal(one, other)
 
 
-def test_both_videos_get_the_same_noise_and_level(small_model: AnimateDiffModel) -> None:
+def test_both_videos_get_the_same_noise_and_timestep(small_model: AnimateDiffModel) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
     class Spy(nn.Module):

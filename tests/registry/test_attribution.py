@@ -21,7 +21,7 @@ from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.registry.attribution import blamed, plugin_of
 from dpo_video.settings import EvaluateSettings, TrainSettings
 from dpo_video.testing import random_errors
-from dpo_video.training.checkpoint import check_seal
+from dpo_video.training.checkpoint import check_manifest
 from dpo_video.training.lora import adapt
 from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.workflows.config import resolve
@@ -137,7 +137,7 @@ def test_a_loss_that_breaks_stops_the_run_and_leaves_its_checkpoint(
     assert told.index(sentence) < told.index("Traceback")
     assert 'raise KeyError("late")' in told and "dpo_late.py" in told
     saved = latest_checkpoint(tmp_path / "run")
-    check_seal(saved)
+    check_manifest(saved)
     assert saved.name >= "step_000001"
 
 

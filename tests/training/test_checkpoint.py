@@ -18,7 +18,13 @@ from safetensors import safe_open
 
 from dpo_video.errors import RunError
 from dpo_video.support.tensor_tree import load_state, save_state
-from dpo_video.training.checkpoint import SEAL, RunFingerprint, check_seal, drop_checkpoints, seal
+from dpo_video.training.checkpoint import (
+    MANIFEST,
+    RunFingerprint,
+    check_manifest,
+    drop_checkpoints,
+    write_manifest,
+)
 from dpo_video.training.run_dir import checkpoints
 
 PACKAGE = Path(__file__).parents[2] / "dpo_video"
@@ -62,7 +68,7 @@ def test_tensors_come_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> Non
         assert torch.equal(one, other) and one.shape == other.shape
 
 
-def test_an_optimizer_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_an_optimizer_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     def steps(parameter: torch.Tensor, optimizer: torch.optim.Optimizer, count: int) -> None:
         for _ in range(count):
             optimizer.zero_grad()
@@ -87,7 +93,7 @@ def test_a_tensor_that_is_changed_later_was_saved_as_it_was(tmp_path: Path) -> N
     assert [value.tolist() for value in load_state(tmp_path / "state.safetensors")] == [[0] * 3] * 2
 
 
-def test_what_it_cannot_hold_is_refused(tmp_path: Path) -> None:
+def test_unsupported_types_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="cannot hold a set"):
         save_state(tmp_path / "state.safetensors", {"a": {1, 2}})
     assert list(tmp_path.iterdir()) == []
@@ -113,28 +119,28 @@ def test_no_pickle_is_read_or_written_anywhere() -> None:
                 assert call != "torch.load" or "weights_only=True" in ast.unparse(node), path
 
 
-# --- seals -------------------------------------------------------------------------------------
+# --- manifests ---------------------------------------------------------------------------------
 
-IDENTITY = RunFingerprint(
+FINGERPRINT = RunFingerprint(
     base="a", adapter="b", weights="float32", precision="no", pairs="c", count=1, labels=""
 )
 
 
 @pytest.mark.parametrize("name", ["é" * 300, "a\0b", "missing", "adapter", "../outside"])
-def test_a_seal_that_names_what_is_no_file_of_the_checkpoint_is_damage(
+def test_a_manifest_that_names_no_file_of_the_checkpoint_is_damage(
     tmp_path: Path, name: str
 ) -> None:
     folder = tmp_path / "step_000001"
     (folder / "adapter").mkdir(parents=True)
     for file in (folder / "adapter" / "weights", tmp_path / "outside"):
         file.write_text("bytes")
-    seal(folder, 1, IDENTITY)
-    check_seal(folder, IDENTITY)
-    told = json.loads((folder / SEAL).read_text())
-    (digest,) = told["files"].values()
-    (folder / SEAL).write_text(json.dumps({**told, "files": {name: digest}}))
+    write_manifest(folder, 1, FINGERPRINT)
+    check_manifest(folder, FINGERPRINT)
+    found = json.loads((folder / MANIFEST).read_text())
+    (digest,) = found["files"].values()
+    (folder / MANIFEST).write_text(json.dumps({**found, "files": {name: digest}}))
     with pytest.raises(RunError, match=r"is damaged.* is not what was written"):
-        check_seal(folder, IDENTITY)
+        check_manifest(folder, FINGERPRINT)
 
 
 # --- how many are kept -------------------------------------------------------------------------
@@ -148,25 +154,25 @@ def some_checkpoints(out: Path, steps: Iterable[int]) -> list[int]:
 
 @given(
     steps=some.sets(some.integers(1, 10**9), min_size=1),
-    keep=some.integers(1, 5),
+    limit=some.integers(1, 5),
     data=some.data(),
 )
 def test_the_newest_up_to_a_step_are_kept_and_all_after_it(
-    steps: set[int], keep: int, data: some.DataObject
+    steps: set[int], limit: int, data: some.DataObject
 ) -> None:
     with TemporaryDirectory() as folder:
         out = Path(folder)
         assert some_checkpoints(out, steps) == sorted(steps)
         step = data.draw(some.sampled_from(sorted(steps)))
-        drop_checkpoints(out, step, keep)
+        drop_checkpoints(out, step, limit)
         left = list(checkpoints(out))
         assert left == sorted(left) and step in left
         assert [other for other in left if other > step] == sorted(x for x in steps if x > step)
-        assert [x for x in left if x <= step] == sorted(x for x in steps if x <= step)[-keep:]
+        assert [x for x in left if x <= step] == sorted(x for x in steps if x <= step)[-limit:]
         assert len(list((out / "checkpoints").iterdir())) == len(left)
 
 
-def test_one_that_was_half_deleted_is_found_by_nobody_and_goes(tmp_path: Path) -> None:
+def test_a_half_deleted_checkpoint_is_not_found_and_is_removed(tmp_path: Path) -> None:
     def stop(path: Path) -> None:
         (path / "adapter").rmdir()
         raise KeyboardInterrupt

@@ -22,14 +22,20 @@ from dpo_video.errors import RunError, StoreError, TrainingError
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
-from dpo_video.settings import MemorySettings
 from dpo_video.strategies import Loss
 from dpo_video.support.tensor_tree import save_state
-from dpo_video.training.checkpoint import SEAL, Seal, load_adapter, seal
-from dpo_video.training.diagnosis import StepReport
-from dpo_video.training.loop import train
-from dpo_video.training.lora import adapt
+from dpo_video.training.checkpoint import (
+    MANIFEST,
+    CheckpointManifest,
+    load_adapter,
+    write_manifest,
+)
+from dpo_video.training.listeners import Listener
+from dpo_video.training.loop import Run
+from dpo_video.training.report import StepEvent, StepReport
+from dpo_video.training.run import train
 from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log
+from dpo_video.training.sampler import PairSampler
 from dpo_video.types import LossOutput, Pair, PairErrors
 
 
@@ -151,33 +157,18 @@ def test_the_pointer_is_valid_when_a_save_is_cut_off(
     assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
 
 
-def test_every_pair_is_seen_once_per_epoch(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
-) -> None:
-    from dpo_video.training.loop import _Run
-
+def test_every_pair_is_seen_once_per_epoch(small_model: AnimateDiffModel, tmp_path: Path) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=5)
-    policy = adapt(small_model, SETTINGS, seed=0)
-    reference_model = Toggle().attach(policy)
-    parts = _Run(
-        small_model,
-        store,
-        [0, 2, 3],
-        Global(),
-        reference_model,
-        policy,
-        SETTINGS,
-        0,
-        Accelerator(cpu=True),
-        MemorySettings(),
+    sampler = PairSampler(
+        small_model, store, [0, 2, 3], SETTINGS, seed=0, accelerator=Accelerator(cpu=True)
     )
-    epochs = [[parts._visit_at(3 * epoch + i) for i in range(3)] for epoch in range(4)]
-    pairs = [[visit.pair for visit in epoch] for epoch in epochs]
+    epochs = [[sampler.draw_at(3 * epoch + i) for i in range(3)] for epoch in range(4)]
+    pairs = [[drawn.pair for drawn in epoch] for epoch in epochs]
     assert all(sorted(epoch) == [0, 2, 3] for epoch in pairs)
     assert len({tuple(epoch) for epoch in pairs}) > 1
-    assert [{visit.draw for visit in epoch} for epoch in epochs] == [{0}, {1}, {2}, {3}]
-    reference_model.noise_draws = 2
-    again = [{parts._visit_at(3 * epoch + i).draw for i in range(3)} for epoch in range(4)]
+    assert [{drawn.draw for drawn in epoch} for epoch in epochs] == [{0}, {1}, {2}, {3}]
+    sampler.noise_draws = 2
+    again = [{sampler.draw_at(3 * epoch + i).draw for i in range(3)} for epoch in range(4)]
     assert again == [{0}, {1}, {0}, {1}]
 
 
@@ -274,7 +265,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         run(small_folder, store, tmp_path / "run", strict, loss=Global())
 
 
-def test_nothing_to_resume_is_said(
+def test_resuming_without_a_checkpoint_is_an_error(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
@@ -292,7 +283,7 @@ def test_pairs_of_another_backbone_are_refused(
         store.check_fits(other)
 
 
-def test_a_damaged_checkpoint_is_said_and_the_earlier_ones_are_kept(
+def test_a_damaged_checkpoint_is_an_error_and_earlier_ones_are_kept(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
@@ -311,7 +302,7 @@ def test_a_damaged_checkpoint_is_said_and_the_earlier_ones_are_kept(
     assert [p.report.step for p in resumed] == [2]
 
 
-def test_behind_a_seal_that_holds_only_a_bug_is_left(
+def test_an_undamaged_checkpoint_that_does_not_load_is_a_bug(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
@@ -320,10 +311,10 @@ def test_behind_a_seal_that_holds_only_a_bug_is_left(
     folder = latest_checkpoint(tmp_path / "run")
     (folder.parent / "latest").write_text("step_000001\n")
     folder = latest_checkpoint(tmp_path / "run")
-    sealed = Seal.model_validate_json((folder / SEAL).read_bytes())
+    manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
     config = folder / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 2', '"r": {}'))
-    save_state(folder / "state.safetensors", {"step": 1, "place": 1, "skipped": 0})
+    save_state(folder / "state.safetensors", {"step": 1, "position": 1, "skipped": 0})
 
     def load() -> object:
         return load_adapter(load_small(small_folder).denoiser, folder / "adapter", "Do something.")
@@ -332,13 +323,13 @@ def test_behind_a_seal_that_holds_only_a_bug_is_left(
         run(small_folder, store, tmp_path / "run", settings, resume=True)
     with pytest.raises(RunError, match="is damaged"):
         load()
-    (folder / SEAL).unlink()
-    seal(folder, 1, sealed.identity)
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, 1, manifest.fingerprint)
     with pytest.raises(KeyError, match="optimizer"):  # not a sentence about damage
         run(small_folder, store, tmp_path / "run", settings, resume=True)
     with pytest.raises(TypeError):
         load()
-    (folder / SEAL).unlink()  # a stranger's
+    (folder / MANIFEST).unlink()  # a stranger's
     with pytest.raises(RunError, match=r"does not fit this backbone .* Do something\."):
         load()
     text = config.read_text().replace('"r": {}', '"r": 2')
@@ -359,7 +350,7 @@ def test_an_adapter_of_another_shape_is_not_resumed(
     assert "\n" not in str(caught.value)
 
 
-def test_the_log_is_read_up_to_what_was_cut_off(tmp_path: Path) -> None:
+def test_the_log_is_read_up_to_an_incomplete_line(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
     fields = {name: 0.5 for name in StepReport.model_fields}
     line = StepReport(**{**fields, "step": 1, "skipped": False}).model_dump_json()  # type: ignore[arg-type]
@@ -370,10 +361,10 @@ def test_the_log_is_read_up_to_what_was_cut_off(tmp_path: Path) -> None:
         read_log(tmp_path)
 
 
-# --- what a run may not be gone on without -----------------------------------------------------
+# --- what must be unchanged to resume ------- -----------------------------------------------------
 
 
-def test_a_run_is_not_gone_on_with_on_other_pairs_labels_or_seed(
+def test_a_run_is_not_resumed_on_other_pairs_or_labels(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=2)
@@ -389,7 +380,7 @@ def test_a_run_is_not_gone_on_with_on_other_pairs_labels_or_seed(
         run(small_folder, labelled, tmp_path / "run", settings, resume=True)
 
 
-def test_pairs_built_since_change_nothing_for_a_run_that_goes_on(
+def test_pairs_built_since_change_nothing_for_a_resumed_run(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=3)
@@ -402,7 +393,7 @@ def test_pairs_built_since_change_nothing_for_a_run_that_goes_on(
     assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
 
 
-def test_a_file_that_is_not_what_was_written_is_damage_whatever_it_loads_as(
+def test_a_changed_file_is_damage_even_if_it_loads(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=2)
@@ -416,7 +407,7 @@ def test_a_file_that_is_not_what_was_written_is_damage_whatever_it_loads_as(
         run(small_folder, store, tmp_path / "run", settings, resume=True)
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bytes(
+def test_a_stopped_run_saves_and_resumes_to_the_same_bytes(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
@@ -447,17 +438,21 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     save_file(tensors, path)
     settings = SETTINGS.model_copy(update={"steps": 2, "validation_videos": 0, "skips": 2})
     progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
-    assert [(p.report.skipped, p.unsound) for p in progress] == [(True, ["00000"])] * 2
+    assert [(p.report.skipped, list(p.nonfinite_pairs)) for p in progress] == [
+        (True, ["00000"])
+    ] * 2
     weights = load_file(latest_checkpoint(tmp_path / "run") / "adapter/adapter_model.safetensors")
     assert all(not weight.any() for name, weight in weights.items() if "lora_B" in name)
     assert [report.skipped for report in read_log(tmp_path / "run")] == [True, True]
     # The count goes on with the run.
     longer = settings.model_copy(update={"steps": 3})
-    with pytest.raises(TrainingError, match=r"pairs were 00000\. Steps like it so far: 3;"):
+    with pytest.raises(
+        TrainingError, match=r"pairs were 00000\. Steps that were not finite so far: 3;"
+    ):
         run(small_folder, store, tmp_path / "run", longer, loss=Global(), resume=True)
 
 
-def test_another_number_of_processes_goes_on_at_the_same_place(
+def test_another_number_of_processes_resumes_at_the_same_position(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=5)
@@ -485,3 +480,71 @@ def test_another_number_of_processes_goes_on_at_the_same_place(
         run(small_folder, store, tmp_path / "whole", whole)
     assert visited == drawn[8:10]
     assert all(sorted(drawn[i : i + 5]) == [f"{n:05d}" for n in range(5)] for i in (0, 5))
+
+
+# --- listeners ---------------------------------------------------------------------------------
+
+
+class Recorder(Listener):
+    """Writes down what it is called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def on_train_begin(self, run: Run) -> None:
+        super().on_train_begin(run)
+        self.calls.append(f"begin at {run.state.step}")
+
+    def on_step_end(self, event: StepEvent) -> None:
+        written = event.checkpoint is not None and (event.checkpoint / MANIFEST).exists()
+        self.calls.append(f"step {event.report.step}{' saved' if written else ''}")
+
+    def on_train_end(self) -> None:
+        self.calls.append("end")
+
+
+def test_a_listener_is_called_before_the_event_is_yielded(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 3, "validation_videos": 0})
+    recorder = Recorder()
+    events = run(small_folder, store, tmp_path / "run", settings, listeners=[recorder])
+    assert recorder.calls == ["begin at 0", "step 1", "step 2 saved", "step 3 saved", "end"]
+    assert [event.checkpoint and event.checkpoint.name for event in events] == [
+        None, "step_000002", "step_000003",
+    ]  # fmt: skip
+    longer, recorder = settings.model_copy(update={"steps": 4}), Recorder()
+    run(small_folder, store, tmp_path / "run", longer, resume=True, listeners=[recorder])
+    assert recorder.calls == ["begin at 3", "step 4 saved", "end"]
+
+
+def test_a_tracker_gets_the_names_of_trl(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 2, "validation_videos": 0})
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "run")
+    accelerator.init_trackers("tracker")
+    events = run(small_folder, store, tmp_path / "run", settings, accelerator=accelerator)
+    accelerator.end_training()
+    (file,) = (tmp_path / "run" / "tracker").glob("events.*")
+    logged = EventAccumulator(str(file))
+    logged.Reload()
+    names = {
+        "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected",
+        "rewards/margins", "rewards/accuracies", "errors/chosen", "errors/rejected", "logits",
+        "gradient_factor", "rejected_dominant", "pairs_per_second", "memory_gib", "skipped",
+    }  # fmt: skip
+    assert set(logged.Tags()["scalars"]) == names
+    for name in names:
+        expected = [event.report.tracked()[name] for event in events]
+        assert [point.value for point in logged.Scalars(name)] == pytest.approx(expected, rel=1e-6)
+        assert [point.step for point in logged.Scalars(name)] == [1, 2]
+    rewards = events[-1].report.tracked()
+    assert rewards["rewards/margins"] == pytest.approx(
+        rewards["rewards/chosen"] - rewards["rewards/rejected"]
+    )
+    assert rewards["rewards/chosen"] == -rewards["errors/chosen"] != 0

@@ -23,7 +23,7 @@ from dpo_video.memory.packed_weights import frozen_weights, pack_frozen_weights
 from dpo_video.memory.sharding import Shard
 from dpo_video.reference.cached import Cached
 from dpo_video.settings import MemorySettings
-from dpo_video.training.loop import train
+from dpo_video.training.run import train
 from dpo_video.workflows.config import Config, resolve
 from dpo_video.workflows.session import as_launched
 
@@ -63,7 +63,7 @@ def launched(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, *more
     return as_launched(resolve(choices={"pairs": "somewhere/"}, assignments=more))
 
 
-def test_a_launcher_that_asks_for_fsdp_shares_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_becomes_memory_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     asks = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "8"}
     config = launched(asks, monkeypatch)
     assert config.memory.shard == config.tables["memory"]["shard"] == 8
@@ -93,7 +93,7 @@ OPTIMIZER = {"offload_optimizer": {"device": "cpu"}}
         ),
     ],
 )
-def test_what_a_launcher_asks_of_deepspeed_is_done_by_memory_modes(
+def test_deepspeed_settings_become_memory_modes(
     zero: dict[str, Any],
     shard: int,
     offload: tuple[str, ...],
@@ -117,7 +117,7 @@ def test_what_a_launcher_asks_of_deepspeed_is_done_by_memory_modes(
         assert not any("DEEPSPEED" in name for name in os.environ)
 
 
-def test_fsdp_may_keep_weights_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_offload_becomes_memory_offload(monkeypatch: pytest.MonkeyPatch) -> None:
     asks = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true", "WORLD_SIZE": "2"}
     assert launched(asks, monkeypatch).memory.offload == ("blocks",)
 
@@ -138,7 +138,7 @@ def test_fsdp_may_keep_weights_on_the_host(monkeypatch: pytest.MonkeyPatch) -> N
         ),
     ],
 )
-def test_what_cannot_be_launched_is_said(
+def test_an_impossible_launch_is_an_error(
     environment: dict[str, str], more: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=said):
@@ -151,7 +151,7 @@ def test_pairs_are_built_before_the_weights_are_shared(monkeypatch: pytest.Monke
         as_launched(resolve(choices={"pairs": "jitter"}, assignments=["memory.shard=2"]))
 
 
-def test_a_bank_is_not_filled_by_processes_that_share_the_weights(
+def test_a_cache_is_not_filled_by_processes_that_share_the_weights(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)

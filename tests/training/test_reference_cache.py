@@ -1,4 +1,4 @@
-"""The bank's laws: what it gives is what a toggled adapter gives, and nothing stale gets in."""
+"""Laws of the reference cache: it gives what a toggled adapter gives, and nothing stale."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from dpo_video.reference.cached import Cached
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Reference
-from dpo_video.training.loop import Progress, train
 from dpo_video.training.reference_cache import (
     PairDraw,
     ReferenceCache,
     ReferenceCacheManifest,
     ReferenceCacheReport,
 )
+from dpo_video.training.report import StepEvent
+from dpo_video.training.run import train
 
-PAIRS, STEPS = 3, 6  # 12 visits: four epochs
+PAIRS, STEPS = 3, 6  # 12 draws: four epochs
 
 
 def run(
@@ -40,7 +41,7 @@ def run(
     reference: Reference,
     settings: TrainSettings = SETTINGS,
     **options: object,
-) -> tuple[list[Progress], list[ReferenceCacheReport]]:
+) -> tuple[list[StepEvent], list[ReferenceCacheReport]]:
     reports: list[ReferenceCacheReport] = []
     progress = train(
         load_small(folder), store, Global(), reference, settings, seed=0, out=out,
@@ -56,14 +57,15 @@ def store(small_model: AnimateDiffModel, tmp_path: Path) -> PairStore:
 
 
 def files(store: PairStore) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in store.folder.glob("bank/*/*.safetensors")}
+    paths = store.folder.glob("reference_cache/*/*.safetensors")
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def test_up_to_as_many_epochs_as_draws_it_trains_what_toggle_trains_to_the_bit(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
     toggled, none = run(small_folder, store, tmp_path / "toggle", Toggle())
-    assert none == [] and not (store.folder / "bank").exists()
+    assert none == [] and not (store.folder / "reference_cache").exists()
     cached, reports = run(small_folder, store, tmp_path / "cached", Cached(noise_draws=4))
     assert adapter_hash(tmp_path / "toggle") == adapter_hash(tmp_path / "cached")
     figures = ("loss", "margin", "chosen_change", "rejected_change", "grad_norm")
@@ -74,7 +76,7 @@ def test_up_to_as_many_epochs_as_draws_it_trains_what_toggle_trains_to_the_bit(
     assert reports[-1].done == reports[-1].total == len(files(store)) == PAIRS * 4
 
 
-def test_no_reference_runs_once_the_bank_is_full(
+def test_no_reference_runs_once_the_cache_is_full(
     small_folder: Path, store: PairStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -91,7 +93,7 @@ def test_no_reference_runs_once_the_bank_is_full(
     assert calls.count(False) == 1 + 2 * PAIRS and calls.count(True) == 12
     calls.clear()
     run(small_folder, store, tmp_path / "second", Cached(noise_draws=2), settings)
-    assert calls.count(False) == 1  # that the bank still holds what the reference predicts
+    assert calls.count(False) == 1  # that the cache still holds what the reference predicts
 
 
 def test_draws_repeat_after_their_number_of_epochs(
@@ -113,7 +115,7 @@ def test_a_batch_of_pairs_starts_at_a_margin_of_exactly_zero(
     batched = SETTINGS.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 1})
     progress, _ = run(small_folder, store, tmp_path / "batched", Cached(noise_draws=2), batched)
     assert progress[0].report.margin == 0 and progress[-1].report.margin != 0
-    # Two pairs at once or one after the other: the same visits, the same gradient.
+    # Two pairs at once or one after the other: the same draws, the same gradient.
     singly = SETTINGS.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 2})
     apart, _ = run(small_folder, store, tmp_path / "singly", Cached(noise_draws=2), singly)
     for one, other in zip(progress, apart, strict=True):
@@ -125,10 +127,10 @@ def test_it_resumes_to_the_same_bytes_and_fills_only_what_is_missing(
 ) -> None:
     run(small_folder, store, tmp_path / "whole", Cached(noise_draws=2))
     whole = files(store)
-    shutil.rmtree(store.folder / "bank")
+    shutil.rmtree(store.folder / "reference_cache")
     half = SETTINGS.model_copy(update={"steps": 2})
     run(small_folder, store, tmp_path / "halves", Cached(noise_draws=2), half)
-    assert len(files(store)) == 4  # two steps visit four places
+    assert len(files(store)) == 4  # two steps draw four places
     _, reports = run(small_folder, store, tmp_path / "halves", Cached(noise_draws=2), resume=True)
     assert [r.done for r in reports] == [4, 5, 6]
     assert files(store) == whole
@@ -152,7 +154,7 @@ def test_size_and_time_are_announced_before_anything_is_written(
     assert first.size == sum(t.nbytes for tensor in tensors for t in tensor.values())
 
 
-def test_runs_that_differ_in_seed_or_precision_do_not_share_a_bank(
+def test_runs_that_differ_in_seed_or_precision_do_not_share_a_cache(
     small_model: AnimateDiffModel,
 ) -> None:
     keys = {
@@ -176,7 +178,7 @@ def change_context(store: PairStore) -> None:
 
 
 def change_predictions(store: PairStore) -> None:
-    for path in store.folder.glob("bank/*/*.safetensors"):
+    for path in store.folder.glob("reference_cache/*/*.safetensors"):
         digest = json.loads(
             path.read_bytes()[8:].split(b'"__metadata__":')[1].split(b"}")[0] + b"}"
         )
@@ -185,7 +187,7 @@ def change_predictions(store: PairStore) -> None:
 
 
 def change_manifest(store: PairStore) -> None:
-    path = next(store.folder.glob("bank/*/bank.json"))
+    path = next(store.folder.glob("reference_cache/*/manifest.json"))
     path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
 
 
@@ -194,11 +196,11 @@ def change_manifest(store: PairStore) -> None:
     [
         (change_latents, "predicted for another pair 1"),
         (change_context, "predicted for another pair"),
-        (change_predictions, "is not what it predicts now"),
+        (change_predictions, "is not what the reference predicts now"),
         (change_manifest, "does not describe"),
     ],
 )
-def test_a_stale_bank_is_refused(
+def test_a_stale_cache_is_refused(
     change: object, reason: str, small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
     run(small_folder, store, tmp_path / "run", Cached(noise_draws=1))
@@ -211,7 +213,7 @@ def test_a_damaged_prediction_is_named(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
     run(small_folder, store, tmp_path / "run", Cached(noise_draws=1))
-    path = next(store.folder.glob("bank/*/00001-000.safetensors"))
+    path = next(store.folder.glob("reference_cache/*/00001-000.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(StoreError, match=r"00001-000.* cannot be read.*Delete that file"):
         run(small_folder, store, tmp_path / "again", Cached(noise_draws=1))
@@ -219,7 +221,7 @@ def test_a_damaged_prediction_is_named(
     run(small_folder, store, tmp_path / "third", Cached(noise_draws=1))
 
 
-def test_a_disk_that_is_too_small_is_told_before(
+def test_a_full_disk_is_an_error_before_anything_is_written(
     small_folder: Path, store: PairStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -233,22 +235,22 @@ def test_a_disk_that_is_too_small_is_told_before(
 def test_it_stores_every_bit_in_as_few_bytes_as_hold_it(
     dtype: torch.dtype, store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    bank = ReferenceCache(store, ReferenceCacheManifest.of(small_model, 0, "no"))
+    cache = ReferenceCache(store, ReferenceCacheManifest.of(small_model, 0, "no"))
     numbers = torch.randn(2, *small_model.latent_shape).to(dtype).float()  # as accelerate hands it
-    visit = PairDraw(0, 0)
-    bank.fill([visit], lambda _: numbers)
-    assert torch.equal(bank.read([visit]), numbers)
-    assert {tensor.itemsize for tensor in bank._load(visit).values()} == {dtype.itemsize}
+    draw = PairDraw(0, 0)
+    cache.fill([draw], lambda _: numbers)
+    assert torch.equal(cache.read([draw]), numbers)
+    assert {tensor.itemsize for tensor in cache._load(draw).values()} == {dtype.itemsize}
 
 
-def test_predictions_come_firsts_then_seconds(
+def test_predictions_of_first_videos_come_before_those_of_second_ones(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
-    bank = ReferenceCache(store, ReferenceCacheManifest.of(small_model, 0, "no"))
+    cache = ReferenceCache(store, ReferenceCacheManifest.of(small_model, 0, "no"))
     made = {
         PairDraw(p, d): torch.randn(2, *small_model.latent_shape) for p in (0, 2) for d in (0, 1)
     }
-    bank.fill(list(made), made.__getitem__)
+    cache.fill(list(made), made.__getitem__)
     one, other = PairDraw(2, 1), PairDraw(0, 0)
     expected = [made[one][0], made[other][0], made[one][1], made[other][1]]
-    assert torch.equal(bank.read([one, other]), torch.stack(expected))
+    assert torch.equal(cache.read([one, other]), torch.stack(expected))

@@ -31,9 +31,9 @@ from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Loss, Reference
-from dpo_video.training.diagnosis import StepReport
-from dpo_video.training.loop import train
 from dpo_video.training.lora import adapt
+from dpo_video.training.report import StepReport
+from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.training.step import Step
 
@@ -81,7 +81,7 @@ def test_all_modes_give_the_same_gradient_and_figures(
 
 
 @pytest.mark.parametrize("mode", ["split", "linear"])
-def test_what_has_no_winner_adds_nothing(bench: Bench, mode: MemoryMode) -> None:
+def test_pairs_without_a_preference_add_no_gradient(bench: Bench, mode: MemoryMode) -> None:
     batch = a_batch(bench.model, TIES, EVEN)
     bench.policy.zero_grad()
     assert bench.step(mode, batch, Global()).loss.tolist() == pytest.approx([0.693147] * 2)
@@ -122,7 +122,7 @@ def test_under_autocast_the_gradient_reaches_the_adapter(bench: Bench, mode: Mem
     assert torch.cosine_similarity(found["joint"], found[mode], dim=0) > 0.9
 
 
-def test_a_loss_that_is_not_uniform_is_refused(
+def test_linear_refuses_a_loss_that_is_not_linear_in_mean_errors(
     bench: Bench, small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     class Boastful(Region):  # type: ignore[misc]  # it is final for good reasons
@@ -292,7 +292,7 @@ def test_runs_of_all_modes_report_the_same(
                 assert getattr(other, name) == pytest.approx(getattr(one, name), 1e-2, abs=1e-7)
 
 
-def test_a_run_goes_on_in_another_mode_and_is_exact_in_its_own(
+def test_a_run_resumes_in_another_mode_and_exactly_in_its_own(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=3)

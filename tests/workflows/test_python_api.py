@@ -22,7 +22,8 @@ from dpo_video.cli import app
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
 from dpo_video.strategies import Loss
-from dpo_video.training.diagnosis import StepReport, TrainingVerdict
+from dpo_video.training.diagnosis import TrainingVerdict
+from dpo_video.training.report import StepReport
 from dpo_video.workflows.config import EvaluateOptions, TrainOptions, configure
 
 TRAIN: dict[str, Any] = {

@@ -1,0 +1,168 @@
+"""What happens after every step of a training besides learning.
+
+A listener's methods run in every process, in the order of the list of listeners.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import final
+
+from dpo_video.data.video import write_video
+from dpo_video.diffusion.initial_noise import initial_noise
+from dpo_video.errors import TrainingError
+from dpo_video.support.atomic import sync, writing
+from dpo_video.training.checkpoint import drop_checkpoints, write_checkpoint
+from dpo_video.training.loop import Run
+from dpo_video.training.report import StepEvent
+from dpo_video.training.run_dir import LOG, checkpoint_folder, truncate_log
+
+
+class Listener:
+    """Receives what happens in a training. Override the methods you need.
+
+        class Print(Listener):
+            def on_step_end(self, event: StepEvent) -> None:
+                print(event.report.step, event.report.loss)
+
+    An exception ends the training.
+    """
+
+    run: Run
+
+    def on_train_begin(self, run: Run) -> None:
+        """Called before the first step, and before the first step after resuming."""
+        self.run = run
+
+    def on_step_end(self, event: StepEvent) -> None:
+        """Called after every optimizer step; the checkpoint that `event` names is written."""
+
+    def on_train_end(self) -> None:
+        """Called after the last step, or when the run was stopped."""
+
+
+@final
+class SkipLimit(Listener):
+    """Ends a run with more than `train.skips` steps that were not finite."""
+
+    def on_step_end(self, event: StepEvent) -> None:
+        """Raise a TrainingError if this step is one too many."""
+        report, skipped, limit = event.report, self.run.state.skipped, self.run.settings.skips
+        if report.skipped and skipped > limit:
+            raise TrainingError(
+                f"Step {report.step} is not finite (loss {report.loss}, gradient norm "
+                f"{report.grad_norm}); its pairs were {', '.join(event.nonfinite_pairs)}. Steps "
+                f"that were not finite so far: {skipped}; train.skips allows {limit}. The last "
+                "checkpoint is valid. Lower train.learning_rate, or check those pairs."
+            )
+
+
+@final
+class LogWriter(Listener):
+    """Appends every report to log.jsonl."""
+
+    def on_train_begin(self, run: Run) -> None:
+        """Remove the steps after the checkpoint that the run starts from."""
+        self.run, self._path = run, run.out / LOG
+        if run.accelerator.is_main_process:
+            with writing(run.out):
+                run.out.mkdir(parents=True, exist_ok=True)
+                truncate_log(self._path, run.state.step)
+
+    def on_step_end(self, event: StepEvent) -> None:
+        """Append the report."""
+        if self.run.accelerator.is_main_process:
+            with writing(self.run.out), self._path.open("a", encoding="utf-8") as file:
+                file.write(event.report.model_dump_json() + "\n")
+
+
+@final
+class CheckpointWriter(Listener):
+    """Writes the checkpoints that are due and one when the run is stopped; deletes old ones."""
+
+    def on_train_begin(self, run: Run) -> None:
+        """Delete what a run that was stopped meanwhile has left."""
+        self.run = run
+        self._saved = run.state.step
+        if run.accelerator.is_main_process:
+            with writing(run.out):
+                drop_checkpoints(run.out, run.state.step, run.settings.save_total_limit)
+
+    def on_step_end(self, event: StepEvent) -> None:
+        """Write the checkpoint that `event` names."""
+        if event.checkpoint is not None:
+            self._save()
+
+    def on_train_end(self) -> None:
+        """Save the steps since the last checkpoint."""
+        if self.run.state.step > self._saved:
+            self._save()
+
+    def _save(self) -> None:
+        run = self.run
+        run.accelerator.wait_for_everyone()
+        self._saved = run.state.step
+        if not run.accelerator.is_main_process:
+            return
+        with writing(run.out):
+            if (run.out / LOG).exists():
+                sync(run.out / LOG)
+            write_checkpoint(
+                checkpoint_folder(run.out, run.state.step),
+                run.policy,
+                run.optimizer,
+                run.state,
+                run.fingerprint,
+                run.accelerator.scaler,
+            )
+            drop_checkpoints(run.out, run.state.step, run.settings.save_total_limit)
+
+
+@final
+class ValidationVideos(Listener):
+    """Samples videos at every checkpoint, with prompts and seeds that never change."""
+
+    def on_train_begin(self, run: Run) -> None:
+        """Sample those of a run that was stopped after its checkpoint and before its videos."""
+        self.run = run
+        step = run.state.step
+        self._count = min(run.settings.validation_videos, len(run.store))
+        found = len(list(self._folder(step).glob("*.mp4")))
+        run.accelerator.wait_for_everyone()
+        if step and run.saves_after(step) and found < self._count:
+            self._sample(step)
+
+    def on_step_end(self, event: StepEvent) -> None:
+        """Sample after a checkpoint."""
+        if event.checkpoint is not None:
+            self._sample(event.report.step)
+
+    def _folder(self, step: int) -> Path:
+        return self.run.out / "samples" / checkpoint_folder(self.run.out, step).name
+
+    def _sample(self, step: int) -> None:
+        run, model = self.run, self.run.model
+        main = run.accelerator.is_main_process
+        # Processes that share the weights sample together; one of them decodes and writes.
+        if main or run.memory.shard > 1:
+            with writing(run.out):
+                for index in range(self._count):
+                    context = run.store.batch([index]).to(model.device).context
+                    noise = initial_noise(model, [index])
+                    latents = model.sample(context, noise, denoiser=run.policy)
+                    if main:
+                        video = model.decode_videos(latents)[0].cpu()
+                        scale = max(1, 256 // model.shape.height)
+                        path = self._folder(step) / f"{index:02d}.mp4"
+                        write_video(path, video, model.shape.fps, scale)
+                model.release()
+        run.accelerator.wait_for_everyone()
+
+
+@final
+class TrackerLogger(Listener):
+    """Logs every report to the trackers of `train.report_to`, under TRL's names."""
+
+    def on_step_end(self, event: StepEvent) -> None:
+        """Log the report."""
+        self.run.accelerator.log(event.report.tracked(), step=event.report.step)

@@ -1,0 +1,169 @@
+"""The entry to training: prepares a run, drives its loop and calls its listeners."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from dpo_video.data.store import PairStore
+from dpo_video.errors import TrainingError
+from dpo_video.memory.compile import check_compile
+from dpo_video.memory.modes import apply_memory_modes
+from dpo_video.settings import MemorySettings, TrainSettings
+from dpo_video.strategies import Loss, Reference, VideoModel
+from dpo_video.support.rng import derive
+from dpo_video.training.checkpoint import RunFingerprint, manifest_count, restore
+from dpo_video.training.listeners import (
+    CheckpointWriter,
+    Listener,
+    LogWriter,
+    SkipLimit,
+    TrackerLogger,
+    ValidationVideos,
+)
+from dpo_video.training.loop import Run, optimize
+from dpo_video.training.lora import adapt
+from dpo_video.training.optimizer import make_optimizer
+from dpo_video.training.reference_cache import (
+    ReferenceCache,
+    ReferenceCacheManifest,
+    ReferenceCacheReport,
+)
+from dpo_video.training.report import StepEvent
+from dpo_video.training.run_dir import latest_checkpoint
+from dpo_video.training.sampler import PairSampler, trainable_pairs
+from dpo_video.training.step import Step, check_backward
+
+
+def train(
+    model: VideoModel,
+    store: PairStore,
+    loss: Loss,
+    reference: Reference,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    out: Path,
+    accelerator: Accelerator,
+    memory: MemorySettings = MemorySettings(),  # noqa: B008 - it is frozen
+    resume: bool = False,
+    on_reference_cache: Callable[[ReferenceCacheReport], None] = lambda report: None,
+    stop: Callable[[], bool] = lambda: False,
+    listeners: Sequence[Listener] = (),
+) -> Iterator[StepEvent]:
+    """Train an adapter; one event per optimizer step.
+
+    Args:
+        model: The model, frozen.
+        store: The pairs; those that are ties in every frame are never drawn.
+        loss: The loss.
+        reference: Where the reference's predictions come from. If it limits the draws per pair, its
+            predictions are cached before the first step.
+        settings: Table [train].
+        seed: Seed of the adapter, the order of the pairs, the noise and the timesteps.
+        out: The run's folder.
+        accelerator: Device, precision, processes and trackers.
+        memory: Table [memory].
+        resume: Continue from the newest checkpoint in `out`.
+        on_reference_cache: Receives the progress of filling the reference cache.
+        stop: Called before every forward pass, or with several processes before every step. Once it
+            is true in any process, the completed steps are saved and the events end.
+        listeners: Called after the built-in ones: log, checkpoints, validation videos, trackers.
+
+    Raises:
+        TrainingError: if all pairs are ties or lack what the loss needs, if the loss does not
+            support `memory.backward`, if a block cannot be compiled, at a first step whose margin
+            is not exactly 0, and when more than `settings.skips` steps were not finite.
+        RunError: if there is nothing to resume, or the reference or the pairs have changed.
+    """
+    store.check_fits(model)
+    if resume and (count := manifest_count(latest_checkpoint(out))) is not None:
+        store = store.beginning(count)  # another run may have added pairs since
+    check_backward(loss, memory)
+    check_compile(memory, accelerator.device)
+    pairs = trainable_pairs(store, loss)
+    model.release()  # the encoders
+    policy = adapt(model, settings, seed)
+    fingerprint = RunFingerprint.of(model, store, policy, accelerator.mixed_precision)
+    # adapt() has seeded torch; a plugin's draws from these two must not differ between runs.
+    random.seed(derive(seed, "python"))
+    np.random.seed(derive(seed, "numpy") % 2**32)
+    apply_memory_modes(policy, memory)
+    reference_model = reference.attach(policy)
+    if reference_model.noise_draws is not None and memory.shard > 1:
+        raise TrainingError(
+            "A cached reference does not support memory.shard: processes that share the weights "
+            "would wait for each other at different pairs. Train with --reference toggle."
+        )
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    network, optimizer = accelerator.prepare(policy, make_optimizer(parameters, settings, memory))
+    backward = Step(
+        model=model,
+        policy=network,
+        reference_model=reference_model,
+        loss=loss,
+        mode=memory.backward,
+        backward=accelerator.backward,
+        autocast=accelerator.autocast,
+    )
+    cache = None
+    if reference_model.noise_draws is not None:
+        with accelerator.main_process_first():
+            manifest = ReferenceCacheManifest.of(
+                model,
+                seed,
+                accelerator.mixed_precision,
+                backward.videos_at_once,
+                memory.forward_chunks,
+                compiled=memory.compile == "on",
+            )
+            cache = ReferenceCache(store, manifest)
+    run = Run(
+        model=model, store=store, policy=policy, network=network, optimizer=optimizer,
+        settings=settings, memory=memory, accelerator=accelerator, out=out, fingerprint=fingerprint,
+    )  # fmt: skip
+    if resume:
+        run.state = restore(out, policy, optimizer, fingerprint, accelerator.scaler)
+    sampler = PairSampler(
+        model, store, pairs, settings, seed=seed, accelerator=accelerator, state=run.state,
+        noise_draws=reference_model.noise_draws, cache=cache,
+    )  # fmt: skip
+    if run.state.step < settings.steps and not sampler.fill_cache(
+        lambda inputs: backward.reference(inputs.batch, inputs.noise, inputs.timestep),
+        on_reference_cache,
+        stop,
+    ):
+        return
+    built_in = (SkipLimit(), LogWriter(), CheckpointWriter(), ValidationVideos(), TrackerLogger())
+    called = [*built_in, *listeners]
+    for listener in called:
+        listener.on_train_begin(run)
+    for event in optimize(run, sampler, backward, _agreed(stop, accelerator)):
+        for listener in called:
+            listener.on_step_end(event)
+        yield event
+    for listener in called:
+        listener.on_train_end()
+
+
+def _agreed(stop: Callable[[], bool], accelerator: Accelerator) -> Callable[[int], bool]:
+    """Whether to stop before a pass of a step: whether any process is to.
+
+    Several processes stop before the first pass of a step only, since none may wait for another
+    that has ended.
+    """
+
+    def stops(index: int) -> bool:
+        if accelerator.num_processes == 1:
+            return stop()
+        if index > 0:
+            return False
+        stopped = torch.tensor(float(stop()), device=accelerator.device)
+        return bool(accelerator.reduce(stopped, reduction="sum"))
+
+    return stops

@@ -1,0 +1,188 @@
+"""The pairs of every forward pass, with their noise and timesteps, read ahead in a thread.
+
+The draws are a function of the seed and of the position in an endless sequence of pairs, so neither
+resuming nor the number of processes changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+
+from dpo_video.data.store import PairStore
+from dpo_video.errors import TrainingError
+from dpo_video.settings import TrainSettings
+from dpo_video.strategies import Loss, VideoModel
+from dpo_video.support.rng import generator
+from dpo_video.training.checkpoint import TrainState
+from dpo_video.training.reference_cache import PairDraw, ReferenceCache, ReferenceCacheReport
+from dpo_video.types import Latents, PairBatch, PerPair
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """Inputs of one forward pass: pairs, and one noise and one timestep per pair."""
+
+    batch: PairBatch
+    noise: Latents
+    timestep: PerPair
+    reference_prediction: Float[Tensor, "2*b c f h w"] | None = None
+    """Cached predictions of the reference; None if the reference is to run."""
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> StepInputs:
+        """The inputs with every tensor changed."""
+        prediction = self.reference_prediction
+        return StepInputs(
+            batch=self.batch.mapped(change),
+            noise=change(self.noise),
+            timestep=change(self.timestep),
+            reference_prediction=None if prediction is None else change(prediction),
+        )
+
+
+def trainable_pairs(store: PairStore, loss: Loss) -> list[int]:
+    """Indices of the pairs to draw from: all but those that are ties in every frame.
+
+    Raises:
+        TrainingError: if there are none, or they lack the regions that the loss needs.
+    """
+    if not len(store):
+        raise TrainingError(f"'{store.where}' holds no pairs. Build some first.")
+    if loss.needs_region and all(row.region_share == 1 for row in store.records):
+        raise TrainingError(
+            f"The pairs in '{store.where}' have no regions: their two videos may differ "
+            "everywhere. Train them with --loss global, or build pairs that have regions "
+            "(--pairs local)."
+        )
+    if pairs := store.decided():
+        return pairs
+    raise TrainingError(
+        f"All {len(store)} pairs in '{store.where}' are ties, from which there is nothing to "
+        f"learn. Label them (dpo-video label {store.where} --labeler NAME, then train with "
+        "--labels NAME), or build them with a --labeler."
+    )
+
+
+class PairSampler:
+    """Draws the pairs of every step: each epoch is a permutation of all of them."""
+
+    def __init__(
+        self,
+        model: VideoModel,
+        store: PairStore,
+        pairs: Sequence[int],
+        settings: TrainSettings,
+        *,
+        seed: int,
+        accelerator: Accelerator,
+        noise_draws: int | None = None,
+        cache: ReferenceCache | None = None,
+        state: TrainState = TrainState(),  # noqa: B008 - it is frozen
+    ) -> None:
+        """Prepare to draw.
+
+        Args:
+            model: Draws the timesteps.
+            store: The pairs.
+            pairs: Indices of those to draw from.
+            settings: Batch size, accumulation and number of steps.
+            seed: Seed of all draws.
+            accelerator: Number of processes, and the device.
+            noise_draws: Draws of noise and timestep per pair, used in turn; None for a new one at
+                every visit.
+            cache: Predictions of the reference for those draws.
+            state: Where the run starts.
+        """
+        self._model, self._store, self._pairs, self._settings = model, store, pairs, settings
+        self._seed, self._accelerator = seed, accelerator
+        self.noise_draws, self._cache, self._start = noise_draws, cache, state
+        # A step does not wait for the disk or the network.
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pairs")
+        self._pending: Future[StepInputs] | None = None
+
+    def inputs(self, step: int) -> Iterator[StepInputs]:
+        """Inputs of the forward passes of a step, on the device; the next ones are read ahead."""
+        for part in range(self._settings.gradient_accumulation_steps):
+            pending, self._pending = self._pending, None
+            inputs = pending.result() if pending else self._read(step, part)
+            last = part == self._settings.gradient_accumulation_steps - 1
+            following = (step + 1, 0) if last else (step, part + 1)
+            if following[0] < self._settings.steps:
+                self._pending = self._reader.submit(self._read, *following)
+            yield self._to_device(inputs)
+
+    def position(self, step: int) -> int:
+        """The first position of a step in the endless sequence of pairs."""
+        settings = self._settings
+        pairs = settings.gradient_accumulation_steps * settings.batch_size
+        steps = step - self._start.step
+        return self._start.position + steps * pairs * self._accelerator.num_processes
+
+    def draw_at(self, position: int) -> PairDraw:
+        """The pair and the draw at a position: each pair once per epoch, with its next draw."""
+        epoch, index = divmod(position, len(self._pairs))
+        order = _permutation(len(self._pairs), self._seed, epoch)
+        draw = epoch if self.noise_draws is None else epoch % self.noise_draws
+        return PairDraw(self._pairs[order[index]], draw)
+
+    def fill_cache(
+        self,
+        predict: Callable[[StepInputs], Latents],
+        on_progress: Callable[[ReferenceCacheReport], None],
+        stop: Callable[[], bool],
+    ) -> bool:
+        """Add the predictions that the run needs to the cache; False if stopped before the end.
+
+        Each process predicts its share.
+        """
+        if self._cache is None or self.noise_draws is None:
+            return True
+        world, rank = self._accelerator.num_processes, self._accelerator.process_index
+        count = min(self.position(self._settings.steps), self.noise_draws * len(self._pairs))
+        draws = [self.draw_at(position) for position in range(rank, count, world)]
+        done = self._cache.fill(
+            draws, lambda draw: predict(self._to_device(self._load([draw]))), on_progress, stop
+        )
+        if done:
+            self._accelerator.wait_for_everyone()
+        return done
+
+    def _read(self, step: int, part: int) -> StepInputs:
+        """The inputs of one forward pass of this process, on the CPU."""
+        world, rank = self._accelerator.num_processes, self._accelerator.process_index
+        size = self._settings.batch_size
+        first = self.position(step) + (part * world + rank) * size
+        draws = [self.draw_at(position) for position in range(first, first + size)]
+        inputs = self._load(draws)
+        if self._cache is not None:
+            inputs = replace(inputs, reference_prediction=self._cache.read(draws))
+        on_gpu = self._accelerator.device.type == "cuda"
+        return inputs.mapped(Tensor.pin_memory) if on_gpu else inputs
+
+    def _load(self, draws: Sequence[PairDraw]) -> StepInputs:
+        batch = self._store.batch([draw.pair for draw in draws])
+        noises, timesteps = [], []
+        for draw in draws:
+            source = generator(self._seed, "draw", draw.pair, draw.draw)
+            noises.append(torch.randn(self._model.latent_shape, generator=source))
+            timesteps.append(self._model.sample_timesteps(1, source))
+        noise = torch.stack(noises).to(batch.first.dtype)
+        return StepInputs(batch=batch, noise=noise, timestep=torch.cat(timesteps))
+
+    def _to_device(self, inputs: StepInputs) -> StepInputs:
+        """Copies from pinned memory are asynchronous."""
+        device = self._accelerator.device
+        return inputs.mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=generator(seed, "epoch", epoch)).tolist()
+    return order
