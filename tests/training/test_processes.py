@@ -36,7 +36,7 @@ def test_two_processes_that_share_the_weights_train_what_one_trains(tmp_path: Pa
 @given(count=some.integers(1, 5), size=some.integers(0, 40))
 def test_the_parts_of_a_tensor_are_alike_and_make_it_whole(count: int, size: int) -> None:
     tensor = torch.arange(size, dtype=torch.int16).view(torch.float16)
-    parts = [Shard(rank=rank, count=count).of(tensor) for rank in range(count)]
+    parts = [Shard(rank=rank, count=count).take(tensor) for rank in range(count)]
     assert len({len(part) for part in parts}) == 1
     together = torch.cat(parts)
     assert torch.equal(together[: tensor.nbytes], tensor.view(torch.uint8))
