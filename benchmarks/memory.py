@@ -182,7 +182,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept = []
-    if options.keep:
+    if options.keep and options.out.exists():
         kept = [Row.model_validate(row) for row in json.loads(options.out.read_text())]
     found = []
     for row in rows(options.only, kept):
