@@ -131,12 +131,13 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     from dpo_video.backbone.animatediff import AnimateDiff
     from dpo_video.estimation.tracing import empty_pairs, give_tensors
     from dpo_video.loss.global_ import Global
+    from dpo_video.memory.blocks import checkpoint_blocks
     from dpo_video.memory.cuda_autocast import cuda_autocast
     from dpo_video.memory.peak import peak_bytes
     from dpo_video.reference.toggle import Toggle
     from dpo_video.settings import TrainSettings
     from dpo_video.training.lora import adapt
-    from dpo_video.training.step import Step, checkpoint_blocks
+    from dpo_video.training.step import Step
     from dpo_video.types import Placement
 
     cpu, half = torch.device("cpu"), torch.float16
