@@ -1,4 +1,4 @@
-"""The values that flow between the parts: frozen, named, shaped.
+"""Data types that the parts exchange: frozen dataclasses with shaped tensors.
 
 Axes: `b` pair, `c` latent channel, `f` latent frame, `h w` latent height and width; capitals
 `F H W` are the same in pixels. Pixels lie in [0, 1].
@@ -21,9 +21,9 @@ Latents = Float[Tensor, "b c f h w"]
 Region = Float[Tensor, "b 1 f h w"]
 Preference = Float[Tensor, "b f"]
 PerPair = Float[Tensor, " b"]
-# What a rater says of one segment: a label in [-1, 1], nothing on purpose, or nothing yet.
+# A rater's label of one segment in [-1, 1], "skip", or None if it has no label yet.
 SegmentLabel = float | Literal["skip"] | None
-# What the text encoder gives the denoiser: named tensors whose first axis is `b`.
+# Encoded prompts for the denoiser: named tensors whose first axis is `b`.
 Context = Mapping[str, Tensor]
 
 _CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoShape:
-    """What a backbone wants to see and gives back."""
+    """Size and frame rate of the videos that a backbone takes and returns, in pixels."""
 
     frames: int
     height: int
@@ -41,7 +41,7 @@ class VideoShape:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a backbone loads a model to, in which precision, and what happens to its denoiser."""
+    """Device and precision of a loaded model, and how its frozen denoiser is packed."""
 
     device: torch.device = _CPU
     dtype: torch.dtype = torch.float32
@@ -61,14 +61,14 @@ class Clip:
     """A captioned video at the backbone's shape, or a prompt alone (`video` is None)."""
 
     name: str
-    """Where it comes from: a file's path, or what drew it."""
+    """Path of its file, or name of its generator."""
     caption: str
     video: Video | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skipped:
-    """A file that gives nothing, and why."""
+    """A skipped file and the reason."""
 
     name: str
     reason: str
@@ -76,21 +76,21 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSource:
-    """What pairs are made of, where their builder brings it itself."""
+    """Clips of a pair builder that has its own source."""
 
     clips: Iterator[Clip]
-    """One a pair, always in the same order."""
+    """One clip per pair, always in the same order."""
     count: int
-    """How many there are at most: what is damaged shows only when it is read."""
+    """Upper bound of their number; damaged clips are found only when they are read."""
     fingerprint: str
-    """A hash that stands for them."""
+    """Hash of the clips."""
     skipped: Sequence[Skipped]
-    """What gives no pair; grows while `clips` are read."""
+    """Skipped files; grows while `clips` is iterated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two latents of one prompt and who is better where."""
+    """Latents of two videos of one prompt, and which is preferred in which frames."""
 
     first: Float[Tensor, "c f h w"]
     second: Float[Tensor, "c f h w"]
@@ -100,13 +100,13 @@ class Pair:
     """1 where the two may differ, 0 where they are equal by construction."""
     prompt: str
     source: str
-    """The name of the clip it was made from."""
+    """Name of the clip that it was built from."""
     strength: float = 0.0
     """Share of the noise schedule, in (0, 1], that the rejected video was regenerated from
     (LocalDPO's alpha, DenseDPO's eta); 0 if it was not re-noised."""
     context: Context | None = None
-    """The encoded prompt, with a leading axis of 1, where it came with the pair; None where the
-    model is to encode `prompt`."""
+    """The encoded prompt with a leading axis of 1, if it came with the pair; None if the model has
+    to encode `prompt`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class PairBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class PairErrors:
-    """Elementwise squared errors of both networks on both videos, in fp32; all a loss may see."""
+    """Elementwise squared errors of policy and reference on both videos, in fp32, for a loss."""
 
     policy_first: Latents
     policy_second: Latents
@@ -148,7 +148,7 @@ class PairErrors:
     reference_second: Latents
     policy_product: Latents
     """The policy's signed error (prediction less target) on the first video times that on the
-    second, without gradient: positive where both pull its output the same way."""
+    second, without gradient: positive where both errors have the same sign."""
     preference: Preference
     region: Region
     strength: PerPair
@@ -188,12 +188,12 @@ class LossOutput:
     """`d(rejected)`."""
 
 
-# --- what others call a model's parts ----------------------------------------------------------
+# --- names of a model's parts in other programs -------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraNames:
-    """What a file calls the factors of a module's update, `up @ down`."""
+    """Names in a file of the two factors of a module's update, `up @ down`."""
 
     down: str
     up: str
@@ -209,8 +209,8 @@ class ExportSpec:
     """Hub id or folder of the checkpoint."""
     revision: str | None
     networks: Mapping[str, Any]
-    """diffusers' networks that the denoiser is made of, by the pipeline's names. Where there are
-    several, the names of the denoiser's modules begin with these."""
+    """diffusers networks of the denoiser by their names in the pipeline. If there are several, the
+    module names of the denoiser start with these names."""
     scheduler: Any
     """Scheduler, a class of diffusers."""
     index: Mapping[str, Any]
@@ -224,6 +224,6 @@ class ExportSpec:
     """The folder for such files in ComfyUI, and the node that loads them, as a sentence."""
     arguments: Mapping[str, str] = field(default_factory=dict)
     """Further arguments of the pipeline's `from_pretrained`, as Python, with {source} for the
-    checkpoint. What has no {source} comes from elsewhere; a merged checkpoint holds it itself."""
+    checkpoint. Arguments without {source} come from elsewhere; a merged checkpoint has them."""
     call: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of a call of the pipeline beyond size, steps and guidance."""
+    """Arguments of a pipeline call besides size, steps and guidance."""
