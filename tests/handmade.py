@@ -19,7 +19,7 @@ def errors_of(
     *,
     product: float = 0.0,
 ) -> PairErrors:
-    """One pair of one element a frame: `d(first)`, `d(second)` and the label of every frame.
+    """One pair with one element per frame: `d(first)`, `d(second)` and the label of every frame.
 
     The policy's errors are 1 everywhere; `product` is that of its signed errors.
     """
@@ -39,7 +39,7 @@ def errors_of(
 
 
 def gradients(loss: Loss, errors: PairErrors) -> tuple[Tensor, Tensor]:
-    """Of the summed losses, on the policy's errors of the first and of the second video."""
+    """Gradients of the summed loss on the policy's errors of the first and the second video."""
     policy = [
         value.clone().requires_grad_() for value in (errors.policy_first, errors.policy_second)
     ]

@@ -56,7 +56,7 @@ class Bench:
         self.parameters = [p for p in self.policy.parameters() if p.requires_grad]
 
     def draw(self, pairs: int) -> tuple[Tensor, Tensor]:
-        """Noise and level."""
+        """Noise and timestep."""
         generator = torch.Generator().manual_seed(3)
         noise = torch.randn(pairs, *self.model.latent_shape, generator=generator)
         return noise, self.model.sample_timesteps(pairs, generator)

@@ -1,4 +1,4 @@
-"""Every strategy that is installed, ours or a plugin's, passes the contract of its kind."""
+"""Every installed strategy, built-in or of a plugin, passes the contract of its kind."""
 
 from __future__ import annotations
 
@@ -137,14 +137,14 @@ class Averaged(Loss):
 
 
 class Biased(Loss):
-    """The first always wins."""
+    """Prefers the first video whatever the label."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         return Global()(replace(errors, preference=torch.ones_like(errors.preference)))
 
 
 class Writing(Loss):
-    """Works in place."""
+    """Changes the errors in place."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         errors.policy_first.mul_(0.5)
@@ -152,7 +152,7 @@ class Writing(Loss):
 
 
 class Drawing(Loss):
-    """Random."""
+    """Draws random numbers."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         output = Global()(errors)
@@ -197,19 +197,19 @@ class NotLinear(Loss):
     linear_in_mean_error: ClassVar[bool] = True
 
     def __call__(self, errors: PairErrors) -> LossOutput:
-        """Frame by frame."""
+        """Compute the loss per frame."""
         return Segment()(errors)
 
 
 class OneSided(Loss):
-    """Trains on one video only."""
+    """Has no gradient on one of the videos."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         return Global()(replace(errors, policy_second=errors.policy_second.detach()))
 
 
 class Infinite(Loss):
-    """Overflows."""
+    """Returns an infinite loss."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         output = Global()(errors)
@@ -217,7 +217,7 @@ class Infinite(Loss):
 
 
 class Undocumented(Loss):
-    """One option says nothing."""
+    """Has an option without a docstring."""
 
     beta: float = 1.0
 
@@ -254,18 +254,18 @@ def test_a_broken_loss_is_caught(loss: type[Loss], sentence: str) -> None:
 
 
 class Thawed(Strategy, frozen=False):
-    """Not frozen."""
+    """Is not frozen."""
 
 
 class Lenient(Strategy, extra="ignore"):
-    """Takes anything."""
+    """Accepts unknown options."""
 
 
 class Untyped(Strategy):
-    """Holds what no file can."""
+    """Has an option that no TOML file can hold."""
 
     value: object = Field(default=Generator)
-    """Something."""
+    """An option."""
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_options_that_break_the_rules_are_caught(strategy: type[Strategy], sente
 
 
 class Same(Reference):
-    """Forgets to take the adapter off."""
+    """Does not remove the adapter."""
 
     def attach(self, policy: nn.Module) -> ReferenceModel:
         class Bare(ReferenceModel):
@@ -290,7 +290,7 @@ class Same(Reference):
 
 
 class LeftOff(Reference):
-    """Does not put the adapter on again after an error."""
+    """Does not restore the adapter after an error."""
 
     def attach(self, policy: nn.Module) -> ReferenceModel:
         class Bare(ReferenceModel):
@@ -315,7 +315,7 @@ def test_a_broken_reference_is_caught(
 
 
 class Mixing(Metric):
-    """Compares with the batch's mean."""
+    """Depends on the mean of the batch."""
 
     higher_is_better: ClassVar[bool] = False
     unit: ClassVar[str] = "none"
@@ -326,7 +326,7 @@ class Mixing(Metric):
 
 
 class Fragile(Metric):
-    """Divides by the motion."""
+    """Is infinite for a frozen video."""
 
     higher_is_better: ClassVar[bool] = False
     unit: ClassVar[str] = "none"
@@ -345,7 +345,7 @@ def test_a_broken_metric_is_caught(metric: type[Metric], sentence: str) -> None:
 
 
 class Leaking(PairBuilder):
-    """Says that less may differ than does."""
+    """Declares a smaller region than the one that differs."""
 
     @property
     def needs_video(self) -> bool:
@@ -372,7 +372,7 @@ class Stuck(PairBuilder):
 
 
 class Flat(PairBuilder):
-    """Encodes the prompt, but not as the model does."""
+    """Encodes the prompt with other shapes than the model."""
 
     @property
     def needs_video(self) -> bool:
@@ -386,7 +386,7 @@ class Flat(PairBuilder):
 
 
 class Shuffled(SuppliedPairs):
-    """Brings its clips in any order."""
+    """Gives its clips in a random order."""
 
     @property
     def needs_video(self) -> bool:
@@ -420,7 +420,7 @@ def test_a_broken_pair_builder_is_caught(
 
 
 class FirstIsBetter(Labeler):
-    """Prefers what it sees first, as vision-language models do."""
+    """Prefers the first video, as vision-language models do."""
 
     def __call__(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -429,7 +429,7 @@ class FirstIsBetter(Labeler):
 
 
 class Brighter(Labeler):
-    """Prefers what is brighter: a labeler that keeps the contract."""
+    """Prefers the brighter video, and keeps the contract."""
 
     def __call__(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -439,7 +439,7 @@ class Brighter(Labeler):
 
 
 class AtLeastAsBright(Labeler):
-    """Gives even videos to the first."""
+    """Prefers the first of two equal videos."""
 
     def __call__(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -449,7 +449,7 @@ class AtLeastAsBright(Labeler):
 
 
 class Percent(Labeler):
-    """Counts in per cent."""
+    """Returns labels in percent."""
 
     def __call__(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -458,7 +458,7 @@ class Percent(Labeler):
 
 
 class Whole(Labeler):
-    """One label a video."""
+    """Returns one label per pair."""
 
     def __call__(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -467,7 +467,7 @@ class Whole(Labeler):
 
 
 class Careless(Brighter):
-    """Says of an option that it does not have what it does not do."""
+    """Declares an option incidental that it does not have."""
 
     incidental: ClassVar[frozenset[str]] = frozenset({"port"})
 

@@ -1,4 +1,4 @@
-"""Any pairs x any loss x any reference: whatever is installed trains with whatever else is."""
+"""Every installed pair builder trains with every loss and every reference."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def installed(kind: str) -> list[str]:
 
 
 class Brighter(Labeler):
-    """Prefers what is brighter, for the pairs that need somebody who says who is better."""
+    """Prefers the brighter video, for builders that need a labeler."""
 
     def __call__(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -63,19 +63,19 @@ def own_files(folder: Path) -> dict[str, object]:
     return {"path": folder}
 
 
-# What a builder cannot do without; a plugin's that needs more finds its place here.
+# Options that a builder requires.
 OPTIONS: dict[str, Callable[[Path], dict[str, object]]] = {"folder": own_files}
-# Combinations that make no sense, and the words that say so.
+# Combinations that are refused, and the message.
 WITHOUT_REGIONS = sorted(set(installed("pairs")) - {"local"})
 REFUSED = {(pairs, "region"): "have no regions" for pairs in WITHOUT_REGIONS}
-# Losses that do not begin at ln 2; what is not one of ours begins where it likes.
+# Initial losses of the built-in losses.
 STARTS = {"ipo": 1.0, "hinge": 1.0, **dict.fromkeys(
     ("global", "segment", "robust", "dpop", "sdpo"), math.log(2)
 )}  # fmt: skip
 
 
 class Bench:
-    """The small model, bare for every run, and a store of every kind of pairs."""
+    """The small model without an adapter for every run, and a store of every kind of pairs."""
 
     def __init__(self, checkpoint: Path, folder: Path) -> None:
         self.model, self.folder = load_small(checkpoint), folder

@@ -1,4 +1,14 @@
-"""The training loop: Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908) on pairs of videos."""
+"""The training loop: Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908) on pairs of videos.
+
+Every step:
+
+1. draws pairs, and one noise and one timestep per pair, the same for both videos (sampler.py);
+2. predicts both videos with the reference, then with the policy, and squares the errors of the
+   predictions (objective.py);
+3. computes the loss of these errors and its gradient (loss/, step.py);
+4. updates the adapter with AdamW (optimizer.py);
+5. yields a report (meter.py), which listeners log and save (listeners.py).
+"""
 
 from __future__ import annotations
 
@@ -14,12 +24,11 @@ from peft import PeftModel
 from torch import nn
 
 from dpo_video.data.store import PairStore
-from dpo_video.errors import TrainingError
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import VideoModel
 from dpo_video.support.rng import global_states, set_global_states
 from dpo_video.training.checkpoint import RunFingerprint, TrainState
-from dpo_video.training.meter import Meter, nonfinite_pairs
+from dpo_video.training.meter import Meter, check_first_step, nonfinite_pairs
 from dpo_video.training.objective import PairFigures
 from dpo_video.training.optimizer import LossScaling, learning_rate
 from dpo_video.training.report import StepEvent
@@ -52,7 +61,7 @@ class Run:
 
 
 def optimize(
-    run: Run, sampler: PairSampler, backward: Step, stop: Callable[[int], bool]
+    run: Run, sampler: PairSampler, gradient: Step, stop: Callable[[int], bool]
 ) -> Iterator[StepEvent]:
     """Train to the last step; `stop`, called before every pass of a step, ends the run early.
 
@@ -75,12 +84,11 @@ def optimize(
                 optimizer.zero_grad()
                 set_global_states(generators)
                 return
-            # With a graph per video there are several backward passes per batch: see reduce.
-            reduces = index == passes - 1 and backward.mode == "joint"
-            with nullcontext() if reduces else accelerator.no_sync(run.network):
-                # Reference, policy, squared errors of both videos, loss, backward.
+            # Modes with several backward passes per batch average the gradients afterwards.
+            synchronises = index == passes - 1 and gradient.mode == "joint"
+            with nullcontext() if synchronises else accelerator.no_sync(run.network):
                 parts.append(
-                    backward(
+                    gradient(  # reference, policy, errors, loss, backward
                         pairs.batch,
                         pairs.noise,
                         pairs.timestep,
@@ -89,15 +97,15 @@ def optimize(
                     )
                 )
             keys += pairs.batch.keys
-        if backward.mode != "joint":
-            backward.reduce_gradients(accelerator)
+        if gradient.mode != "joint":
+            gradient.average(accelerator)
 
         figures = PairFigures.cat(parts)
         grad_norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
         report = meter.report(step + 1, figures, grad_norm, optimizer.param_groups[0]["lr"])
         finite, nonfinite = math.isfinite(report.loss), list[str]()
         if step == 0 and finite:
-            _check_first_step(figures)
+            check_first_step(figures)
         if finite and scaling.accepts(grad_norm):
             optimizer.step()
         else:
@@ -113,15 +121,3 @@ def optimize(
         )
         saved = checkpoint_folder(run.out, step + 1) if run.saves_after(step + 1) else None
         yield StepEvent(report=report, checkpoint=saved, nonfinite_pairs=nonfinite)
-
-
-def _check_first_step(figures: PairFigures) -> None:
-    """Raise a TrainingError unless the policy equals its reference to the bit."""
-    margin = figures.margin.abs().max().item()
-    if margin != 0:
-        raise TrainingError(
-            f"At step 0 the policy must equal the reference, but the margin is {margin:.3g}. The "
-            "two do not run alike: check for dropout, another precision or other kernels in the "
-            "backbone, or an adapter that does not start at zero. If blocks are compiled, set "
-            "memory.compile=off."
-        )

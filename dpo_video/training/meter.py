@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from dpo_video.errors import TrainingError
 from dpo_video.training.objective import PairFigures
 from dpo_video.training.report import StepReport
 
@@ -64,6 +65,18 @@ def nonfinite_pairs(
     if accelerator.num_processes > 1:
         found = gather_object(found)
     return sorted(set(found))
+
+
+def check_first_step(figures: PairFigures) -> None:
+    """Raise a TrainingError unless the policy equals its reference to the bit."""
+    margin = figures.margin.abs().max().item()
+    if margin != 0:
+        raise TrainingError(
+            f"At step 0 the policy must equal the reference, but the margin is {margin:.3g}. The "
+            "two do not run alike: check for dropout, another precision or other kernels in the "
+            "backbone, or an adapter that does not start at zero. If blocks are compiled, set "
+            "memory.compile=off."
+        )
 
 
 def _peak_memory(device: torch.device) -> int:

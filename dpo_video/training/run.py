@@ -102,7 +102,7 @@ def train(
         )
     parameters = [p for p in policy.parameters() if p.requires_grad]
     network, optimizer = accelerator.prepare(policy, make_optimizer(parameters, settings, memory))
-    backward = Step(
+    gradient = Step(
         model=model,
         policy=network,
         reference_model=reference_model,
@@ -118,7 +118,7 @@ def train(
                 model,
                 seed,
                 accelerator.mixed_precision,
-                backward.videos_at_once,
+                gradient.videos_at_once,
                 memory.forward_chunks,
                 compiled=memory.compile == "on",
             )
@@ -134,7 +134,7 @@ def train(
         noise_draws=reference_model.noise_draws, cache=cache,
     )  # fmt: skip
     if run.state.step < settings.steps and not sampler.fill_cache(
-        lambda inputs: backward.reference(inputs.batch, inputs.noise, inputs.timestep),
+        lambda inputs: gradient.reference(inputs.batch, inputs.noise, inputs.timestep),
         on_reference_cache,
         stop,
     ):
@@ -143,7 +143,7 @@ def train(
     called = [*built_in, *listeners]
     for listener in called:
         listener.on_train_begin(run)
-    for event in optimize(run, sampler, backward, _agreed(stop, accelerator)):
+    for event in optimize(run, sampler, gradient, _agreed(stop, accelerator)):
         for listener in called:
             listener.on_step_end(event)
         yield event

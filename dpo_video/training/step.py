@@ -117,8 +117,8 @@ class Step:
             return self._reference(inputs)
         return torch.cat([self._reference(inputs.only([video])) for video in range(2)])
 
-    def reduce_gradients(self, accelerator: Accelerator) -> None:
-        """Average the gradients over all processes, after passes without synchronisation."""
+    def average(self, accelerator: Accelerator) -> None:
+        """Average the policy's gradients over all processes, if the passes did not."""
         if accelerator.num_processes == 1:
             return
         for parameter in self.policy.parameters():

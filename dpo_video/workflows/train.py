@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -15,6 +15,7 @@ from dpo_video.memory.compile import check_compile
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.training.diagnosis import Diagnosis
+from dpo_video.training.listeners import Listener
 from dpo_video.training.reference_cache import ReferenceCacheReport
 from dpo_video.training.report import StepReport
 from dpo_video.training.run import train as train_loop
@@ -41,6 +42,7 @@ def train(
     auto_resume: bool = False,
     progress: Progress = SILENT,
     stop: Callable[[], bool] = lambda: False,
+    listeners: Sequence[Listener] = (),
     **options: Unpack[TrainOptions],
 ) -> Run:
     """Build pairs if necessary, and train an adapter on them.
@@ -53,6 +55,7 @@ def train(
         auto_resume: Resume the run in `out` if there is one, else start it.
         progress: Receives the progress.
         stop: Asked after every forward pass; True saves a checkpoint and ends the training.
+        listeners: Called at the start, after every step and at the end, in every process.
         options: See `TrainOptions`.
 
     Raises:
@@ -109,8 +112,9 @@ def train(
         )
     write_run(config, folder, accelerator)
     return run_training(
-        config, model, store, folder, accelerator, resume=resume, progress=progress, stop=stop
-    )
+        config, model, store, folder, accelerator, resume=resume, progress=progress, stop=stop,
+        listeners=listeners,
+    )  # fmt: skip
 
 
 def _free_folder(config: Config) -> Path:
@@ -141,6 +145,7 @@ def run_training(
     resume: bool,
     progress: Progress = SILENT,
     stop: Callable[[], bool] = lambda: False,
+    listeners: Sequence[Listener] = (),
 ) -> Run:
     """Train on prepared pairs with a loaded model; the loop of `train` and of `compare`."""
     settings = config.train
@@ -161,6 +166,7 @@ def run_training(
         resume=resume,
         on_reference_cache=_CacheNotes(progress, config),
         stop=stop,
+        listeners=listeners,
     ):
         report = event.report
         reports.append(report)

@@ -1,4 +1,4 @@
-"""The losses of one margin per video: examples worked by hand, formulas, limits."""
+"""Losses of one margin per pair: examples by hand, formulas and limits."""
 
 from __future__ import annotations
 

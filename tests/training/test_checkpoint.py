@@ -1,4 +1,4 @@
-"""State on disk: what goes in comes out, and no pickle is ever read or written."""
+"""State on disk is exact, and no pickle is ever read or written."""
 
 from __future__ import annotations
 

@@ -444,7 +444,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     weights = load_file(latest_checkpoint(tmp_path / "run") / "adapter/adapter_model.safetensors")
     assert all(not weight.any() for name, weight in weights.items() if "lora_B" in name)
     assert [report.skipped for report in read_log(tmp_path / "run")] == [True, True]
-    # The count goes on with the run.
+    # The count is saved with the run.
     longer = settings.model_copy(update={"steps": 3})
     with pytest.raises(
         TrainingError, match=r"pairs were 00000\. Steps that were not finite so far: 3;"

@@ -1,4 +1,4 @@
-"""Several processes train what one trains, and hold the frozen weights together."""
+"""Several processes train what one trains, and share the frozen weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every memory mode takes the same step, and holds less while it does."""
+"""Every memory mode takes the same step with less memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def bench(small_folder: Path) -> Bench:
 
 
 def losses() -> list[Loss]:
-    """All that are installed, and those with options that change what they see."""
+    """All installed losses, and some with options that change their inputs."""
     plain = [registry.load("loss", listing.name)() for listing in registry.listings("loss")]
     return [*plain, Global(sft_weight=0.1), Segment(per="clip", sft_weight=0.1)]
 
@@ -62,8 +62,8 @@ def test_all_modes_give_the_same_gradient_and_figures(
     expected = vars(bench.plain(pairs, loss))
     gradient = bench.flat()
     assert gradient.norm() > 0
-    # In one forward pass, the two videos' errors round differently by 1e-8, and so do the margins.
-    # The slope makes of that up to 3e-4 of the gradient.
+    # In one forward pass, the two videos' errors round differently by 1e-8, which the slope turns
+    # into up to 3e-4 of the gradient.
     modes: dict[MemoryMode, float] = {"split": 1e-6, "joint": 1e-3}
     if loss.linear_in_mean_error:
         modes["linear"] = 1e-4  # it subtracts two gradients that are nearly equal
@@ -125,7 +125,7 @@ def test_under_autocast_the_gradient_reaches_the_adapter(bench: Bench, mode: Mem
 def test_linear_refuses_a_loss_that_is_not_linear_in_mean_errors(
     bench: Bench, small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
-    class Boastful(Region):  # type: ignore[misc]  # it is final for good reasons
+    class Boastful(Region):  # type: ignore[misc]
         linear_in_mean_error = True
 
     with pytest.raises(TrainingError, match=r"Boastful declares .*memory\.backward=split"):
