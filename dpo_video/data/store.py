@@ -19,6 +19,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, final
@@ -27,11 +28,13 @@ import torch
 from filelock import FileLock
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from dpo_video.data.pair_index import PairIndex, PairRecord, checked, parse
+from dpo_video.data.pair_view import PREVIEWS, pair_html, pair_table
 from dpo_video.data.shards import INDEX, ShardIndex, Shards
 from dpo_video.data.storage import LocalStorage, RemoteStorage, Storage, folder_of, is_url
 from dpo_video.errors import StoreError, first_fault
@@ -139,6 +142,22 @@ class PairStore:
     def made(self) -> int:
         """How many pairs were made, those included that wait for one before them."""
         return len(self._index)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifest and the pairs as plain values."""
+        return {
+            "where": self.where,
+            "manifest": self.manifest.model_dump(mode="json"),
+            "pairs": [asdict(record) for record in self.records],
+        }
+
+    def table(self) -> Table:
+        """The first pairs as a table, for a terminal."""
+        return pair_table(self.records)
+
+    def _repr_html_(self) -> str:
+        previews = [self.preview(index) for index in range(min(PREVIEWS, len(self)))]
+        return pair_html(self.where, self.records, previews)
 
     def preview(self, index: int) -> Path:
         """Where a pair's preview goes."""

@@ -306,6 +306,14 @@ def test_a_run_shows_itself(run: dv.Run) -> None:
     assert "python-run" in run._repr_html_()
 
 
+def test_pairs_show_themselves(pairs: PairStore) -> None:
+    plain = pairs.to_dict()
+    assert [pair["prompt"] for pair in plain["pairs"]] == ["a square"] * 3
+    assert json.dumps(plain)
+    assert pairs.table().row_count == 3
+    assert pairs._repr_html_().count("<video") == 3
+
+
 def test_nothing_is_printed(
     run: dv.Run, pairs: PairStore, capfd: pytest.CaptureFixture[str]
 ) -> None:

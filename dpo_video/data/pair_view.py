@@ -1,0 +1,46 @@
+"""How a pair store is shown: as a table, and with its previews in a notebook."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from dpo_video.data.pair_index import PairRecord
+from dpo_video.support.formatting import html_table
+
+HEADER = ("pair", "prompt", "source", "frames preferred", "region")
+SHOWN = 10  # rows of a table
+PREVIEWS = 4  # videos in a notebook
+
+
+def _cells(row: PairRecord) -> tuple[str, ...]:
+    first = sum(value > 0 for value in row.preference)
+    second = sum(value < 0 for value in row.preference)
+    preferred = f"first {first}, second {second} of {len(row.preference)}"
+    return (row.key, row.prompt, row.source, preferred, f"{row.region_share:.0%}")
+
+
+def pair_table(rows: Sequence[PairRecord]) -> Table:
+    """The first pairs as a table."""
+    caption = f"{len(rows)} pairs" + (f", the first {SHOWN} shown" if len(rows) > SHOWN else "")
+    table = Table(*HEADER, box=None, pad_edge=False, caption=caption, caption_justify="left")
+    for row in rows[:SHOWN]:
+        table.add_row(*map(Text, _cells(row)))
+    return table
+
+
+def pair_html(where: str, rows: Sequence[PairRecord], previews: Sequence[Path]) -> str:
+    """The first pairs as HTML: previews (first, second and region side by side) and a table."""
+    videos = "".join(
+        '<video autoplay loop muted width="45%" src="data:video/mp4;base64,'
+        f'{base64.b64encode(path.read_bytes()).decode()}"></video>'
+        for path in previews[:PREVIEWS]
+        if path.is_file()
+    )
+    caption = f"{len(rows)} pairs in {where}"
+    return f"<p>{escape(caption)}</p>{videos}" + html_table(HEADER, map(_cells, rows[:SHOWN]))
