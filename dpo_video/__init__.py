@@ -11,7 +11,8 @@ The commands of `dpo-video` as functions, with the same names and options:
 A strategy is given by its name or as an object: `dv.loss.Region(beta=2500)`,
 `dv.strategy("loss", "region", beta=2500)`. The options of a function's own table are keywords
 (`learning_rate` of [train]); `set={"memory.checkpointing": "blocks"}` sets any option. Nothing is
-printed: pass `progress=` an object derived from `Progress`.
+printed: pass `progress=` an object derived from `Progress`; `listeners=` of `train` takes
+objects derived from `Listener`.
 
 Everything is imported when it is first used; `import dpo_video` itself imports no torch.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dpo_video import pairs as pairs
     from dpo_video import reference as reference
     from dpo_video.registry import strategy as strategy
+    from dpo_video.training.listeners import Listener as Listener
     from dpo_video.workflows.build import build_pairs as build_pairs
     from dpo_video.workflows.compare import compare as compare
     from dpo_video.workflows.estimate import estimate as estimate
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 _KINDS = ("backbone", "labeler", "loss", "metric", "pairs", "reference")
 _WHERE = {
+    "Listener": "training.listeners",
     "Progress": "workflows.progress",
     "Run": "workflows.runs",
     "build_pairs": "workflows.build",

@@ -120,9 +120,9 @@ def _explain(error: BaseException) -> None:
 
     if short := shortage(error):
         _exit_with(short)
-    from dpo_video.registry.attribution import blamed
+    from dpo_video.registry.attribution import attribution
 
-    if sentence := blamed(error):
+    if sentence := attribution(error):
         _print_error(sentence)
         traceback.print_exception(error)
         sys.exit(1)

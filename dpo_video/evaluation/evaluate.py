@@ -15,7 +15,7 @@ from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import RunError, UserError
 from dpo_video.evaluation.verdict import MetricResult, Role
 from dpo_video.memory.packed_weights import frozen_weights
-from dpo_video.registry.attribution import plugin_of, said
+from dpo_video.registry.attribution import plugin_of, sentence
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.training.checkpoint import load_adapter
@@ -121,7 +121,7 @@ def _measure(
     except Exception as error:
         if (plugin := plugin_of(metric)) is None:
             raise
-        return LeftOut(name=name, reason=said(plugin, error), error=error)
+        return LeftOut(name=name, reason=sentence(plugin, error), error=error)
     for which, measured in (("base", before), ("tuned", after)):
         for prompt, value in zip(prompts, measured, strict=True):
             if not math.isfinite(value):

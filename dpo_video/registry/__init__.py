@@ -1,6 +1,6 @@
-"""Names to strategies, through entry points: built-ins and plugins come in by the same door.
+"""Strategies by name, built-in ones and plugins', from entry points of the group `dpo_video.KIND`.
 
-Listing names imports none of them. Groups are `dpo_video.KIND`.
+Listing names imports no strategy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dpo_video.strategies import Strategy
 
 _OURS = "dpo_video."
-# What the tables of run.toml and the command line mean by themselves.
+# Keys with a fixed meaning in the tables of run.toml.
 _RESERVED = {"name": "the strategy's name", "store": "a folder of finished pairs"}
 _SESSION: dict[tuple[str, str], type[Strategy]] = {}
 KINDS = ("pairs", "labeler", "loss", "reference", "metric", "backbone")
@@ -28,7 +28,7 @@ KINDS = ("pairs", "labeler", "loss", "reference", "metric", "backbone")
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A strategy as far as it is known without importing it."""
+    """An installed strategy, described without importing it."""
 
     kind: str
     name: str
@@ -38,7 +38,7 @@ class Listing:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One option of a strategy or of an engine."""
+    """One option of a strategy or of a table such as [train]."""
 
     path: str
     type: str
@@ -47,7 +47,7 @@ class Option:
 
 
 def listings(kind: str) -> list[Listing]:
-    """What is installed of a kind, by name."""
+    """The installed strategies of a kind, sorted by name."""
     return [
         Listing(kind=kind, name=name, distribution=entry.distribution, summary=_summary(entry))
         for name, same in sorted(_by_name(kind).items())
@@ -56,7 +56,12 @@ def listings(kind: str) -> list[Listing]:
 
 
 def load(kind: str, name: str) -> type[Strategy]:
-    """The class behind a name; a UserError for an unknown name or a broken plugin."""
+    """The class of a name.
+
+    Raises:
+        UserError: for an unknown kind or name.
+        PluginError: for a name that several packages use, or a plugin that is broken.
+    """
     found = _by_name(kind)
     if name not in found:
         if (kind, name) in _SESSION:
@@ -65,17 +70,17 @@ def load(kind: str, name: str) -> type[Strategy]:
     entry, *others = found[name]
     if others:
         raise PluginError(
-            f"Several packages call a {kind} '{name}': "
+            f"Several packages provide a {kind} '{name}': "
             f"{', '.join(each.distribution for each in found[name])}. Uninstall all but one; "
-            "everything else goes on working."
+            "all other strategies still work."
         )
     try:
         loaded = entry.load()
     except (Exception, SystemExit) as error:  # a plugin's import may do anything
         raise PluginError(
             f"The {kind} '{name}' of {entry.distribution} cannot be imported "
-            f"({type(error).__name__}: {error}). Repair or uninstall that package; everything else "
-            "goes on working."
+            f"({type(error).__name__}: {error}). Repair or uninstall that package; all other "
+            "strategies still work."
         ) from error
     if fault := _fault(loaded, kind, entry):
         raise PluginError(f"The {kind} '{name}' of {entry.distribution} {fault}")
@@ -110,7 +115,7 @@ def name_of(strategy: Strategy) -> str:
 
 
 def options(model: type[Any], path: str) -> list[Option]:
-    """The options of a pydantic class, nested ones by their dotted path."""
+    """The options of a pydantic class; nested ones have a dotted path."""
     found = []
     for name, field in model.model_fields.items():
         here = f"{path}.{name}"
@@ -126,14 +131,14 @@ def options(model: type[Any], path: str) -> list[Option]:
 
 
 def check_kind(kind: str) -> str:
-    """The kind itself; a UserError for an unknown one."""
+    """Return a kind's name; a UserError for an unknown one."""
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     return kind
 
 
 def _by_name(kind: str) -> dict[str, list[Entry]]:
-    """A name has several entries only where packages disagree about it."""
+    """Entry points by name; a name has several if packages provide different classes for it."""
     check_kind(kind)
     found: dict[str, list[Entry]] = {}
     for entry in entries():
@@ -145,35 +150,35 @@ def _by_name(kind: str) -> dict[str, list[Entry]]:
 
 
 def _fault(loaded: Any, kind: str, entry: Entry) -> str:
-    """What is wrong with a class, so far as it can be said without running it; "" for nothing."""
+    """The fault of a class that shows without running it; "" if there is none."""
     bases = _bases(kind)
     base = next((b for b in bases if isinstance(loaded, type) and issubclass(loaded, b)), None)
     if base is None:
         names = " or ".join(each.__name__ for each in bases)
         return f"is not a {names}. Derive it from dpo_video.strategies.{bases[0].__name__}."
     if not entry.can_be_typed:
-        return "has a name that cannot be typed. Names are of letters, digits, _ and -."
+        return "has an invalid name. Names consist of letters, digits, _ and -."
     if inspect.isabstract(loaded):
         missing = ", ".join(sorted(loaded.__abstractmethods__))
-        return f"is not finished: it lacks {missing}. See dpo_video.strategies.{base.__name__}."
+        return f"is incomplete: it lacks {missing}. See dpo_video.strategies.{base.__name__}."
     if silent := sorted(name for name in loaded.__class_vars__ if not hasattr(loaded, name)):
-        return f"does not say its {silent[0]}. See dpo_video.strategies.{base.__name__}."
+        return f"does not set {silent[0]}. See dpo_video.strategies.{base.__name__}."
     if not (loaded.model_config.get("frozen") and loaded.model_config.get("extra") == "forbid"):
         return (
-            "is not frozen, or takes options that it does not have: a run could not be repeated. "
-            "Leave its model_config as it is."
+            "is not frozen, or accepts unknown options, so its runs could not be repeated. Do not "
+            "override model_config."
         )
     reserved = {"name", "store"} if kind == "pairs" else {"name"}
     if clash := sorted(reserved & loaded.model_fields.keys()):
         return (
-            f"has an option '{clash[0]}', which means {_RESERVED[clash[0]]} in a run.toml. Call "
-            "it something else."
+            f"has an option '{clash[0]}', which means {_RESERVED[clash[0]]} in a run.toml. Rename "
+            "it."
         )
     return ""
 
 
 def _summary(entry: Entry) -> str:
-    """The first line of a built-in's docstring, read from its source without importing it."""
+    """First line of a built-in strategy's docstring, read from its source without importing it."""
     if not entry.module.startswith(_OURS):
         return ""
     spec = importlib.util.find_spec(entry.module)
@@ -202,7 +207,7 @@ def _bases(kind: str) -> tuple[type[Strategy], ...]:
 
 
 def _type(annotation: Any) -> str:
-    """As in a signature, a Literal as its values, without what pydantic checks besides."""
+    """A type as in a signature; a Literal as its values, without pydantic's constraints."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is NoneType:
         return "None"

@@ -1,7 +1,6 @@
-"""Whose error is it? Names the plugin that an exception came out of.
+"""Attribution: which plugin raised an exception.
 
-Everything is read off entry points and tracebacks, so that strategies need no wrapping: what is
-called is what was written.
+It is read from entry points and tracebacks, so that strategies are called without wrappers.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ from dpo_video.registry.entry_points import Entry, entries
 OURS = __name__.partition(".")[0]
 
 
-def blamed(error: BaseException) -> str | None:
-    """One sentence about the plugin that an exception came out of; None if it was none's.
+def attribution(error: BaseException) -> str | None:
+    """One sentence about the plugin that raised an exception; None if no plugin did.
 
-    A plugin that ends the program is to blame only if it did so itself.
+    A SystemExit counts only if the plugin itself raised it.
     """
     names = (frame.f_globals.get("__name__", "") for frame in _frames(error))
     if isinstance(error, SystemExit) and _top(next(names, "")) == OURS:
         return None
     for frame in _frames(error):
         if _top(frame.f_globals.get("__name__", "")) != OURS:
-            return said(_entry(frame), error)
+            return sentence(_entry(frame), error)
     return None
 
 
 def plugin_of(thing: object) -> Entry | None:
-    """The entry point that a strategy came in by, if that is not one of ours."""
+    """The entry point of a strategy; None for a built-in one."""
     cls = type(thing)
     same = _from(cls.__module__)
     exact = (
@@ -39,18 +38,18 @@ def plugin_of(thing: object) -> Entry | None:
     return next(exact, next(iter(same), None))
 
 
-def said(entry: Entry, error: BaseException) -> str:
-    """The sentence for an error that came out of a plugin."""
+def sentence(entry: Entry, error: BaseException) -> str:
+    """The sentence for an error that a plugin raised."""
     reason = one_line(f"{type(error).__name__}: {error}".removesuffix(": "))
     return (
-        f"The {entry.kind} '{entry.name}' of {entry.distribution} failed ({reason}). That is a "
-        "fault of that package, for its author; nothing that was saved before is lost, and "
-        "everything else goes on working."
+        f"The {entry.kind} '{entry.name}' of {entry.distribution} failed ({reason}). Report it to "
+        "that package's author; nothing that was saved is lost, and all other strategies still "
+        "work."
     )
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:
-    """The frames of an exception that are ours or a plugin's, the innermost first."""
+    """The frames of an exception in this package or a plugin, the innermost first."""
     found, trace = [], error.__traceback__
     while trace is not None:
         found.append(trace.tb_frame)
@@ -62,12 +61,12 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
 
 
 def _entry(frame: FrameType) -> Entry:
-    """The strategy that a plugin's frame belongs to: its own, or one of its package."""
+    """The entry point of the strategy in a plugin's frame, or another one of its package."""
     return plugin_of(frame.f_locals.get("self")) or _from(frame.f_globals["__name__"])[0]
 
 
 def _from(module: str) -> list[Entry]:
-    """The entry points of the package that a module is in, those of the very module first."""
+    """The entry points of a module's package, those of the module itself first."""
     top = _top(module)
     same = [entry for entry in entries() if top not in ("", OURS) and _top(entry.module) == top]
     return sorted(same, key=lambda entry: entry.module != module)

@@ -1,7 +1,4 @@
-"""What distributions offer under `dpo_video.KIND`, however badly some of them are made.
-
-No torch here, and nothing of what is found is imported.
-"""
+"""Entry points of the groups `dpo_video.KIND`, read without importing anything they name."""
 
 from __future__ import annotations
 
@@ -30,21 +27,21 @@ class Entry:
 
     @property
     def module(self) -> str:
-        """Where it is; "" where its value names nothing."""
+        """The module; "" if the value names none."""
         return (match["module"] if (match := _VALUE.fullmatch(self.value)) else "") or ""
 
     @property
     def attr(self) -> str:
-        """What it is called there."""
+        """The name in the module."""
         return (match["attr"] if (match := _VALUE.fullmatch(self.value)) else "") or ""
 
     @property
     def can_be_typed(self) -> bool:
-        """Whether a command line and a TOML file can take its name."""
+        """Whether the name is valid on a command line and in a TOML file."""
         return _NAME.fullmatch(self.name) is not None
 
     def load(self) -> Any:
-        """Import it; may raise anything."""
+        """Import the object; may raise anything."""
         return EntryPoint(self.name, self.value, f"dpo_video.{self.kind}").load()
 
 
@@ -56,10 +53,10 @@ def _scan() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     for distribution in distributions():
         try:
             points = [each for each in distribution.entry_points if _GROUP.fullmatch(each.group)]
-        except Exception as error:  # a file that somebody has damaged may raise anything
+        except Exception as error:  # a damaged file may raise anything
             if _offers(distribution, error):
                 unreadable.append(
-                    f"{_called(distribution)} offers strategies, but its entry points cannot be "
+                    f"{_called(distribution)} provides strategies, but its entry points cannot be "
                     f"read ({one_line(str(error))}). Install it again."
                 )
             continue
@@ -67,7 +64,7 @@ def _scan() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
             continue
         called = _called(distribution)
         if (name := called.partition(" ")[0].lower()) in seen:
-            continue  # another copy of it, further down the path
+            continue  # another copy further down the path
         seen.add(name)
         entries += [
             Entry(
@@ -82,33 +79,33 @@ def _scan() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
 
 
 def entries() -> tuple[Entry, ...]:
-    """Those of all kinds, built-in ones included."""
+    """The entry points of all kinds, built-in ones included."""
     return _scan()[0]
 
 
 def unreadable() -> tuple[str, ...]:
-    """A sentence for every distribution whose entry points cannot be read."""
+    """One sentence for each distribution whose entry points cannot be read."""
     return _scan()[1]
 
 
 def forget() -> None:
-    """Look again: something was installed since."""
+    """Clear the cache, after something was installed."""
     _scan.cache_clear()
 
 
 def _called(distribution: Distribution) -> str:
-    """Name and version, as far as its metadata says them."""
+    """Name and version of a distribution, as far as its metadata gives them."""
     try:
         name, version = distribution.metadata["Name"], distribution.metadata["Version"]
-    except Exception:  # no metadata, or none that can be read
+    except Exception:  # missing or unreadable metadata
         name, version = None, None
     if not name:
         return "a package without a name"
-    return one_line(f"{name} {version or 'of no version'}")
+    return one_line(f"{name} {version or 'without a version'}")
 
 
 def _offers(distribution: Distribution, error: Exception) -> bool:
-    """Whether an unreadable file of entry points has any for us."""
+    """Whether an unreadable file of entry points has groups of ours."""
     if isinstance(error, UnicodeDecodeError):
         return b"dpo_video." in error.object
     try:

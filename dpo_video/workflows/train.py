@@ -40,9 +40,9 @@ def train(
     out: Path | str | None = None,
     resume: bool = False,
     auto_resume: bool = False,
+    listeners: Sequence[Listener] = (),
     progress: Progress = SILENT,
     stop: Callable[[], bool] = lambda: False,
-    listeners: Sequence[Listener] = (),
     **options: Unpack[TrainOptions],
 ) -> Run:
     """Build pairs if necessary, and train an adapter on them.
@@ -53,9 +53,9 @@ def train(
         out: The run's folder; by default runs/PAIRS-LOSS.
         resume: Resume the run in `out`.
         auto_resume: Resume the run in `out` if there is one, else start it.
+        listeners: Called at the start, after every step and at the end, in every process.
         progress: Receives the progress.
         stop: Asked after every forward pass; True saves a checkpoint and ends the training.
-        listeners: Called at the start, after every step and at the end, in every process.
         options: See `TrainOptions`.
 
     Raises:
@@ -112,9 +112,16 @@ def train(
         )
     write_run(config, folder, accelerator)
     return run_training(
-        config, model, store, folder, accelerator, resume=resume, progress=progress, stop=stop,
+        config,
+        model,
+        store,
+        folder,
+        accelerator,
+        resume=resume,
         listeners=listeners,
-    )  # fmt: skip
+        progress=progress,
+        stop=stop,
+    )
 
 
 def _free_folder(config: Config) -> Path:
@@ -143,9 +150,9 @@ def run_training(
     accelerator: Accelerator,
     *,
     resume: bool,
+    listeners: Sequence[Listener] = (),
     progress: Progress = SILENT,
     stop: Callable[[], bool] = lambda: False,
-    listeners: Sequence[Listener] = (),
 ) -> Run:
     """Train on prepared pairs with a loaded model; the loop of `train` and of `compare`."""
     settings = config.train

@@ -18,7 +18,7 @@ from dpo_video.evaluation.evaluate import measure
 from dpo_video.labeler.vlm import VLM
 from dpo_video.loss.global_ import Global
 from dpo_video.metric.frame_difference import FrameDifference
-from dpo_video.registry.attribution import blamed, plugin_of
+from dpo_video.registry.attribution import attribution, plugin_of
 from dpo_video.settings import EvaluateSettings, TrainSettings
 from dpo_video.testing import random_errors
 from dpo_video.training.checkpoint import check_manifest
@@ -173,14 +173,14 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
         measure(load_small(small_folder), tmp_path / "adapter", broken, ["a"], settings)
 
 
-def test_the_innermost_plugin_is_blamed_and_nobody_else(faulty: Faulty) -> None:
+def test_the_error_is_attributed_to_the_innermost_plugin(faulty: Faulty) -> None:
     errors = random_errors()
     leaver = faulty("loss", "Leaver")()
-    told = blamed(raised(lambda: leaver(errors)))
+    told = attribution(raised(lambda: leaver(errors)))
     assert told is not None and told.startswith("The loss 'leaver' of dpo-leaver 1.0 failed (Syst")
     assert plugin_of(leaver) is not None and plugin_of(Global()) is None
-    assert blamed(raised(lambda: Global()(None))) is None  # type: ignore[arg-type]
-    assert blamed(raised(lambda: sys.exit(0))) is None
+    assert attribution(raised(lambda: Global()(None))) is None  # type: ignore[arg-type]
+    assert attribution(raised(lambda: sys.exit(0))) is None
 
 
 def test_a_loss_of_one_number_for_all_pairs_is_refused(faulty: Faulty) -> None:

@@ -140,12 +140,12 @@ class Odd(strategies.{base}):
     ("kind", "source", "sentence"),
     [
         ("loss", strategy("name: str = 'a'"), "has an option 'name', which means the strategy's"),
-        ("loss", strategy("model_config = ConfigDict(frozen=False)"), "is not frozen, or takes"),
-        ("loss", strategy("model_config = ConfigDict(extra='allow')"), "is not frozen, or takes"),
-        ("loss", "from dpo_video.strategies import Loss as Odd", "is not finished: it lacks __c"),
+        ("loss", strategy("model_config = ConfigDict(frozen=False)"), "is not frozen, or accepts"),
+        ("loss", strategy("model_config = ConfigDict(extra='allow')"), "is not frozen, or accepts"),
+        ("loss", "from dpo_video.strategies import Loss as Odd", "is incomplete: it lacks __c"),
         ("labeler", "from dpo_video.strategies import StoreLabeler as Odd", "lacks label_store"),
         ("labeler", strategy("", "AnyLabeler"), "is not a Labeler or LabelerFactory or StoreLab"),
-        ("metric", strategy("unit: ClassVar[str] = ''", "Metric"), "does not say its higher_is_b"),
+        ("metric", strategy("unit: ClassVar[str] = ''", "Metric"), "does not set higher_is_b"),
         ("pairs", strategy("needs_video: ClassVar[bool] = True; store: str = ''", "PairBuilder"),
          "has an option 'store', which means a folder"),
     ],
@@ -163,7 +163,7 @@ def test_a_class_that_could_break_a_run_is_refused(
 def test_a_name_that_cannot_be_typed_is_listed_and_refused(install: Install, name: str) -> None:
     install("dpo-odd", SOUND, name, "Sound")
     assert name in [listing.name for listing in registry.listings("loss")]
-    with pytest.raises(PluginError, match="has a name that cannot be typed"):
+    with pytest.raises(PluginError, match="has an invalid name"):
         registry.load("loss", name)
     result = CliRunner().invoke(app, ["list", "loss"])
     assert result.exit_code == 0 and "region" in result.output and "\x1b" not in result.output
@@ -183,7 +183,7 @@ def test_a_distribution_with_broken_metadata_is_named_and_left_out(
     entries.forget()
     assert registry.load("loss", "sound") and registry.load("loss", "region")
     (sentence,) = entries.unreadable()
-    assert sentence.startswith("dpo-odd 1.0 offers strategies, but its entry points cannot be read")
+    assert sentence.startswith("dpo-odd 1.0 provides strategies, but its entry points cannot be read")
     assert "dpo-odd 1.0" in CliRunner().invoke(app, ["list", "loss"]).output
 
 

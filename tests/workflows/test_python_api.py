@@ -111,11 +111,17 @@ def pairs(folder: Path, backbone: Any) -> PairStore:
 
 @pytest.fixture(scope="module")
 def run(folder: Path, pairs: PairStore) -> dv.Run:
-    progress = Kept()
+    progress, seen = Kept(), []
+
+    class Losses(dv.Listener):
+        def on_step_end(self, event: Any) -> None:
+            seen.append(event.report.loss)
+
     run = dv.train(
         pairs, loss=dv.loss.Global(beta=500), metrics=["frame_difference"], out="python-run",
-        device="cpu", progress=progress, **TRAIN,
+        device="cpu", progress=progress, listeners=[Losses()], **TRAIN,
     )  # fmt: skip
+    assert seen == [report.loss for report in run.reports]
     assert progress.steps == [1, 2] and progress.notes[0].startswith("Using the 3 pairs")
     return run
 
