@@ -157,7 +157,7 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
     assert [result.name for result in comparison.metrics] == ["frame_difference"]
     reasons = {metric.name: metric.reason for metric in comparison.left_out}
     assert "'blind' of dpo-blind 1.0 failed (KeyError: 'a')" in reasons["blind"]
-    assert "'short' of dpo-short 1.0 failed (ValueError: 0 numbers for 2" in reasons["short"]
+    assert "'short' of dpo-short 1.0 failed (ValueError: 0 values for 2" in reasons["short"]
     assert "'void' is left out: it is nan for the base model's video of 'a'" in reasons["void"]
 
     class Ours(FrameDifference.__base__):  # type: ignore[misc, name-defined]

@@ -183,7 +183,9 @@ def test_a_distribution_with_broken_metadata_is_named_and_left_out(
     entries.forget()
     assert registry.load("loss", "sound") and registry.load("loss", "region")
     (sentence,) = entries.unreadable()
-    assert sentence.startswith("dpo-odd 1.0 provides strategies, but its entry points cannot be read")
+    assert sentence.startswith(
+        "dpo-odd 1.0 provides strategies, but its entry points cannot be read"
+    )
     assert "dpo-odd 1.0" in CliRunner().invoke(app, ["list", "loss"]).output
 
 
