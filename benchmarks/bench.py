@@ -111,7 +111,7 @@ def bench(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_memory(tier: str | None, environment: dict[str, str], out: Path) -> int:
-    """Run the memory suite: predicted peaks, or those of one tier beside measured ones."""
+    """Run the memory suite: predicted peaks, or predicted and measured ones of a tier."""
     if tier is None:
         script = ["benchmarks.memory", "--out", str(out / "memory.json")]
     else:

@@ -244,43 +244,43 @@ class Campaign:
             required = {*stages, *(inputs.get(each) for each in stages), "build"}
             if stage not in required:
                 continue
-            place = folder / f"undisturbed-{stage}"
+            root = folder / f"undisturbed-{stage}"
             if stage in inputs:
-                shutil.copytree(folder / f"undisturbed-{inputs[stage]}", place)
+                shutil.copytree(folder / f"undisturbed-{inputs[stage]}", root)
             else:
-                (place / "work").mkdir(parents=True)
+                (root / "work").mkdir(parents=True)
             self.before[stage] = folder / f"before-{stage}"
-            shutil.copytree(place, self.before[stage])
-            ended = run(arguments(stage, checkpoint, False), place, Disk(place / "work"))
+            shutil.copytree(root, self.before[stage])
+            ended = run(arguments(stage, checkpoint, False), root, Disk(root / "work"))
             if ended.code:
                 raise RuntimeError(f"{stage} fails undisturbed: {ended.output}")
             if stage == "workers":
-                run(self._second, place)
-            self.expected[stage] = hashes(place)
+                run(self._second, root)
+            self.expected[stage] = hashes(root)
             if stage == "workers" and self.expected[stage] != self.expected["build"]:
                 raise RuntimeError("two workers build another set than one process")
             self.seconds[stage] = ended.seconds
             self.endings[stage] = ended.output.rstrip().splitlines()[-1]
-            report = json.loads((place / "work.synced").read_text())
+            report = json.loads((root / "work.synced").read_text())
             self.operations[stage] = report["count"]
 
     def fault(self, stage: str, fault: str, random: Random) -> Outcome:
         """Disturb a stage, resume it, and compare the result with the undisturbed one."""
-        place = self.folder / "disturbed"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(self.before[stage], place)
+        root = self.folder / "disturbed"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.before[stage], root)
         command = arguments(stage, self.checkpoint, False)
         disturb = self._disturb_two if stage == "workers" else self._disturb
-        at, ended = disturb(stage, fault, command, place, random)
+        at, ended = disturb(stage, fault, command, root, random)
         wrong = _wrong_ending(ended, fault, self.endings[stage])
-        resume = stage == "workers" or (place / "work/run/run.toml").exists()
-        last = run(arguments(stage, self.checkpoint, resume), place)
+        resume = stage == "workers" or (root / "work/run/run.toml").exists()
+        last = run(arguments(stage, self.checkpoint, resume), root)
         if stage == "export" and ended.code == 0:
             last = ended  # it had finished, and export never overwrites
         if not wrong and last.code:
             wrong = f"the resumed command ends with {last.code}: {last.output[-600:]}"
         if not wrong:
-            found, expected = hashes(place), self.expected[stage]
+            found, expected = hashes(root), self.expected[stage]
             if found != expected:
                 names = sorted(
                     k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)
@@ -290,26 +290,26 @@ class Campaign:
                        wrong=wrong)  # fmt: skip
 
     def _disturb_two(
-        self, stage: str, fault: str, command: list[str], place: Path, random: Random
+        self, stage: str, fault: str, command: list[str], root: Path, random: Random
     ) -> tuple[float, Ended]:
         """Disturb one worker; the second one is killed at another moment, or continues."""
         survives = fault == "power" or random.random() < 0.3
         killed_after = 0.0 if survives else random.uniform(0.01, 2 * self.seconds[stage])
-        second = start(self._second, place, None, "second.txt", killed_after)
+        second = start(self._second, root, None, "second.txt", killed_after)
         since = time.monotonic()
         if fault == "power":
             finish(*second, since)
             time.sleep(0.1)  # the power cut recognizes the first worker's files by their time
-        found = self._disturb(stage, fault, command, place, random)
+        found = self._disturb(stage, fault, command, root, random)
         if fault != "power":
             finish(*second, since)
         return found
 
     def _disturb(
-        self, stage: str, fault: str, command: list[str], place: Path, random: Random
+        self, stage: str, fault: str, command: list[str], root: Path, random: Random
     ) -> tuple[float, Ended]:
         if fault in SIGNALS:
-            child, output = start(command, place, None)
+            child, output = start(command, root, None)
             after = random.uniform(0, self.seconds[stage])
             time.sleep(after)
             since = time.monotonic()
@@ -317,17 +317,17 @@ class Campaign:
             return round(after, 3), finish(child, output, since)
         at = random.randrange(1, self.operations[stage] + 1)
         began = time.time()
-        ended = run(command, place, Disk(place / "work", fault, at))
+        ended = run(command, root, Disk(root / "work", fault, at))
         if fault == "power":
-            _cut_power(place, began, random)
+            _cut_power(root, began, random)
         return at, ended
 
 
-def _cut_power(place: Path, began: float, random: Random) -> None:
+def _cut_power(root: Path, began: float, random: Random) -> None:
     """Truncate every file written since `began` to its synced bytes, or to a random size above."""
-    report = place / "work.synced"
+    report = root / "work.synced"
     synced = json.loads(report.read_text())["synced"] if report.exists() else {}
-    for path in sorted((place / "work").rglob("*")):
+    for path in sorted((root / "work").rglob("*")):
         if path.is_file() and path.stat().st_mtime >= began - 0.05:
             size = path.stat().st_size
             kept = min(synced.get(os.path.realpath(path), 0), size)
@@ -347,7 +347,7 @@ def _wrong_ending(ended: Ended, fault: str, ending: str) -> str:
         return f"exit code {ended.code}: {ended.output[-600:]}"
     if ended.code == 2 and ended.output.count("Error:") != 1:
         return f"not one sentence: {ended.output[-600:]}"
-    if ended.code == STOPPED and "Go on by" not in ended.output:
+    if ended.code == STOPPED and "Resume with" not in ended.output:
         return f"no resume command: {ended.output[-300:]}"
     return ""
 
