@@ -30,6 +30,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from hypothesis import settings
 from small_animatediff import CPU, SHAPE, load_small, save_small_animatediff
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
@@ -39,6 +40,8 @@ from dpo_video.testing import small_videos
 from dpo_video.types import Clip
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # no test is timed
+settings.load_profile("untimed")
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
