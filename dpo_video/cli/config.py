@@ -12,7 +12,7 @@ from dpo_video.cli.options import TRAINING, Json, takes
 @takes(TRAINING)
 def config(options: dict[str, Any], as_json: Json = False) -> None:
     """Print the resolved configuration of `train` with the same flags, and stop."""
-    from dpo_video.workflows.config import configure
+    from dpo_video.workflows.options import configure
 
     resolved = configure("train", options, options.pop("pairs"))
     if as_json:

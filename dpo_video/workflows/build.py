@@ -11,7 +11,8 @@ from dpo_video.data.build import build as build_engine
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
 from dpo_video.strategies import PairBuilder, VideoModel
-from dpo_video.workflows.config import BuildOptions, Config, configure
+from dpo_video.workflows.config import Config
+from dpo_video.workflows.options import BuildOptions, configure
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import (
     builder_labeler,

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
-from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError, unknown
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.settings import (
@@ -63,69 +62,6 @@ _MODEL = "backbone.model"
 _PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
 
 
-class Options(TypedDict, total=False):
-    """Options that every workflow takes; None and a missing one leave the default."""
-
-    backbone: Backbone | str | None
-    config: Path | str | None
-    """A TOML file to start from, such as a run's run.toml."""
-    set: Mapping[str, Any] | Sequence[str] | None
-    """Any option by its path: {"loss.beta": 500}, or ["loss.beta=500"]."""
-    tier: str | None
-    """The card whose presets apply."""
-    device: str | None
-    deterministic: bool | None
-
-
-class BuildOptions(Options, total=False):
-    """Options of building pairs."""
-
-    labeler: Strategy | str | None
-    clips: Path | str | None
-    prompt: str | None
-    seed: int | None
-    count: int | None
-    previews: bool | None
-
-
-class TrainOptions(BuildOptions, total=False):
-    """Options of training: those of building pairs, the strategies, and [train] by name."""
-
-    loss: Loss | str | None
-    reference: Reference | str | None
-    metrics: Sequence[Metric | str] | None
-    steps: int | None
-    batch_size: int | None
-    gradient_accumulation_steps: int | None
-    learning_rate: float | None
-    betas: tuple[float, float] | None
-    weight_decay: float | None
-    warmup_steps: int | None
-    decay: float | None
-    max_grad_norm: float | None
-    rank: int | None
-    alpha: float | None
-    mixed_precision: str | None
-    skips: int | None
-    save_steps: int | None
-    save_total_limit: int | None
-    validation_videos: int | None
-    labels: Sequence[str] | None
-    report_to: str | None
-
-
-class EvaluateOptions(Options, total=False):
-    """Options of an evaluation: [evaluate] by name, and the metrics."""
-
-    metrics: Sequence[Metric | str] | None
-    seeds: int | None
-    seed: int | None
-    batch_size: int | None
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    tolerance: float | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A fully resolved run."""
@@ -157,71 +93,6 @@ class Config:
     def to_dict(self) -> Tables:
         """The resolved tables."""
         return self.tables
-
-
-def configure(table: str, options: Mapping[str, Any], pairs: object = None) -> Config:
-    """Resolve the keyword arguments of a workflow.
-
-    Args:
-        table: The table whose options are keywords: `learning_rate=3e-4` of "train".
-        options: Keywords by name: those of `Options`, options of `table`, [run] and [build].
-        pairs: A pair builder, its name, a `PairStore`, or the folder or URL of one. Finished pairs
-            bring the backbone that they were made with, unless `backbone` or `config` is given.
-
-    Raises:
-        UserError: for an unknown name or option, or a value of the wrong type.
-    """
-    given = {
-        name: value for name, value in options.items() if not (value is None or value in ((), []))
-    }
-    choices: dict[str, Any] = {
-        kind: given.pop(kind, None) for kind in ("loss", "reference", "backbone", "labeler")
-    }
-    metrics, tier, file = (
-        given.pop("metrics", ()),
-        given.pop("tier", None),
-        given.pop("config", None),
-    )
-    paths = given.pop("set", ())
-    flags: dict[str, Any] = {}
-    if isinstance(paths, Mapping):
-        flags, paths = dict(paths), ()
-    if (store := _finished_pairs(pairs)) is not None:
-        pairs = store
-        if choices["backbone"] is None and file is None:
-            choices["backbone"], own = made_with(PairStore(store))
-            flags = {**own, **flags}
-    for name, value in given.items():
-        homes = (table, "run", "build")
-        home = next((each for each in homes if name in ENGINES[each].model_fields), None)
-        if home is None:
-            fields = {field for each in homes for field in ENGINES[each].model_fields}
-            raise unknown(
-                "option",
-                name,
-                fields
-                | {"loss", "reference", "backbone", "labeler", "metrics", "tier", "config", "set"},
-            )
-        flags[f"{home}.{name}"] = str(value) if isinstance(value, Path) else value
-    return resolve(
-        file=Path(file) if file is not None else None,
-        choices={**choices, "pairs": pairs},
-        metrics=metrics,
-        tier=tier,
-        flags=flags,
-        assignments=paths,
-    )
-
-
-def made_with(store: PairStore) -> tuple[str | None, dict[str, Any]]:
-    """The backbone that pairs were made with: its name, and options by their paths."""
-    recipe = store.manifest.recipe
-    backbone = dict(recipe.get("backbone", {}))
-    name = backbone.pop("name", None)
-    options = {f"backbone.{option}": value for option, value in backbone.items()}
-    if precision := recipe.get("train", {}).get("mixed_precision"):
-        options["train.mixed_precision"] = precision
-    return name, options
 
 
 def resolve(
@@ -288,16 +159,7 @@ def _set_by_hand(strategy: Strategy) -> dict[str, Any]:
     return strategy.model_dump(mode="json", exclude_unset=True)
 
 
-def _finished_pairs(pairs: object) -> str | None:
-    """The folder or URL that `pairs` stands for; None if it stands for a pair builder."""
-    if isinstance(pairs, PairStore):
-        return pairs.where
-    if isinstance(pairs, Path):
-        return str(pairs)
-    return pairs if isinstance(pairs, str) and _is_store(pairs) else None
-
-
-def _is_store(name: str) -> bool:
+def is_store(name: str) -> bool:
     """Whether a text names finished pairs: a path with a slash, a URL, or a store's folder.
 
     A folder that has the name of a strategy does not hide the strategy.
@@ -362,7 +224,7 @@ def _read(file: Path) -> Tables:
 
 def _choose(tables: Tables, kind: str, name: str) -> None:
     """Choose a strategy by name; the file's options stay only if the file names the same one."""
-    if kind == "pairs" and _is_store(name):
+    if kind == "pairs" and is_store(name):
         tables["pairs"] = {"store": name}
     elif tables.get(kind, {}).get("name") != name:
         tables[kind] = {"name": name}

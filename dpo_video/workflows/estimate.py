@@ -18,7 +18,8 @@ from dpo_video.estimation.results import EFFICIENCY, GIB, NOT_COMPILED, Estimate
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
 from dpo_video.training.step import check_backward
-from dpo_video.workflows.config import Config, TrainOptions, configure
+from dpo_video.workflows.config import Config
+from dpo_video.workflows.options import TrainOptions, configure
 from dpo_video.workflows.progress import SILENT, Progress
 
 # Of equally fast modes, that of the first reference in this order is recommended.

@@ -16,7 +16,8 @@ from dpo_video.exporting.model_card import RunSummary, loading_script, model_car
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import VideoModel
 from dpo_video.types import ExportSpec
-from dpo_video.workflows.config import Config, configure
+from dpo_video.workflows.config import Config
+from dpo_video.workflows.options import configure
 from dpo_video.workflows.results import ExportResult
 from dpo_video.workflows.runs import Run, verdict_of
 from dpo_video.workflows.session import load_model, pick_device

@@ -14,7 +14,7 @@ from dpo_video.data.segments import SECONDS
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
 from dpo_video.strategies import StoreLabeler, Strategy
-from dpo_video.workflows.config import Options, configure
+from dpo_video.workflows.options import Options, configure
 from dpo_video.workflows.pairs import opened
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import load_model, pick_device

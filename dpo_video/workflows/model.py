@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_video.strategies import Backbone, VideoModel
 from dpo_video.workflows import session
-from dpo_video.workflows.config import configure
+from dpo_video.workflows.options import configure
 
 
 def load_model(

@@ -21,8 +21,9 @@ from dpo_video.training.report import StepReport
 from dpo_video.training.run import train as train_loop
 from dpo_video.training.step import check_backward
 from dpo_video.workflows.build import obtain_pairs
-from dpo_video.workflows.config import Config, TrainOptions, configure
+from dpo_video.workflows.config import Config
 from dpo_video.workflows.estimate import choose_blocks, warn_if_too_large
+from dpo_video.workflows.options import TrainOptions, configure
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run
 from dpo_video.workflows.session import (

@@ -14,7 +14,7 @@ from dpo_video.cli import app
 from dpo_video.errors import StoreError
 
 
-def test_the_exit_code_says_whether_there_is_a_problem(
+def test_the_exit_code_is_1_for_a_problem(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)

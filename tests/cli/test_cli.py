@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it leaves behind, and how it fails."""
+"""The command line: its output, its files and its errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """The program as the shell runs it, in this process."""
+    """Runs the program in this process as a shell would."""
 
     def command(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["dpo-video", *map(str, arguments)])
@@ -62,7 +62,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
 @pytest.fixture(scope="module")
 def small(small_folder: Path) -> list[str]:
-    """The small model by flags."""
+    """Flags of the small model."""
     return [
         "--backbone=animatediff", f"--set=backbone.model={small_folder}", "--device=cpu",
         f"--set=backbone.frames={SHAPE.frames}", f"--set=backbone.height={SHAPE.height}",
@@ -72,7 +72,7 @@ def small(small_folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two captioned videos and one that is damaged."""
+    """Two captioned videos and a damaged one."""
     folder = tmp_path_factory.mktemp("clips")
     for i, video in enumerate(small_videos(2, SHAPE.frames, SHAPE.height, SHAPE.width)):
         write_video(folder / f"clip_{i}.mp4", video, SHAPE.fps)
@@ -119,7 +119,7 @@ def test_list_names_every_strategy_with_its_kind_and_package(run: Run) -> None:
     assert "region" in one.out and "toggle" not in one.out
 
 
-def test_list_speaks_json(run: Run) -> None:
+def test_list_prints_json(run: Run) -> None:
     found = json.loads(run("list", "--json").out)
     assert {row["kind"] for row in found} <= set(registry.KINDS)
     assert {"kind": "loss", "name": "region"}.items() <= found[
@@ -148,7 +148,7 @@ def test_every_strategy_can_be_shown(run: Run, kind: str) -> None:
         assert len(done.out.splitlines()) > 3
 
 
-def test_config_prints_what_would_run_and_stops(run: Run, tmp_path: Path) -> None:
+def test_config_prints_the_resolved_run(run: Run, tmp_path: Path) -> None:
     done = run("config", "--loss=global", "--set", "loss.beta=7", "--seed=3", METRIC)
     tables = tomllib.loads(done.out)
     assert tables["loss"] == {"name": "global", "beta": 7.0, "sft_weight": 0.0}
@@ -161,7 +161,7 @@ def test_config_prints_what_would_run_and_stops(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("command", ["train", "build", "evaluate", "generate", "list", "show"])
-def test_every_command_explains_itself(command: str) -> None:
+def test_every_command_has_help(command: str) -> None:
     done = CliRunner().invoke(app, [command, "--help"])
     assert done.exit_code == 0 and "Usage" in done.output
 
@@ -169,7 +169,7 @@ def test_every_command_explains_itself(command: str) -> None:
 # --- building and training -------------------------------------------------------------------
 
 
-def test_build_skips_what_is_damaged_and_goes_on_where_it_was(
+def test_build_skips_damaged_clips_and_resumes(
     run: Run, small: list[str], clips: Path, tmp_path: Path
 ) -> None:
     arguments = ["build", "--pairs=jitter", "--set=pairs.chosen=clip", *small, "--clips", clips,
@@ -185,7 +185,7 @@ def test_build_skips_what_is_damaged_and_goes_on_where_it_was(
     assert done.code == 2 and "pairs of another recipe" in done.err
 
 
-def test_equal_recipes_find_each_others_pairs(
+def test_equal_recipes_share_their_pairs(
     run: Run, small: list[str], clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -205,7 +205,7 @@ def test_equal_recipes_find_each_others_pairs(
     assert len(list((tmp_path / "runs" / "pairs").iterdir())) == 2
 
 
-def test_ones_own_pairs_are_built_exported_and_built_again(
+def test_a_users_pairs_are_built_exported_and_built_again(
     run: Run, small: list[str], clips: Path, tmp_path: Path
 ) -> None:
     for side, clip in (("win", "clip_0"), ("lose", "clip_1")):
@@ -231,7 +231,7 @@ def test_ones_own_pairs_are_built_exported_and_built_again(
     assert [row.prompt for row in PairStore(tmp_path / "again").records] == ["a square"] * 2
 
 
-def test_pairs_of_ones_own_take_no_clips_and_say_what_they_want(
+def test_a_folder_of_videos_takes_no_clips_and_requires_a_path(
     run: Run, small: list[str], clips: Path
 ) -> None:
     folder = ["build", "--pairs=folder", *small]
@@ -243,7 +243,7 @@ def test_pairs_of_ones_own_take_no_clips_and_say_what_they_want(
     assert done.code == 2 and "Leave --clips out" in done.err
 
 
-def test_pairs_without_a_winner_are_counted(
+def test_undecided_pairs_are_counted(
     run: Run, small: list[str], clips: Path, tmp_path: Path
 ) -> None:
     done = run(
@@ -266,7 +266,7 @@ def test_pairs_without_a_winner_are_counted(
     assert done.code == 2 and "--labeler NAME" in done.err
 
 
-def test_a_run_repeats_and_goes_on_from_its_run_toml(
+def test_a_run_repeats_and_resumes_from_its_run_toml(
     run: Run, small: list[str], pairs: Path, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
@@ -291,7 +291,7 @@ def test_a_run_repeats_and_goes_on_from_its_run_toml(
     assert "already has all its steps" in finished.err.replace("\n", " ")
 
 
-def test_generate_writes_what_the_suffix_says(run: Run, small: list[str], tmp_path: Path) -> None:
+def test_the_suffix_decides_the_video_format(run: Run, small: list[str], tmp_path: Path) -> None:
     done = run(
         "generate",
         *small,
@@ -327,7 +327,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_mistake_is_one_sentence_and_code_2(
+def test_a_user_error_is_one_sentence_and_exit_code_2(
     run: Run, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -347,7 +347,7 @@ def test_a_mistake_is_one_sentence_and_code_2(
         ([], "are made of real videos, and the backbone 'animatediff' has none of its own."),
     ],
 )
-def test_what_is_found_out_later_is_said_the_same_way(
+def test_a_later_user_error_is_one_sentence_too(
     run: Run,
     small: list[str],
     tmp_path: Path,
@@ -372,7 +372,7 @@ def test_pairs_of_another_backbone_are_refused(
     assert done.code == 2 and "holds pairs already" in done.err
 
 
-def test_a_place_that_cannot_be_written_is_said(
+def test_a_folder_that_cannot_be_written_is_refused(
     run: Run, small: list[str], clips: Path, pairs: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")

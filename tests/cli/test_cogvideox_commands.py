@@ -82,7 +82,7 @@ def test_from_clips_to_videos(
     assert Path("star.mp4").stat().st_size > 0
 
 
-def test_a_shape_that_does_not_fit_is_a_sentence_and_exit_code_2(
+def test_a_wrong_shape_is_one_sentence_and_exit_code_2(
     small_cogvideox: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--backbone=cogvideox", f"--set=backbone.model={small_cogvideox}", "--device=cpu"]

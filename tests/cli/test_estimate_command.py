@@ -22,7 +22,7 @@ from dpo_video.workflows.estimate import predict
 
 @pytest.fixture(scope="module")
 def predicted() -> dict[str, Estimate]:
-    """What was predicted once; the tests ask about one configuration."""
+    """The prediction, made once: all tests use one configuration."""
     return {}
 
 

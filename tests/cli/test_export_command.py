@@ -1,4 +1,4 @@
-"""`dpo-video export`: the files, the card, and the ways it refuses."""
+"""`dpo-video export`: its files, its card and its errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
     return command
 
 
-def test_each_format_says_how_it_is_loaded(run: Run, trained: Path, tmp_path: Path) -> None:
+def test_each_card_shows_how_to_load_its_format(run: Run, trained: Path, tmp_path: Path) -> None:
     words = {
         "diffusers": "pipe.load_lora_weights(",
         "peft": "PeftModel.from_pretrained(pipe.transformer,",
@@ -123,7 +123,7 @@ def test_the_card_describes_the_run(run: Run, trained: Path) -> None:
     (settings,) = re.findall(r"```toml\n(.*?)```", card, re.DOTALL)
     tables = tomllib.loads(settings)
     assert tables["train"]["alpha"] == 6 and tables["loss"]["name"] == "global"
-    assert tables["backbone"]["model"] == "wan"  # nobody's folders are published
+    assert tables["backbone"]["model"] == "wan"  # local paths are not published
     head = card.split("---\n")[1]
     assert "pipeline_tag: text-to-video" in head and "base_model" not in head
     (script,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -131,7 +131,7 @@ def test_the_card_describes_the_run(run: Run, trained: Path) -> None:
     assert 'AutoencoderKLWan.from_pretrained("' in script  # in fp32, as the run had it
 
 
-def test_any_checkpoint_is_evaluated_drawn_and_described(run: Run, trained: Path) -> None:
+def test_any_checkpoint_can_be_evaluated_generated_and_exported(run: Run, trained: Path) -> None:
     folder, whole = (
         trained / "twice",
         ["--device=cpu", "--seeds=2", "--set=evaluate.num_inference_steps=1"],
@@ -169,7 +169,7 @@ def test_any_checkpoint_is_evaluated_drawn_and_described(run: Run, trained: Path
         (["run", "--out=wan"], "'wan' exists already."),
     ],
 )
-def test_a_mistake_is_one_sentence(
+def test_a_user_error_is_one_sentence(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
 ) -> None:
     monkeypatch.chdir(trained)

@@ -75,7 +75,7 @@ def test_flags_are_keywords_of_the_python_function(command: str, function: str) 
         "recipes",
         "folder",
         "as_json",
-    }  # named otherwise in Python, or not there
+    }  # other names in Python, or none
     names = {parameter.name for parameter in GROUP.commands[command].params}
     assert names - {"help"} <= keywords
 

@@ -1,4 +1,4 @@
-"""`dpo-video label`, and training on what it leaves."""
+"""`dpo-video label`, and training on its labels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def backbone(small_folder: Path) -> list[str]:
 
 @pytest.fixture
 def pairs(small_folder: Path, tmp_path: Path) -> Path:
-    """Three pairs that say what they were made with."""
+    """Three pairs whose manifest names their backbone."""
     model = load_small(small_folder)
     shape = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
     manifest = Manifest(
@@ -54,14 +54,14 @@ def pairs(small_folder: Path, tmp_path: Path) -> Path:
 
 
 def run(*arguments: str | Path) -> str:
-    """Standard output; a UserError is raised as it is."""
+    """Standard output; a UserError is raised."""
     done = CliRunner().invoke(cli.app, [*map(str, arguments)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
 def recorded(folder: Path, *labels: object) -> list[str]:
-    """Flags for labels from a file, one a pair; None for a pair without."""
+    """Flags for labels from a file, one per pair; None for an unlabelled pair."""
     file = folder / "labels.jsonl"
     lines = [json.dumps({"pair": i, "label": each})
              for i, each in enumerate(labels) if each is not None]  # fmt: skip
@@ -72,7 +72,7 @@ def recorded(folder: Path, *labels: object) -> list[str]:
 # --- label -----------------------------------------------------------------------------------
 
 
-def test_it_decodes_with_what_the_pairs_were_made_with_and_sums_up(pairs: Path) -> None:
+def test_label_decodes_with_the_pairs_backbone_and_summarizes(pairs: Path) -> None:
     found = json.loads(run("label", pairs, *METRIC, SEGMENTS, "--device=cpu", "--json"))
     assert found["pairs"] == found["labelled"] == 3
     assert [each["frames"] for each in found["segments"]] == [[0, 2], [2, 4]]
@@ -85,7 +85,7 @@ def test_it_decodes_with_what_the_pairs_were_made_with_and_sums_up(pairs: Path) 
     assert "frame_difference" in label_set.lines[0].note
 
 
-def test_labelling_again_goes_on_and_another_recipe_needs_a_name(pairs: Path) -> None:
+def test_labelling_resumes_and_another_recipe_needs_a_name(pairs: Path) -> None:
     run("label", pairs, *METRIC, SEGMENTS, "--device=cpu")
     before = LabelSet(pairs, "metric").path.read_bytes()
     run("label", pairs, *METRIC, SEGMENTS, "--device=cpu")
@@ -108,7 +108,7 @@ def test_agreement_with_the_other_labels_is_measured(pairs: Path, tmp_path: Path
     assert between["kappa"] == pytest.approx((2 / 3 - 1 / 3) / (1 - 1 / 3))
 
 
-def test_a_file_may_grow_under_the_same_name(pairs: Path, tmp_path: Path) -> None:
+def test_a_label_file_may_grow(pairs: Path, tmp_path: Path) -> None:
     run("label", pairs, *recorded(tmp_path, "first"))
     out = run("label", pairs, *recorded(tmp_path, "second", None, "tie"))
     assert "2 of 3 pairs have labels" in " ".join(out.split())
@@ -125,12 +125,12 @@ def test_a_file_may_grow_under_the_same_name(pairs: Path, tmp_path: Path) -> Non
         (["--labeler=recorded", "--set=labeler.file=none"], "Cannot read 'none'"),
     ],
 )
-def test_a_mistake_is_said(pairs: Path, flags: list[str], sentence: str) -> None:
+def test_a_user_error_is_one_sentence(pairs: Path, flags: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         run("label", pairs, *flags)
 
 
-def test_what_is_no_store_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_pairs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a pair store"):
         run("label", tmp_path, "--labeler=metric")
 
@@ -146,7 +146,7 @@ def test_what_is_no_store_is_said(tmp_path: Path) -> None:
         (["--pairs=ranked"], "'ranked' need a labeler that ranks"),
     ],
 )
-def test_pairs_and_labelers_that_do_not_go_together_are_refused_at_once(
+def test_a_labeler_that_does_not_match_the_builder_is_refused(
     flags: list[str], sentence: str, backbone: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=sentence):
@@ -157,7 +157,7 @@ def test_pairs_and_labelers_that_do_not_go_together_are_refused_at_once(
 # --- train -----------------------------------------------------------------------------------
 
 
-def test_training_takes_the_labels_and_its_run_toml_says_which(
+def test_training_uses_the_labels_and_pins_them_in_run_toml(
     pairs: Path, backbone: list[str], tmp_path: Path
 ) -> None:
     label = ["label", pairs]
@@ -194,7 +194,7 @@ def test_training_takes_the_labels_and_its_run_toml_says_which(
         ("recorded@0", "no longer"),
     ],
 )
-def test_labels_that_are_not_there_are_said(
+def test_unknown_labels_are_refused(
     pairs: Path, backbone: list[str], tmp_path: Path, labels: str, sentence: str
 ) -> None:
     run("label", pairs, *recorded(tmp_path, "first"))
@@ -203,7 +203,7 @@ def test_labels_that_are_not_there_are_said(
     assert not (tmp_path / "run" / "run.toml").exists()
 
 
-def test_labels_that_are_ties_throughout_train_nothing(
+def test_labels_that_are_all_ties_are_refused(
     pairs: Path, backbone: list[str], tmp_path: Path
 ) -> None:
     run("label", pairs, *recorded(tmp_path, "tie", "tie"))

@@ -28,7 +28,7 @@ def test_the_quantization_is_named_in_notes_evaluation_and_card(tmp_path: Path, 
     assert "+" not in PairStore(tmp_path / "pairs").manifest.identity
     run = tmp_path / "run"
     options = [*(f"memory.{mode}" for mode in MODES), *(f"train.{option}" for option in QUICK)]
-    # Pairs of the base as it is; what is trained and compared with is the packed one.
+    # The pairs come from the native base; training and evaluation use the quantized one.
     told = said(0, "train", "--pairs", tmp_path / "pairs", "--loss=global", "--steps=2", *model,
                 "--metric=frame_difference", *(f"--set={option}" for option in options),
                 "--out", run)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pairs that several workers build, that are packed, and that lie elsewhere, by commands."""
+"""Commands on pairs that workers share, that are packed, and that are remote."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small(small_folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_workers_share_a_build_however_they_are_started(
+def test_workers_share_a_build(
     said: Said, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = [
@@ -44,7 +44,7 @@ def test_workers_share_a_build_however_they_are_started(
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         told = said(0, *build, "--out=launched")
-        assert bool(told) == (rank == "0")  # the main process speaks
+        assert bool(told) == (rank == "0")  # only the main process prints
     for name in ("shared", "launched"):
         assert PairStore(name).digest == PairStore("one").digest
         for path in sorted(Path("one/latents").iterdir()):
@@ -53,12 +53,12 @@ def test_workers_share_a_build_however_they_are_started(
 
 
 @pytest.mark.parametrize("worker", ["0/2", "3/2", "1", "a/b", "-1/2", "1/2/3", ""])
-def test_a_worker_that_is_none_is_refused(said: Said, small: list[str], worker: str) -> None:
+def test_an_invalid_worker_is_refused(said: Said, small: list[str], worker: str) -> None:
     told = said(2, "build", *small, "--out=pairs", f"--worker={worker}")
     assert "is not K/N" in told and not Path("pairs").exists()
 
 
-def test_a_run_goes_on_with_the_packed_copy_and_streams_it(said: Said, small: list[str]) -> None:
+def test_a_run_resumes_on_the_packed_copy_and_streams_it(said: Said, small: list[str]) -> None:
     said(
         0,
         "build",

@@ -32,7 +32,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def a_process_of_its_own() -> Iterator[None]:
-    """Accelerate settles the precision once a process."""
+    """Accelerate keeps the precision for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

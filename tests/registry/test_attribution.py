@@ -1,4 +1,4 @@
-"""A plugin that fails while it runs is named, keeps its traceback and takes nothing with it."""
+"""A plugin that fails while it runs is named, keeps its traceback and breaks nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dpo_video import strategies
 from dpo_video.loss.global_ import Global
 
 class Late(strategies.Loss):
-    """Breaks when something is learned."""
+    """Fails after the first step."""
 
     def __call__(self, errors):
         output = Global()(errors)
@@ -42,19 +42,19 @@ class Late(strategies.Loss):
         return output
 
 class Leaver(strategies.Loss):
-    """Ends the program, and says that all is well."""
+    """Exits the program with code 0."""
 
     def __call__(self, errors):
         sys.exit(0)
 
 class Mean(strategies.Loss):
-    """Gives one loss for all."""
+    """Returns one loss for all pairs."""
 
     def __call__(self, errors):
         return Global()(errors).loss.mean()
 
 class Blind(strategies.Metric):
-    """Cannot see."""
+    """Fails on every video."""
 
     higher_is_better: ClassVar[bool] = False
     unit: ClassVar[str] = ""
@@ -63,13 +63,13 @@ class Blind(strategies.Metric):
         return {}[prompts[0]]
 
 class Void(Blind):
-    """Says nothing."""
+    """Returns NaN."""
 
     def __call__(self, videos, prompts):
         return videos.mean(dim=(1, 2, 3, 4)) * float("nan")
 
 class Short(Blind):
-    """Says too little."""
+    """Returns no values."""
 
     def __call__(self, videos, prompts):
         return videos.mean(dim=(1, 2, 3, 4))[:0]
@@ -79,7 +79,7 @@ Faulty = Callable[[str, str], type]
 
 @pytest.fixture
 def faulty(install: Install) -> Faulty:
-    """Installs one of the classes above as a strategy, under its name in small letters."""
+    """Installs one of the classes above as a strategy, under its name in lower case."""
 
     def add(kind: str, cls: str) -> type:
         install(f"dpo-{cls.lower()}", FAULTY, cls.lower(), cls, kind)
@@ -94,7 +94,7 @@ def raised(call: Callable[[], object]) -> BaseException:
     return caught.value
 
 
-def test_a_loss_that_breaks_stops_the_run_and_leaves_its_checkpoint(
+def test_a_failing_loss_ends_the_run_and_keeps_its_checkpoint(
     faulty: Faulty,
     small_folder: Path,
     tmp_path: Path,
@@ -161,15 +161,15 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
     assert "'void' is left out: it is nan for the base model's video of 'a'" in reasons["void"]
 
     class Ours(FrameDifference.__base__):  # type: ignore[misc, name-defined]
-        """A metric that came in by no entry point."""
+        """A metric without an entry point."""
 
         def __call__(self, videos: object, prompts: object) -> object:
             raise ArithmeticError
 
     ours = Ours.model_construct()
-    with pytest.raises(ArithmeticError):  # a bug of ours is not swept aside
+    with pytest.raises(ArithmeticError):  # a bug of a built-in metric is raised
         measure(load_small(small_folder), tmp_path / "adapter", {"ours": ours}, ["a"], settings)
-    with pytest.raises(KeyError):  # nothing is left to judge by
+    with pytest.raises(KeyError):  # no metric is left
         measure(load_small(small_folder), tmp_path / "adapter", broken, ["a"], settings)
 
 
@@ -193,14 +193,14 @@ def test_a_loss_of_one_number_for_all_pairs_is_refused(faulty: Faulty) -> None:
 
 @pytest.mark.parametrize("labels", [torch.ones(2), torch.ones(1, 3), torch.full((1, 2), 2.0),
                                     torch.full((1, 2), torch.nan)])  # fmt: skip
-def test_labels_that_nobody_asked_for_are_refused(labels: torch.Tensor) -> None:
+def test_labels_outside_the_contract_are_refused(labels: torch.Tensor) -> None:
     labeler = VLM(model="none")
     assert check_labels(labeler, torch.tensor([[1.0, -0.5]]), 2).tolist() == [[1.0, -0.5]]
     with pytest.raises(UserError, match=r"labeler VLM of .* does not give one number in"):
         check_labels(labeler, labels, 2)
 
 
-def test_options_that_no_file_can_hold_are_refused(install: Install) -> None:
+def test_options_that_toml_cannot_hold_are_refused(install: Install) -> None:
     source = FAULTY.replace("class Mean(strategies.Loss):\n", "class Mean(strategies.Loss):\n"
                             "    levels: list[int | None] = [None]\n")  # fmt: skip
     install("dpo-holes", source, "holes", "Mean")

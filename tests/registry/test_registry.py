@@ -1,4 +1,4 @@
-"""Strategies are found by name, ours and strangers' alike; a broken one breaks nothing else."""
+"""Strategies by name, built-in ones and plugins'; a broken plugin breaks nothing else."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sound(Loss):
 '''
 
 
-def test_built_ins_come_in_by_entry_points_of_our_own() -> None:
+def test_built_in_strategies_are_entry_points() -> None:
     for kind in registry.KINDS:
         for listing in registry.listings(kind):
             assert listing.kind == kind
@@ -52,14 +52,14 @@ def test_a_name_gives_a_class_of_its_kind(kind: str, name: str, base: type) -> N
     assert issubclass(loaded, base) and loaded.kind == kind
 
 
-def test_an_unknown_name_is_met_with_the_nearest_one() -> None:
+def test_an_unknown_name_suggests_the_nearest_one() -> None:
     with pytest.raises(UserError, match=r"Unknown loss 'regoin'\. Did you mean 'region'\? Avail"):
         registry.load("loss", "regoin")
     with pytest.raises(UserError, match=r"Unknown kind 'los'\. Did you mean 'loss'\?"):
         registry.load("los", "region")
 
 
-def test_a_plugin_is_listed_and_loaded_like_our_own(install: Install) -> None:
+def test_a_plugin_is_listed_and_loaded_like_a_built_in(install: Install) -> None:
     install("dpo-sound", SOUND, "sound", "Sound")
     listed = {listing.name: listing for listing in registry.listings("loss")}
     assert listed["sound"].distribution == "dpo-sound 1.0"
@@ -92,7 +92,7 @@ def test_a_broken_plugin_is_named_with_its_package(
     sys.modules.pop("dpo_broken", None)
 
 
-def test_a_name_that_two_packages_claim_is_refused_and_the_others_go_on(install: Install) -> None:
+def test_a_name_of_two_packages_is_refused_and_others_still_load(install: Install) -> None:
     install("dpo-one", SOUND, "sound", "Sound")
     install("dpo-two", SOUND, "sound", "Sound")
     install("dpo-three", SOUND, "region", "Sound")
@@ -121,7 +121,7 @@ def test_options_come_with_path_type_default_and_meaning() -> None:
 
 
 def strategy(body: str, base: str = "Loss") -> str:
-    """A module with one sound class but for `body`."""
+    """A module with one class, which is valid except for `body`."""
     return f"""
 from typing import Any, ClassVar
 from pydantic import ConfigDict
@@ -160,7 +160,7 @@ def test_a_class_that_could_break_a_run_is_refused(
 
 
 @pytest.mark.parametrize("name", ["a b", "a.b", "[/red]", "\x1b[31m", "a/b", "ünlaut", "-x"])
-def test_a_name_that_cannot_be_typed_is_listed_and_refused(install: Install, name: str) -> None:
+def test_an_invalid_name_is_listed_and_refused(install: Install, name: str) -> None:
     install("dpo-odd", SOUND, name, "Sound")
     assert name in [listing.name for listing in registry.listings("loss")]
     with pytest.raises(PluginError, match="has an invalid name"):
@@ -190,9 +190,7 @@ def test_a_distribution_with_broken_metadata_is_named_and_left_out(
 
 
 @pytest.mark.parametrize("value", ["", "no module!", ":Sound", "dpo_odd:"])
-def test_a_value_that_names_nothing_breaks_nothing(
-    install: Install, tmp_path: Path, value: str
-) -> None:
+def test_an_empty_entry_point_is_harmless(install: Install, tmp_path: Path, value: str) -> None:
     install("dpo-odd", SOUND, "odd", "Sound")
     info = tmp_path / "dpo_odd-1.0.dist-info"
     (info / "entry_points.txt").write_text(f"[dpo_video.loss]\nodd = {value}\n")

@@ -1,4 +1,4 @@
-"""Options from four places, and a run.toml that repeats itself."""
+"""Options from several sources, and a run.toml that resolves to itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ METRIC = ("frame_difference",)
 
 
 def resolved(*assignments: str, **options: Any) -> Config:
-    """One metric that every backbone has; the defaults load all of them."""
+    """One metric that suits every backbone; the defaults load all of them."""
     return resolve(assignments=assignments, metrics=METRIC, **options)
 
 
@@ -30,7 +30,7 @@ def written(folder: Path, text: str) -> Path:
 # --- precedence ------------------------------------------------------------------------------
 
 
-def test_without_a_word_it_is_the_main_job() -> None:
+def test_the_defaults_are_the_main_recipe() -> None:
     config = resolve()
     names = {kind: config.tables[kind]["name"] for kind in ("backbone", "pairs", "loss")}
     assert names == {"backbone": "tiny", "pairs": "local", "loss": "region"}
@@ -39,7 +39,7 @@ def test_without_a_word_it_is_the_main_job() -> None:
     assert config.labeler is None and "labeler" not in config.tables
 
 
-def test_each_place_overrides_the_one_before(tmp_path: Path) -> None:
+def test_each_source_overrides_the_one_before(tmp_path: Path) -> None:
     file = written(tmp_path, '[loss]\nname = "global"\nbeta = 100.0\n[run]\nseed = 1\n')
     assert resolved().loss == Region() and resolved().run.seed == 0
     config = resolved(file=file)
@@ -59,7 +59,7 @@ def test_options_belong_to_the_strategy_that_the_file_names(tmp_path: Path) -> N
     assert resolved(file=file, choices={"loss": None}).loss == Region(region_weight=3)
 
 
-def test_metrics_that_are_named_again_keep_the_files_options(tmp_path: Path) -> None:
+def test_metrics_named_again_keep_the_files_options(tmp_path: Path) -> None:
     file = written(tmp_path, "[metric.frame_difference]\n")
     assert list(resolve(file=file).metrics) == ["frame_difference"]
     assert list(resolve(file=file, metrics=METRIC).metrics) == ["frame_difference"]
@@ -122,14 +122,14 @@ def test_a_folder_does_not_hide_a_strategy_of_its_name(
         ),
     ],
 )
-def test_run_toml_repeats_itself_to_the_letter(tmp_path: Path, assignments: tuple[str]) -> None:
+def test_run_toml_resolves_to_the_same_text(tmp_path: Path, assignments: tuple[str]) -> None:
     text = resolved(*assignments).toml()
     again = resolve(file=written(tmp_path, text))
     assert again.toml() == text
     assert tomllib.loads(text)["versions"].keys() >= {"dpo-video", "torch", "python"}
 
 
-def test_run_toml_holds_every_option_there_is() -> None:
+def test_run_toml_has_every_option() -> None:
     tables = tomllib.loads(resolved().toml())
     assert tables["loss"] == {"name": "region", **Region().model_dump()}
     assert tables["train"]["weight_decay"] == 0.01

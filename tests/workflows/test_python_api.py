@@ -24,7 +24,7 @@ from dpo_video.errors import UserError
 from dpo_video.strategies import Loss
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.training.report import StepReport
-from dpo_video.workflows.config import EvaluateOptions, TrainOptions, configure
+from dpo_video.workflows.options import EvaluateOptions, TrainOptions, configure
 
 TRAIN: dict[str, Any] = {
     "steps": 2,
