@@ -235,7 +235,7 @@ class Nameless(Loss):
     [
         (Averaged, "depends on the other pairs"),
         (Biased, "swap places"),
-        (Writing, "writes to what it was given"),
+        (Writing, "writes to its inputs"),
         (Drawing, "global generator"),
         (Offset, "margin is not exactly 0"),
         (Detached, "margin has no gradient"),

@@ -57,7 +57,7 @@ def test_it_is_listed_and_shown_like_our_own(installed: Path, tmp_path: Path) ->
     rows = {line.split()[1]: line for line in done.stdout.splitlines()[1:]}
     assert "dpo-video-focal 0.1.0" in rows["focal"] and "region" in rows
     done = program("show", "loss", "focal", path=installed, cwd=tmp_path)
-    for text in ("arXiv 2501.06645", "loss.beta", "loss.gamma", "0 is clip-level DPO"):
+    for text in ("arXiv 2501.06645", "loss.beta", "loss.gamma", "0 is the loss `global`"):
         assert text in done.stdout
 
 

@@ -223,7 +223,7 @@ def test_what_is_not_finite_is_neither_stored_nor_drawn(
         next(made)
     assert not len(store) and not list(store.folder.rglob("*.safetensors"))
     assert not list(store.folder.rglob("*.mp4"))
-    with pytest.raises(UserError, match="drew for 'a dog' is not finite"):
+    with pytest.raises(UserError, match="The sample for 'a dog' is not finite"):
         next(
             sample_videos(
                 small_model,

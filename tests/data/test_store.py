@@ -358,7 +358,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
         PairStore.create(tmp_path / "file" / "pairs", MANIFEST)
     (tmp_path / "pairs").mkdir()
     (tmp_path / "pairs" / "latents").write_text("")
-    with pytest.raises(UserError, match=r"Cannot write to '.*': a file of that name is in the way"):
+    with pytest.raises(UserError, match=r"Cannot write to '.*': a file of that name exists"):
         PairStore.create(tmp_path / "pairs", MANIFEST)
 
 

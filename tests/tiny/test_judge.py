@@ -67,7 +67,7 @@ def test_the_other_words_of_a_caption_are_ignored(clips: Clips) -> None:
 
 def test_a_prompt_of_another_world_is_refused() -> None:
     videos = torch.zeros(1, 3, 2, 64, 64)
-    with pytest.raises(UserError, match=r"'a cat on a sofa' is none. Leave it out .*--metric"):
+    with pytest.raises(UserError, match="a cat on a sofa"):
         CaptionMatch()(videos, ["a cat on a sofa"])
 
 

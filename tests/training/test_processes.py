@@ -130,7 +130,7 @@ def test_fsdp_offload_becomes_memory_offload(monkeypatch: pytest.MonkeyPatch) ->
             "memory.shard=3",
             "does not divide this run's number of proc",
         ),
-        ({}, "memory.shard=2", "launch as many"),
+        ({}, "memory.shard=2", "start that many processes"),
         (
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere"},
             "train.steps=1",

@@ -157,7 +157,7 @@ def test_evaluate_measures_the_same(run: dv.Run) -> None:
         cli("evaluate", "python-run", "--seeds=2", "--set=evaluate.num_inference_steps=1", "--json")
     )
     expected = json.loads(evaluation.to_json())
-    assert found.pop("command").startswith("dpo-video ")
+    assert found.pop("command").startswith("dpo-video")
     assert expected.pop("command") == "dpo-video evaluate python-run"
     assert found == expected
     assert run.evaluation() is not None
