@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.segment import Segment
 from dpo_video.metric.frame_difference import FrameDifference

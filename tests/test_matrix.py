@@ -18,7 +18,7 @@ from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.build import build, in_order
 from dpo_video.data.store import Manifest, PairStore
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.errors import TrainingError
 from dpo_video.settings import BuildSettings, TrainSettings
 from dpo_video.strategies import Labeler, SuppliedPairs

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import SHAPE
 
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.testing import small_videos
 
 PLUGINS = Path(__file__).parents[1] / "plugins"

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from benchmarks.trust import mutate
-from dpo_video.data.video import gif_bytes, video_bytes
+from dpo_video.data.video_writer import gif_bytes, video_bytes
 from dpo_video.errors import UserError
 from dpo_video.types import Pair
 from tests.small_animatediff import SHAPE, load_small
@@ -297,10 +297,10 @@ def folder_lines(bench: Bench) -> Reading:
     return Reading(seeds=[_lines(lines)], damage=mutate.damage_lines, read=read)
 
 
-def triple(bench: Bench) -> Reading:
+def videodpo_pair(bench: Bench) -> Reading:
     from dpo_video.pairs._formats import list_pairs
 
-    root = bench.folder / "triples"
+    root = bench.folder / "videodpo"
     root.mkdir(exist_ok=True)
     path = root / "pair_00000.pt"
     first, second = torch.randn(2, *bench.model.latent_shape)
@@ -589,7 +589,7 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "labels": label_file(".jsonl", mutate.damage_lines),
     "recorded labels": recorded,
     "folder pairs": folder_lines,
-    "published .pt": triple,
+    "published .pt": videodpo_pair,
     "checkpoint state": checkpoint("state.safetensors", mutate.damage_state),
     "checkpoint weights": checkpoint("adapter_model.safetensors", mutate.damage_safetensors),
     "checkpoint pointer": checkpoint("latest", mutate.damage),

@@ -1,4 +1,4 @@
-"""Clips or prompts to a store of preference pairs."""
+"""Build a store of preference pairs from clips or prompts."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dpo_video.data.store import PairStore
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.errors import UserError
 from dpo_video.settings import BuildSettings
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.support.rng import generator
 from dpo_video.types import Clip, Context, Pair, Video, VideoShape
 
-COUNT = 64  # pairs, where nobody says how many
-PROMPTS_KEPT = 64  # encoded ones, which may be megabytes each
+COUNT = 64  # default number of pairs
+PROMPTS_KEPT = 64  # encoded prompts in memory, which may be megabytes each
 
-# The clip that the `i`-th pair is made of; None behind the last one.
 Source = Callable[[int], Clip | None]
+"""Gives the clip of pair `i`; None after the last one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """One of several that share a build, in processes or on machines of their own.
+    """One of `count` processes or machines that share a build.
 
-    It makes the pairs whose index leaves the remainder `number` when divided by `count`.
+    It builds the pairs whose index modulo `count` is `number`.
     """
 
     number: int = 0
@@ -40,20 +40,20 @@ class Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
-    """One pair was made."""
+    """Progress: a pair was built."""
 
     done: int
-    """Pairs that there are by now, of all workers."""
+    """Pairs in the store, of all workers."""
     total: int
     prompt: str
     seconds: float
-    """For this pair."""
+    """Time that this pair took."""
     decided: bool
-    """Whether either video is preferred anywhere; otherwise the pair is a tie, or unlabelled."""
+    """Whether any frame has a preference; otherwise the pair is a tie or unlabelled."""
 
 
 def wanted(settings: BuildSettings, available: int | None) -> int:
-    """How many pairs to build, of as many as there is material for (None: without end)."""
+    """Number of pairs to build, where `available` is the most the source gives (None: no limit)."""
     if available is None:
         return settings.count or COUNT
     return min(settings.count or available, available)
@@ -71,15 +71,13 @@ def build(
     available: int | None = None,
     worker: Worker = Worker(),
 ) -> Iterator[BuildReport]:
-    """Fill the store up to the number of pairs asked for, making what it lacks.
+    """Build the pairs that the store lacks, up to the requested number or the end of `clips`.
 
-    It ends earlier where `clips` does.
-
-    Pair `i` depends on the seed and on `i` alone, so it does not matter how often the build was
-    interrupted, nor how many workers share it.
+    Pair `i` depends on the seed and on `i` alone, so interruptions and the number of workers do not
+    change it.
 
     Raises:
-        UserError: if a pair is not finite; it is not stored.
+        UserError: if a pair is not finite; such a pair is not stored.
     """
     store.check_fits(model)
 
@@ -120,8 +118,8 @@ def _check_finite(pair: Pair, context: Mapping[str, Tensor], index: int) -> None
         if not value.isfinite().all():
             raise UserError(
                 f"Pair {index} ('{pair.prompt}', of {pair.source}) was not stored: its {part} is "
-                "not finite. Where the model made it so, try another precision (--set "
-                'train.mixed_precision="bf16" or "no"); where it came so, leave that file out.'
+                "not finite. If the model computed it, try another precision (--set "
+                'train.mixed_precision="bf16" or "no"); if it was in a file, leave that file out.'
             )
 
 
@@ -131,22 +129,22 @@ def _write_preview(video: Video | None, shape: VideoShape, path: Path) -> None:
 
 
 def preview(pair: Pair, model: VideoModel) -> Video:
-    """First, second and region side by side."""
+    """First video, second video and region side by side."""
     first, second = model.decode_videos(torch.stack([pair.first, pair.second]).to(model.device))
     region: Float[Tensor, "1 F H W"] = torch.nn.functional.interpolate(
         pair.region[None], size=first.shape[1:]
     )[0]
-    # The second video under its region, dimmed outside, shows at a glance what was repainted.
+    # The second video dimmed outside its region shows what was repainted.
     shown = second.cpu() * (0.3 + 0.7 * region)
     return torch.cat([first.cpu(), second.cpu(), shown], dim=-1)
 
 
 def cycle_prompts(prompts: Sequence[str]) -> Source:
-    """Prompts alone, as clips without video, over and over."""
+    """Clips without a video that cycle through prompts."""
     return lambda index: Clip(name="prompt", caption=prompts[index % len(prompts)])
 
 
 def in_order(clips: Iterator[Clip]) -> Source:
-    """A supply of clips, skipped ahead to the index asked for; indices must grow."""
+    """Clips of an iterator by index; indices must increase, and those between are skipped."""
     numbered = enumerate(clips)
     return lambda index: next((clip for number, clip in numbered if number == index), None)

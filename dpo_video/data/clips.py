@@ -1,6 +1,6 @@
-"""A folder of captioned videos, as clips of the backbone's shape.
+"""A folder of captioned videos as clips of the backbone's shape.
 
-Opening counts frames and decodes one of each file; a clip is decoded when it is asked for.
+Opening it counts frames and decodes one frame per file; clips are decoded on demand.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from dpo_video.errors import UserError
 from dpo_video.types import Clip, Skipped, Video, VideoShape
 
 METADATA = "metadata.jsonl"
-WINDOWS = 8  # clips cut from one file at most: a film must not crowd out the others
+WINDOWS = 8  # most clips cut from one file, so that a film does not outweigh the others
 CAPTIONING = (
     f"Caption it by a line in {METADATA} ({{file_name, text}}), "
-    "by a text file of its name beside it, or give all clips one caption with --prompt."
+    "by a text file of the same name beside it, or caption all clips with --prompt."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Window:
-    """Where a clip is cut from its file."""
+    """A clip's position in its file."""
 
     file: str
     caption: str
     size: int
-    """Bytes of the file."""
+    """Size of the file, bytes."""
     start: float
     """Seconds."""
     only: bool
-    """Whether the file gives no other clip."""
+    """Whether it is the file's only clip."""
     spread: bool
-    """Whether all frames are read, to be played faster: at the backbone's rate they are too few."""
+    """Whether the file is sped up, because it has too few frames at the backbone's rate."""
 
 
 class ClipFolder(Sequence[Clip]):
-    """The clips of a folder by number; the order depends on names alone."""
+    """The clips of a folder by index; the order depends on names alone."""
 
     def __init__(
         self, root: Path, shape: VideoShape, windows: Sequence[_Window], skipped: list[Skipped]
@@ -60,7 +60,7 @@ class ClipFolder(Sequence[Clip]):
         self.root = root
         self.shape = shape
         self.skipped = skipped
-        """Grows if a file turns out to be damaged when it is decoded by `cycle` or iteration."""
+        """Files that give no clip; grows when `cycle` or iteration finds a damaged one."""
         self._windows = tuple(windows)
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class ClipFolder(Sequence[Clip]):
         """Decode a clip.
 
         Raises:
-            VideoError: If the file is damaged further on than `open_clips` looked.
+            VideoError: If the file is damaged beyond the part that `open_clips` read.
         """
         window, shape = self._windows[index], self.shape
         video = _decode(self.root / window.file, shape, window.start, window.spread)
@@ -82,10 +82,9 @@ class ClipFolder(Sequence[Clip]):
         return (clip for clip in clips if clip is not None)
 
     def cycle(self, index: int) -> Clip:
-        """Clip `index`, counting over and over: what training needs of a folder of any size.
+        """Clip `index` modulo the number of clips.
 
-        In place of a clip that cannot be decoded, which is added to `skipped`, comes the next one
-        that can.
+        A clip that cannot be decoded is added to `skipped` and replaced by the next one that can.
 
         Raises:
             VideoError: If no clip can be decoded.
@@ -106,16 +105,16 @@ class ClipFolder(Sequence[Clip]):
             return None
 
     def name(self, index: int) -> str:
-        """The file's path in the folder; with `#t=from,to` in seconds if it gives several clips."""
+        """The file's path in the folder, with `#t=START,END` in seconds if it has several clips."""
         window = self._windows[index]
         end = window.start + self.shape.frames / self.shape.fps
         return window.file if window.only else f"{window.file}#t={window.start:g},{end:g}"
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what the clips are made of: names, sizes, captions, windows and the shape.
+        """A hash of names, sizes, captions, windows and the shape.
 
-        It does not depend on where the folder lies. A file changed to the same size goes unnoticed.
+        It does not depend on the folder's location. A changed file of equal size is not detected.
         """
         shape = self.shape
         content = {
@@ -130,19 +129,18 @@ def open_clips(
 ) -> ClipFolder:
     """List the clips of a folder, or of a single video.
 
-    Videos are found at any depth, and so are folders of frames (png or jpg, played at the shape's
-    rate). A caption is looked for in `metadata.jsonl`, then in `NAME.txt` beside the file, then in
-    `prompt`. Where there is a `metadata.jsonl` it says what belongs to the set: files without any
-    caption are skipped then, and not an error.
+    Videos and folders of frames (png or jpg, played at the shape's rate) are found at any depth. A
+    caption comes from `metadata.jsonl`, else from `NAME.txt` beside the file, else from `prompt`.
+    If there is a `metadata.jsonl`, files without a caption are skipped rather than an error.
 
     Args:
-        folder: Where they lie.
-        shape: What the backbone wants.
-        prompt: The caption of whatever has none of its own.
-        windows: A long file is cut into this many clips at most, one after the other.
+        folder: The folder or video.
+        shape: The backbone's shape.
+        prompt: Caption of files that have none.
+        windows: Most clips that a long file is cut into, one after the other.
 
     Raises:
-        UserError: If there is no such folder, it gives no clip, a clip has no caption, or
+        UserError: If there is no such folder, it has no clips, a clip has no caption, or
             `metadata.jsonl` is malformed.
     """
     if not folder.exists():
@@ -150,7 +148,7 @@ def open_clips(
     single = folder.is_file()
     if single and folder.suffix.lower() not in VIDEO_SUFFIXES:
         raise UserError(
-            f"{folder} is no video that can be read. Name a folder of videos, or a file of: "
+            f"{folder} is not a readable video. Name a folder of videos, or a file of type "
             f"{', '.join(sorted(VIDEO_SUFFIXES))}."
         )
     root = folder.parent if single else folder
@@ -172,7 +170,7 @@ def open_clips(
         if not caption:
             if captions is None or single:
                 raise UserError(f"{root / name} has no caption. {CAPTIONING}")
-            reason = f"neither {METADATA} nor a text file of its name has a caption for it"
+            reason = f"neither {METADATA} nor a text file beside it has its caption"
             skipped.append(Skipped(name=name, reason=reason))
             continue
         size = _bytes(root / name)
@@ -186,7 +184,7 @@ def open_clips(
     if not found:
         why = f" For example {skipped[0].name}: {skipped[0].reason}" if skipped else ""
         raise UserError(
-            f"{folder} gives no clip: {len(names)} videos found, all skipped.{why}"
+            f"{folder} has no usable clip: all {len(names)} videos are skipped.{why}"
             if names
             else f"{folder} holds no videos. Put some there, or folders of png or jpg frames."
         )
@@ -194,7 +192,7 @@ def open_clips(
 
 
 def read_beginning(path: Path, shape: VideoShape) -> Video:
-    """The beginning of a video, or of a folder of frames, as a clip is read.
+    """The beginning of a video or of a folder of frames, at a backbone's shape.
 
     Raises:
         UserError: If there is no such file.
@@ -221,15 +219,15 @@ def _decode(path: Path, shape: VideoShape, start: float, spread: bool) -> Video:
 def find_videos(root: Path) -> list[str]:
     """Videos and folders of frames under `root`, as relative POSIX paths in natural order."""
     names = []
-    for place, folders, files in os.walk(root):
+    for parent, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        here = Path(place)
+        here = Path(parent)
         videos = [
             (here / name).relative_to(root).as_posix()
             for name in files
             if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
         ]
-        # One picture is a thumbnail, and pictures beside videos are stills of them.
+        # A single picture is a thumbnail; pictures beside videos are stills of them.
         if not videos and len(frame_files(here)) > 1:
             videos = [here.relative_to(root).as_posix()]
         names += videos
@@ -243,13 +241,13 @@ class _Cut:
 
 
 def _cut(path: Path, shape: VideoShape, windows: int) -> _Cut:
-    """Where the clips of a file begin, in seconds.
+    """Start times of the clips of a file, in seconds.
 
     Raises:
         VideoError: If it is damaged or too short.
     """
     length = shape.frames / shape.fps
-    # One second more, so that the last window's end is seen, and the rate of a short file.
+    # One second more covers the end of the last window, and the rate of a short file.
     info = probe_video(path, seconds=windows * length + 1, folder_fps=shape.fps)
     starts = [
         k * length
@@ -269,7 +267,7 @@ def _bytes(path: Path) -> int:
 
 
 def read_caption(path: Path) -> str | None:
-    """The text beside a video, if there is any."""
+    """The caption in a text file beside a video, if there is one."""
     file = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
     if not file.is_file():
         return None
@@ -299,10 +297,10 @@ def _read_metadata(path: Path) -> dict[str, str] | None:
 
 
 def _read_line(line: str, where: str) -> tuple[str, str]:
-    wanted = 'Write it as {"file_name": "clip.mp4", "text": "what it shows"}.'
+    wanted = 'Write it as {"file_name": "clip.mp4", "text": "its caption"}.'
     try:
         entry = json.loads(line)
-        json.dumps(entry, ensure_ascii=False).encode()  # half a character is no text
+        json.dumps(entry, ensure_ascii=False).encode()  # refuses lone surrogates
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON. {wanted}") from error
     name, text = (

@@ -1,4 +1,4 @@
-"""A store's pairs into few large files: a copy in another folder, the same set to any reader."""
+"""Pack a store into a few large files: a copy in another folder that reads as the same set."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dpo_video.data.store import PairStore, locked
 from dpo_video.errors import StoreError
 from dpo_video.support.atomic import write_bytes, write_tensors, write_text, writing
 
-SIZE = 256 << 20  # bytes of a shard, which is also what packing needs a few times of memory
+SIZE = 256 << 20  # bytes of a shard; packing needs a few times this in memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackReport:
-    """One shard was written, or found written."""
+    """Progress: a shard was written, or an earlier call had written it."""
 
     done: int
-    """Pairs and prompts in shards by now."""
+    """Pairs and prompts in shards so far."""
     total: int
     file: Path
 
@@ -31,39 +31,39 @@ class PackReport:
 def pack(store: PairStore, folder: Path, size: int = SIZE) -> Iterator[PackReport]:
     """Copy a store into shards, with its labels and without its previews.
 
-    The copy's digest is the store's, so that a run on the one can be resumed on the other. It is
-    a store once all of it is there; shards that an interrupted call wrote are kept.
+    The copy has the store's digest, so a run on one can be resumed on the other. An interrupted
+    call leaves its shards, which the next call keeps; store.json is written last.
 
     Args:
-        store: Of this machine or another.
-        folder: Where the copy goes.
-        size: Bytes of a shard; one row makes a shard, however large.
+        store: A local or remote store.
+        folder: Folder of the copy.
+        size: Size of a shard, bytes; a shard has at least one row.
 
     Raises:
-        StoreError: if something else is in the folder.
+        StoreError: if the folder holds other pairs.
     """
     digest = store.digest
     if (folder / "store.json").exists():
-        there = PairStore(folder)
-        if there.digest != digest or not (folder / INDEX).exists():
+        present = PairStore(folder)
+        if present.digest != digest or not (folder / INDEX).exists():
             raise StoreError(f"'{folder}' holds pairs already. Name another folder.")
         return
-    pairs = {f"latents/{row.key}": row for row in store.records}
-    prompts = {f"contexts/{row.context}": row for row in store.records}
+    pairs = {record.latents_file: record for record in store.records}
+    prompts = {record.context_file: record for record in store.records}
     total = len(pairs) + len(prompts)
     shards: list[Shard] = []
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
-            for kind, rows, read in (
+            for kind, records, read in (
                 ("pairs", pairs, store.tensors),
                 ("prompts", prompts, store.context),
             ):
-                names, number = list(rows), 0
+                names, number = list(records), 0
                 while names:
                     path = folder / "shards" / f"{kind}-{number:05d}.safetensors"
                     count = _written(path, digest) or _write(
-                        path, (read(rows[name]) for name in names), size, digest
+                        path, (read(records[name]) for name in names), size, digest
                     )
                     file = path.relative_to(folder).as_posix()
                     shards.append(Shard(file=file, holds=tuple(names[:count])))
@@ -72,14 +72,14 @@ def pack(store: PairStore, folder: Path, size: int = SIZE) -> Iterator[PackRepor
                     yield PackReport(done=done, total=total, file=path)
             for path in sorted((store.folder / "labels").glob("*.json*")):
                 write_bytes(folder / "labels" / path.name, path.read_bytes())
-            lines = b"".join(row.line() + b"\n" for row in store.records)
+            lines = b"".join(record.line() + b"\n" for record in store.records)
             write_bytes(folder / "pairs.jsonl", lines)
             write_text(folder / INDEX, ShardIndex(shards=tuple(shards)).model_dump_json() + "\n")
             write_text(folder / "store.json", store.manifest.model_dump_json(indent=2) + "\n")
 
 
 def _written(path: Path, digest: str) -> int:
-    """The rows of a shard that an earlier call has written of this very store; 0 if none has."""
+    """Number of rows of a shard that an earlier call wrote of this store; 0 if there is none."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("pairs") == digest:
@@ -90,7 +90,7 @@ def _written(path: Path, digest: str) -> int:
 
 
 def _write(path: Path, rows: Iterator[dict[str, Tensor]], size: int, digest: str) -> int:
-    """Write rows to a shard until it is full or they change their shape; how many."""
+    """Write rows to a shard until it is full or their shape changes; returns their number."""
     held: list[dict[str, Tensor]] = []
     for row in rows:
         if held and _layout(row) != _layout(held[0]):

@@ -1,4 +1,4 @@
-"""pairs.jsonl: one line a pair, in any order, for several workers write at once."""
+"""The index pairs.jsonl: one line per pair, in any order, because several workers append to it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dpo_video.errors import StoreError, first_fault
 class PairRecord:
     """One line of pairs.jsonl.
 
-    A dataclass, for a set may have a hundred thousand: pydantic reads them in a quarter of the time
-    that its own models take, and into a third of the memory.
+    A dataclass, because a set may have a hundred thousand pairs: pydantic reads dataclasses in a
+    quarter of the time of its own models, into a third of the memory.
     """
 
     __pydantic_config__ = ConfigDict(
@@ -28,69 +28,79 @@ class PairRecord:
     index: Annotated[int, Field(ge=0)]
     prompt: str
     context: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    """The name of the encoded prompt's file: a hash, so that no other folder can be named."""
+    """Name of the encoded prompt's file: a hash, so that it cannot name another folder."""
     source: str
     strength: float
     region_share: float
     """The region's share of the latent elements."""
     preference: tuple[Annotated[float, Field(allow_inf_nan=True)], ...]
-    """The pair's own, per latent frame. What is not finite is for `dpo-video check` to find."""
+    """Per latent frame, before any labels. `dpo-video check` reports values that are not finite."""
 
     @property
     def key(self) -> str:
-        """What the pair is called in names of files and in messages."""
+        """The pair's name in files and messages."""
         return f"{self.index:05d}"
 
+    @property
+    def latents_file(self) -> str:
+        """Name of the pair's file in the store, without suffix."""
+        return f"latents/{self.key}"
+
+    @property
+    def context_file(self) -> str:
+        """Name of the encoded prompt's file in the store, without suffix."""
+        return f"contexts/{self.context}"
+
     def line(self) -> bytes:
-        """As it is written, without the line break."""
+        """The line in the file, without the line break."""
         return _ONE.dump_json(self)
 
 
-AT_ONCE = 5000  # lines, for which pydantic needs memory of its own
+BLOCK = 5000  # lines parsed at once; bounds pydantic's temporary memory
 _ONE = TypeAdapter(PairRecord)
 _MANY = TypeAdapter(list[PairRecord])
 
 
 def checked(**fields: Any) -> PairRecord:
-    """A row whose line can be read again; a ValidationError for what cannot be one."""
+    """A record whose line can be read again; a ValidationError if it could not."""
     return _ONE.validate_python(fields)
 
 
 def parse(lines: list[bytes], path: str, before: int = 0) -> list[PairRecord]:
-    """Read lines; `before` are the lines of the file in front of them.
+    """Parse lines; `before` is the number of lines that precede them in the file.
 
     Raises:
-        StoreError: naming the first line that is none.
+        StoreError: names the first line that is invalid.
     """
-    rows = []
-    with _uncollected():
-        for start in range(0, len(lines), AT_ONCE):
-            rows += _parse(lines[start : start + AT_ONCE], path, before + start)
-    return rows
+    records = []
+    with _no_garbage_collection():
+        for start in range(0, len(lines), BLOCK):
+            records += _parse(lines[start : start + BLOCK], path, before + start)
+    return records
 
 
 def _parse(lines: list[bytes], path: str, before: int) -> list[PairRecord]:
     try:
-        rows = _MANY.validate_json(b"[" + b",".join(lines) + b"]")
-        if len(rows) == len(lines):
-            return rows
+        records = _MANY.validate_json(b"[" + b",".join(lines) + b"]")
+        if len(records) == len(lines):
+            return records
     except ValidationError:
-        pass  # one by one, then, for the number of the line
-    rows = []
+        pass  # parse them one by one, to find the number of the line
+    records = []
     for number, line in enumerate(lines, start=before + 1):
         try:
-            rows.append(_ONE.validate_json(line))
+            records.append(_ONE.validate_json(line))
         except ValidationError as error:
             raise StoreError(
                 f"Line {number} of '{path}' cannot be read ({first_fault(error)}). Delete that "
                 "line and build again: the rest is kept."
             ) from error
-    return rows
+    return records
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Look for no garbage meanwhile: there is none, and the search goes through all of torch."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Pause the garbage collector: parsing makes no cycles, and a collection scans all of torch."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -101,9 +111,9 @@ def _uncollected() -> Iterator[None]:
 
 
 class PairIndex:
-    """The pairs that there are: those before the first that is missing, in order.
+    """The records of a store: `ready` holds those before the first missing pair, in order.
 
-    The others wait until it is there.
+    `waiting` holds the others until the missing ones are added.
     """
 
     def __init__(self) -> None:
@@ -117,24 +127,24 @@ class PairIndex:
     def __len__(self) -> int:
         return len(self.ready) + len(self.waiting)
 
-    def add(self, rows: Iterable[PairRecord], path: str) -> None:
-        """Put them where they belong; of equal ones the first.
+    def add(self, records: Iterable[PairRecord], path: str) -> None:
+        """Add records in any order; repeated equal ones are ignored.
 
         Raises:
-            StoreError: if two lines say different things of one pair.
+            StoreError: if two lines of a pair differ.
         """
-        for row in rows:
+        for record in records:
             self.lines += 1
-            if row.index == len(self.ready):
-                self.ready.append(row)
+            if record.index == len(self.ready):
+                self.ready.append(record)
                 while (following := self.waiting.pop(len(self.ready), None)) is not None:
                     self.ready.append(following)
-            elif row.index not in self:
-                self.waiting[row.index] = row
-            elif row != self._at(row.index):
+            elif record.index not in self:
+                self.waiting[record.index] = record
+            elif record != self._at(record.index):
                 raise StoreError(
-                    f"Line {self.lines} of '{path}' says something else of pair {row.index} than "
-                    "a line before it. Delete that line and build again: the rest is kept."
+                    f"Line {self.lines} of '{path}' differs from an earlier line of pair "
+                    f"{record.index}. Delete that line and build again: the rest is kept."
                 )
 
     def _at(self, index: int) -> PairRecord:

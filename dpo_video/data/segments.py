@@ -13,11 +13,11 @@ from dpo_video.errors import UserError
 from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.types import Latents, VideoShape
 
-SECONDS = 1.0  # the paper's segment
+SECONDS = 1.0  # as in the paper
 
 
 def split(shape: VideoShape, seconds: float = SECONDS) -> list[slice]:
-    """Pixel frames cut into segments of `seconds`; a rest under half a segment joins the last."""
+    """Segments of `seconds`, in pixel frames; a remainder under half a segment joins the last."""
     length = max(1, round(seconds * shape.fps))
     count = max(1, round(shape.frames / length))
     bounds = [i * length for i in range(count)] + [shape.frames]
@@ -27,9 +27,10 @@ def split(shape: VideoShape, seconds: float = SECONDS) -> list[slice]:
 def broadcast(
     labels: Float[Tensor, " s"], latents: Sequence[slice], frames: int
 ) -> Float[Tensor, " f"]:
-    """One label a segment to one a latent frame; `latents` are the segments' latent frames.
+    """Expand labels per segment to labels per latent frame.
 
-    A latent frame that two segments share goes to the later one.
+    `latents` holds the latent frames of each segment. A latent frame that two segments share takes
+    the label of the later one.
     """
     preference = torch.zeros(frames)
     for label, part in zip(labels.tolist(), latents, strict=True):
@@ -38,16 +39,16 @@ def broadcast(
 
 
 def check_labels(labeler: Labeler, labels: Tensor, segments: int) -> Float[Tensor, "1 s"]:
-    """What a labeler has said of one pair, if it is what was asked for.
+    """The labels of one pair in fp32 on the CPU, after a check of what the labeler returned.
 
     Raises:
-        UserError: if it is not, as a stranger's may not be.
+        UserError: if they have another shape or leave [-1, 1], as a plugin's may.
     """
     if labels.shape != (1, segments) or not (labels.isfinite() & (labels.abs() <= 1)).all():
         raise UserError(
-            f"The labeler {type(labeler).__name__} of {type(labeler).__module__} does not give one "
-            f"number in [-1, 1] for each of {segments} segments of a pair. "
-            "dpo_video.testing.check_labeler says more."
+            f"The labeler {type(labeler).__name__} of {type(labeler).__module__} does not return "
+            f"one number in [-1, 1] for each of {segments} segments of a pair. "
+            "dpo_video.testing.check_labeler tests it."
         )
     return labels.float().cpu()
 
@@ -60,7 +61,7 @@ def preference(
     second: Float[Tensor, "c f h w"],
     seconds: float = SECONDS,
 ) -> Float[Tensor, " f"]:
-    """What a labeler says of two videos' latents, per latent frame."""
+    """A labeler's preference between two videos' latents, per latent frame."""
     both: Latents = torch.stack([first, second]).to(model.device)
     videos = model.decode_videos(both).cpu()
     segments = split(model.shape, seconds)

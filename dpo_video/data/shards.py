@@ -1,12 +1,12 @@
-"""Many pairs in one file, so that a set can be copied and streamed.
+"""Shards: many pairs in one file, so that a set can be copied and streamed.
 
-    shards.json                         which shard has which pair or prompt
-    shards/pairs-00000.safetensors      first, second, preference, region, of many pairs
+    shards.json                         the pairs and prompts of each shard
+    shards/pairs-00000.safetensors      first, second, preference, region of many pairs
     shards/prompts-00000.safetensors    encoded prompts
 
-A shard is an ordinary safetensors file whose tensors have one axis more, in front: row 3 of each
-belongs to the fourth name that the shard holds. A row is read by its ranges of bytes alone, so that
-neither memory nor traffic grows with the shard.
+A shard is a safetensors file whose tensors have an additional leading axis: row 3 of each belongs
+to the fourth name in the index. Only the byte ranges of a row are read, so neither memory nor
+traffic grows with the shard.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 INDEX = "shards.json"
-LONGEST = 1 << 16  # bytes of a header that names a few tensors
+LONGEST = 1 << 16  # bytes of a header; a few tensors need far less
 
 Held = Annotated[str, Field(pattern=r"^(latents/[0-9]{5,12}|contexts/[0-9a-f]{16})$")]
-"""A pair or an encoded prompt, as its own file would be called without its ending."""
+"""A pair or an encoded prompt: the name of its own file in an unpacked store, without suffix."""
 
 
 class _Record(BaseModel):
@@ -40,7 +40,7 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """A file, and what its rows are."""
+    """A file and the names of its rows."""
 
     file: str = Field(pattern=r"^shards/[a-z]+-[0-9]{5,9}\.safetensors$")
     holds: tuple[Held, ...]
@@ -55,7 +55,7 @@ class ShardIndex(_Record):
 
 
 class _Tensor(_Record):
-    """A tensor in a header, as the format describes it."""
+    """A tensor in a safetensors header."""
 
     dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
     shape: tuple[NonNegativeInt, ...]
@@ -67,20 +67,20 @@ _HEADER = TypeAdapter(dict[str, _Tensor])
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the rows of a tensor are in a file."""
+    """The byte layout of a tensor's rows in a file."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """The first row's first byte."""
+    """Offset of the first row, bytes."""
     size: int
-    """Bytes of a row."""
+    """Size of a row, bytes."""
 
 
 @final
 class Shards:
-    """The shards of a store, open for reading from any number of threads."""
+    """The shards of a store; reading is safe from several threads at once."""
 
     def __init__(self, storage: Storage, index: ShardIndex) -> None:
         self._storage = storage
@@ -93,7 +93,7 @@ class Shards:
         return name in self._at
 
     def file(self, name: str) -> str:
-        """The shard that holds it."""
+        """The file of the shard that holds a name."""
         return self._at[name][0].file
 
     def read(self, name: str) -> dict[str, Tensor]:
@@ -101,11 +101,11 @@ class Shards:
 
         Raises:
             OSError: if the shard is missing or damaged.
-            ValueError: if it is not what the index says.
+            ValueError: if the shard does not match the index.
         """
         shard, row = self._at[name]
         layout = self._layouts.get(shard.file)
-        if layout is None:  # twice from two threads does no harm
+        if layout is None:  # two threads may both compute it, with the same result
             layout = _layout(self._storage, shard.file, len(shard.holds))
             self._layouts[shard.file] = layout
         starts = [each.start + row * each.size for each in layout]
@@ -117,20 +117,20 @@ class Shards:
 
 
 def _layout(storage: Storage, file: str, rows: int) -> list[_Rows]:
-    """What a shard of so many rows holds."""
+    """The byte layout of all tensors of a shard with this number of rows."""
     (length,) = struct.unpack("<Q", storage.parts(file, [(0, 8)])[0])
     if length > LONGEST:
         raise ValueError("its header is too long")
     found = []
     for name, tensor in _parse_header(storage.parts(file, [(8, 8 + length)])[0]).items():
         if tensor.shape[:1] != (rows,):
-            raise ValueError(f"'{name}' does not have the {rows} rows that {INDEX} tells")
+            raise ValueError(f"'{name}' does not have the {rows} rows that {INDEX} lists")
         dtype = DTYPES[tensor.dtype]
         shape = tensor.shape[1:]
         size = math.prod(shape) * dtype.itemsize
         start, stop = tensor.data_offsets
         if stop - start != size * rows or not size:
-            raise ValueError(f"'{name}' is not as large as it says")
+            raise ValueError(f"'{name}' has another size than its header says")
         found.append(_Rows(name, dtype, shape, 8 + length + start, size))
     return found
 
@@ -139,7 +139,7 @@ def _parse_header(text: bytes | bytearray) -> dict[str, _Tensor]:
     try:
         found = json.loads(text)
         if not isinstance(found, dict):
-            raise ValueError("its header is no table")
+            raise ValueError("its header is not a table")
         found.pop("__metadata__", None)
         return _HEADER.validate_python(found)
     except (ValidationError, RecursionError) as error:

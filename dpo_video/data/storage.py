@@ -1,6 +1,6 @@
-"""Where a store's files are: a folder here, or whatever fsspec reaches by a URL.
+"""Read a store's files from a local folder, or from a URL through fsspec.
 
-Places read; nothing here writes. They may be used from several threads at once.
+Reading is safe from several threads at once; nothing here writes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dpo_video.errors import StoreError
 
-PAUSES = (0.5, 1.0, 2.0)  # seconds before a read from elsewhere is tried again
-MAPPED = 1 << 20  # bytes of a file from which on it is mapped
+PAUSES = (0.5, 1.0, 2.0)  # seconds before each retry of a remote read
+MAPPED = 1 << 20  # bytes; larger files are memory-mapped
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 Result = TypeVar("Result")
 
@@ -29,23 +29,23 @@ class Storage(ABC):
 
     @abstractmethod
     def path(self, name: str) -> str:
-        """What a file is called in messages."""
+        """A file's name in messages."""
 
     @abstractmethod
     def read(self, name: str, start: int = 0) -> bytes:
-        """A file from a byte on; FileNotFoundError if there is none, OSError if it is damaged."""
+        """The bytes of a file from `start` on; FileNotFoundError or another OSError if it fails."""
 
     @abstractmethod
     def load(self, name: str) -> dict[str, Tensor]:
-        """A whole safetensors file; OSError or SafetensorError if it is none."""
+        """The tensors of a safetensors file; OSError or SafetensorError if it fails."""
 
     @abstractmethod
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
-        """The bytes of a file from each start to each stop; OSError if there are fewer."""
+        """Several byte ranges [start, stop) of a file; OSError if it is too short."""
 
 
 def is_url(where: Path | str) -> bool:
-    """Whether it is for fsspec: `s3://...`, `https://...`, `memory://...`; not `file://...`."""
+    """Whether fsspec is to read it: `s3://...`, `https://...`, `memory://...`; not `file://...`."""
     return "://" in str(where) and not str(where).startswith(("file://", "local://"))
 
 
@@ -57,7 +57,7 @@ def folder_of(where: Path | str) -> Path:
 
 @final
 class LocalStorage(Storage):
-    """A folder of this machine, or of a disk that it shares."""
+    """A folder of a local or mounted disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -73,7 +73,7 @@ class LocalStorage(Storage):
             return file.read()
 
     def load(self, name: str) -> dict[str, Tensor]:
-        """See `Storage`. A large file is mapped, which costs more than copying a small one."""
+        """See `Storage`. Large files are memory-mapped; small ones are faster to copy."""
         path = self._folder / name
         return load(path.read_bytes()) if path.stat().st_size < MAPPED else load_file(path)
 
@@ -82,31 +82,31 @@ class LocalStorage(Storage):
         with (self._folder / name).open("rb", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             if any(not 0 <= start <= stop <= size for start, stop in spans):
-                raise OSError("it is shorter than it says")  # and no memory is taken for it
+                raise OSError("it is shorter than its header says")  # before memory is allocated
             found = [bytearray(stop - start) for start, stop in spans]
             for part, (start, _) in zip(found, spans, strict=True):
                 file.seek(start)
                 if file.readinto(part) != len(part):
-                    raise OSError("it has become shorter")
+                    raise OSError("it became shorter while it was read")
         return found
 
 
 @final
 class RemoteStorage(Storage):
-    """What a URL names. A connection that breaks is tried again, a few times."""
+    """A URL that fsspec reads. Failed reads are retried a few times."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         try:
             self._files, root = url_to_fs(self.url)
-        except ImportError as error:  # it names the package
+        except ImportError as error:  # its message names the package
             raise StoreError(
-                f"'{url}' cannot be read here: {error}. Install that with pip, or copy the pairs "
-                "to this machine."
+                f"'{url}' cannot be read: {error}. Install that package with pip, or copy the "
+                "pairs to this machine."
             ) from error
-        except Exception as error:  # every protocol has its own
+        except Exception as error:  # every protocol has its own exceptions
             raise StoreError(
-                f"'{url}' cannot be read ({_said(error)}). Check the address; fsspec's "
+                f"'{url}' cannot be read ({_reason(error)}). Check the address; fsspec's "
                 "documentation lists the protocols."
             ) from error
         self._root = str(root).rstrip("/")
@@ -117,14 +117,14 @@ class RemoteStorage(Storage):
 
     def read(self, name: str, start: int = 0) -> bytes:
         """See `Storage`."""
-        return self._patiently(name, lambda path: self._files.cat_file(path, start=start or None))
+        return self._retry(name, lambda path: self._files.cat_file(path, start=start or None))
 
     def load(self, name: str) -> dict[str, Tensor]:
         """See `Storage`."""
         return load(self.read(name))
 
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
-        """See `Storage`. All at once, where the protocol can."""
+        """See `Storage`. The ranges are fetched concurrently if the protocol supports it."""
         starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
 
         def fetch(path: str) -> list[bytearray]:
@@ -134,25 +134,25 @@ class RemoteStorage(Storage):
                     raise OSError(f"{len(data)} bytes instead of {stop - start}")
             return [bytearray(data) for data in found]
 
-        return self._patiently(name, fetch)
+        return self._retry(name, fetch)
 
-    def _patiently(self, name: str, fetch: Callable[[str], Result]) -> Result:
+    def _retry(self, name: str, fetch: Callable[[str], Result]) -> Result:
         pauses = iter(PAUSES)
         while True:
             try:
                 return fetch(f"{self._root}/{name}")
             except _FINAL:
                 raise
-            except Exception as error:  # every protocol has its own
+            except Exception as error:  # every protocol has its own exceptions
                 pause = next(pauses, None)
                 if pause is None:
                     raise StoreError(
-                        f"'{self.path(name)}' cannot be read ({_said(error)}), tried "
-                        f"{len(PAUSES) + 1} times. Check the connection and that the server "
-                        "answers requests for parts of files, and run the same command again."
+                        f"'{self.path(name)}' cannot be read after {len(PAUSES) + 1} attempts "
+                        f"({_reason(error)}). Check the connection and that the server supports "
+                        "range requests, and run the same command again."
                     ) from error
                 time.sleep(pause)
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return str(error).strip() or type(error).__name__

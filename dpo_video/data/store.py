@@ -1,15 +1,15 @@
 """Preference pairs on disk.
 
-    store.json                  what the pairs were made with, checked before they are used
-    pairs.jsonl                 one line a pair, appended once its files are safely written
+    store.json                  the manifest, checked before the pairs are used
+    pairs.jsonl                 one line per pair, appended once its files are on the disk
     latents/00000.safetensors   first, second, preference, region
-    contexts/HASH.safetensors   an encoded prompt, shared by the pairs that have it
-    previews/00000.mp4          first, second and region side by side
-    shards.json, shards/        pairs and prompts packed together (see shards.py), if they are
+    contexts/HASH.safetensors   an encoded prompt, shared by its pairs
+    previews/00000.mp4          first video, second video and region side by side
+    shards.json, shards/        packed pairs and prompts, if any (see shards.py)
 
-A pair exists when its line does, and counts once all before it exist. A torn last line is a pair
-that does not exist yet. Many workers may append at once: whoever writes holds the lock, .lock, so
-that every file has one writer, and what a killed one left unfinished is written over.
+A pair exists once its line does, and counts once all pairs before it exist. A torn last line is
+ignored. Several workers may append at once: a writer holds the lock .lock, and overwrites what a
+killed worker left unfinished.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ from dpo_video.support.atomic import append_line, write_bytes, write_tensors, wr
 from dpo_video.types import Context, Pair, PairBatch
 
 BESIDE = Path("runs/remote")
-"""Where what belongs to pairs of another machine is kept: labels, banks of predictions."""
-PROMPTS_KEPT = 32  # encoded ones, of pairs on another machine
+"""Local folder of what belongs to remote pairs: labels and reference caches."""
+PARTS = ("first", "second", "preference", "region")
+PROMPTS_KEPT = 32  # encoded prompts of remote pairs in memory
 
 
 class Manifest(BaseModel):
-    """What a store's pairs were made with."""
+    """Everything that a store's pairs depend on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -57,34 +58,34 @@ class Manifest(BaseModel):
     recipe: dict[str, Any]
     """The resolved tables [backbone], [pairs] and [labeler], the seed and the clips' hash."""
     identity: str
-    """The hash of the model's weights."""
+    """Hash of the model's weights."""
     latent_shape: tuple[int, int, int, int]
     """`(c, f, h, w)`."""
     fps: float
 
     @property
     def key(self) -> str:
-        """A hash of everything that the pairs depend on: 10 hex digits."""
+        """A hash of the manifest: 10 hex digits."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 @final
 class PairStore:
-    """An open store: a sequence of pairs, and `append`."""
+    """An open store: a sequence of pairs, with `append`."""
 
     def __init__(self, where: Path | str) -> None:
-        """Open a folder, or the URL of one that fsspec can read.
+        """Open a folder, or a URL that fsspec can read.
 
         Raises:
-            StoreError: if there is no store, or a damaged one.
+            StoreError: if there is no store, or it is damaged.
         """
         self._preferences: Mapping[int, Float[Tensor, " f"]] | None = None
         self._storage: Storage = (
             RemoteStorage(str(where)) if is_url(where) else LocalStorage(folder_of(where))
         )
         self.local = not is_url(where)
-        """Whether it can be written to."""
+        """Whether pairs can be appended."""
         self.where = str(where) if is_url(where) else str(folder_of(where))
         """Its path or URL."""
         try:
@@ -96,31 +97,31 @@ class PairStore:
             ) from error
         except PermissionError as error:
             raise self._forbidden("store.json", error) from error
-        except (OSError, ValueError) as error:  # a path may hold what no path can
+        except (OSError, ValueError) as error:  # ValueError: a path with a null byte
             raise StoreError(
                 f"'{self.where}' is not a pair store: it has no store.json. Name a folder that "
                 "`dpo-video build` wrote, or a strategy (see `dpo-video list pairs`)."
             ) from error
         self.folder = folder_of(where) if self.local else BESIDE / self.manifest.key
-        """What belongs to the pairs goes here."""
+        """Local folder of labels, reference caches and new pairs."""
         self._index = PairIndex()
-        self._read_to = 0
+        self._read_bytes = 0
         self.refresh()
         self.records: Sequence[PairRecord] = self._index.ready
         self._shards = self._open_shards()
         self._read_context: Callable[[str], dict[str, Tensor]] = self._fetch_context
-        if not self.local:  # of files that are here, the system remembers what is read often
+        if not self.local:  # the system caches local files
             self._read_context = lru_cache(maxsize=PROMPTS_KEPT)(self._fetch_context)
 
     @classmethod
     def create(cls, folder: Path, manifest: Manifest) -> PairStore:
-        """Start a store, or open the one of the same manifest that is there."""
+        """Create a store, or open the existing one of the same manifest."""
         if not (folder / "store.json").exists():
             with writing(folder):
                 for name in ("latents", "contexts", "previews"):
                     (folder / name).mkdir(parents=True, exist_ok=True)
                 with locked(folder):
-                    if not (folder / "store.json").exists():  # another worker may have been first
+                    if not (folder / "store.json").exists():  # another worker may have created it
                         text = manifest.model_dump_json(indent=2) + "\n"
                         write_text(folder / "store.json", text)
         store = cls(folder)
@@ -135,12 +136,12 @@ class PairStore:
         return len(self.records)
 
     def __contains__(self, index: int) -> bool:
-        """Whether the pair was made; it counts once all before it were."""
+        """Whether the pair exists, even if one before it is still missing."""
         return index in self._index
 
     @property
     def made(self) -> int:
-        """How many pairs were made, those included that wait for one before them."""
+        """Number of existing pairs, including those after a missing one."""
         return len(self._index)
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,20 +161,20 @@ class PairStore:
         return pair_html(self.where, self.records, previews)
 
     def preview(self, index: int) -> Path:
-        """Where a pair's preview goes."""
+        """Path of a pair's preview."""
         return self.folder / "previews" / f"{index:05d}.mp4"
 
     def refresh(self) -> None:
-        """See what other workers have appended; elsewhere nobody does while it is read."""
-        if self._read_to and not self.local:
+        """Read what other workers have appended; a remote store is read once."""
+        if self._read_bytes and not self.local:
             return
         try:
-            data = self._storage.read("pairs.jsonl", self._read_to)
+            data = self._storage.read("pairs.jsonl", self._read_bytes)
         except FileNotFoundError:
             return
         except OSError as error:
             raise self._forbidden("pairs.jsonl", error) from error
-        self._take(data)
+        self._add(data)
 
     def append(
         self,
@@ -182,18 +183,17 @@ class PairStore:
         index: int | None = None,
         preview: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """Add a pair, unless another worker has made it by now.
+        """Add a pair, unless another worker has added it.
 
         Args:
-            pair: What to write.
+            pair: The pair.
             context: Its encoded prompt, with a leading axis of 1.
-            index: Which pair it is; the first that is missing if left out.
-            preview: Writes its video to the path that it is given.
+            index: Its index; by default the first missing one.
+            preview: Writes its preview to a path.
         """
         if not self.local:
             raise StoreError(
-                f"'{self.where}' can be read only. Build pairs in a folder of this machine and "
-                "copy them there."
+                f"'{self.where}' is read-only. Build pairs in a local folder and copy them there."
             )
         with writing(self.folder), locked(self.folder):
             self._drop_torn_line()
@@ -201,59 +201,53 @@ class PairStore:
             if index in self:
                 return
             preview(self.preview(index))
-            name = _context_name(pair)
-            row = checked(
+            record = checked(
                 index=index,
                 prompt=pair.prompt,
-                context=name,
+                context=_context_name(pair),
                 source=pair.source,
                 strength=pair.strength,
                 region_share=pair.region.mean().item(),
                 preference=tuple(pair.preference.tolist()),
             )
-            context_file = self.folder / f"{_context_of(row)}.safetensors"
-            if _context_of(row) not in self._shards and not context_file.exists():
+            context_file = self.folder / f"{record.context_file}.safetensors"
+            if record.context_file not in self._shards and not context_file.exists():
                 write_tensors(context_file, dict(context))
-            tensors = {
-                "first": pair.first,
-                "second": pair.second,
-                "preference": pair.preference,
-                "region": pair.region,
-            }
-            write_tensors(self.folder / f"{_latents_of(row)}.safetensors", tensors)
-            append_line(self.folder / "pairs.jsonl", row.line())
+            tensors = {name: vars(pair)[name] for name in PARTS}
+            write_tensors(self.folder / f"{record.latents_file}.safetensors", tensors)
+            append_line(self.folder / "pairs.jsonl", record.line())
             self.refresh()
 
     def batch(self, indices: Sequence[int]) -> PairBatch:
-        """Read pairs and stack them, on the CPU. Safe from several threads at once."""
-        rows = [self.records[i] for i in indices]
-        parts = [self.tensors(row) for row in rows]
+        """Read pairs and stack them on the CPU. Safe from several threads at once."""
+        records = [self.records[i] for i in indices]
+        parts = [self.tensors(record) for record in records]
         if self._preferences is not None:
-            for row, part in zip(rows, parts, strict=True):
-                part["preference"] = self.preference(row.index)
-        contexts = [self._read_context(row.context) for row in rows]
+            for record, part in zip(records, parts, strict=True):
+                part["preference"] = self.preference(record.index)
+        contexts = [self._read_context(record.context) for record in records]
         shapes = {tuple((name, part[name].shape) for name in sorted(part)) for part in contexts}
         if len(shapes) > 1:
             raise StoreError(
-                f"The prompts of the pairs {', '.join(str(row.index) for row in rows)} in "
+                f"The prompts of the pairs {', '.join(str(record.index) for record in records)} in "
                 f"'{self.where}' are encoded in several ways. Delete it and build the pairs again."
             )
         stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         return PairBatch(
             **stacked,
-            strength=torch.tensor([row.strength for row in rows]),
+            strength=torch.tensor([record.strength for record in records]),
             context={name: torch.cat([c[name] for c in contexts]) for name in contexts[0]},
-            keys=[row.key for row in rows],
+            keys=[record.key for record in records],
         )
 
     def preference(self, index: int) -> Float[Tensor, " f"]:
-        """Who is better where in a pair, read without its latents."""
+        """Preference of a pair per latent frame, read without its latents."""
         if self._preferences is None:
             return torch.tensor(self.records[index].preference)
         return self._preferences.get(index, torch.zeros(self.manifest.latent_shape[1]))
 
     def beginning(self, count: int) -> PairStore:
-        """The first pairs alone; all where there are no more."""
+        """A view of the first `count` pairs."""
         view = copy.copy(self)
         view.records = self.records[:count]
         return view
@@ -262,35 +256,35 @@ class PairStore:
     def digest(self) -> str:
         """A hash of the manifest and of every pair's line: 16 hex digits."""
         found = hashlib.sha256(self.manifest.key.encode())
-        for row in self.records:
-            found.update(row.line())
+        for record in self.records:
+            found.update(record.line())
         return found.hexdigest()[:16]
 
     @property
     def labels_digest(self) -> str:
-        """A hash of the preferences that take the storage of the pairs' own; "" if none do."""
+        """A hash of the preferences of `relabelled`; "" without them."""
         if self._preferences is None:
             return ""
-        said = [[index, self._preferences[index].tolist()] for index in sorted(self._preferences)]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        values = [[index, self._preferences[index].tolist()] for index in sorted(self._preferences)]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     def relabelled(self, preferences: Mapping[int, Float[Tensor, " f"]]) -> PairStore:
-        """The same pairs with other preferences; those that are given none become ties."""
+        """A view with other preferences; pairs without one become ties."""
         view = copy.copy(self)
         view._preferences = preferences
         return view
 
     def decided(self) -> list[int]:
-        """The pairs that there is something to learn from; the others are ties throughout."""
-        if self._preferences is None:  # of very many, no tensors
-            return [row.index for row in self.records if any(row.preference)]
+        """Indices of the pairs that have a preference in any frame."""
+        if self._preferences is None:  # no tensors, because there may be very many
+            return [record.index for record in self.records if any(record.preference)]
         return [index for index in range(len(self)) if self.preference(index).any()]
 
     def check_fits(self, model: VideoModel) -> None:
-        """A StoreError unless the pairs were made with this very model."""
+        """A StoreError unless the pairs were made with this model's weights and shape."""
         if self.manifest.latent_shape != model.latent_shape:
             raise StoreError(
-                f"The pairs in '{self.where}' have latents of shape {self.manifest.latent_shape}, "
+                f"The pairs in '{self.where}' have latents of shape {self.manifest.latent_shape}; "
                 f"the backbone's are {model.latent_shape}. Build pairs for this backbone."
             )
         if weights_of(self.manifest.identity) != weights_of(model.identity):
@@ -300,24 +294,24 @@ class PairStore:
                 "for this backbone."
             )
 
-    def tensors(self, row: PairRecord) -> dict[str, Tensor]:
-        """What is stored of a pair itself; no labels take the storage of its preference."""
-        name = _latents_of(row)
+    def tensors(self, record: PairRecord) -> dict[str, Tensor]:
+        """The stored tensors of a pair, with its own preference."""
+        name = record.latents_file
         found = self._load(name)
         shape = self.manifest.latent_shape
-        wanted = {"first": shape, "second": shape, "preference": shape[1:2],
+        expected = {"first": shape, "second": shape, "preference": shape[1:2],
                   "region": (1, *shape[1:])}  # fmt: skip
         shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
-        if shapes != wanted or not all(part.is_floating_point() for part in found.values()):
-            raise self._foreign(name)
+        if shapes != expected or not all(part.is_floating_point() for part in found.values()):
+            raise self._foreign(name, "a pair of this store")
         return found
 
-    def context(self, row: PairRecord) -> dict[str, Tensor]:
+    def context(self, record: PairRecord) -> dict[str, Tensor]:
         """A pair's encoded prompt, with a leading axis of 1."""
-        return self._read_context(row.context)
+        return self._read_context(record.context)
 
     def fetch_labels(self, name: str) -> None:
-        """Copy labels from beside pairs on another machine to beside what belongs to them here."""
+        """Copy the labels of a remote store to its local folder."""
         if self.local:
             return
         for file in (f"labels/{name}.json", f"labels/{name}.jsonl"):
@@ -332,14 +326,11 @@ class PairStore:
         name = f"contexts/{context}"
         tensors = self._load(name)
         if not tensors or not all(part.ndim and len(part) == 1 for part in tensors.values()):
-            raise StoreError(
-                f"'{self._path(name)}' holds something else than an encoded prompt. "
-                f"{self._next_step()}"
-            )
+            raise self._foreign(name, "an encoded prompt")
         return tensors
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        with self._reading(name):
+        with self._readable(name):
             if name in self._shards:
                 return self._shards.read(name)
             return self._storage.load(f"{name}.safetensors")
@@ -348,14 +339,11 @@ class PairStore:
         shard = self._shards.file(name) if name in self._shards else f"{name}.safetensors"
         return self._storage.path(shard)
 
-    def _foreign(self, name: str) -> StoreError:
-        return StoreError(
-            f"'{self._path(name)}' holds something else than a pair of this store. "
-            f"{self._next_step()}"
-        )
+    def _foreign(self, name: str, expected: str) -> StoreError:
+        return StoreError(f"'{self._path(name)}' does not hold {expected}. {self._next_step()}")
 
     @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
+    def _readable(self, name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError, ValueError) as error:
@@ -378,7 +366,7 @@ class PairStore:
                 "pairs again, or update dpo-video if a newer version packed them."
             ) from error
         except OSError as error:
-            # A bucket that may not be listed forbids what is not there.
+            # A bucket that may not be listed answers a missing file with 'forbidden'.
             missing = FileNotFoundError if self.local else (FileNotFoundError, PermissionError)
             if not isinstance(error, missing):
                 raise self._forbidden(INDEX, error) from error
@@ -390,49 +378,41 @@ class PairStore:
             "you may read."
         )
 
-    def _take(self, data: bytes) -> None:
-        """Take in what follows of pairs.jsonl; not a last line that is not whole."""
+    def _add(self, data: bytes) -> None:
+        """Add the following lines of pairs.jsonl, without a torn last one."""
         lines = data.split(b"\n")
         torn = lines.pop()
         if lines:
             path, before = self._storage.path("pairs.jsonl"), self._index.lines
-            rows = parse(lines, path, before)
+            records = parse(lines, path, before)
             frames = self.manifest.latent_shape[1]
-            for number, row in enumerate(rows, start=before + 1):
-                if len(row.preference) != frames:
+            for number, record in enumerate(records, start=before + 1):
+                if len(record.preference) != frames:
                     raise StoreError(
-                        f"Line {number} of '{path}' does not have one preference a latent frame. "
+                        f"Line {number} of '{path}' needs one preference per latent frame. "
                         "Delete that line and build again: the rest is kept."
                     )
-            self._index.add(rows, path)
-            self._read_to += len(data) - len(torn)
+            self._index.add(records, path)
+            self._read_bytes += len(data) - len(torn)
 
     def _drop_torn_line(self) -> None:
-        """Take in what others wrote, and cut off what one of them could not finish."""
+        """Read what other workers appended, and remove a torn last line."""
         self.refresh()
         path = self.folder / "pairs.jsonl"
-        if path.exists() and path.stat().st_size > self._read_to:
+        if path.exists() and path.stat().st_size > self._read_bytes:
             with path.open("r+b") as file:
-                file.truncate(self._read_to)
+                file.truncate(self._read_bytes)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only one who writes to a folder. A lock ends with its process, however that ends."""
-    # Their own interval of 0.05 s would make workers wait for each other longer than they write.
+    """Hold a folder's write lock. The system releases it if the process is killed."""
+    # The default interval of 0.05 s would be longer than most writes.
     with FileLock(folder / ".lock").acquire(poll_interval=0.005):
         yield
 
 
-def _latents_of(row: PairRecord) -> str:
-    return f"latents/{row.key}"
-
-
-def _context_of(row: PairRecord) -> str:
-    return f"contexts/{row.context}"
-
-
 def _context_name(pair: Pair) -> str:
-    """Equal for prompts that the model encodes alike; by content for what came encoded."""
+    """A hash of the prompt's text, or of the tensors if the prompt came encoded."""
     named = pair.prompt.encode() if pair.context is None else save(dict(pair.context))
     return hashlib.sha256(named).hexdigest()[:16]

@@ -1,13 +1,12 @@
-"""Video files: read, resampled to what a backbone wants, and written.
+"""Read video files and resample them to a backbone's shape.
 
-Reading is bounded: frames are sampled and shrunk while they are decoded, and a read that would
-take more than `MAX_BYTES` stops with an error. Writing is atomic and repeatable to the byte.
+Memory is bounded: frames are sampled and shrunk while they are decoded, and a read that would take
+more than `MAX_BYTES` stops with an error.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import math
 import re
@@ -21,25 +20,22 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.video.reformatter import Colorspace, Interpolation
+from av.video.reformatter import Interpolation
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from dpo_video.errors import UserError
-from dpo_video.support.atomic import sync
 from dpo_video.types import Video, VideoShape
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv", ".gif"})
 FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
-FOLDER_FPS = 8.0  # of a folder of frames, which does not say
-MAX_BYTES = 1 << 30  # of decoded frames in one read
-MAX_PIXELS = 1 << 26  # of a frame: twice 8K
-SEEK_FROM = 1.0  # seconds; less is decoded through sooner than sought
-CRF = "12"  # x264's quality: visually lossless
-BT709 = 1  # the colours that browsers expect, as H.264 numbers them
-EPSILON = 1e-6  # seconds: a frame that is due at an instant is not missed by rounding
+FOLDER_FPS = 8.0  # assumed for a folder of frames
+MAX_BYTES = 1 << 30  # decoded frames of one read
+MAX_PIXELS = 1 << 26  # one frame: twice 8K
+SEEK_FROM = 1.0  # seconds; decoding a shorter stretch is faster than seeking
+EPSILON = 1e-6  # seconds; tolerates the rounding of time stamps
 
 Picture = NDArray[np.uint8]
 Size = tuple[int, int]
@@ -58,7 +54,7 @@ class Footage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a file holds, counted and not taken from its header."""
+    """Length and rate of a file, counted from its packets rather than read from its header."""
 
     frames: int
     fps: float
@@ -66,7 +62,7 @@ class VideoInfo:
 
     @property
     def seconds(self) -> float:
-        """How long it lasts."""
+        """The duration."""
         return self.frames / self.fps
 
 
@@ -75,14 +71,14 @@ class VideoInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shot:
-    """A frame that has not been turned into a picture yet."""
+    """A decoded frame before its conversion to RGB."""
 
     time: float
     picture: Callable[[Size | None], Picture]
 
 
 def natural_key(name: str) -> tuple[list[int | str], str]:
-    """Sort key in which frame 9 comes before frame 10."""
+    """Sort key that orders frame 9 before frame 10."""
     parts = re.split(r"(\d+)", name.casefold())
     return [int(part) if part.isdecimal() else part for part in parts], name
 
@@ -110,16 +106,16 @@ def read_video(
 
     Args:
         path: An mp4, webm, avi, mov, mkv or gif; or a folder of png or jpg files.
-        fps: Take the frame nearest to every instant `start + k / fps`, by the file's own time
-            stamps; None takes all frames as they are stored, and their mean rate.
-        start: Where to begin, in seconds.
-        frames: Stop after so many; None reads to the end.
-        cover: Shrink the frames, while decoding, to the smallest size that covers this height and
-            width; never enlarges.
-        folder_fps: The rate of a folder of frames.
+        fps: Take the frame nearest to every time `start + k / fps`, by the file's own time stamps;
+            None takes all stored frames, at their mean rate.
+        start: First time, in seconds.
+        frames: Maximum number of frames; None reads to the end.
+        cover: Shrink the frames while decoding to the smallest size that covers this height and
+            width; frames are never enlarged.
+        folder_fps: Rate of a folder of frames.
 
     Raises:
-        VideoError: If the file is damaged, or holds no frames from `start` on.
+        VideoError: If the file is damaged, or has no frames from `start` on.
         UserError: If there is no such file, or the frames would take more than `MAX_BYTES`.
     """
     shots = _shots(path, start, folder_fps)
@@ -140,8 +136,8 @@ def read_video(
         used += picture.nbytes
         if used > MAX_BYTES:
             raise UserError(
-                f"{path} takes more than {MAX_BYTES >> 20} MiB from its frame {len(pictures)} on. "
-                "Ask for fewer frames or a smaller size."
+                f"{path} takes more than {MAX_BYTES >> 20} MiB at its frame {len(pictures)}. "
+                "Request fewer frames or a smaller size."
             )
     if not pictures:
         raise VideoError(f"{path} has no frames after {start:g} s. Remove or replace it.")
@@ -162,15 +158,15 @@ def read_picture(path: Path) -> UInt8[Tensor, "3 y x"]:
 def probe_video(
     path: Path, *, seconds: float | None = None, folder_fps: float = FOLDER_FPS
 ) -> VideoInfo:
-    """Count a video's frames by their time stamps, and decode only the first.
+    """Count a video's frames by their time stamps; only the first frame is decoded.
 
     Args:
-        path: As for `read_video`.
-        seconds: Count no further than this.
-        folder_fps: The rate of a folder of frames.
+        path: See `read_video`.
+        seconds: Stop counting after this time.
+        folder_fps: Rate of a folder of frames.
 
     Raises:
-        VideoError: If the file is no video, or its first frame cannot be decoded.
+        VideoError: If the file is not a video, or its first frame cannot be decoded.
         UserError: If there is no such file.
     """
     _must_exist(path)
@@ -205,7 +201,7 @@ def _every(shots: Iterator[_Shot], start: float) -> Iterator[_Shot]:
 
 
 def _nearest(shots: Iterator[_Shot], fps: float, start: float) -> Iterator[_Shot]:
-    """The shots nearest to `start + k / fps`, up to the moment when the last one ends."""
+    """The shots nearest to the times `start + k / fps`, up to the end of the last shot."""
     k, gap = 0, 1 / fps
     last: _Shot | None = None
     for shot in shots:
@@ -221,7 +217,7 @@ def _nearest(shots: Iterator[_Shot], fps: float, start: float) -> Iterator[_Shot
 
 
 def _shots(path: Path, start: float, folder_fps: float) -> Iterator[_Shot]:
-    """A file's frames in order, from `start` or earlier on; times in seconds from its beginning."""
+    """A file's frames in order, from `start` or earlier; times in seconds since its beginning."""
     _must_exist(path)
     if path.is_dir():
         for index, file in enumerate(frame_files(path)):
@@ -236,7 +232,7 @@ def _shots(path: Path, start: float, folder_fps: float) -> Iterator[_Shot]:
                                    stream=stream)  # fmt: skip
             missed = False
             for index, frame in enumerate(container.decode(stream)):
-                if frame.pts is None:  # raw streams have no stamps, and cannot be sought
+                if frame.pts is None:  # raw streams have no time stamps and no seeking
                     time = Fraction(index) / (stream.average_rate or Fraction(FOLDER_FPS))
                     missed = seek
                 else:
@@ -262,8 +258,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise VideoError(f"{path} holds no video. Remove or replace it.")
             stream = container.streams.video[0]
             if stream.codec_context is None:
-                raise VideoError(_damaged(path, "(nothing here decodes it)"))
-            # A frame may say that it is larger than the file does.
+                raise VideoError(_damaged(path, "(no installed decoder reads it)"))
+            # A frame's header may declare a larger size than the file's header.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             yield container, stream
     except av.FFmpegError as error:
@@ -271,7 +267,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _damaged(path: Path, where: str) -> str:
-    return f"{path} is damaged or no video {where}. Remove, replace or re-encode it."
+    return f"{path} is damaged or not a video {where}. Remove, replace or re-encode it."
 
 
 def _must_exist(path: Path) -> None:
@@ -281,7 +277,7 @@ def _must_exist(path: Path) -> None:
 
 def _renderer(frame: Any, stream: Any) -> Callable[[Size | None], Picture]:
     def render(cover: Size | None) -> Picture:
-        turns = round(frame.rotation / 90) % 4  # phones store how they were held
+        turns = round(frame.rotation / 90) % 4  # phones store their orientation
         aspect = float(stream.sample_aspect_ratio or 1)  # DV and DVD pixels are not square
         width = max(round(frame.width * aspect), 1)
         upright = (width, frame.height) if turns % 2 else (frame.height, width)
@@ -306,7 +302,7 @@ def _load(file: Path, cover: Size | None) -> Picture:
         with Image.open(file) as stored:
             image = ImageOps.exif_transpose(stored).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{file} is damaged or no picture. Remove or replace it.") from error
+        raise VideoError(f"{file} is damaged or not a picture. Remove or replace it.") from error
     height, width = _shrunk(image.height, image.width, cover)
     if (height, width) != (image.height, image.width):
         image = image.resize((width, height), Image.Resampling.BOX)
@@ -314,7 +310,7 @@ def _load(file: Path, cover: Size | None) -> Picture:
 
 
 def _shrunk(height: int, width: int, cover: Size | None) -> Size:
-    """The size that a picture is shrunk to, so that it still covers `cover`."""
+    """The smallest size at the same aspect that covers `cover`; never larger than the picture."""
     if cover is None:
         return height, width
     scale = max(cover[0] / height, cover[1] / width)
@@ -336,16 +332,16 @@ def fit_video(
     shape: VideoShape,
     start: float = 0.0,
 ) -> Video:
-    """Resample in time, resize to cover and cut out the middle.
+    """Resample in time, resize to cover the shape and crop the centre.
 
-    Takes the frames nearest to `start + k / shape.fps`. A video that is too short for that, but
-    has `shape.frames` frames or more, is played faster: its frames are picked evenly spread.
+    Takes the frames nearest to the times `start + k / shape.fps`. A video that is too short for
+    that, but has at least `shape.frames` frames, is sped up: evenly spaced frames are taken.
 
     Args:
         frames: Bytes, or floats in [0, 1].
-        fps: Their rate.
-        shape: What is wanted.
-        start: Where to begin, in seconds.
+        fps: Rate of `frames`.
+        shape: Shape and rate of the result.
+        start: First time, in seconds.
 
     Raises:
         UserError: If the video is too short.
@@ -365,12 +361,12 @@ def fit_video(
 
 
 def fits(frames: int, fps: float, shape: VideoShape) -> bool:
-    """Whether so many frames at `fps` are still showing when the last one wanted is due."""
+    """Whether this many frames at `fps` last until the last frame of `shape` is due."""
     return (shape.frames - 1) / shape.fps < frames / fps - EPSILON
 
 
 def too_short(frames: int, fps: float, shape: VideoShape) -> str:
-    """A sentence that says how long a video is, and should be."""
+    """A clause with a video's actual and required length."""
     return (
         f"it has {frames / fps:.2f} s ({frames} frames), "
         f"and {shape.frames / shape.fps:.2f} s or {shape.frames} frames are needed"
@@ -378,7 +374,7 @@ def too_short(frames: int, fps: float, shape: VideoShape) -> str:
 
 
 def _pick(available: int, fps: float, shape: VideoShape, start: float) -> Tensor:
-    """Indices of the frames that `fit_video` takes."""
+    """Indices of the frames to take."""
     first = math.floor(start * fps + 0.5 + EPSILON)
     left = max(available - first, 0)
     if fits(left, fps, shape):
@@ -388,100 +384,5 @@ def _pick(available: int, fps: float, shape: VideoShape, start: float) -> Tensor
         return first + torch.linspace(0, left - 1, shape.frames, dtype=torch.float64).round().long()
     raise UserError(
         f"The video is too short: {too_short(left, fps, shape)}. "
-        "Use a longer one, or a backbone that wants fewer frames."
+        "Use a longer one, or a backbone with fewer frames."
     )
-
-
-# --- writing ---------------------------------------------------------------------------------
-
-
-def write_video(path: Path, video: Video, fps: float, scale: int = 1) -> None:
-    """Write an mp4 or a gif, by the path's suffix; an existing file is replaced whole.
-
-    Args:
-        path: Its folder is made if it is missing.
-        video: Pixels in [0, 1].
-        fps: Frames per second.
-        scale: Enlarges every pixel to a square of so many, so that small videos look crisp.
-
-    Raises:
-        UserError: For another suffix, or if the file cannot be written.
-    """
-    encoders = {".mp4": video_bytes, ".gif": gif_bytes}
-    encode = encoders.get(path.suffix.lower())
-    if encode is None:
-        raise UserError(f"Cannot write a video to {path}. Give it the suffix .mp4 or .gif.")
-    data = encode(video, fps, scale)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        sync(partial)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = error.strerror or "the disk refuses"
-        raise UserError(
-            f"Cannot write {path}: {reason}. Make room there, or choose another place."
-        ) from error
-
-
-def video_bytes(video: Video, fps: float, scale: int = 1) -> bytes:
-    """An mp4 that browsers play, in memory (H.264, yuv420p).
-
-    Colour is stored at half the resolution; from `scale` 2 on every pixel keeps its own. Odd sizes
-    gain a row or a column, the last one repeated.
-    """
-    pictures = _enlarged(video, scale)
-    pictures = np.pad(
-        pictures,
-        ((0, 0), (0, pictures.shape[1] % 2), (0, pictures.shape[2] % 2), (0, 0)),
-        mode="edge",
-    )
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = pictures.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": CRF}
-        codec = stream.codec_context
-        codec.thread_count = 1  # the bytes depend on it
-        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
-        codec.color_range = 1  # 16 to 235
-        for picture in pictures:
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, interpolation=Interpolation.AREA
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return buffer.getvalue()
-
-
-def gif_bytes(video: Video, fps: float, scale: int = 1) -> bytes:
-    """A gif that repeats for ever, in memory.
-
-    All frames share one palette, undithered: a palette a frame would flicker, which is what one
-    looks for. Times are whole hundredths of a second, rounded so that the errors do not add up.
-    """
-    pictures = _enlarged(video, scale)
-    count, height, width, _ = pictures.shape
-    strip = Image.fromarray(pictures.reshape(count * height, width, 3))
-    strip = strip.quantize(256, dither=Image.Dither.NONE)
-    images = [strip.crop((0, k * height, width, (k + 1) * height)) for k in range(count)]
-    stamps = [round(100 * k / fps) for k in range(count + 1)]
-    durations = [10 * max(after - before, 2) for before, after in itertools.pairwise(stamps)]
-    buffer = io.BytesIO()
-    images[0].save(
-        buffer, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0
-    )
-    return buffer.getvalue()
-
-
-def _enlarged(video: Video, scale: int) -> NDArray[np.uint8]:
-    """Bytes `F H W 3`, every pixel a square of `scale`."""
-    if scale < 1 or video.shape[1] == 0:
-        raise ValueError(f"a video of {video.shape[1]} frames cannot be written at scale {scale}")
-    pixels = video.detach().cpu().float().mul(255).round().clamp(0, 255).to(torch.uint8)
-    pictures: NDArray[np.uint8] = pixels.permute(1, 2, 3, 0).numpy()
-    return pictures.repeat(scale, axis=1).repeat(scale, axis=2)

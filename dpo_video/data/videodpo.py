@@ -1,8 +1,8 @@
-"""Video-DPO's published pairs: files `pair_00000.pt`, each a dict of three tensors.
+"""Video-DPO's published pairs: files `pair_00000.pt`, each a dictionary of three tensors.
 
-`latents_w` and `latents_l` are the winner's and the loser's scaled latents `[c f h w]`,
-`prompt_embeds` the encoded prompt `[1 tokens channels]`. The text of the prompt is not in them; we
-write it beside them, and read it there.
+`latents_w` and `latents_l` are the scaled latents `[c f h w]` of the chosen and the rejected video,
+`prompt_embeds` the encoded prompt `[1 tokens channels]`. The text of the prompt is written to, and
+read from, a text file beside it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ _KEYS = ("latents_w", "latents_l", "prompt_embeds")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDPOPair:
-    """What one file holds."""
+    """The contents of one file."""
 
-    winner: Float[Tensor, "c f h w"]
-    loser: Float[Tensor, "c f h w"]
+    chosen: Float[Tensor, "c f h w"]
+    rejected: Float[Tensor, "c f h w"]
     prompt_embeds: Float[Tensor, "1 tokens channels"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoDPOExport:
-    """What an export wrote, and what the format has no place for."""
+    """The number of pairs written, and what the format could not hold."""
 
     written: int
     undecided: int
-    """Pairs that were left out: neither video is preferred on the whole."""
+    """Pairs left out, because neither video is preferred overall."""
     simplified: int
-    """Written pairs whose labels differ between frames: only the majority is in the file."""
+    """Written pairs whose labels differ between frames; the file has only the majority."""
     regions: int
-    """Written pairs that have a region, which is not in the file."""
+    """Written pairs with a region, which the file cannot hold."""
 
 
 def read_videodpo_pair(path: Path) -> VideoDPOPair:
-    """Read a file; a leading axis of 1 may be there or not.
+    """Read a file; leading axes of 1 are optional.
 
     Raises:
-        UserError: if it is damaged, or holds something else.
+        UserError: if it is damaged or holds other tensors.
     """
     try:
         _check_archive(path)
@@ -60,20 +60,20 @@ def read_videodpo_pair(path: Path) -> VideoDPOPair:
     tensors = [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
     if len(tensors) != len(_KEYS):
         raise UserError(f"{path} does not hold the tensors {', '.join(_KEYS)}. Remove it.")
-    winner, loser, prompt = tensors
-    winner, loser = (x[0] if x.ndim == 5 and len(x) == 1 else x for x in (winner, loser))
+    chosen, rejected, prompt = tensors
+    chosen, rejected = (x[0] if x.ndim == 5 and len(x) == 1 else x for x in (chosen, rejected))
     prompt = prompt[None] if prompt.ndim == 2 else prompt
-    if winner.ndim != 4 or winner.shape != loser.shape or prompt.ndim != 3 or len(prompt) != 1:
+    if chosen.ndim != 4 or chosen.shape != rejected.shape or prompt.ndim != 3 or len(prompt) != 1:
         shapes = ", ".join(str(tuple(value.shape)) for value in tensors)
         raise UserError(
-            f"{path} holds shapes {shapes}; wanted are two of [c f h w] and one of "
-            "[1 tokens channels]. Remove or replace it."
+            f"{path} holds shapes {shapes}; expected are two of [c f h w] and one "
+            "of [1 tokens channels]. Remove or replace it."
         )
-    return VideoDPOPair(winner=winner, loser=loser, prompt_embeds=prompt)
+    return VideoDPOPair(chosen=chosen, rejected=rejected, prompt_embeds=prompt)
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive that would grow when it is unpacked: torch stores, and never compresses."""
+    """Refuse an archive that grows when unpacked; torch never compresses."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -83,45 +83,45 @@ def _check_archive(path: Path) -> None:
             raise ValueError("its parts overlap")
 
 
-def write_videodpo_pair(path: Path, triple: VideoDPOPair) -> None:
-    """Write a file that appears whole or not at all."""
-    values = (triple.winner, triple.loser, triple.prompt_embeds)
+def write_videodpo_pair(path: Path, pair: VideoDPOPair) -> None:
+    """Write a file atomically."""
+    values = (pair.chosen, pair.rejected, pair.prompt_embeds)
     with publishing(path) as partial:
-        # A copy each: a slice would take the whole batch that it is cut from into the file.
+        # Copies, because a slice would store the batch that it is a view of.
         torch.save({key: value.clone() for key, value in zip(_KEYS, values, strict=True)}, partial)
 
 
 def export_videodpo(store: PairStore, folder: Path) -> VideoDPOExport:
-    """Write a store's pairs as published files, numbered without gaps, each with its prompt.
+    """Write a store's decided pairs as such files with their prompts, numbered without gaps.
 
     Raises:
-        UserError: if the folder has such files already.
-        StoreError: if the pairs' prompts are encoded as more than `prompt_embeds`.
+        UserError: if the folder has .pt files already.
+        StoreError: if the prompts are encoded as other tensors than `prompt_embeds` alone.
     """
     if any(folder.glob("*.pt")):
         raise UserError(f"'{folder}' holds .pt files already. Name another folder.")
     written = undecided = simplified = regions = 0
-    for index, row in enumerate(store.records):
+    for index, record in enumerate(store.records):
         batch = store.batch([index])
         if batch.context.keys() != {"prompt_embeds"}:
             raise StoreError(
                 f"The pairs in '{store.where}' have prompts encoded as "
-                f"{', '.join(sorted(batch.context))}; the published format keeps prompt_embeds "
-                "alone. Their backbone cannot be exported."
+                f"{', '.join(sorted(batch.context))}; Video-DPO's format holds prompt_embeds only. "
+                "Pairs of this backbone cannot be exported."
             )
-        winner = batch.preference[0].sum().sign()
-        if winner == 0:
+        label = batch.preference[0].sum().sign()
+        if label == 0:
             undecided += 1
             continue
         first, second = batch.first[0], batch.second[0]
-        better, worse = (first, second) if winner > 0 else (second, first)
+        chosen, rejected = (first, second) if label > 0 else (second, first)
         path = folder / f"pair_{written:05d}.pt"
         with writing(folder):
             embeds = batch.context["prompt_embeds"]
             write_videodpo_pair(
-                path, VideoDPOPair(winner=better, loser=worse, prompt_embeds=embeds)
+                path, VideoDPOPair(chosen=chosen, rejected=rejected, prompt_embeds=embeds)
             )
-            write_text(path.with_suffix(".txt"), row.prompt + "\n")
+            write_text(path.with_suffix(".txt"), record.prompt + "\n")
         written += 1
         simplified += bool((batch.preference[0] != batch.preference[0, 0]).any())
         regions += bool((batch.region == 0).any())

@@ -1,7 +1,7 @@
-"""Questions to a language model behind an OpenAI-compatible endpoint: kept, retried, counted.
+"""Requests to a language model behind an OpenAI-compatible endpoint, with cache and retries.
 
-The key comes from the environment and goes to the client library alone: it is in no option, no file
-and no message of ours.
+The key is read from the environment and passed to the client library only: no option, file or
+message contains it.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PASSING = (408, 409, 425, 429)  # besides 5xx: the same question may be answered a little later
+TRANSIENT = (408, 409, 425, 429)  # status codes worth a retry, as 5xx are
 LONGEST_WAIT = 60.0  # seconds
 
 
 class MalformedError(Exception):
-    """An answer that is not of the form asked for; worth asking again."""
+    """An answer of another form than requested; worth a retry."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where to ask, and how patiently."""
+    """An endpoint, its model, and the limits of a request."""
 
     base_url: str
     model: str
     key_variable: str
-    """The environment variable with the key; empty where none is needed."""
+    """Environment variable with the key; empty if none is needed."""
     timeout: float
-    """Seconds for one answer."""
+    """Longest time of an answer, in seconds."""
     retries: int
-    """After the first attempt."""
+    """Attempts after the first."""
     wait: float
     """Seconds before the first retry; doubled for each further one."""
     cache: Path
-    """The folder of the answers."""
+    """Folder of the cached answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Generic[T]):
-    """What was answered, and what it took this time."""
+    """An answer and what it cost."""
 
     value: T
     requests: int
@@ -63,30 +63,30 @@ class Answer(Generic[T]):
 
 @final
 class Chat:
-    """An open connection to an endpoint; may be used from several threads."""
+    """A connection to an endpoint; safe from several threads at once."""
 
     def __init__(self, endpoint: Endpoint, client: OpenAI) -> None:
         self.endpoint, self._client = endpoint, client
 
     def ask(self, content: Sequence[dict[str, Any]], read: Callable[[str], T]) -> Answer[T]:
-        """Ask, or look the answer up by a hash of the question and the model.
+        """Ask a question, or return its cached answer, keyed by a hash of question and model.
 
         Args:
-            content: the parts of one user message, in the protocol's form.
-            read: what the text means; a MalformedError where it means nothing.
+            content: The parts of one user message, as the protocol defines them.
+            read: Parses the text of an answer; raises MalformedError for an invalid one.
 
         Raises:
-            UserError: if the endpoint refuses, or keeps failing.
+            UserError: if the endpoint refuses the request, or all attempts fail.
         """
         question = json.dumps([self.endpoint.model, content], sort_keys=True)
         digest = hashlib.sha256(question.encode()).hexdigest()
         path = self.endpoint.cache / digest[:2] / f"{digest}.json"
-        known = _cached(path)
-        if known is not None:
+        cached = _cached(path)
+        if cached is not None:
             try:
-                return Answer(value=read(known), requests=0, input_tokens=0, output_tokens=0)
+                return Answer(value=read(cached), requests=0, input_tokens=0, output_tokens=0)
             except MalformedError:
-                pass  # written by a version that read answers otherwise
+                pass  # an older version wrote it
         return self._request(content, read, path)
 
     def _request(
@@ -114,12 +114,12 @@ class Chat:
             if attempt < self.endpoint.retries:
                 time.sleep(wait)
         raise UserError(
-            f"'{self.endpoint.base_url}' gave no usable answer in {len(failures)} attempts, at "
-            f"last: {failures[-1]}. What is labelled is kept: run the same command again to go on."
+            f"'{self.endpoint.base_url}' gave no valid answer in {len(failures)} attempts (last: "
+            f"{failures[-1]}). All labels so far are saved: run the same command again to resume."
         )
 
     def _complete(self, content: Sequence[dict[str, Any]]) -> _Reply:
-        """One request; a _FailureError if another may go better, a UserError if none will."""
+        """One request; a _FailureError if a retry may succeed, else a UserError."""
         import openai
 
         messages: Any = [{"role": "user", "content": list(content)}]
@@ -128,16 +128,16 @@ class Chat:
                 model=self.endpoint.model, messages=messages
             )
         except openai.APIStatusError as error:
-            if error.status_code in PASSING or error.status_code >= 500:
-                asked = _seconds(error.response.headers.get("retry-after"))
-                raise _FailureError(f"status {error.status_code}", asked) from error
+            if error.status_code in TRANSIENT or error.status_code >= 500:
+                wait = _seconds(error.response.headers.get("retry-after"))
+                raise _FailureError(f"status {error.status_code}", wait) from error
             raise self._refused(error.status_code, error.message) from error
         except openai.APITimeoutError as error:
             raise _FailureError(f"no answer within {self.endpoint.timeout:g} s") from error
         except openai.APIConnectionError as error:
             raise _FailureError("no connection") from error
         except (openai.APIError, ValueError) as error:
-            raise _FailureError("an answer that is not of the protocol") from error
+            raise _FailureError("an answer outside the protocol") from error
         choices = getattr(completion, "choices", None)
         text = choices[0].message.content if choices else None
         if not isinstance(text, str):
@@ -151,36 +151,35 @@ class Chat:
 
     def _refused(self, status: int, message: str) -> UserError:
         where, variable = self.endpoint.base_url, self.endpoint.key_variable
-        if status in (401, 403):  # their messages repeat the key in parts
+        if status in (401, 403):  # the message may contain parts of the key
             return UserError(
                 f"'{where}' refuses the key in the environment variable {variable or '(none)'} "
-                f"(status {status}). Put a valid key there."
+                f"(status {status}). Set it to a valid key."
             )
-        said = " ".join(message.split())[:200]
+        reason = " ".join(message.split())[:200]
         if key := os.environ.get(variable):
-            said = said.replace(key, "***")
+            reason = reason.replace(key, "***")
         return UserError(
-            f"'{where}' refuses the request (status {status}: {said}). Check labeler.base_url and "
-            "labeler.model."
+            f"'{where}' refuses the request (status {status}: {reason}). Check labeler.base_url "
+            "and labeler.model."
         )
 
 
 @contextmanager
 def open_chat(endpoint: Endpoint) -> Iterator[Chat]:
-    """Connect; a UserError without the client library or the key."""
+    """Open a connection; a UserError if the client library or the key is missing."""
     try:
         from openai import OpenAI
     except ImportError as error:
         raise UserError(
-            "Asking a language model needs the openai package. Install it: "
-            "pip install 'dpo-video[vlm]'"
+            "The labeler vlm needs the openai package. Install it: pip install 'dpo-video[vlm]'"
         ) from error
     variable = endpoint.key_variable
     key = os.environ.get(variable) if variable else "none"
     if not key:
         raise UserError(
             f"The environment variable {variable} has no key for '{endpoint.base_url}'. Set it, or "
-            'name another one (labeler.key_variable; "" where no key is needed).'
+            'name another (labeler.key_variable; "" if no key is needed).'
         )
     with OpenAI(
         api_key=key, base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0
@@ -196,16 +195,16 @@ class _Reply:
 
 
 class _FailureError(Exception):
-    """A request that failed and may be repeated."""
+    """A failed request that may be retried."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait
-        """Seconds that the server asks for."""
+        """Seconds that the server requests."""
 
 
 def _cached(path: Path) -> str | None:
-    """The text of an answer; None if there is none, or its file is damaged."""
+    """The text of a cached answer; None if it is missing or damaged."""
     try:
         answer = json.loads(path.read_text(encoding="utf-8"))["answer"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -216,5 +215,5 @@ def _cached(path: Path) -> str | None:
 def _seconds(header: str | None) -> float | None:
     try:
         return max(0.0, float(header or ""))
-    except ValueError:  # left out, or a date
+    except ValueError:  # missing, or a date
         return None

@@ -1,4 +1,4 @@
-"""A person labels, in the browser."""
+"""Labels from people, in the browser."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from dpo_video.strategies import LabelTask, StoreLabeler
 
 @final
 class Page(StoreLabeler):
-    """People compare both videos on a local web page, segment by segment (Wu et al. 2025).
+    """A web page: people compare both videos segment by segment on a local page.
 
-    The sides are random and unmarked (a blind comparison). Every answer is on the disk before the
-    page moves on. Several people may label the same set, at once or in turn; their agreement is
-    reported, and training takes their vote.
+    As in DenseDPO (Wu et al. 2025, arXiv 2506.03517). The comparison is blind: sides are random and
+    unmarked. Every answer is saved before the next question. Several people may label the same set,
+    at once or in turn; their agreement is reported, and training uses their vote.
     """
 
     incidental: ClassVar[frozenset[str]] = frozenset({"port", "rater", "browser"})
 
     seed: int = 0
-    """Of the order of the pairs, and of who is on which side."""
+    """Seed of the order of the pairs and of the sides."""
     port: int = Field(default=0, ge=0, le=65535)
-    """Where the page is served, on 127.0.0.1 only; 0 takes any free port."""
+    """Port of the page, on 127.0.0.1 only; 0 takes any free port."""
     rater: str = ""
-    """The name that the page suggests; the user's login name if empty."""
+    """Name that the page suggests; the login name if empty."""
     browser: bool = True
-    """Open the page in a browser; the link is printed in any case."""
+    """Open the page in a browser; the link is always printed."""
 
     def label_store(self, task: LabelTask) -> None:
-        """Serve the page until a rater ends it, or Ctrl-C does."""
+        """Serve the page until a rater ends the session or Ctrl-C is pressed."""
         try:
             from dpo_video.labeler._page.server import LOOPBACK, listen, serve
         except ModuleNotFoundError as error:
@@ -51,10 +51,10 @@ class Page(StoreLabeler):
         with listen(self.port) as listener:
             port = listener.getsockname()[1]
             url = f"http://{LOOPBACK}:{port}/{token}/"
-            console.print("Label here (only this link works, and only on this machine):")
+            console.print("Open this link to label (it works on this machine only):")
             console.print(f"  {url}", style="bold", soft_wrap=True, highlight=False)
             console.print(
-                "Every answer is saved as it is given. Ctrl-C ends, the same command goes on.\n"
+                "Every answer is saved at once. Ctrl-C stops; the same command resumes.\n"
                 f"From another machine: ssh -L {port}:{LOOPBACK}:{port} THIS-MACHINE, same link.",
                 style="dim",
                 highlight=False,
@@ -69,7 +69,7 @@ class Page(StoreLabeler):
 
 
 def summary_table(summary: Summary) -> Table:
-    """What a rater did, for the terminal."""
+    """A rater's summary, for the terminal."""
     table = Table(title=f"Labels by {escape(summary.rater)}", title_justify="left", box=None)
     table.show_header = False
     table.add_row("pairs finished", f"{summary.finished} of {summary.total}")

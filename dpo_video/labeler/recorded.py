@@ -1,4 +1,4 @@
-"""Labels that somebody wrote down."""
+"""Labels from a file."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ class _Line(BaseModel):
             raise ValueError('give either "label" or "labels"')
         return self
 
-    def marks(self, segments: int) -> tuple[SegmentLabel, ...]:
-        """One mark a segment."""
+    def by_segment(self, segments: int) -> tuple[SegmentLabel, ...]:
+        """One label per segment."""
         given = self.labels if self.labels is not None else (self.label,) * segments
-        return tuple(_mark(label) for label in given)
+        return tuple(_number(label) for label in given)
 
 
 @final
 class Recorded(StoreLabeler):
-    """Anyone's labels, from a JSONL file.
+    """A file: reads labels from JSON Lines.
 
-    One line a label. It names its pair by index, or by the prompt where only one pair has it:
+    Each line labels a pair, named by its index, or by its prompt if no other pair has that prompt:
 
         {"pair": 0, "labels": ["first", "tie"]}
         {"pair": 1, "label": -1, "rater": "ann", "note": "the first one tears"}
         {"prompt": "a red square moving left slowly", "label": "second"}
 
-    `labels` has one entry a segment, `label` holds for all of them. An entry is a number from -1
-    (the second is better) to 1 (the first is), or first, second, tie or skip. Of the lines of one
-    pair and rater the last counts. Pairs that the file leaves out stay without a label.
+    `labels` has one entry per segment; `label` applies to all segments. An entry is a number from
+    -1 (the second is better) to 1 (the first is better), or first, second, tie or skip. The last
+    line of a pair and rater counts. Pairs without a line stay unlabelled.
     """
 
     incidental: ClassVar[frozenset[str]] = frozenset({"file"})
@@ -64,18 +64,18 @@ class Recorded(StoreLabeler):
     """The path of the JSONL file."""
 
     def label_store(self, task: LabelTask) -> None:
-        """Copy what the label_set does not have yet; nothing if any line of the file is wrong."""
+        """Record the labels that differ from the recorded ones; none if any line is invalid."""
         final: dict[tuple[str, int], tuple[tuple[SegmentLabel, ...], str]] = {}
         for number, line in self._lines():
-            marks = line.marks(len(task.segments))
-            if len(marks) != len(task.segments):
+            labels = line.by_segment(len(task.segments))
+            if len(labels) != len(task.segments):
                 raise self._error(
-                    number, f"has {len(marks)} labels for {len(task.segments)} segments"
+                    number, f"has {len(labels)} labels for {len(task.segments)} segments"
                 )
-            final[line.rater, self._pair(number, line, task)] = marks, line.note
-        for (rater, pair), (marks, note) in final.items():
-            if task.labels_by(rater).get(pair) != marks:
-                task.record(pair, marks, rater=rater, note=note)
+            final[line.rater, self._pair(number, line, task)] = labels, line.note
+        for (rater, pair), (labels, note) in final.items():
+            if task.labels_by(rater).get(pair) != labels:
+                task.record(pair, labels, rater=rater, note=note)
 
     def _lines(self) -> Iterator[tuple[int, _Line]]:
         try:
@@ -90,9 +90,9 @@ class Recorded(StoreLabeler):
             if text.strip():
                 try:
                     line = _Line.model_validate(json.loads(text))
-                    f"{line.prompt} {line.rater} {line.note}".encode()  # or nobody could keep it
+                    f"{line.prompt} {line.rater} {line.note}".encode()  # refuses lone surrogates
                 except (ValueError, RecursionError) as error:
-                    raise self._error(number, f"is no label ({_reason(error)})") from error
+                    raise self._error(number, f"is not a label ({_reason(error)})") from error
                 yield number, line
 
     def _pair(self, number: int, line: _Line, task: LabelTask) -> int:
@@ -112,7 +112,7 @@ class Recorded(StoreLabeler):
         )
 
 
-def _mark(label: Any) -> SegmentLabel:
+def _number(label: Any) -> SegmentLabel:
     return "skip" if label == "skip" else _WORDS.get(label, label)
 
 

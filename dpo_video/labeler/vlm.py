@@ -1,4 +1,4 @@
-"""Labels by a vision-language model."""
+"""Labels from a vision-language model."""
 
 from __future__ import annotations
 
@@ -42,45 +42,45 @@ class _Verdict:
 
 @final
 class VLM(ReasonedLabeler):
-    """A vision-language model says which video has fewer artifacts, segment by segment.
+    """A vision-language model: decides which video has fewer artifacts, per segment.
 
     DenseDPO's labeler (Wu et al. 2025, arXiv 2506.03517): the model sees frames of one segment of
-    both videos, is told that they share their structure, and is asked for artifacts alone. It is
-    asked in both orders, since such models prefer a place; where the answers disagree, it is a tie.
+    both videos, is told that they share their structure, and is asked about artifacts only. It is
+    asked in both orders, because such models favour a position; answers that disagree are a tie.
 
-    Any endpoint that speaks OpenAI's chat protocol will do. The key is read from the environment
-    and written nowhere. Answers are kept by a hash of frames, question and model, and never paid
-    for twice. Needs the extra `vlm`.
+    Any endpoint of OpenAI's chat protocol works. The key is read from the environment and never
+    stored. Answers are cached by a hash of frames, question and model, so none is paid for twice.
+    Needs the extra `vlm`.
     """
 
-    model_config = ConfigDict(hide_input_in_errors=True)  # it may be an address with a password
+    model_config = ConfigDict(hide_input_in_errors=True)  # an input may hold a password
     incidental: ClassVar[frozenset[str]] = frozenset(
         {"base_url", "key_variable", "timeout", "retries", "wait", "parallel", "cache",
          "input_price", "output_price"}
     )  # fmt: skip
 
     model: str
-    """The model's name at the endpoint."""
+    """Name of the model at the endpoint."""
     base_url: str = "https://api.openai.com/v1"
     """The endpoint."""
     key_variable: str = "OPENAI_API_KEY"
-    """The environment variable that holds the key; empty where none is needed."""
+    """Environment variable with the key; empty if none is needed."""
     frames: int = Field(default=8, ge=1)
-    """Frames of each video shown per segment, evenly spread; 8 a second in the paper."""
+    """Evenly spaced frames of each video per segment; the paper uses 8 per second."""
     size: int = Field(default=512, ge=16)
-    """Frames are scaled to this shorter side, in pixels."""
+    """Shorter side that frames are scaled to, in pixels."""
     format: Literal["png", "jpeg"] = "png"
-    """Of the images sent; jpeg (quality 95) is smaller, and adds artifacts of its own."""
+    """Format of the images sent; jpeg (quality 95) is smaller, but adds artifacts."""
     timeout: float = Field(default=120.0, gt=0)
-    """Seconds that one answer may take."""
+    """Longest time of an answer, in seconds."""
     retries: int = Field(default=5, ge=0)
-    """Further attempts after a failure: too many requests, a server's error, a malformed answer."""
+    """Retries after a failure: too many requests, a server error, a malformed answer."""
     wait: float = Field(default=1.0, ge=0)
-    """Seconds before the first of them, doubled every time; a server's Retry-After goes first."""
+    """Seconds before the first retry, doubled for each further one, unless Retry-After is given."""
     parallel: int = Field(default=4, ge=1)
-    """Questions asked at once."""
+    """Number of concurrent requests."""
     cache: str | None = None
-    """A folder for the answers; the user's cache folder when not set."""
+    """Folder of the cached answers; the user's cache folder if unset."""
     input_price: float = Field(default=0.0, ge=0)
     """US dollars per million input tokens, to report the cost."""
     output_price: float = Field(default=0.0, ge=0)
@@ -91,36 +91,40 @@ class VLM(ReasonedLabeler):
     def _keeps_no_secret(cls, value: str) -> str:
         parts = urlsplit(value)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("not an http(s) address")
+            raise ValueError("not an http or https address")
         if parts.username or parts.password or parts.query:
-            raise ValueError("must not carry a key or password; put it into the environment")
+            raise ValueError("must not contain a key or password; put it into the environment")
         return value
 
     def judge(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
     ) -> LabelResult:
-        """Ask twice per pair and segment; a note gives both answers and their reasons."""
-        places = [(pair, segment) for pair in range(len(prompts)) for segment in segments]
+        """Ask twice per pair and segment; the notes hold both answers and their reasons."""
+        segments_of_pairs = [
+            (pair, segment) for pair in range(len(prompts)) for segment in segments
+        ]
         questions = [
             self._question(one[pair][:, segment], other[pair][:, segment])
-            for pair, segment in places
+            for pair, segment in segments_of_pairs
             for one, other in ((first, second), (second, first))
         ]
-        asked = {json.dumps(question): question for question in questions}  # each one once
+        distinct = {json.dumps(question): question for question in questions}
         with open_chat(self._endpoint()) as chat, ThreadPoolExecutor(self.parallel) as threads:
-            answers = list(threads.map(lambda question: chat.ask(question, _read), asked.values()))
-        said_to = {key: answer.value for key, answer in zip(asked, answers, strict=True)}
-        verdicts = [said_to[json.dumps(question)] for question in questions]
+            answers = list(
+                threads.map(lambda question: chat.ask(question, _read), distinct.values())
+            )
+        by_question = {key: answer.value for key, answer in zip(distinct, answers, strict=True)}
+        verdicts = [by_question[json.dumps(question)] for question in questions]
         both = list(zip(verdicts[::2], verdicts[1::2], strict=True))
         alike = [one.sign == -other.sign for one, other in both]
         labels = torch.tensor(
             [float(one.sign) if same else 0.0 for (one, _), same in zip(both, alike, strict=True)]
         )
-        said = [f"{one.better} ({one.reason}), swapped {other.better} ({other.reason})"
+        reasons = [f"{one.better} ({one.reason}), swapped {other.better} ({other.reason})"
                 for one, other in both]  # fmt: skip
         count = len(segments)
         notes = [
-            "; ".join(f"{i + 1}: {said[pair * count + i]}" for i in range(count))
+            "; ".join(f"{i + 1}: {reasons[pair * count + i]}" for i in range(count))
             for pair in range(len(prompts))
         ]
         return LabelResult(
@@ -143,10 +147,10 @@ class VLM(ReasonedLabeler):
         return content
 
     def _images(self, video: Video) -> list[str]:
-        """Data URLs of evenly spread frames."""
+        """Data URLs of evenly spaced frames."""
         shown = min(self.frames, video.shape[1])
-        places = torch.linspace(0, video.shape[1] - 1, shown).round().long()
-        pixels = video[:, places].movedim(0, -1).clamp(0, 1).mul(255).round().byte().cpu().numpy()
+        frames = torch.linspace(0, video.shape[1] - 1, shown).round().long()
+        pixels = video[:, frames].movedim(0, -1).clamp(0, 1).mul(255).round().byte().cpu().numpy()
         urls = []
         for frame in pixels:
             image = Image.fromarray(frame)
@@ -185,15 +189,15 @@ class VLM(ReasonedLabeler):
 
 
 def _read(text: str) -> _Verdict:
-    """The JSON object in an answer, whatever stands around it."""
+    """The JSON object in an answer, ignoring any text around it."""
     start, end = text.find("{"), text.rfind("}")
     try:
         found = json.loads(text[start : end + 1])
     except ValueError as error:
-        raise MalformedError("an answer that is no JSON") from error
+        raise MalformedError("an answer that is not JSON") from error
     better = found.get("better")
     word = better.strip().lower() if isinstance(better, str) else ""
     if word not in _SIGNS:
-        raise MalformedError("an answer that says neither first, second nor tie")
+        raise MalformedError("an answer other than first, second and tie")
     reason = " ".join(str(found.get("reason") or "no reason given").split())
     return _Verdict(sign=_SIGNS[word], better=word, reason=reason)

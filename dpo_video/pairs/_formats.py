@@ -1,6 +1,6 @@
-"""Finished pairs in files: two folders, lines of JSON, or published latents.
+"""Finished pairs in files: two folders, JSON Lines, or latents of Video-DPO.
 
-Listing looks at names alone; a pair is decoded when it is read.
+Listing uses names only; a pair is decoded when it is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from dpo_video.data.clips import find_videos, read_beginning, read_caption
@@ -25,38 +25,39 @@ from dpo_video.errors import UserError, first_fault
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Clip, Context, Skipped, Video, VideoShape
 
-SIDES = ("win", "lose")
+FOLDERS = (("chosen", "rejected"), ("win", "lose"))
+"""Names of the two folders; the second are those of Video-DPO."""
 FORMATS = (
-    "Name a folder with the folders win and lose in it, a .jsonl file, or a folder of pair_*.pt "
-    "files; `dpo-video show pairs folder` explains all three"
+    "Name a folder that has the folders chosen and rejected, a .jsonl file, or a folder of "
+    "pair_*.pt files; `dpo-video show pairs folder` explains all three"
 )
-PROMPTING = "write it into a text file of its name beside it, or give all pairs one with --prompt"
+PROMPTING = "write it to a text file of the same name beside it, or prompt all pairs with --prompt"
 
 
-# --- what is read ----------------------------------------------------------------------------
+# --- pairs -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoPair(Clip):
-    """A finished pair in pixels; `video` is the winner."""
+    """A finished pair in pixels; `video` is the chosen one."""
 
-    loser: Video
+    rejected: Video
     mask: Float[Tensor, "F H W"] | None
-    """1 where the two may differ; None for everywhere."""
+    """1 where the videos may differ; None for everywhere."""
     labels: Float[Tensor, " s"] | None
-    """Per segment, +1 where the winner is better; None for everywhere."""
+    """Per segment, +1 where the chosen video is better; None for +1 everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentPair(Clip):
-    """A finished pair in latents, with its prompt encoded."""
+    """A finished pair in latents, with its encoded prompt."""
 
-    winner: Float[Tensor, "c f h w"]
-    loser: Float[Tensor, "c f h w"]
+    chosen: Float[Tensor, "c f h w"]
+    rejected: Float[Tensor, "c f h w"]
     context: Context
 
 
-# --- where it is -----------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,27 +66,34 @@ class VideoFiles:
 
     name: str
     prompt: str
-    win: Path
-    lose: Path
+    chosen: Path
+    rejected: Path
     mask: Path | None = None
     labels: tuple[float, ...] | None = None
 
     @property
     def paths(self) -> list[Path]:
-        """All of them."""
-        return [path for path in (self.win, self.lose, self.mask) if path is not None]
+        """All files of the pair."""
+        return [path for path in (self.chosen, self.rejected, self.mask) if path is not None]
 
     def read(self, model: VideoModel) -> VideoPair:
-        """Decode it; a UserError if that cannot be done."""
-        winner, loser = (read_beginning(path, model.shape) for path in (self.win, self.lose))
-        if torch.equal(winner, loser):
-            raise UserError("winner and loser are the same video")
+        """Decode the pair; a UserError if that fails."""
+        chosen, rejected = (
+            read_beginning(path, model.shape) for path in (self.chosen, self.rejected)
+        )
+        if torch.equal(chosen, rejected):
+            raise UserError("both files hold the same video")
         mask = None if self.mask is None else _read_mask(self.mask, model.shape)
-        if mask is not None and not (mask * (winner - loser).abs().sum(dim=0)).any():
-            raise UserError(f"the two do not differ where {self.mask} is white")
+        if mask is not None and not (mask * (chosen - rejected).abs().sum(dim=0)).any():
+            raise UserError(f"the two videos do not differ where {self.mask} is white")
         labels = None if self.labels is None else torch.tensor(self.labels)
         return VideoPair(
-            name=self.name, caption=self.prompt, video=winner, loser=loser, mask=mask, labels=labels
+            name=self.name,
+            caption=self.prompt,
+            video=chosen,
+            rejected=rejected,
+            mask=mask,
+            labels=labels,
         )
 
 
@@ -97,51 +105,51 @@ class LatentFile:
     prompt: str
     file: Path
     encoded: Float[Tensor, "1 tokens channels"]
-    """Some prompt as the backbone encodes it."""
+    """A prompt as the backbone encodes it, to compare shapes."""
 
     @property
     def paths(self) -> list[Path]:
-        """The one."""
+        """The file."""
         return [self.file]
 
     def read(self, model: VideoModel) -> LatentPair:
-        """Read it; a UserError if it is damaged, or of another model."""
-        triple, dtype = read_videodpo_pair(self.file), self.encoded.dtype
-        for what, found, fitting in (
-            ("latents", triple.winner.shape, model.latent_shape),
-            ("prompt_embeds", triple.prompt_embeds.shape, self.encoded.shape),
+        """Read the pair; a UserError if the file is damaged or of another model."""
+        stored, dtype = read_videodpo_pair(self.file), self.encoded.dtype
+        for what, found, expected in (
+            ("latents", stored.chosen.shape, model.latent_shape),
+            ("prompt_embeds", stored.prompt_embeds.shape, self.encoded.shape),
         ):
-            if tuple(found) != tuple(fitting):
+            if tuple(found) != tuple(expected):
                 raise UserError(
-                    f"its {what} have the shape {tuple(found)}, the backbone's {tuple(fitting)}"
+                    f"its {what} have the shape {tuple(found)}, the backbone's {tuple(expected)}"
                 )
-        tensors = (triple.winner, triple.loser, triple.prompt_embeds)
+        tensors = (stored.chosen, stored.rejected, stored.prompt_embeds)
         if not all(tensor.isfinite().all() for tensor in tensors):
-            raise UserError("it holds numbers that are not finite")
-        if torch.equal(triple.winner, triple.loser):
-            raise UserError("winner and loser are the same latents")
+            raise UserError("it holds nan or infinity")
+        if torch.equal(stored.chosen, stored.rejected):
+            raise UserError("both videos have the same latents")
         return LatentPair(
             name=self.name,
             caption=self.prompt,
-            winner=triple.winner.to(dtype),
-            loser=triple.loser.to(dtype),
-            context={"prompt_embeds": triple.prompt_embeds.to(dtype)},
+            chosen=stored.chosen.to(dtype),
+            rejected=stored.rejected.to(dtype),
+            context={"prompt_embeds": stored.prompt_embeds.to(dtype)},
         )
 
 
 @dataclass(kw_only=True)
 class Listing:
-    """The pairs that a path names."""
+    """The pairs of a path."""
 
     pairs: Sequence[VideoFiles | LatentFile] = ()
     skipped: list[Skipped] = field(default_factory=list)
-    """What gives no pair; grows while pairs are read."""
+    """Files that give no pair; grows while pairs are read."""
 
     def read(self, model: VideoModel) -> Iterator[Clip]:
         """Every pair that can be read; the others are added to `skipped`.
 
         Raises:
-            UserError: behind the last one, if there was none.
+            UserError: at the end, if no pair could be read.
         """
         usable = False
         for pair in self.pairs:
@@ -153,10 +161,10 @@ class Listing:
             usable = True
             yield clip
         if not usable:
-            raise UserError(nothing(self.skipped))
+            raise _no_pair(self.skipped)
 
     def fingerprint(self, shape: VideoShape) -> str:
-        """A hash of names, sizes, prompts and labels; where the files lie does not matter."""
+        """A hash of names, sizes, prompts and labels; independent of the folder's location."""
         pairs = [
             [pair.name, pair.prompt, getattr(pair, "labels", None), *map(_bytes, pair.paths)]
             for pair in self.pairs
@@ -165,10 +173,9 @@ class Listing:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def nothing(skipped: Sequence[Skipped]) -> str:
-    """A sentence for files of which none gives a pair."""
+def _no_pair(skipped: Sequence[Skipped]) -> UserError:
     why = f" For example {skipped[0].name}: {skipped[0].reason}." if skipped else ""
-    return f"No file gives a pair.{why} {FORMATS}."
+    return UserError(f"No file gives a pair.{why} {FORMATS}.")
 
 
 def list_pairs(path: Path, model: VideoModel, prompt: str | None, seconds: float) -> Listing:
@@ -176,45 +183,47 @@ def list_pairs(path: Path, model: VideoModel, prompt: str | None, seconds: float
 
     Args:
         path: See `FORMATS`.
-        model: What they are for.
-        prompt: Of whatever has none of its own.
-        seconds: Length of the segments that have a label each.
+        model: The model to train on them.
+        prompt: Prompt of pairs that have none.
+        seconds: Length of a labelled segment.
 
     Raises:
-        UserError: if it is none of them, or names no pair.
+        UserError: if the path has another format, or no pair.
     """
     if not path.exists():
         raise UserError(f"There is nothing at '{path}'. {FORMATS}.")
     if path.is_file():
         listing = _list_lines(path, prompt, len(split(model.shape, seconds)))
-    elif all((path / side).is_dir() for side in SIDES):
-        listing = _list_folders(path, prompt)
+    elif folders := next(
+        (both for both in FOLDERS if all((path / each).is_dir() for each in both)), None
+    ):
+        listing = _list_folders(path, folders, prompt)
     elif any(path.glob("*.pt")):
         listing = _list_latents(path, model, prompt)
     elif (path / "store.json").is_file():
-        raise UserError(f"'{path}' is a store already. Use it as it is: --pairs {path}/")
+        raise UserError(f"'{path}' is a finished pair store. Use it directly: --pairs {path}/")
     else:
         raise UserError(f"'{path}' holds no pairs. {FORMATS}.")
     if not listing.pairs:
-        raise UserError(nothing(listing.skipped))
+        raise _no_pair(listing.skipped)
     return listing
 
 
 # --- two folders -----------------------------------------------------------------------------
 
 
-def _list_folders(root: Path, prompt: str | None) -> Listing:
-    """`win/NAME.*` and `lose/NAME.*`."""
+def _list_folders(root: Path, folders: tuple[str, str], prompt: str | None) -> Listing:
+    """Videos of the same name in two folders."""
     pairs, skipped = [], []
-    win, lose = (_by_stem(root / side) for side in SIDES)
-    for stem in sorted(win.keys() | lose.keys(), key=natural_key):
-        files = [*win.get(stem, []), *lose.get(stem, [])]
+    chosen, rejected = (_by_stem(root / folder) for folder in folders)
+    for stem in sorted(chosen.keys() | rejected.keys(), key=natural_key):
+        files = [*chosen.get(stem, []), *rejected.get(stem, [])]
         name = files[0].relative_to(root).as_posix()
-        if stem not in win or stem not in lose:
-            other = SIDES[0] if stem in lose else SIDES[1]
+        if stem not in chosen or stem not in rejected:
+            other = folders[0] if stem in rejected else folders[1]
             skipped.append(Skipped(name=name, reason=f"{other} has no video called {stem}"))
         elif len(files) > 2:
-            reason = f"{len(files)} videos are called {stem}, and not one on either side"
+            reason = f"{len(files)} videos are called {stem} instead of one in each folder"
             skipped.append(Skipped(name=name, reason=reason))
         else:
             try:
@@ -222,12 +231,12 @@ def _list_folders(root: Path, prompt: str | None) -> Listing:
             except UserError as error:
                 skipped.append(Skipped(name=name, reason=str(error)))
                 continue
-            pairs.append(VideoFiles(name=stem, prompt=text, win=files[0], lose=files[1]))
+            pairs.append(VideoFiles(name=stem, prompt=text, chosen=files[0], rejected=files[1]))
     return Listing(pairs=pairs, skipped=skipped)
 
 
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    """Videos and folders of frames at any depth, by their path without the ending."""
+    """Videos and folders of frames at any depth, by their path without suffix."""
     found: dict[str, list[Path]] = {}
     for name in find_videos(folder):
         path = folder / name
@@ -236,7 +245,7 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-# --- lines of JSON ---------------------------------------------------------------------------
+# --- JSON Lines ------------------------------------------------------------------------------
 
 
 class _Line(BaseModel):
@@ -244,8 +253,8 @@ class _Line(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    win: Path
-    lose: Path
+    chosen: Path = Field(validation_alias=AliasChoices("chosen", "win"))
+    rejected: Path = Field(validation_alias=AliasChoices("rejected", "lose"))
     prompt: str | None = Field(default=None, min_length=1)
     mask: Path | None = None
     labels: tuple[Annotated[float, Field(ge=-1, le=1)], ...] | None = None
@@ -274,32 +283,32 @@ def _read_line(line: str, name: str, root: Path, prompt: str | None, segments: i
     except ValidationError as error:
         raise UserError(first_fault(error)) from error
     if read.labels is not None and len(read.labels) != segments:
-        raise UserError(f"it has {len(read.labels)} labels, and a video has {segments} segments")
-    win, lose = root / read.win, root / read.lose
+        raise UserError(f"it has {len(read.labels)} labels for {segments} segments")
+    chosen, rejected = root / read.chosen, root / read.rejected
     mask = None if read.mask is None else root / read.mask
-    for path in (win, lose, mask):
+    for path in (chosen, rejected, mask):
         if path is not None and not _exists(path):
             raise UserError(f"there is no file {path}")
     return VideoFiles(
         name=name,
-        prompt=read.prompt or _prompt_beside([win, lose], prompt),
-        win=win,
-        lose=lose,
+        prompt=read.prompt or _prompt_beside([chosen, rejected], prompt),
+        chosen=chosen,
+        rejected=rejected,
         mask=mask,
         labels=read.labels,
     )
 
 
-# --- published latents -----------------------------------------------------------------------
+# --- Video-DPO's latents ---------------------------------------------------------------------
 
 
 def _list_latents(root: Path, model: VideoModel, prompt: str | None) -> Listing:
-    """`*.pt`; without its text, a prompt is known by its file's name."""
+    """`*.pt`; a pair without prompt text is named after its file."""
     encoded = model.encode_prompts([""])
     if encoded.keys() != {"prompt_embeds"}:
         raise UserError(
-            f"'{root}' holds prompts encoded as prompt_embeds, and this backbone encodes them as "
-            f"{', '.join(sorted(encoded))}. Give it videos instead: {FORMATS}."
+            f"'{root}' holds prompts encoded as prompt_embeds; this backbone encodes them as "
+            f"{', '.join(sorted(encoded))}. Use videos instead. {FORMATS}."
         )
     pairs, skipped = [], []
     for file in sorted(root.glob("*.pt"), key=lambda file: natural_key(file.name)):
@@ -314,18 +323,15 @@ def _list_latents(root: Path, model: VideoModel, prompt: str | None) -> Listing:
     return Listing(pairs=pairs, skipped=skipped)
 
 
-# --- parts -----------------------------------------------------------------------------------
-
-
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that is too long for any file
+    except OSError:  # a name that is too long
         return False
 
 
 def _prompt_beside(paths: Sequence[Path], prompt: str | None) -> str:
-    """The text beside the first of the paths that has any, or else `prompt`."""
+    """The text beside the first path that has one, else `prompt`."""
     found = next((text for path in paths if (text := read_caption(path))), prompt)
     if not found:
         raise UserError(f"it has no prompt: {PROMPTING}")
@@ -333,7 +339,7 @@ def _prompt_beside(paths: Sequence[Path], prompt: str | None) -> str:
 
 
 def _read_mask(path: Path, shape: VideoShape) -> Float[Tensor, "F H W"]:
-    """1 where a picture or a video is nearer to white than to black."""
+    """1 where a picture or a video is closer to white than to black."""
     if path.suffix.lower() in FRAME_SUFFIXES:
         still = read_picture(path)[:, None].expand(-1, shape.frames, -1, -1)
         video = fit_video(still, shape.fps, shape)

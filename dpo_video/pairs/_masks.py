@@ -1,7 +1,7 @@
-"""Moving blobs: the part of a video that LocalDPO lets the model repaint.
+"""Moving blobs: the region of a video that LocalDPO repaints (Huang et al. 2026, arXiv 2601.04068).
 
-Huang et al. 2026, arXiv 2601.04068. Everything is drawn in pixels and read off at the centres of
-the latent cells, which is what filling the picture and taking the nearest pixel comes to.
+Outlines are drawn in pixels and filled at the centres of the latent cells, which equals filling the
+picture and taking the nearest pixel.
 """
 
 from __future__ import annotations
@@ -16,39 +16,39 @@ from torch import Generator, Tensor
 from dpo_video.errors import UserError
 
 EDGES = (6, 8)  # cubic Bezier pieces of an outline, inclusive
-ROUGHNESS = (0.6, 0.7, 0.8)  # r: control points lie 1 - r to 1 + r from the middle
-# The generator behind the paper draws the outline with a plotting library and calls the whole
-# canvas the blob's box: the axes fill this share of it (width, height) and reach a tenth beyond the
-# outermost coordinates. Without it, blobs would cover 3.5 times the area.
+ROUGHNESS = (0.6, 0.7, 0.8)  # r: control points lie 1 - r to 1 + r from the centre
+# The paper's generator draws the outline with a plotting library and takes the whole canvas as the
+# blob's box: the axes fill this share of it (width, height) and extend a tenth beyond the outermost
+# coordinates. Without this factor, blobs would cover 3.5 times the area.
 CANVAS = (0.775, 0.77)
 MARGIN = 1.1
-SCALES = (0.9, 1.1)  # of the blob's own size
+SCALES = (0.9, 1.1)  # relative to the blob's size
 TURNS = (1.0, 10.0)  # degrees
-TURN_NOISE = 0.25  # radians, the deviation of the direction's change per latent frame
-SAMPLES = 16  # points a Bezier piece is drawn with
+TURN_NOISE = 0.25  # radians; standard deviation of the direction's change per latent frame
+SAMPLES = 16  # points per Bezier piece
 TRIES = 100
 
 
 class RegionOptions(BaseModel):
-    """How the repainted region is drawn; the defaults are LocalDPO's."""
+    """Options of the repainted region; the defaults are LocalDPO's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     max_blobs: int = Field(default=5, ge=1)
     """The region is the union of 1 to this many blobs."""
     min_size: float = Field(default=1 / 3, gt=0, lt=1)
-    """The least height and width of a blob's box, as a share of the picture's."""
+    """Smallest height and width of a blob's box, as a share of the picture's."""
     shrink_share: float = Field(default=0.7, ge=0, le=1)
-    """How often n blobs are shrunk by 1/sqrt(n), so that more of them cover no more."""
+    """Probability that n blobs are scaled by 1/sqrt(n), so that more blobs do not cover more."""
     moving_share: float = Field(default=0.5, ge=0, le=1)
-    """The share of blobs that move; the others stand still."""
+    """Probability that a blob moves."""
     max_speed: float = Field(default=3.0, gt=0)
-    """The highest speed that a blob sets out with, in pixels per latent frame."""
+    """Largest initial speed of a blob, in pixels per latent frame."""
     scale_share: float = Field(default=0.25, ge=0, le=1)
-    """How often a moving blob changes its size by up to a tenth, per latent frame."""
+    """Probability per latent frame that a moving blob changes its size by up to a tenth."""
     turn_share: float = Field(default=0.25, ge=0, le=1)
-    """How often, at most, a moving blob turns by 1 to 10 degrees, per latent frame; never in a
-    frame in which it changes its size."""
+    """Probability per latent frame that a moving blob turns by 1 to 10 degrees; it does not turn in
+    a frame in which it changes its size."""
 
 
 PUBLISHED = RegionOptions()
@@ -60,18 +60,16 @@ def draw_region(
     generator: Generator,
     options: RegionOptions = PUBLISHED,
 ) -> Float[Tensor, "1 f h w"]:
-    """Draw a region: 1 where the video is repainted, 0 elsewhere.
-
-    No frame of it is empty, and none is full.
+    """Draw a region: 1 where the video is repainted, 0 elsewhere. No frame is empty or full.
 
     Args:
         latent_shape: `(f, h, w)` of the latents.
-        pixels: `(H, W)` of the video that they stand for.
-        generator: The only source of randomness; on the CPU.
+        pixels: `(H, W)` of the decoded video.
+        generator: The only source of randomness, on the CPU.
         options: Sizes, numbers and motion of the blobs.
 
     Raises:
-        UserError: If the latents are too coarse for any blob to leave a mark.
+        UserError: If the latents are too coarse for the blobs.
     """
     for _ in range(TRIES):
         region = _draw_blobs(latent_shape, pixels, generator, options)
@@ -118,8 +116,8 @@ def _draw_box(
 def draw_outline(generator: Generator) -> Float[Tensor, "n 2"]:
     """Points `x, y` on a closed curve of cubic Bezier pieces, inside a box of 1x1.
 
-    The control points' angles increase, and a piece spans less than half a turn: then so do the
-    curve's angles (its basis is totally positive), seen from the middle. An outline therefore
+    The control points' angles increase and a piece spans less than half a turn, so the curve's
+    angles around the centre increase, too (its basis is totally positive). An outline therefore
     never crosses itself, and a blob has neither holes nor separate parts.
     """
     edges = _integer(*EDGES, generator)
@@ -127,7 +125,7 @@ def draw_outline(generator: Generator) -> Float[Tensor, "n 2"]:
     angles = torch.arange(3 * edges) * (2 * math.pi / (3 * edges))
     radii = 2 * roughness * torch.rand(3 * edges, generator=generator) + 1 - roughness
     control = radii[:, None] * torch.stack([angles.cos(), angles.sin()], dim=1)
-    # Neighbouring pieces share an end, and the last one ends where the first begins.
+    # Neighbouring pieces share an end point, and the last piece ends where the first begins.
     pieces = torch.cat([control, control[:1]]).unfold(0, 4, 3)
     t = torch.arange(SAMPLES)[:, None] / SAMPLES
     basis = torch.cat([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], dim=1)
@@ -143,23 +141,23 @@ def _move(
     generator: Generator,
     options: RegionOptions,
 ) -> Float[Tensor, "k n 2"]:
-    """Put an outline at a random place and let it drift inside the picture.
+    """Place an outline at random and let it drift inside the picture.
 
-    OURS: places are not rounded to pixels, sizes and turns last and are the blob's own. (The public
-    relatives of the authors' generator round every step towards zero, and turn one frame at a time
-    about the middle of the picture, which tears the blob off its path.)
+    OURS: positions are not rounded to pixels; changes of size and direction persist and apply to
+    the blob itself. (The public relatives of the authors' generator round every step towards zero
+    and turn single frames about the centre of the picture, which moves the blob off its path.)
     """
     picture = torch.tensor([float(pixels[1]), float(pixels[0])])
     shape, half = _centred(outline)
-    place = half + (picture - 2 * half).clamp(min=0) * torch.rand(2, generator=generator)
+    position = half + (picture - 2 * half).clamp(min=0) * torch.rand(2, generator=generator)
     speed = _uniform(min(1.0, options.max_speed), options.max_speed, generator)
     angle = _uniform(0.0, 2 * math.pi, generator)
-    path = [shape + place]
+    path = [shape + position]
     for _ in range(frames - 1):
-        place = place + speed * torch.tensor([math.cos(angle), math.sin(angle)])
+        position = position + speed * torch.tensor([math.cos(angle), math.sin(angle)])
         speed += options.max_speed / 2 * _normal(generator)
         angle += TURN_NOISE * _normal(generator)
-        if bool(((place < half) | (place > picture - half)).any()):  # off the border, a new start
+        if bool(((position < half) | (position > picture - half)).any()):  # at the border, restart
             speed = abs(options.max_speed / 2 * _normal(generator))
             angle = _uniform(0.0, 2 * math.pi, generator)
         change = _uniform(0.0, 1.0, generator)
@@ -170,21 +168,21 @@ def _move(
             cos, sin = math.cos(turn), math.sin(turn)
             shape = shape @ torch.tensor([[cos, sin], [-sin, cos]])
         shape, half = _centred(shape)
-        # A blob that has grown larger than the picture stays in its middle.
+        # A blob larger than the picture stays at its centre.
         room = (picture / 2 - half).clamp(min=0)
-        place = torch.minimum(torch.maximum(place, picture / 2 - room), picture / 2 + room)
-        path.append(shape + place)
+        position = torch.minimum(torch.maximum(position, picture / 2 - room), picture / 2 + room)
+        path.append(shape + position)
     return torch.stack(path)
 
 
 def _centred(shape: Float[Tensor, "n 2"]) -> tuple[Float[Tensor, "n 2"], Float[Tensor, " 2"]]:
-    """The same outline around the middle of its tight box, and half the size of that box."""
+    """The outline relative to the centre of its bounding box, and half the size of that box."""
     low, high = shape.amin(dim=0), shape.amax(dim=0)
     return shape - (low + high) / 2, (high - low) / 2
 
 
 def fill(polygons: Float[Tensor, "k n 2"], height: int, width: int) -> Bool[Tensor, "k h w"]:
-    """Which cells of a grid have their centre inside closed polygons: the even-odd rule.
+    """Whether the centres of a grid's cells lie inside closed polygons, by the even-odd rule.
 
     Polygons are given by their corners `x, y` in cells.
     """
@@ -194,7 +192,7 @@ def fill(polygons: Float[Tensor, "k n 2"], height: int, width: int) -> Bool[Tens
     crosses = (y0 > rows) != (y1 > rows)
     rise = torch.where(y1 == y0, 1.0, y1 - y0)  # a level edge crosses no row
     x = x0 + (x1 - x0) * (rows - y0) / rise
-    # Every crossing turns over all cells to its right.
+    # Every crossing flips all cells to its right.
     first = (x + 0.5).floor().clamp(0, width).long().transpose(1, 2)
     turns = torch.zeros(len(polygons), height, width + 1, dtype=torch.int32)
     turns.scatter_add_(2, first, crosses.transpose(1, 2).int())

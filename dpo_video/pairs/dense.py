@@ -1,4 +1,4 @@
-"""Segment-level pairs: two videos that share the structure of one real clip."""
+"""Segment-level pairs: two videos that share the structure of a real clip."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from dpo_video.types import Clip, Pair
 
 @final
 class Dense(PairBuilder):
-    """A real clip is noised twice and denoised twice: same motion, other details.
+    """DenseDPO: noises and denoises a real clip twice; a labeler compares the two per segment.
 
-    DenseDPO's StructuralDPO (Wu et al. 2025, arXiv 2506.03517): one eta per pair, drawn from a
-    range and the same for both videos, and two independent noises. Who is better is for a labeler
-    to say, segment by segment; without one the pairs are unlabelled (preference 0), to be labelled
-    afterwards by `dpo-video label`. The clip itself is no part of the pair: against it everything
-    loses, and nothing is learnt (their finding).
+    StructuralDPO of Wu et al. 2025, arXiv 2506.03517: both videos share the clip's motion and one
+    eta, drawn from a range per pair; their noises are independent. Without a labeler the pairs are
+    unlabelled (preference 0), to be labelled by `dpo-video label`. The clip itself is not part of
+    the pair: compared with it every sample is worse, and nothing is learnt (their finding).
 
-    Of N sampling steps those are run whose noise level is at most eta: the last round(eta N) of an
-    epsilon or v model, and from the first sigma <= eta on of a flow model, whose shifted table has
-    its steps elsewhere. The noise put on the clip is exactly what the first of them expects, which
-    is for the model's family to see to (`VideoModel.share_of_steps` and `sample`).
+    Of N sampling steps those with a noise level of at most eta are run: the last round(eta N) of an
+    epsilon or v model; those from the first sigma <= eta on of a flow model, whose schedule is
+    shifted. The clip is noised to the level that the first of them expects
+    (`VideoModel.strength_at` and `sample`).
     """
 
     eta: tuple[float, float] = (0.65, 0.8)
-    """The range that a pair's noise level is drawn from, as a share of pure noise's."""
+    """Range of a pair's noise level, as a share of pure noise."""
     num_inference_steps: int | None = Field(default=None, ge=1)
-    """Steps of the whole schedule, of which those up to eta are run; the backbone's own number when
-    not set (40 in the paper)."""
+    """Steps of the full schedule, of which those up to eta are run; the backbone's default if unset
+    (the paper uses 40)."""
     guidance_scale: float | None = Field(default=None, ge=0)
-    """Classifier-free guidance; the backbone's own when not set (8 in the paper)."""
+    """Classifier-free guidance; the backbone's default if unset (the paper uses 8)."""
     seconds: float = Field(default=SECONDS, gt=0)
     """Length of the segments that a labeler compares."""
 
@@ -49,13 +48,13 @@ class Dense(PairBuilder):
 
     @property
     def needs_video(self) -> bool:
-        """Both videos are made of a real clip."""
+        """Always: both videos are derived from a real clip."""
         return True
 
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
-        """Re-noise the clip twice."""
+        """Noise and denoise the clip twice."""
         if clip.video is None:
             raise UserError("Pairs of kind 'dense' need real videos. Name them with --clips DIR.")
         low, high = self.eta

@@ -1,4 +1,4 @@
-"""The user's own pairs."""
+"""The user's own pairs, from files."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ from dpo_video.types import Clip, Pair, PairSource
 
 @final
 class Folder(SuppliedPairs):
-    """Your own winners and losers, from files in one of three formats.
+    """Your own pairs: chosen and rejected videos from files in one of three formats.
 
-    Two folders: `path` holds the folders `win` and `lose`. Two videos of the same name, whatever
-    their endings, are a pair. The prompt is in `win/NAME.txt`, `lose/NAME.txt` or `NAME.txt`, or
-    --prompt is the one of all:
+    Two folders: `path` holds the folders `chosen` and `rejected` (or `win` and `lose`, as Video-DPO
+    names them). Two videos of the same name, with any suffixes, are a pair. The prompt is in
+    `chosen/NAME.txt`, `rejected/NAME.txt` or `NAME.txt`; --prompt is the prompt of all others:
 
-        mine/win/dog.mp4    mine/lose/dog.webm    mine/win/dog.txt
+        mine/chosen/dog.mp4    mine/rejected/dog.webm    mine/chosen/dog.txt
 
-    Lines of JSON: `path` is a file that ends in .jsonl, one pair a line, its paths relative to the
-    file. `prompt`, `mask` and `labels` may be left out:
+    JSON Lines: `path` is a .jsonl file with one pair per line; its paths are relative to the file.
+    `prompt`, `mask` and `labels` are optional; `win` and `lose` may stand for `chosen` and
+    `rejected`:
 
-        {"win": "a.mp4", "lose": "b.mp4", "prompt": "a dog runs"}
-        {"win": "c.mp4", "lose": "d.mp4", "mask": "d.png", "labels": [1, 0]}
+        {"chosen": "a.mp4", "rejected": "b.mp4", "prompt": "a dog runs"}
+        {"chosen": "c.mp4", "rejected": "d.mp4", "mask": "d.png", "labels": [1, 0]}
 
-    `mask` is a picture or a video, white where the loser is worse; outside of it the loser takes
-    the winner's latents, so that the loss "region" sees the difference alone. `labels` has one
-    number in [-1, 1] for every segment of `seconds`: 1 where `win` is really better, 0 for a tie,
-    -1 where it is worse. Without it, it is better everywhere.
+    `mask` is a picture or a video, white where the rejected video is worse. Outside of it the
+    rejected video takes the chosen one's latents, so that the loss "region" sees only the
+    difference. `labels` has a number in [-1, 1] for every segment of `seconds`: 1 where the chosen
+    video is better, 0 for a tie, -1 where it is worse; by default it is better everywhere.
 
-    Latents: `path` holds files pair_00000.pt as Video-DPO publishes them, with the tensors
-    `latents_w` and `latents_l` [c f h w] and `prompt_embeds` [1 tokens channels]. They must be this
-    very backbone's, which nobody can check. `dpo-video export-pairs` writes this format.
+    Latents: `path` holds Video-DPO's files pair_00000.pt with the tensors `latents_w` and
+    `latents_l` [c f h w] and `prompt_embeds` [1 tokens channels]. The same backbone must have
+    encoded them; only shapes can be checked. `dpo-video export-pairs` writes this format.
 
-    Videos are mp4, webm, avi, mov, mkv, gif, or folders of png or jpg frames. Of each the beginning
-    is taken, resampled, resized and cropped to what the backbone wants. Encode both sides alike:
-    what tells their files apart is learnt first. What cannot be read or has no partner is named and
-    skipped. No labeler is asked: the files say who won.
+    Videos are mp4, webm, avi, mov, mkv, gif, or folders of png or jpg frames. The beginning of each
+    is resampled, resized and cropped to the backbone's shape. Encode both videos alike, because the
+    model learns any difference between the files first. Files that cannot be read or have no
+    counterpart are reported and skipped. No labeler is asked.
     """
 
     asks_labeler: ClassVar[bool] = False
@@ -54,15 +55,15 @@ class Folder(SuppliedPairs):
     path: Path
     """The folder, or the .jsonl file."""
     seconds: float = Field(default=SECONDS, gt=0)
-    """Length of the segments that `labels` count."""
+    """Length of the segments of `labels`."""
 
     @property
     def needs_video(self) -> bool:
-        """It brings what it needs."""
+        """Never: the files are the source."""
         return False
 
     def source(self, model: VideoModel, prompt: str | None) -> PairSource:
-        """List the files; they are decoded one by one."""
+        """List the files; each pair is decoded when it is read."""
         listing = list_pairs(self.path, model, prompt, self.seconds)
         return PairSource(
             clips=listing.read(model),
@@ -74,28 +75,28 @@ class Folder(SuppliedPairs):
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
-        """Encode the two videos, or take the latents as they are."""
+        """Encode both videos, or use the stored latents."""
         _, frames, height, width = model.latent_shape
         preference, region = torch.ones(frames), torch.ones(1, frames, height, width)
         if isinstance(clip, LatentPair):
-            winner, loser = clip.winner, clip.loser
+            chosen, rejected = clip.chosen, clip.rejected
         elif isinstance(clip, VideoPair) and clip.video is not None:
-            winner, loser = model.encode_videos(torch.stack([clip.video, clip.loser])).cpu()
+            chosen, rejected = model.encode_videos(torch.stack([clip.video, clip.rejected])).cpu()
             if clip.labels is not None:
                 segments = split(model.shape, self.seconds)
                 parts = [model.latent_frames(segment) for segment in segments]
                 preference = broadcast(clip.labels, parts, frames)
             if clip.mask is not None:
                 region = latent_region(clip.mask, model)
-                loser = torch.where(region > 0, loser, winner)
+                rejected = torch.where(region > 0, rejected, chosen)
         else:
             raise UserError(
-                "Pairs of kind 'folder' are made of files that --set pairs.path=PATH names, and of "
-                "no other clips."
+                "Pairs of kind 'folder' come from the files of --set pairs.path=PATH, not from "
+                "other clips."
             )
         return Pair(
-            first=winner,
-            second=loser,
+            first=chosen,
+            second=rejected,
             preference=preference,
             region=region,
             prompt=clip.caption,
@@ -105,7 +106,7 @@ class Folder(SuppliedPairs):
 
 
 def latent_region(mask: Float[Tensor, "F H W"], model: VideoModel) -> Float[Tensor, "1 f h w"]:
-    """1 in every latent cell that a mask of 0 and 1 touches: no difference is cut off."""
+    """1 in every latent cell that a binary mask touches, so that no difference is cut off."""
     _, frames, height, width = model.latent_shape
     region = torch.zeros(1, frames, height, width)
     for frame, cells in enumerate(F.adaptive_max_pool2d(mask, (height, width))):

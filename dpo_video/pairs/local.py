@@ -1,4 +1,4 @@
-"""Region-level pairs: a real clip against the same clip partly repainted."""
+"""Region-level pairs: a real clip and the same clip, partly repainted."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from dpo_video.types import Clip, Pair
 
 @final
 class Local(PairBuilder):
-    """The frozen model repaints moving regions of a real clip; the clip wins.
+    """LocalDPO: repaints moving regions of a real clip, which is the chosen video.
 
-    LocalDPO (Huang et al. 2026, arXiv 2601.04068): one noise per pair, one sampling pass per
-    prompt, no critic and no annotator. Outside the region both videos' latents are equal to the
-    bit.
+    Huang et al. 2026, arXiv 2601.04068: one noise and one sampling pass per pair, no critic and no
+    annotator. Outside the region both videos' latents are equal to the bit.
     """
 
     asks_labeler: ClassVar[bool] = False
 
     alphas: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.75, 0.80, 0.85, 0.90)
-    """Shares of the noise schedule to draw from, one per pair (the authors' code goes to 0.95)."""
+    """Shares of the noise schedule, one drawn per pair (the authors' code goes to 0.95)."""
     num_inference_steps: int | None = Field(default=None, ge=1)
-    """Steps of the whole schedule, of which the share alpha is run; the backbone's own number when
-    not set (50 in the paper)."""
+    """Steps of the full schedule, of which the share alpha is run; the backbone's default if unset
+    (the paper uses 50)."""
     guidance_scale: float | None = Field(default=None, ge=0)
-    """Classifier-free guidance; the backbone's own when not set (6.0 in the paper)."""
+    """Classifier-free guidance; the backbone's default if unset (the paper uses 6.0)."""
     mask: RegionOptions = RegionOptions()
-    """How the regions are drawn."""
+    """Options of the regions."""
 
     @property
     def needs_video(self) -> bool:
-        """The winner is a real clip."""
+        """Always: the chosen video is a real clip."""
         return True
 
     def __call__(
@@ -55,19 +54,19 @@ class Local(PairBuilder):
         )
         alpha = self.alphas[int(torch.randint(len(self.alphas), (), generator=generator))]
         noise = torch.randn(model.latent_shape, generator=generator)
-        winner = model.encode_videos(clip.video[None])
-        loser = model.sample(
+        chosen = model.encode_videos(clip.video[None])
+        rejected = model.sample(
             model.encode_prompts([clip.caption]),
-            noise[None].to(winner),
-            clean=winner,
+            noise[None].to(chosen),
+            clean=chosen,
             strength=alpha,
-            region=region[None].to(winner),
+            region=region[None].to(chosen),
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
         )
         return Pair(
-            first=winner[0].cpu(),
-            second=loser[0].cpu(),
+            first=chosen[0].cpu(),
+            second=rejected[0].cpu(),
             preference=torch.ones(frames),
             region=region,
             prompt=clip.caption,

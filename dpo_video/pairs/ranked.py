@@ -1,4 +1,4 @@
-"""Vanilla DPO's pairs: the best against the worst of several samples of a prompt."""
+"""Pairs of Diffusion-DPO: the best and the worst of several samples of a prompt."""
 
 from __future__ import annotations
 
@@ -18,27 +18,26 @@ from dpo_video.types import Clip, Pair, Videos
 
 @final
 class Ranked(PairBuilder):
-    """The model's best sample of a prompt against its worst, by a labeler's judgement.
+    """Diffusion-DPO: a labeler ranks several samples of a prompt; the best and worst are the pair.
 
-    Diffusion-DPO's kind of pairs (Wallace et al. 2023, arXiv 2311.12908), which DenseDPO (arXiv
-    2506.03517) calls vanilla DPO and finds to favour slow videos: the two share nothing but the
-    prompt, and what moves less has fewer faults.
+    Wallace et al. 2023, arXiv 2311.12908. DenseDPO (arXiv 2506.03517) calls it vanilla DPO and
+    finds that it favours slow videos: the two samples share only the prompt, and the one that moves
+    less has fewer flaws.
 
-    Every sample meets every other. The labeler says segment by segment who is better, and the
-    majority of the segments decides the meeting. Samples are ordered by meetings won less meetings
-    lost; among equals by the sum of all their segments' labels; among equals still, the earlier
-    drawn stands before. Where best and worst are equal in both numbers, the pair is a tie
-    (preference 0).
+    The labeler compares every two samples segment by segment; the majority of the segments decides
+    the comparison. Samples are ordered by comparisons won less comparisons lost, then by the sum of
+    their segments' labels, then by the order of drawing. If best and worst are equal in both
+    numbers, the pair is a tie (preference 0).
     """
 
     needs_labeler: ClassVar[bool] = True
 
     samples: int = Field(default=4, ge=2)
-    """How many are drawn for a prompt; n of them take n (n - 1) / 2 comparisons."""
+    """Samples per prompt; n samples take n (n - 1) / 2 comparisons."""
     num_inference_steps: int | None = Field(default=None, ge=1)
-    """Sampling steps; the backbone's own number when not set."""
+    """Sampling steps; the backbone's default if unset."""
     guidance_scale: float | None = Field(default=None, ge=0)
-    """Classifier-free guidance; the backbone's own when not set."""
+    """Classifier-free guidance; the backbone's default if unset."""
     seconds: float = Field(default=SECONDS, gt=0)
     """Length of the segments that the labeler compares."""
 
@@ -50,15 +49,15 @@ class Ranked(PairBuilder):
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
-        """Draw the samples, let the labeler compare them, and keep two."""
+        """Draw samples, compare them by the labeler, and keep the best and the worst."""
         if labeler is None:
             raise UserError(
-                "Pairs of kind 'ranked' need somebody who ranks them. Choose with --labeler NAME "
-                "(see `dpo-video list labeler`)."
+                "Pairs of kind 'ranked' need a labeler. Choose one with --labeler NAME (see "
+                "`dpo-video list labeler`)."
             )
         noises = torch.randn(self.samples, *model.latent_shape, generator=generator)
         context = model.encode_prompts([clip.caption])
-        # One at a time: their number must not decide whether they fit into memory.
+        # One at a time, so that memory does not grow with their number.
         latents = [
             model.sample(
                 context,
@@ -69,11 +68,11 @@ class Ranked(PairBuilder):
             for noise in noises
         ]
         videos = torch.cat([model.decode_videos(one).cpu() for one in latents])
-        standing = rank(videos, clip.caption, labeler, split(model.shape, self.seconds))
-        order = sorted(range(self.samples), key=lambda sample: standing[sample], reverse=True)
+        scores = rank(videos, clip.caption, labeler, split(model.shape, self.seconds))
+        order = sorted(range(self.samples), key=lambda sample: scores[sample], reverse=True)
         best, worst = order[0], order[-1]
         first, second = latents[best][0].cpu(), latents[worst][0].cpu()
-        decided = standing[best] != standing[worst]
+        decided = scores[best] != scores[worst]
         return Pair(
             first=first,
             second=second,
@@ -87,15 +86,15 @@ class Ranked(PairBuilder):
 def rank(
     videos: Videos, prompt: str, labeler: Labeler, segments: list[slice]
 ) -> list[tuple[int, float]]:
-    """Per video, meetings won less meetings lost, and the sum of its segments' labels."""
+    """Per video, comparisons won less comparisons lost, and the sum of its segments' labels."""
     won, total = [0] * len(videos), [0.0] * len(videos)
     for one, other in combinations(range(len(videos)), 2):
-        asked = [prompt], videos[one : one + 1], videos[other : other + 1], segments
-        labels = check_labels(labeler, labeler(*asked), len(segments))[0]
+        arguments = [prompt], videos[one : one + 1], videos[other : other + 1], segments
+        labels = check_labels(labeler, labeler(*arguments), len(segments))[0]
         majority, summed = int(labels.sign().sum().sign()), labels.sum().item()
         won[one] += majority
         won[other] -= majority
         total[one] += summed
         total[other] -= summed
-    # Rounded: the same labels summed in another order are the same standing.
-    return [(meetings, round(labels, 6)) for meetings, labels in zip(won, total, strict=True)]
+    # Rounded, so that the order of summation does not change a score.
+    return [(comparisons, round(labels, 6)) for comparisons, labels in zip(won, total, strict=True)]

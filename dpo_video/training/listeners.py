@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import final
 
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import TrainingError
 from dpo_video.support.atomic import sync, writing

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Unpack
 
-from dpo_video.data.video import video_bytes
+from dpo_video.data.video_writer import video_bytes
 from dpo_video.evaluation.evaluate import measure
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.verdict import judge_evaluation

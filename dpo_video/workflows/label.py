@@ -45,7 +45,7 @@ def label(
     store = opened(pairs)
     if not store.local:
         raise UserError(
-            f"'{store.where}' can be read only. Copy the pairs to this machine, label them there, "
+            f"'{store.where}' is read-only. Copy the pairs to this machine, label them there, "
             "and copy the folder labels/ back."
         )
     config = configure("train", {**options, "labeler": labeler}, store)

@@ -6,7 +6,7 @@ import base64
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_video.data.video import video_bytes
+from dpo_video.data.video_writer import video_bytes
 from dpo_video.exporting.export import Check, Format
 from dpo_video.types import Video
 

@@ -77,7 +77,7 @@ def train(
     resume = False
     if folder is not None and exists:
         options["config"] = options.get("config") or folder / "run.toml"
-        # Without a checkpoint there is nothing to lose, and the run starts again.
+        # Without a checkpoint there is nothing to resume; the run starts again.
         resume = (folder / "checkpoints" / "latest").exists()
     config = configure("train", options, pairs)
     folder = folder or _free_folder(config)

@@ -28,7 +28,7 @@ from torch import Generator, Tensor, nn
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX, CogVideoXModel
 from dpo_video.data.store import Manifest, PairStore
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.errors import UserError
 from dpo_video.loss.global_ import Global
 from dpo_video.pairs.dense import Dense

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.before_after import LINE, ZOOM, animation
-from dpo_video.data.video import video_bytes
+from dpo_video.data.video_writer import video_bytes
 
 
 def test_base_beside_tuned_above_their_changes(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from dpo_video import registry
 from dpo_video.cli import app, main
 from dpo_video.data.store import PairStore
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.testing import small_videos
 from dpo_video.training.run_dir import latest_checkpoint
 
@@ -133,7 +133,7 @@ def test_show_prints_source_and_options(run: Run) -> None:
     for text in ("arXiv 2601.04068", "loss.beta", "2500.0", "Slope of both terms"):
         assert text in done.out
     found = json.loads(run("show", "pairs", "local", "--json").out)
-    assert found["doc"].startswith("The frozen model repaints")
+    assert found["doc"].startswith("LocalDPO: repaints moving regions")
     option = {option["path"]: option for option in found["options"]}["pairs.mask.max_blobs"]
     assert option["type"] == "int" and option["default"] == "5" and option["meaning"]
     assert "train.weight_decay" in run("show", "train").out
@@ -238,7 +238,7 @@ def test_a_folder_of_videos_takes_no_clips_and_requires_a_path(
     done = run(*folder)
     assert done.code == 2 and "pairs.path" in done.err and "show pairs folder" in done.err
     done = run(*folder, f"--set=pairs.path={clips}")
-    assert done.code == 2 and "win and lose" in done.err
+    assert done.code == 2 and "chosen and rejected" in done.err
     done = run(*folder, f"--set=pairs.path={clips}", "--clips", clips)
     assert done.code == 2 and "Leave --clips out" in done.err
 
@@ -367,7 +367,7 @@ def test_pairs_of_another_backbone_are_refused(
     larger = [*small, "--set=backbone.height=32"]
     done = run("train", "--pairs", pairs, *larger, *QUICK, "--out", tmp_path / "run")
     assert done.code == 2
-    assert "(4, 4, 4, 4), the backbone's are (4, 4, 8, 4). Build pairs for this" in done.err
+    assert "(4, 4, 4, 4); the backbone's are (4, 4, 8, 4). Build pairs for this" in done.err
     done = run("build", "--pairs", pairs, *small)
     assert done.code == 2 and "holds pairs already" in done.err
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_cogvideox import OPTIONS, Layout, save_small_cogvideox
 
 from dpo_video.cli import main
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.testing import small_videos
 from dpo_video.training.run_dir import latest_checkpoint
 

@@ -84,5 +84,5 @@ def test_a_run_resumes_on_the_packed_copy_and_streams_it(said: Said, small: list
     }
     assert len(adapters) == 1
     assert f'store = "{url}"' in Path("again/run.toml").read_text()
-    assert "can be read only" in said(2, "label", url, "--labeler=metric")
+    assert "is read-only" in said(2, "label", url, "--labeler=metric")
     assert "holds pairs already" in said(2, "build", f"--pairs={url}")

@@ -152,7 +152,7 @@ def test_metadata_says_what_belongs_to_the_set(tmp_path: Path) -> None:
     assert names(clips) == ["a.mp4"]
     assert set(reasons(clips)) == {"extra.mp4", "gone.mp4"}
     assert "no such video" in reasons(clips)["gone.mp4"]
-    assert "has a caption" in reasons(clips)["extra.mp4"]
+    assert "has its caption" in reasons(clips)["extra.mp4"]
     with pytest.raises(UserError, match=r"extra\.mp4 has no caption"):
         open_clips(tmp_path / "extra.mp4", SHAPE)
 
@@ -247,10 +247,10 @@ def test_a_folder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no videos"):
         open_clips(tmp_path, SHAPE)
     (tmp_path / "a.txt").write_text("no video")
-    with pytest.raises(UserError, match=r"a\.txt is no video that can be read"):
+    with pytest.raises(UserError, match=r"a\.txt is not a readable video"):
         open_clips(tmp_path / "a.txt", SHAPE)
     (tmp_path / "noise.mp4").write_bytes(b"noise")
-    with pytest.raises(UserError, match=r"gives no clip: .*noise\.mp4"):
+    with pytest.raises(UserError, match=r"has no usable clip: .*noise\.mp4"):
         open_clips(tmp_path, SHAPE, "a test")
 
 

@@ -49,7 +49,9 @@ def test_what_counts_depends_on_no_order_and_no_repetition(
 @pytest.mark.parametrize("order", [[0, 1], [2, 2]])
 def test_two_lines_that_differ_about_a_pair_are_refused(order: list[int]) -> None:
     lines = [row(i) for i in order]
-    with pytest.raises(StoreError, match=r"Line 3 of 'pairs.jsonl' says something else of pair"):
+    with pytest.raises(
+        StoreError, match=r"Line 3 of 'pairs.jsonl' differs from an earlier line of pair"
+    ):
         index_of([*lines, row(order[1], prompt="another")])
 
 
@@ -65,7 +67,7 @@ def test_a_line_is_read_back_as_it_was_written() -> None:
 def test_the_line_that_is_none_is_named(
     bad: bytes, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_video.data.pair_index.AT_ONCE", at_once)
+    monkeypatch.setattr("dpo_video.data.pair_index.BLOCK", at_once)
     lines = [row(0).line(), bad, row(3).line()]
     with pytest.raises(StoreError, match=r"Line 12 of 'x' cannot be read .*Delete that line and"):
         parse(lines, "x", before=10)

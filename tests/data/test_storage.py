@@ -111,9 +111,12 @@ def test_threads_may_share_a_store(store: PairStore, tmp_path: Path) -> None:
 def test_a_connection_that_breaks_is_tried_again(store: PairStore) -> None:
     with served(store.folder, refusals=2) as (url, _):
         assert len(PairStore(url)) == 4
-    with pytest.raises(StoreError, match=r"cannot be read .*tried 3 times\. Check the connection"):
+    with pytest.raises(StoreError, match=r"cannot be read after 3 attempts .*Check the connection"):
         PairStore(url)  # the server is gone
-    with served(store.folder, refusals=99) as (url, _), pytest.raises(StoreError, match="tried 3"):
+    with (
+        served(store.folder, refusals=99) as (url, _),
+        pytest.raises(StoreError, match="after 3 attempts"),
+    ):
         PairStore(url)
 
 
@@ -123,7 +126,7 @@ def test_a_server_that_sends_whole_files_for_parts_is_named(
     list(pack(store, tmp_path / "packed"))
     with served(tmp_path / "packed", parts=False) as (url, _):
         opened = PairStore(url)
-        with pytest.raises(StoreError, match="answers requests for parts of files"):
+        with pytest.raises(StoreError, match="supports range requests"):
             opened.batch([0])
 
 
@@ -146,13 +149,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         known_implementations, "bucket",
         {"class": "no_such_package.Files", "err": "Install no_such_package to access buckets"},
     )  # fmt: skip
-    with pytest.raises(StoreError, match=r"Install no_such_package to .*\. Install that with pip"):
+    with pytest.raises(StoreError, match=r"Install no_such_package to .*\. Install that package"):
         PairStore("bucket://pairs")
 
 
 def test_pairs_elsewhere_are_only_read(store: PairStore, tmp_path: Path) -> None:
     opened = PairStore(copy_to_memory(store.folder, "read-only"))
-    with pytest.raises(StoreError, match=r"can be read only\. Build pairs in a folder"):
+    with pytest.raises(StoreError, match=r"is read-only\. Build pairs in a local folder"):
         opened.append(random_pair(9), context_of(random_pair(9).prompt))
     # What belongs to them is kept here, whoever wrote it.
     assert not opened.folder.is_absolute() and opened.folder != store.folder

@@ -276,7 +276,7 @@ def test_a_file_of_something_else_is_no_pair(store: PairStore) -> None:
     pair = load_file(path)
     for other in ({"latents": torch.zeros(3)}, {**pair, "first": torch.zeros(2, 4, 3, 5)}):
         save_file(other, path)
-        with pytest.raises(StoreError, match="holds something else than a pair"):
+        with pytest.raises(StoreError, match="does not hold a pair of this store"):
             store.batch([0])
 
 

@@ -14,16 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dpo_video.data import video as module
-from dpo_video.data.video import (
-    VideoError,
-    fit_video,
-    gif_bytes,
-    natural_key,
-    probe_video,
-    read_video,
-    video_bytes,
-    write_video,
-)
+from dpo_video.data.video import VideoError, fit_video, natural_key, probe_video, read_video
+from dpo_video.data.video_writer import gif_bytes, video_bytes, write_video
 from dpo_video.errors import UserError
 from dpo_video.types import VideoShape
 
@@ -260,7 +252,7 @@ def test_a_read_that_would_fill_the_memory_stops(
 ) -> None:
     write_any(tmp_path / "a.mp4", stamped(20), fps=10)
     monkeypatch.setattr(module, "MAX_BYTES", 5 * 48 * 64 * 3)
-    with pytest.raises(UserError, match=r"from its frame 6 on. Ask for fewer"):
+    with pytest.raises(UserError, match=r"at its frame 6\. Request fewer"):
         read_video(tmp_path / "a.mp4")
     assert read_video(tmp_path / "a.mp4", frames=5).frames.shape[1] == 5
 
@@ -327,7 +319,7 @@ def test_a_short_video_is_spread_only_if_it_has_the_frames() -> None:
 def test_what_is_no_video_is_named(tmp_path: Path) -> None:
     for name, data in {"noise.mp4": bytes(range(256)) * 40, "empty.mp4": b""}.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(VideoError, match=f"{name} is damaged or no video"):
+        with pytest.raises(VideoError, match=f"{name} is damaged or not a video"):
             read_video(tmp_path / name)
         with pytest.raises(VideoError, match=name):
             probe_video(tmp_path / name)
@@ -380,7 +372,7 @@ def test_frames_before_the_damage_can_be_read(tmp_path: Path) -> None:
 def test_a_bad_frame_in_a_folder_is_named(tmp_path: Path) -> None:
     write_frames(tmp_path, stamped(3))
     (tmp_path / "frame1.png").write_bytes(b"not a picture")
-    with pytest.raises(VideoError, match=r"frame1\.png is damaged or no picture"):
+    with pytest.raises(VideoError, match=r"frame1\.png is damaged or not a picture"):
         read_video(tmp_path)
     write_frames(tmp_path, stamped(3))
     Image.new("RGB", (20, 20)).save(tmp_path / "frame2.png")
@@ -419,7 +411,7 @@ def test_a_frame_that_is_too_large_is_not_decoded(
 ) -> None:
     write_video(tmp_path / "a.mp4", stamped(2, 32, 48), fps=8.0)
     monkeypatch.setattr("dpo_video.data.video.MAX_PIXELS", 32 * 48 - 1)
-    with pytest.raises(UserError, match="is damaged or no video"):
+    with pytest.raises(UserError, match="is damaged or not a video"):
         read_video(tmp_path / "a.mp4")
     monkeypatch.setattr("dpo_video.data.video.MAX_PIXELS", 64 * 64)
     assert read_video(tmp_path / "a.mp4").frames.shape == (3, 2, 32, 48)
@@ -429,5 +421,5 @@ def test_a_codec_that_nobody_knows_is_said(tmp_path: Path) -> None:
     write_any(tmp_path / "a.webm", stamped(2), 8)
     data = (tmp_path / "a.webm").read_bytes()
     (tmp_path / "a.webm").write_bytes(data.replace(b"V_VP9", b"V_XYZ"))
-    with pytest.raises(VideoError, match="nothing here decodes it"):
+    with pytest.raises(VideoError, match="no installed decoder reads it"):
         read_video(tmp_path / "a.webm")

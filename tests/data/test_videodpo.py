@@ -42,11 +42,11 @@ class Trap:
 
 
 def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
-    triple = VideoDPOPair(winner=LATENTS, loser=-LATENTS, prompt_embeds=EMBEDS)
-    write_videodpo_pair(tmp_path / "one.pt", triple)
+    pair = VideoDPOPair(chosen=LATENTS, rejected=-LATENTS, prompt_embeds=EMBEDS)
+    write_videodpo_pair(tmp_path / "one.pt", pair)
     for path in (tmp_path / "one.pt", written(tmp_path / "theirs.pt")):
         read = read_videodpo_pair(path)
-        assert torch.equal(read.winner, LATENTS) and torch.equal(read.loser, -LATENTS)
+        assert torch.equal(read.chosen, LATENTS) and torch.equal(read.rejected, -LATENTS)
         assert torch.equal(read.prompt_embeds, EMBEDS)
 
 
@@ -58,7 +58,7 @@ def test_a_leading_axis_of_one_may_be_there_or_not(tmp_path: Path) -> None:
         prompt_embeds=EMBEDS[0],
     )
     read = read_videodpo_pair(path)
-    assert torch.equal(read.winner, LATENTS) and torch.equal(read.prompt_embeds, EMBEDS)
+    assert torch.equal(read.chosen, LATENTS) and torch.equal(read.prompt_embeds, EMBEDS)
 
 
 def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_cut_file_is_told_apart(tmp_path: Path) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> PairStore:
-    """A winner first, a tie, and a winner second."""
+    """The first chosen, a tie, and the second chosen."""
     store = PairStore.create(tmp_path / "pairs", MANIFEST)
     ones, whole = torch.ones(4), torch.ones(1, 4, 3, 3)
     for seed, preference in enumerate((ones, 0 * ones, torch.tensor([1.0, -1, -1, 0]))):
@@ -123,13 +123,13 @@ def test_winners_come_first_and_ties_are_left_out(store: PairStore, tmp_path: Pa
     assert (done.written, done.undecided, done.simplified, done.regions) == (2, 1, 1, 1)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["pair_00000.pt", "pair_00000.txt", "pair_00001.pt", "pair_00001.txt"]
-    for number, (seed, winner, loser) in enumerate(
+    for number, (seed, chosen, rejected) in enumerate(
         ((0, "first", "second"), (2, "second", "first"))
     ):
         read = read_videodpo_pair(tmp_path / "out" / f"pair_{number:05d}.pt")
         pair = random_pair(seed)
-        assert torch.equal(read.winner, getattr(pair, winner))
-        assert torch.equal(read.loser, getattr(pair, loser))
+        assert torch.equal(read.chosen, getattr(pair, chosen))
+        assert torch.equal(read.rejected, getattr(pair, rejected))
         assert torch.equal(read.prompt_embeds, EMBEDS + seed)
         text = (tmp_path / "out" / f"pair_{number:05d}.txt").read_text()
         assert text == f"prompt {seed}\n"

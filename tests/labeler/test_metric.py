@@ -89,7 +89,7 @@ def test_a_frozen_video_cannot_win_by_smoothness() -> None:
     assert shortcut(["a"], frozen, moving, SEGMENTS).tolist() == [[1, 1]]
     judgement = guarded.judge(["a"], frozen, moving, SEGMENTS)
     assert judgement.labels.tolist() == [[0, 0]]
-    assert judgement.notes[0].count("the better one moves less") == 2
+    assert judgement.notes[0].count("the preferred one moves less") == 2
     assert "still 0 : " in judgement.notes[0] and "moves 0 : " in judgement.notes[0]
     assert guarded(["a"], moving, frozen, SEGMENTS).tolist() == [[0, 0]]
     assert labeler({"moves": 1}, motion="moves")(["a"], moving, frozen, SEGMENTS).all()

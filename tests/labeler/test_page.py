@@ -1,5 +1,5 @@
-"""People label on the page: what they press is kept, of the right video, whatever happens."""
-# ruff: noqa: RUF001 - the page writes signs of its own
+"""The labelling page: every answer is saved for the right video, whatever interrupts it."""
+# ruff: noqa: RUF001 - the page uses special characters
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def model(small_folder: Path) -> AnimateDiffModel:
 def store(
     model: AnimateDiffModel, small_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> PairStore:
-    """Pairs of noise at 16x16 in two segments of two frames; every frame of theirs is different."""
+    """Pairs of noise at 16x16 in two segments of two frames; all frames differ."""
     size = {"frames": SHAPE.frames, "height": SHAPE.height, "width": SHAPE.width}
     made_with = {"name": "animatediff", "model": str(small_folder), **size}
     manifest = Manifest(
@@ -88,7 +88,7 @@ def store(
 
 @pytest.fixture
 def task(store: PairStore, model: AnimateDiffModel, request: pytest.FixtureRequest) -> StoreTask:
-    """The store with a new label_set."""
+    """The store with a new label set."""
     return StoreTask(store, model, new_label_set(store, model, request.node.name))
 
 
@@ -99,18 +99,18 @@ def new_label_set(store: PairStore, model: AnimateDiffModel, name: str) -> Label
 
 
 def on_disk(task: StoreTask, rater: str) -> dict[int, tuple[SegmentLabel, ...]]:
-    """What another process would read."""
+    """The labels that another process would read."""
     return LabelSet(task.store.folder, task.label_set.name).labels_by(rater)
 
 
 class Memory(LabelTask):
-    """Work without videos or a disk, for what is about order and counting alone."""
+    """A task without videos or files, for tests of order and counting."""
 
     def __init__(self, pairs: int, segments: int) -> None:
         self.pairs = range(pairs)
         self.segments = [slice(i, i + 1) for i in range(segments)]
         self.fps = 8.0
-        self.said: dict[str, dict[int, tuple[SegmentLabel, ...]]] = {}
+        self.recorded: dict[str, dict[int, tuple[SegmentLabel, ...]]] = {}
 
     def prompt(self, pair: int) -> str:
         return str(pair)
@@ -120,13 +120,13 @@ class Memory(LabelTask):
 
     @property
     def raters(self) -> list[str]:
-        return list(self.said)
+        return list(self.recorded)
 
     def labels_by(self, rater: str = "") -> dict[int, tuple[SegmentLabel, ...]]:
-        return self.said.get(rater, {})
+        return self.recorded.get(rater, {})
 
-    def record(self, pair: int, marks: Any, *, rater: str = "", note: str = "") -> None:
-        self.said.setdefault(rater, {})[pair] = tuple(marks)
+    def record(self, pair: int, labels: Any, *, rater: str = "", note: str = "") -> None:
+        self.recorded.setdefault(rater, {})[pair] = tuple(labels)
 
 
 # --- what is asked, and what an answer means -------------------------------------------------
@@ -135,7 +135,7 @@ ANSWERS = st.sampled_from(["left", "right", "tie", "skip"])
 
 
 def give(session: LabelSession, rater: str, answers: list[Answer]) -> None:
-    """Answer what is asked, as a person does."""
+    """Answer the current questions in turn."""
     for answer in answers:
         current = session.view(rater).current
         if current is None:
@@ -211,16 +211,20 @@ def test_undo_takes_everything_back_in_turn(
     else:
         for before in reversed(history):
             session.undo("a", session.view("a").revision)
-            said = {pair: marks for pair, marks in task.labels_by("a").items() if any_said(marks)}
-            assert said == {pair: marks for pair, marks in before.items() if any_said(marks)}
-    assert not any(any_said(marks) for marks in task.labels_by("a").values())
+            current_labels = {
+                pair: labels for pair, labels in task.labels_by("a").items() if has_label(labels)
+            }
+            assert current_labels == {
+                pair: labels for pair, labels in before.items() if has_label(labels)
+            }
+    assert not any(has_label(labels) for labels in task.labels_by("a").values())
     view = session.view("a")
     assert not view.undoable
     assert session.undo("a", view.revision) == view
 
 
-def any_said(marks: tuple[SegmentLabel, ...]) -> bool:
-    return any(mark is not None for mark in marks)
+def has_label(labels: tuple[SegmentLabel, ...]) -> bool:
+    return any(label is not None for label in labels)
 
 
 def test_an_undo_that_arrives_twice_is_done_once() -> None:
@@ -230,7 +234,7 @@ def test_an_undo_that_arrives_twice_is_done_once() -> None:
     revision = session.view("a").revision
     once = session.undo("a", revision)
     assert session.undo("a", revision) == once
-    assert [mark for marks in task.labels_by("a").values() for mark in marks] == [0, None]
+    assert [label for labels in task.labels_by("a").values() for label in labels] == [0, None]
 
 
 def test_a_pair_is_finished_once_every_segment_has_an_answer() -> None:
@@ -448,7 +452,9 @@ def test_nothing_tells_the_sides_apart(client: TestClient) -> None:
     assert "flip" not in told and "winner" not in told
 
 
-def test_a_full_disk_is_said_and_nothing_is_counted(client: TestClient, task: StoreTask) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_counted(
+    client: TestClient, task: StoreTask
+) -> None:
     client.post("answer", json=GOOD)
     before = client.get("view?rater=a").json()
     with largest_file(task.label_set.path.stat().st_size):
@@ -513,11 +519,11 @@ def test_an_answer_survives_kill_9_and_ctrl_c_sums_up(store: PairStore) -> None:
         post(f"{link}answer", GOOD)
         process.kill()  # SIGKILL, at once
         assert process.wait() == -signal.SIGKILL
-    (marks,) = LabelSet(store.folder, "killed").labels_by("a").values()
-    assert marks[0] in (1.0, -1.0) and marks[1] is None
+    (labels,) = LabelSet(store.folder, "killed").labels_by("a").values()
+    assert labels[0] in (1.0, -1.0) and labels[1] is None
 
     with command(store, "killed") as (process, link):
-        assert LabelSet(store.folder, "killed").labels_by("a") == {0: marks}
+        assert LabelSet(store.folder, "killed").labels_by("a") == {0: labels}
         view = post(f"{link}answer", {**GOOD, "segment": 1, "answer": "tie"})
         assert view["finished"] == 1
         process.send_signal(signal.SIGINT)
@@ -619,7 +625,7 @@ class Rater:
 
 
 @contextmanager
-def sat_down(browser: Browser, link: str, name: str = "ann", **options: Any) -> Iterator[Rater]:
+def opened_page(browser: Browser, link: str, name: str = "ann", **options: Any) -> Iterator[Rater]:
     context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
     try:
         yield Rater(context.new_page(), link, name)
@@ -632,18 +638,18 @@ def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, task: Stor
     keys = {"ArrowLeft": "left", "2": "right", "ArrowDown": "tie", "s": "skip", "1": "left",
             "ArrowRight": "right"}  # fmt: skip
     expected: dict[int, list[SegmentLabel]] = {}
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         for number, (key, answer) in enumerate(keys.items()):
             pair, segment = ann.current()
             assert segment == number % 2
             ann.press(key)
             first = answer in ("left", "right") and sides.is_first("ann", pair, answer)  # type: ignore[arg-type]
-            mark = {"tie": 0.0, "skip": "skip"}.get(answer, 1.0 if first else -1.0)
-            expected.setdefault(pair, []).append(mark)
+            label = {"tie": 0.0, "skip": "skip"}.get(answer, 1.0 if first else -1.0)
+            expected.setdefault(pair, []).append(label)
             kept = on_disk(task, "ann")[pair]
-            assert kept[segment] == mark
-        assert on_disk(task, "ann") == {pair: tuple(marks) for pair, marks in expected.items()}
-        assert ann.text("#verdict") == "All 3 pairs are judged. Thank you, ann."
+            assert kept[segment] == label
+        assert on_disk(task, "ann") == {pair: tuple(labels) for pair, labels in expected.items()}
+        assert ann.text("#verdict") == "All 3 pairs are labelled. Thank you, ann."
         assert (
             " ".join(ann.text("#counts tbody").split()) == "← left 2 → right 2 = tie 1 – skipped 1"
         )
@@ -653,7 +659,7 @@ def test_a_set_is_labelled_by_keys_alone(browser: Browser, link: str, task: Stor
 def test_both_canvases_show_the_same_frame_to_the_bit(
     browser: Browser, link: str, task: StoreTask
 ) -> None:
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         pair, _ = ann.current()
         flipped = LabelSession(task, seed=0).flipped("ann", pair)
         videos = [pixels(video) for video in task.videos(pair)]
@@ -698,7 +704,7 @@ def test_both_canvases_show_the_same_frame_to_the_bit(
 
 
 def test_speed_is_changed_by_keys(browser: Browser, link: str) -> None:
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         for keys, speed in (("-", "0.5×"), ("-----", "0.1×"), ("+", "0.25×"), ("=====", "4×")):
             for key in keys:
                 ann.page.keyboard.press(key)
@@ -706,7 +712,7 @@ def test_speed_is_changed_by_keys(browser: Browser, link: str) -> None:
 
 
 def test_a_reload_loses_nothing(browser: Browser, link: str, task: StoreTask) -> None:
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         ann.press("ArrowLeft")
         place, shown = ann.current(), ann.text("#prompt")
         assert place[1] == 1
@@ -721,7 +727,7 @@ def test_a_reload_loses_nothing(browser: Browser, link: str, task: StoreTask) ->
 
 
 def test_undo_goes_back_over_pairs(browser: Browser, link: str, task: StoreTask) -> None:
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         places = []
         for key in ("ArrowLeft", "Shift+S", "ArrowRight"):
             places.append(ann.current())
@@ -732,11 +738,11 @@ def test_undo_goes_back_over_pairs(browser: Browser, link: str, task: StoreTask)
             ann.press(key)
             assert ann.current() == place
         assert ann.page.locator("#undo").is_disabled()
-        assert not any(any_said(marks) for marks in on_disk(task, "ann").values())
+        assert not any(has_label(labels) for labels in on_disk(task, "ann").values())
 
 
 def test_a_held_or_hasty_key_answers_once(browser: Browser, link: str, task: StoreTask) -> None:
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         for _ in range(10):
             ann.page.keyboard.down("ArrowLeft")  # the first is a press, the others repeats
         ann.page.keyboard.up("ArrowLeft")
@@ -755,7 +761,7 @@ def test_nothing_moves_from_pair_to_pair(browser: Browser, link: str) -> None:
         ".map((e) => [e.id || e.dataset.answer || e.ariaLabel?.split(':')[0],"
         " Object.values(e.getBoundingClientRect().toJSON()).join()]))"
     )
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         before = ann.page.evaluate(places)
         assert len(before) > 10
         for key in ("ArrowLeft", "s", "ArrowDown"):  # over the prompt that is long and hostile
@@ -765,7 +771,7 @@ def test_nothing_moves_from_pair_to_pair(browser: Browser, link: str) -> None:
 
 
 def test_a_hostile_prompt_is_shown_as_it_is(browser: Browser, link: str) -> None:
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         seen = [ann.text("#prompt")]
         while ann.page.locator("#summary").is_hidden():
             ann.press("Shift+S")
@@ -778,7 +784,7 @@ def test_two_raters_at_once_see_their_agreement(
     browser: Browser, link: str, task: StoreTask
 ) -> None:
     sides = LabelSession(task, seed=0)
-    with sat_down(browser, link, "ann") as ann, sat_down(browser, link, "Bob & Co") as bob:
+    with opened_page(browser, link, "ann") as ann, opened_page(browser, link, "Bob & Co") as bob:
         for step in range(3):
             for rater in (ann, bob):
                 pair, _ = rater.current()
@@ -788,7 +794,7 @@ def test_two_raters_at_once_see_their_agreement(
         ann.page.keyboard.press("i")
         ann.page.wait_for_selector("#others tbody tr")
         cells = ann.page.locator("#others tbody td").all_inner_texts()
-        assert cells == ["Bob & Co", "3", "100%", "1.00 (almost full)"]
+        assert cells == ["Bob & Co", "3", "100%", "1.00 (almost perfect)"]
         ann.page.keyboard.press("Escape")
         ann.settle()
         assert ann.current()[1] == 1
@@ -796,17 +802,17 @@ def test_two_raters_at_once_see_their_agreement(
         ann.settle()
         ann.page.keyboard.press("i")
         ann.page.get_by_role("button", name="Another rater").click()
-        known = ann.page.locator("#known button").all_inner_texts()
+        known = ann.page.locator("#raters button").all_inner_texts()
         assert sorted(known) == ["Bob & Co (1 of 3)", "ann (1 of 3)"]
         ann.page.get_by_role("button", name="Bob & Co").click()
         ann.settle()
         assert ann.text("#rater") == "Bob & Co" and ann.current() == bob.current()
 
 
-def test_when_the_server_is_gone_the_page_says_so_and_stays(
+def test_without_a_server_the_page_reports_it_and_stays(
     browser: Browser, link: str, task: StoreTask
 ) -> None:
-    with sat_down(browser, link) as ann:
+    with opened_page(browser, link) as ann:
         place = ann.current()
         with largest_file(1):
             ann.press("ArrowLeft")
@@ -819,12 +825,12 @@ def test_when_the_server_is_gone_the_page_says_so_and_stays(
         ann.page.wait_for_timeout(500)
         ann.page.keyboard.press("ArrowLeft")
         ann.page.wait_for_selector("#notice.wrong")
-        assert "Not saved: The server does not answer." in ann.text("#notice")
+        assert "Not saved: The server does not respond." in ann.text("#notice")
         assert ann.current() == (place[0], 1)
 
 
-def test_a_pair_that_failed_to_load_is_asked_for_again(browser: Browser, link: str) -> None:
-    with sat_down(browser, link) as ann:
+def test_a_pair_that_failed_to_load_is_fetched_again(browser: Browser, link: str) -> None:
+    with opened_page(browser, link) as ann:
         pair, _ = ann.current()
         ann.page.route("**/sheet/**", lambda route: route.abort())
         ann.page.reload()
@@ -843,7 +849,7 @@ def test_the_page_fits_and_its_text_is_legible(
     browser: Browser, link: str, size: tuple[int, int], scheme: str
 ) -> None:
     viewport = {"width": size[0], "height": size[1]}
-    with sat_down(browser, link, viewport=viewport, color_scheme=scheme) as ann:
+    with opened_page(browser, link, viewport=viewport, color_scheme=scheme) as ann:
         width, height, ink, paper = ann.page.evaluate(
             "[document.documentElement.scrollWidth, document.documentElement.scrollHeight,"
             " getComputedStyle(document.body).color,"
@@ -873,8 +879,8 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_who_wants_less_motion_starts_with_a_still_page(browser: Browser, link: str) -> None:
-    with sat_down(browser, link, reduced_motion="reduce") as ann:
+def test_reduced_motion_starts_paused(browser: Browser, link: str) -> None:
+    with opened_page(browser, link, reduced_motion="reduce") as ann:
         assert ann.text("#play").split() == ["Space", "Play"]
         seen = ann.canvases()
         ann.page.wait_for_timeout(500)

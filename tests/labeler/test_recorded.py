@@ -85,16 +85,16 @@ def test_reading_it_again_adds_only_what_changed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("{", "is no label"),
+        ("{", "is not a label"),
         ({"pair": 3, "label": 1}, "names pair 3 of 3"),
         ({"prompt": "a cat", "label": 1}, "names a prompt that 2 pairs have"),
         ({"prompt": "a cow", "label": 1}, "names a prompt that 0 pairs have"),
         ({"pair": 0, "labels": [1]}, "has 1 labels for 2 segments"),
-        ({"pair": 0, "label": 2}, "is no label .label"),
-        ({"pair": 0, "label": "left"}, "is no label .label"),
-        ({"pair": 0}, 'is no label .give either "label" or "labels"'),
-        ({"label": 1}, 'is no label .give either "pair" or "prompt"'),
-        ({"pair": 0, "label": 1, "lable": 1}, "is no label .lable"),
+        ({"pair": 0, "label": 2}, "is not a label .label"),
+        ({"pair": 0, "label": "left"}, "is not a label .label"),
+        ({"pair": 0}, 'is not a label .give either "label" or "labels"'),
+        ({"label": 1}, 'is not a label .give either "pair" or "prompt"'),
+        ({"pair": 0, "label": 1, "lable": 1}, "is not a label .lable"),
     ],
 )
 def test_a_wrong_line_is_named_and_nothing_is_recorded(

@@ -18,7 +18,7 @@ from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.build import build, in_order
 from dpo_video.data.clips import read_beginning
 from dpo_video.data.store import Manifest, PairStore
-from dpo_video.data.video import write_video
+from dpo_video.data.video_writer import write_video
 from dpo_video.data.videodpo import export_videodpo
 from dpo_video.errors import UserError
 from dpo_video.pairs.folder import Folder, latent_region
@@ -35,16 +35,16 @@ def write(path: Path, seed: int, frames: int = SHAPE.frames, fps: float = SHAPE.
 
 def folders(root: Path, names: Sequence[str] = ("a", "b", "c")) -> Path:
     for number, name in enumerate(names):
-        write(root / "win" / f"{name}.mp4", 2 * number)
-        write(root / "lose" / f"{name}.mp4", 2 * number + 1)
-        (root / "win" / f"{name}.txt").write_text(f"the prompt of {name}\n")
+        write(root / "chosen" / f"{name}.mp4", 2 * number)
+        write(root / "rejected" / f"{name}.mp4", 2 * number + 1)
+        (root / "chosen" / f"{name}.txt").write_text(f"the prompt of {name}\n")
     return root
 
 
 def lines(root: Path, *entries: Any) -> Path:
-    """A JSONL file beside the videos win/a.mp4 and lose/a.mp4."""
+    """A JSONL file beside the videos chosen/a.mp4 and rejected/a.mp4."""
     folders(root, ["a"])
-    base = {"win": "win/a.mp4", "lose": "lose/a.mp4", "prompt": "a prompt"}
+    base = {"chosen": "chosen/a.mp4", "rejected": "rejected/a.mp4", "prompt": "a prompt"}
     file = root / "pairs.jsonl"
     texts = [e if isinstance(e, str) else json.dumps({**base, **e}) for e in entries]
     file.write_text("\n".join(texts) + "\n")
@@ -101,33 +101,48 @@ def test_it_keeps_the_contract_in_every_format(
     check_pairs(Folder(path=path), small_model, labeler=Brighter())
 
 
-def test_two_folders_pair_by_name_whatever_the_ending(
+def test_two_folders_pair_by_name_whatever_the_suffix(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path)
-    (root / "lose" / "b.mp4").unlink()
-    write(root / "lose" / "b.gif", 9)
+    (root / "rejected" / "b.mp4").unlink()
+    write(root / "rejected" / "b.gif", 9)
     pairs = made(small_model, root)
     assert [pair.source for pair in pairs] == ["a", "b", "c"]
     assert [pair.prompt for pair in pairs] == [f"the prompt of {name}" for name in "abc"]
-    for pair, loser in zip(pairs, ("a.mp4", "b.gif", "c.mp4"), strict=True):
-        videos = [root / "win" / f"{pair.source}.mp4", root / "lose" / loser]
+    for pair, rejected in zip(pairs, ("a.mp4", "b.gif", "c.mp4"), strict=True):
+        videos = [root / "chosen" / f"{pair.source}.mp4", root / "rejected" / rejected]
         both = torch.stack([read_beginning(path, small_model.shape) for path in videos])
         first, second = small_model.encode_videos(both)  # one call: the same path for both
         assert torch.equal(pair.first, first) and torch.equal(pair.second, second)
         assert (pair.preference == 1).all() and (pair.region == 1).all() and pair.context is None
 
 
-def test_a_prompt_is_looked_for_on_both_sides_and_above(
+def test_the_folders_and_keys_of_video_dpo_are_read_too(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    root = folders(tmp_path)
+    plain = made(small_model, root)
+    entry = {"win": "win/a.mp4", "lose": "lose/a.mp4", "prompt": "the prompt of a"}
+    (root / "pairs.jsonl").write_text(json.dumps(entry))
+    (root / "chosen").rename(root / "win")
+    (root / "rejected").rename(root / "lose")
+    (line,) = made(small_model, root / "pairs.jsonl")
+    for pair, same in [*zip(made(small_model, root), plain, strict=True), (line, plain[0])]:
+        assert torch.equal(pair.first, same.first) and torch.equal(pair.second, same.second)
+        assert pair.prompt == same.prompt
+
+
+def test_a_prompt_is_looked_for_in_both_folders_and_above(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path)
     for name in "abc":
-        (root / "win" / f"{name}.txt").unlink()
-    (root / "lose" / "a.txt").write_text("beside the loser")
+        (root / "chosen" / f"{name}.txt").unlink()
+    (root / "rejected" / "a.txt").write_text("beside the rejected one")
     (root / "b.txt").write_text("above")
     assert [p.prompt for p in made(small_model, root, "for the rest")] == [
-        "beside the loser", "above", "for the rest"
+        "beside the rejected one", "above", "for the rest"
     ]  # fmt: skip
     source = opened(small_model, root)
     assert source.count == 2
@@ -135,7 +150,7 @@ def test_a_prompt_is_looked_for_on_both_sides_and_above(
 
 
 def test_folders_of_frames_are_videos_too(small_model: AnimateDiffModel, tmp_path: Path) -> None:
-    for side, shade in (("win", 200), ("lose", 50)):
+    for side, shade in (("chosen", 200), ("rejected", 50)):
         for frame in range(SHAPE.frames):
             path = tmp_path / side / "a" / f"{frame}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,8 +162,8 @@ def test_folders_of_frames_are_videos_too(small_model: AnimateDiffModel, tmp_pat
 def test_lines_name_files_relative_to_theirs(
     small_model: AnimateDiffModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absolute = str(tmp_path / "mine" / "lose" / "a.mp4")
-    turned = {"win": absolute, "lose": "win/a.mp4", "prompt": "turned round"}
+    absolute = str(tmp_path / "mine" / "rejected" / "a.mp4")
+    turned = {"chosen": absolute, "rejected": "chosen/a.mp4", "prompt": "turned round"}
     file = lines(tmp_path / "mine", {}, "", turned)
     monkeypatch.chdir(tmp_path)
     one, two = made(small_model, file)
@@ -247,7 +262,7 @@ def test_damage_that_shows_late_shortens_the_set_and_moves_nobody(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path / "mine")
-    (root / "lose" / "b.mp4").write_bytes(b"no video")
+    (root / "rejected" / "b.mp4").write_bytes(b"no video")
     store = built(small_model, root, tmp_path / "first", count=1)
     assert [row.source for row in store.records] == ["a"]
     resumed = built(small_model, root, tmp_path / "first")
@@ -262,10 +277,10 @@ def test_the_fingerprint_follows_what_the_pairs_are_made_of(
 
     one, two = folders(tmp_path / "one"), folders(tmp_path / "two")
     assert fingerprint(one) == fingerprint(two)  # not on where they lie
-    (two / "win" / "a.txt").write_text("another prompt")
+    (two / "chosen" / "a.txt").write_text("another prompt")
     other = fingerprint(two)
     assert other != fingerprint(one)
-    write(two / "lose" / "c.mp4", 77)
+    write(two / "rejected" / "c.mp4", 77)
     assert fingerprint(two) != other
     labels = [opened(small_model, lines(tmp_path / "l", {"labels": [x]})) for x in (1, 0)]
     assert labels[0].fingerprint != labels[1].fingerprint
@@ -279,24 +294,24 @@ def reasons(source: PairSource) -> dict[str, str]:
     return {skipped.name: skipped.reason for skipped in source.skipped}
 
 
-def test_what_has_no_partner_or_cannot_be_read_is_named(
+def test_files_without_a_counterpart_or_damaged_are_reported(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path, ["a", "alone", "copy", "damaged", "short", "twice"])
-    (root / "lose" / "alone.mp4").unlink()
-    (root / "lose" / "copy.mp4").write_bytes((root / "win" / "copy.mp4").read_bytes())
-    (root / "win" / "damaged.mp4").write_bytes(b"no video")
-    write(root / "lose" / "short.mp4", 3, frames=2)
-    write(root / "win" / "twice.gif", 4)
-    write(root / "lose" / "other.mp4", 5)
+    (root / "rejected" / "alone.mp4").unlink()
+    (root / "rejected" / "copy.mp4").write_bytes((root / "chosen" / "copy.mp4").read_bytes())
+    (root / "chosen" / "damaged.mp4").write_bytes(b"no video")
+    write(root / "rejected" / "short.mp4", 3, frames=2)
+    write(root / "chosen" / "twice.gif", 4)
+    write(root / "rejected" / "other.mp4", 5)
     source = opened(small_model, root)
-    assert source.count == 4  # the listing sees names alone
+    assert source.count == 4  # listing uses names only
     found = reasons(source)
-    assert found.keys() == {"win/alone.mp4", "lose/other.mp4", "win/twice.gif", "copy", "damaged",
-                            "short"}  # fmt: skip
-    assert "lose has no video called alone" in found["win/alone.mp4"]
-    assert "win has no video called other" in found["lose/other.mp4"]
-    assert "3 videos are called twice" in found["win/twice.gif"]
+    assert found.keys() == {"chosen/alone.mp4", "rejected/other.mp4", "chosen/twice.gif", "copy",
+                            "damaged", "short"}  # fmt: skip
+    assert "rejected has no video called alone" in found["chosen/alone.mp4"]
+    assert "chosen has no video called other" in found["rejected/other.mp4"]
+    assert "3 videos are called twice" in found["chosen/twice.gif"]
     assert "same video" in found["copy"] and "too short" in found["short"]
     assert [pair.source for pair in made(small_model, root)] == ["a"]
 
@@ -305,18 +320,18 @@ def test_what_has_no_partner_or_cannot_be_read_is_named(
     ("entry", "reason"),
     [
         ("not json", "JSON"),
-        ('{"win": "win/a.mp4"}', "lose"),
+        ('{"chosen": "chosen/a.mp4"}', "rejected"),
         ({"label": [1]}, "label: Extra inputs"),
         ({"labels": [2]}, "labels.0"),
-        ({"labels": [1, 1]}, "2 labels, and a video has 1 segments"),
-        ({"win": "gone.mp4"}, "there is no file"),
+        ({"labels": [1, 1]}, "2 labels for 1 segments"),
+        ({"chosen": "gone.mp4"}, "there is no file"),
         ({"mask": "gone.png"}, "there is no file"),
         ({"mask": "black.png"}, "do not differ where"),
-        ({"mask": "win/a.txt"}, "damaged or no video"),
-        ({"prompt": None, "win": "lose/a.mp4", "lose": "bare.mp4"}, "has no prompt"),
+        ({"mask": "chosen/a.txt"}, "damaged or not a video"),
+        ({"prompt": None, "chosen": "rejected/a.mp4", "rejected": "bare.mp4"}, "has no prompt"),
     ],
 )
-def test_a_line_that_says_no_pair_is_named(
+def test_an_invalid_line_is_reported(
     small_model: AnimateDiffModel, tmp_path: Path, entry: Any, reason: str
 ) -> None:
     Image.new("L", (SHAPE.width, SHAPE.height)).save(tmp_path / "black.png")
@@ -332,13 +347,13 @@ def test_a_line_that_says_no_pair_is_named(
         ({"latents_w": torch.zeros(4, 4, 4, 5)}, "holds shapes"),
         ({"latents_w": torch.zeros(4, 4, 2, 2), "latents_l": torch.ones(4, 4, 2, 2)}, "latents"),
         ({"prompt_embeds": torch.zeros(1, 3, 16)}, "prompt_embeds have the shape"),
-        ({"latents_w": torch.full((4, 4, 4, 4), torch.nan)}, "not finite"),
+        ({"latents_w": torch.full((4, 4, 4, 4), torch.nan)}, "nan or infinity"),
         ({"latents_l": None}, "does not hold"),
         ("copy", "same latents"),
         ("cut", "cannot be read"),
     ],
 )
-def test_latents_of_something_else_are_named(
+def test_other_latents_are_reported(
     small_model: AnimateDiffModel, tmp_path: Path, change: Any, reason: str
 ) -> None:
     good = {
@@ -363,13 +378,13 @@ def test_nothing_usable_is_an_error_with_an_example(
 ) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "gone", tmp_path / "empty"):
-        with pytest.raises(UserError, match=r"win and lose.*\.jsonl.*show pairs folder"):
+        with pytest.raises(UserError, match=r"chosen and rejected.*\.jsonl.*show pairs folder"):
             opened(small_model, path)
     with pytest.raises(UserError, match=r"No file gives a pair\. For example pairs\.jsonl:1"):
-        opened(small_model, lines(tmp_path / "lines", {"win": "gone.mp4"}))
+        opened(small_model, lines(tmp_path / "lines", {"chosen": "gone.mp4"}))
     root = folders(tmp_path / "folders", ["a"])
-    (root / "win" / "a.mp4").write_bytes(b"no video")
-    source = opened(small_model, root)  # it shows when it is read
+    (root / "chosen" / "a.mp4").write_bytes(b"no video")
+    source = opened(small_model, root)  # the error appears when it is read
     with pytest.raises(UserError, match=r"No file gives a pair\. For example a: .*a\.mp4"):
         next(source.clips)
     (tmp_path / "text.jsonl").write_bytes(b"\xff\xfe")
@@ -377,9 +392,9 @@ def test_nothing_usable_is_an_error_with_an_example(
         opened(small_model, tmp_path / "text.jsonl")
 
 
-def test_a_store_is_told_apart(small_model: AnimateDiffModel, tmp_path: Path) -> None:
+def test_a_pair_store_is_refused(small_model: AnimateDiffModel, tmp_path: Path) -> None:
     store = built(small_model, folders(tmp_path / "mine"), tmp_path / "store")
-    with pytest.raises(UserError, match="is a store already"):
+    with pytest.raises(UserError, match="is a finished pair store"):
         opened(small_model, store.folder)
 
 
@@ -388,7 +403,7 @@ def test_other_clips_are_refused(small_model: AnimateDiffModel, clip: Clip) -> N
         Folder(path=Path("x"))(clip, small_model, None, Generator())
 
 
-def test_a_backbone_that_encodes_prompts_otherwise_is_told(
+def test_a_backbone_with_another_prompt_encoding_is_refused(
     small_model: AnimateDiffModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.save({}, tmp_path / "pair_00000.pt")
@@ -397,5 +412,5 @@ def test_a_backbone_that_encodes_prompts_otherwise_is_told(
         return {"prompt_embeds": torch.zeros(1, 2, 2), "pooled": torch.zeros(1, 2)}
 
     monkeypatch.setattr(small_model, "encode_prompts", pooled)
-    with pytest.raises(UserError, match=r"as pooled, prompt_embeds.*Give it videos"):
+    with pytest.raises(UserError, match=r"as pooled, prompt_embeds.*Use videos"):
         opened(small_model, tmp_path)

@@ -112,5 +112,5 @@ def test_a_prompt_is_enough_and_a_labeler_is_needed(
     bare = Clip(name="prompt", caption=clip.caption)
     one, two = (made(small_model, of, Brighter(), samples=2) for of in (bare, clip))
     assert torch.equal(one.first, two.first)
-    with pytest.raises(UserError, match=r"who ranks them.*--labeler NAME"):
+    with pytest.raises(UserError, match=r"need a labeler.*--labeler NAME"):
         made(small_model, bare, None)

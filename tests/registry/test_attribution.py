@@ -196,7 +196,7 @@ def test_a_loss_of_one_number_for_all_pairs_is_refused(faulty: Faulty) -> None:
 def test_labels_outside_the_contract_are_refused(labels: torch.Tensor) -> None:
     labeler = VLM(model="none")
     assert check_labels(labeler, torch.tensor([[1.0, -0.5]]), 2).tolist() == [[1.0, -0.5]]
-    with pytest.raises(UserError, match=r"labeler VLM of .* does not give one number in"):
+    with pytest.raises(UserError, match=r"labeler VLM of .* does not return one number in"):
         check_labels(labeler, labels, 2)
 
 

@@ -1,1 +1,1 @@
-"""The labelling page: what raters see next, the pictures they see, and the server between."""
+"""The labelling page: its session, sprite sheets and server."""

@@ -1,8 +1,8 @@
-"""The page's server: starlette and uvicorn, on the loopback, for those who have the link.
+"""The page's server: starlette and uvicorn on the loopback, with a secret link.
 
-Every request is answered 403 unless its path begins with the token, its Host names the loopback
-(else a page from elsewhere could reach this one by rebinding its own name to 127.0.0.1), and its
-Origin, where a browser sends one, is the page's own. Nothing allows other origins.
+A request is answered with 403 unless its path begins with the token, its Host names the loopback
+(otherwise another site could rebind its own name to 127.0.0.1), and its Origin, if the browser
+sends one, is the page itself. No other origin is allowed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dpo_video.labeler._page.sheets import SpriteSheets
 
 LOOPBACK = "127.0.0.1"
 NAMES = {LOOPBACK, "localhost", "::1"}
-BODY = 4096  # bytes; no message of the page comes near
+BODY = 4096  # bytes; the page's messages are far smaller
 HEADERS = {
     "cache-control": "no-store",
     "cross-origin-opener-policy": "same-origin",
@@ -54,23 +54,23 @@ class _Request(BaseModel):
 
 
 class AnswerRequest(_Request):
-    """A key was pressed."""
+    """An answer to a segment."""
 
     pair: int
     segment: int
     answer: Answer
     rest: bool = False
-    """The same for the pair's other open segments."""
+    """Whether to give it to the pair's other unlabelled segments, too."""
 
 
 class UndoRequest(_Request):
-    """Undo was pressed."""
+    """Undo of the last change."""
 
     revision: int
 
 
 class SheetRequest(_Request):
-    """Pictures are wanted."""
+    """A sprite sheet."""
 
     side: Side
 
@@ -81,12 +81,12 @@ _R = TypeVar("_R", bound=_Request)
 def application(
     session: LabelSession, token: str, *, suggested: str = "", finish: Callable[[], None]
 ) -> ASGIApp:
-    """The page and its interface.
+    """The page and its JSON interface.
 
     Args:
-        session: The raters and the set.
-        token: What every path must begin with.
-        suggested: A rater's name to begin with.
+        session: The label session.
+        token: First part of every path.
+        suggested: Name that the page suggests to a rater.
         finish: Called when a rater ends the session.
     """
     sheets = SpriteSheets(session.task)
@@ -144,7 +144,7 @@ def application(
         return JSONResponse({})
 
     def refused(request: Request, error: Exception) -> Response:
-        """What the user can put right, a full disk for one, in its sentence."""
+        """A UserError, such as a full disk, as its sentence."""
         return JSONResponse({"error": str(error)}, status_code=500)
 
     def wrong(request: Request, error: Exception) -> Response:
@@ -168,7 +168,7 @@ def application(
 
 
 class Gate:
-    """Lets pass what has the token and comes from this machine's own page."""
+    """Admits requests that have the token and come from the page itself."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
@@ -193,17 +193,17 @@ class Gate:
 
     def _may_pass(self, scope: Scope) -> bool:
         given = scope["path"].split("/")[1]
-        # All three are looked at, in constant time for the token, so that timing tells nothing.
-        known = secrets.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
+        # The token is compared in constant time, and always, so that timing reveals nothing.
+        valid = secrets.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
         headers = Headers(scope=scope)
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         local = len(hosts) == 1 and _hostname(f"http://{hosts[0]}") in NAMES
         own = all(local and origin == f"http://{hosts[0]}" for origin in origins)
-        return known and local and own
+        return valid and local and own
 
 
 def listen(port: int) -> socket.socket:
-    """A socket on the loopback; port 0 takes any that is free.
+    """A listening socket on the loopback; port 0 takes any free port.
 
     Raises:
         UserError: If the port is taken.
@@ -212,12 +212,12 @@ def listen(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((LOOPBACK, port))
-        listener.listen()  # so that the link works as soon as it is shown
+        listener.listen()  # the link works before it is printed
     except OSError as error:
         listener.close()
         raise UserError(
-            f"Port {port} cannot be used here ({error.strerror}). Choose another: "
-            "--set labeler.port=0 takes any that is free."
+            f"Port {port} cannot be used ({error.strerror}). Choose another; --set labeler.port=0 "
+            "takes any free one."
         ) from error
     return listener
 
@@ -284,7 +284,7 @@ def _valid(expected: type[_R], **values: str) -> _R:
 
 
 async def _body(request: Request, expected: type[_R]) -> _R:
-    # Browsers ask before they send JSON to another origin, and here nobody says yes.
+    # JSON from another origin needs a preflight request, which is never granted.
     if request.headers.get("content-type") != "application/json":
         raise HTTPException(415, "send application/json")
     data = b""

@@ -1,4 +1,4 @@
-"""Raters at work on a set: what each sees next, on which side, and how far they are."""
+"""Raters at work on a store: the next pair of each, its sides, and their progress."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dpo_video.types import SegmentLabel
 
 Side = Literal["left", "right"]
 Answer = Literal["left", "right", "tie", "skip"]
-AHEAD = 2  # pairs that the page may fetch in advance
-IDLE = 60.0  # seconds; a longer silence is a break and does not count as work
-PACE_AFTER = 3  # pairs; before that a pace means nothing
+AHEAD = 2  # pairs that the page prefetches
+IDLE = 60.0  # seconds; longer pauses do not count as work
+PACE_AFTER = 3  # pairs needed to compute a pace
 
 
 class _Message(BaseModel):
@@ -28,72 +28,72 @@ class _Message(BaseModel):
 
 
 class Shown(_Message):
-    """The pair under judgement, as its rater sees it."""
+    """The current pair as its rater sees it."""
 
     pair: int
     prompt: str
     answers: tuple[Answer | None, ...]
-    """One a segment, in the words of the rater's own sides."""
+    """One per segment, for the rater's own sides."""
 
 
 class View(_Message):
-    """All that the page needs to go on."""
+    """The state that the page shows."""
 
     rater: str
     current: Shown | None
-    """None once everything has an answer."""
+    """None once all pairs are labelled."""
     ahead: tuple[int, ...]
     """The pairs after it."""
     finished: int
     total: int
     pace: float | None
-    """Pairs per hour of work, breaks left out."""
+    """Pairs per hour of work, without breaks."""
     revision: int
-    """Counts changes, so that an undo that is sent twice is done once."""
+    """Number of changes, so that a repeated undo request is ignored."""
     undoable: bool
 
 
 class OtherRater(_Message):
-    """Agreement with somebody else."""
+    """Agreement with another rater."""
 
     rater: str
     agreement: Agreement
 
 
 class Summary(_Message):
-    """What one rater did, in this session and before."""
+    """A rater's labels of this session and before."""
 
     rater: str
     finished: int
     total: int
     answers: dict[Answer, int]
-    """Segments by answer; left and right tell whether the rater leans to a side."""
+    """Segments by answer; left and right show a bias to one side."""
     pace: float | None
     minutes: float
-    """Of work in this session."""
+    """Minutes of work in this session."""
     others: tuple[OtherRater, ...]
 
 
 @dataclass(kw_only=True)
 class _Rater:
-    """What a session knows of a rater that the label_set does not."""
+    """A rater's state in this session, beyond the recorded labels."""
 
     finished_before: int
     last: float
-    """When something was heard last, by the clock."""
+    """Time of the last request, by the clock."""
     worked: float = 0.0
-    """Seconds."""
+    """Seconds of work."""
     revision: int = 0
     history: list[tuple[int, tuple[SegmentLabel, ...]]] = field(default_factory=list)
-    """Pairs with the marks that they had before each change."""
+    """Pairs with their labels before each change."""
 
 
 @final
 class LabelSession:
     """The raters of one run of the server.
 
-    All raters go through the set in one random order: whoever stops early has seen a fair sample,
-    and has seen the same pairs as the others. Sides are drawn for every rater anew, or a leaning to
+    All raters label the pairs in the same random order, so whoever stops early has labelled a fair
+    sample, and the same pairs as the others. Sides are drawn per rater, because a common bias to
     one side would count as agreement.
     """
 
@@ -108,14 +108,16 @@ class LabelSession:
         self._raters: dict[str, _Rater] = {}
 
     def view(self, rater: str) -> View:
-        """What a rater is to be shown now."""
+        """The state to show to a rater."""
         state = self._state(rater)
-        marks = self.task.labels_by(rater)
-        open_pairs = [pair for pair in self._order if not _finished(marks.get(pair))]
+        labels = self.task.labels_by(rater)
+        open_pairs = [pair for pair in self._order if not _finished(labels.get(pair))]
         current = None
         if open_pairs:
             pair = open_pairs[0]
-            answers = tuple(self._answer(rater, pair, mark) for mark in self._marks(marks, pair))
+            answers = tuple(
+                self._answer(rater, pair, label) for label in self._segment_labels(labels, pair)
+            )
             current = Shown(pair=pair, prompt=self.task.prompt(pair), answers=answers)
         return View(
             rater=rater,
@@ -125,20 +127,20 @@ class LabelSession:
             total=len(self._order),
             pace=self._pace(rater),
             revision=state.revision,
-            undoable=bool(state.history) or any(_begun(line) for line in marks.values()),
+            undoable=bool(state.history) or any(_started(line) for line in labels.values()),
         )
 
     def answer(
         self, rater: str, pair: int, segment: int, answer: Answer, *, rest: bool = False
     ) -> View:
-        """Save an answer; it is on the disk when this returns.
+        """Write an answer to the disk before returning.
 
         Args:
-            rater: Who gives it.
-            pair: What about, whether it is the current one or not.
-            segment: Its segment.
-            answer: As the rater sees it.
-            rest: Give it to all other open segments of the pair too.
+            rater: The rater.
+            pair: A pair, current or not.
+            segment: A segment of the pair.
+            answer: The answer, for the rater's own sides.
+            rest: Whether to give it to the pair's other unlabelled segments, too.
 
         Raises:
             KeyError: If there is no such pair or segment.
@@ -146,21 +148,21 @@ class LabelSession:
         if pair not in self.task.pairs or not 0 <= segment < len(self.task.segments):
             raise KeyError(f"there is no segment {segment} of a pair {pair}")
         state = self._state(rater)
-        before = self._marks(self.task.labels_by(rater), pair)
-        mark = self._mark(rater, pair, answer)
+        before = self._segment_labels(self.task.labels_by(rater), pair)
+        label = self._label(rater, pair, answer)
         after = tuple(
-            mark if number == segment or (rest and old is None) else old
+            label if number == segment or (rest and old is None) else old
             for number, old in enumerate(before)
         )
         self.task.record(pair, after, rater=rater)
         state.history.append((pair, before))
-        self._heard(state)
+        self._count_work(state)
         return self.view(rater)
 
     def undo(self, rater: str, revision: int) -> View:
-        """Take the last change back; without effect if `revision` is no longer the current one.
+        """Undo the last change, unless `revision` is out of date.
 
-        What an earlier run of the server saved is taken back in the order of the pairs.
+        Labels of an earlier run of the server are undone in the reverse order of the pairs.
         """
         state = self._state(rater)
         if revision == state.revision and (change := self._last_change(rater)):
@@ -168,7 +170,7 @@ class LabelSession:
             self.task.record(pair, before, rater=rater)
             if state.history:
                 state.history.pop()
-            self._heard(state)
+            self._count_work(state)
         return self.view(rater)
 
     def flipped(self, rater: str, pair: int) -> bool:
@@ -181,20 +183,20 @@ class LabelSession:
         return (side == "left") != self.flipped(rater, pair)
 
     def raters(self) -> dict[str, int]:
-        """Everyone known, with how many pairs they finished."""
+        """All raters, with the number of pairs that they finished."""
         names = dict.fromkeys([*self.task.raters, *self._raters])
         return {name: self._count_finished(name) for name in names}
 
     def summary(self, rater: str) -> Summary:
-        """What a rater did, and how far the others agree."""
-        marks = self.task.labels_by(rater)
+        """A rater's counts, and the agreement with the others."""
+        labels = self.task.labels_by(rater)
         counts: Counter[Answer] = Counter()
-        for pair, line in marks.items():
+        for pair, line in labels.items():
             counts.update(
-                answer for mark in line if (answer := self._answer(rater, pair, mark)) is not None
+                answer for label in line if (answer := self._answer(rater, pair, label)) is not None
             )
         others = tuple(
-            OtherRater(rater=name, agreement=agreement(marks, self.task.labels_by(name)))
+            OtherRater(rater=name, agreement=agreement(labels, self.task.labels_by(name)))
             for name in self.raters()
             if name != rater
         )
@@ -224,7 +226,7 @@ class LabelSession:
             )
         return self._raters[rater]
 
-    def _heard(self, state: _Rater) -> None:
+    def _count_work(self, state: _Rater) -> None:
         now = self._clock()
         state.worked += min(now - state.last, IDLE)
         state.last = now
@@ -240,44 +242,44 @@ class LabelSession:
         return finished / state.worked * 3600
 
     def _count_finished(self, rater: str) -> int:
-        marks = self.task.labels_by(rater)
-        return sum(_finished(marks.get(pair)) for pair in self._order)
+        labels = self.task.labels_by(rater)
+        return sum(_finished(labels.get(pair)) for pair in self._order)
 
     def _last_change(self, rater: str) -> tuple[int, tuple[SegmentLabel, ...]] | None:
         history = self._state(rater).history
         if history:
             return history[-1]
-        marks = self.task.labels_by(rater)
+        labels = self.task.labels_by(rater)
         for pair in reversed(self._order):
-            line = self._marks(marks, pair)
-            given = [number for number, mark in enumerate(line) if mark is not None]
+            line = self._segment_labels(labels, pair)
+            given = [number for number, label in enumerate(line) if label is not None]
             if given:
                 return pair, (*line[: given[-1]], None, *line[given[-1] + 1 :])
         return None
 
-    def _marks(
-        self, marks: Mapping[int, Sequence[SegmentLabel]], pair: int
+    def _segment_labels(
+        self, labels: Mapping[int, Sequence[SegmentLabel]], pair: int
     ) -> tuple[SegmentLabel, ...]:
-        return tuple(marks.get(pair, (None,) * len(self.task.segments)))
+        return tuple(labels.get(pair, (None,) * len(self.task.segments)))
 
-    def _mark(self, rater: str, pair: int, answer: Answer) -> SegmentLabel:
+    def _label(self, rater: str, pair: int, answer: Answer) -> SegmentLabel:
         if answer == "skip":
             return "skip"
         if answer == "tie":
             return 0.0
         return 1.0 if self.is_first(rater, pair, answer) else -1.0
 
-    def _answer(self, rater: str, pair: int, mark: SegmentLabel) -> Answer | None:
-        if mark is None or mark == "skip":
-            return mark
-        if mark == 0:
+    def _answer(self, rater: str, pair: int, label: SegmentLabel) -> Answer | None:
+        if label is None or label == "skip":
+            return label
+        if label == 0:
             return "tie"
-        return "left" if (mark > 0) == self.is_first(rater, pair, "left") else "right"
+        return "left" if (label > 0) == self.is_first(rater, pair, "left") else "right"
 
 
-def _finished(marks: Sequence[SegmentLabel] | None) -> bool:
-    return marks is not None and None not in marks
+def _finished(labels: Sequence[SegmentLabel] | None) -> bool:
+    return labels is not None and None not in labels
 
 
-def _begun(marks: Sequence[SegmentLabel]) -> bool:
-    return any(mark is not None for mark in marks)
+def _started(labels: Sequence[SegmentLabel]) -> bool:
+    return any(label is not None for label in labels)

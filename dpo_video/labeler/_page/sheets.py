@@ -1,8 +1,8 @@
-"""Decoded frames as pictures, lossless.
+"""Sprite sheets: the frames of a segment as one lossless picture.
 
-Not as two <video> elements: those decode apart, drift against each other, seek to neighbouring
-frames, and their codec would blur the very flaws to be judged. A sheet holds a segment's frames row
-by row; the page draws both sides from one clock.
+Two <video> elements would drift apart, seek to neighbouring frames, and blur the flaws to be judged
+by their codec. A sheet holds a segment's frames row by row; the page draws both sides from one
+clock.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from PIL import Image
 from dpo_video.strategies import LabelTask
 from dpo_video.types import Video
 
-KEEP = 2**30  # bytes of decoded frames: ten pairs of 49 frames at 480x720
+KEEP = 2**30  # bytes of decoded frames in memory: ten pairs of 49 frames at 480x720
 
 Frames = UInt8[ndarray, "F H W 3"]
 
 
 @final
 class SpriteSheets:
-    """The pictures of a set: decoded when asked for, one pair at a time, and kept for a while."""
+    """The sheets of a store: decoded on demand, one pair at a time, with a cache."""
 
     def __init__(self, task: LabelTask, keep: int = KEEP) -> None:
         self._task = task
@@ -38,7 +38,7 @@ class SpriteSheets:
 
     async def get(self, pair: int, segment: int, *, first: bool) -> bytes:
         """The PNG of one segment of the pair's first or second video."""
-        async with self._turn:  # decoding takes a whole device; two at once only take longer
+        async with self._turn:  # one at a time, because decoding occupies the device
             if pair not in self._pairs:
                 self._pairs[pair] = await asyncio.to_thread(self._decode, pair)
             self._pairs.move_to_end(pair)
@@ -62,12 +62,12 @@ def eight_bits(video: Video) -> Frames:
 
 
 def columns(frames: int) -> int:
-    """Frames in a row of a sheet: about square, as browsers limit a picture's longer side."""
+    """Frames per row of a sheet: about square, because browsers limit a picture's longer side."""
     return math.ceil(math.sqrt(frames))
 
 
 def sheet(frames: Frames) -> bytes:
-    """Frames side by side in rows of `columns`, as a PNG; unused places stay black."""
+    """A PNG with frames in rows of `columns`; unused cells are black."""
     count, height, width, _ = frames.shape
     wide = columns(count)
     rows = math.ceil(count / wide)
@@ -75,7 +75,7 @@ def sheet(frames: Frames) -> bytes:
     grid[:count] = frames
     picture = grid.reshape(rows, wide, height, width, 3).swapaxes(1, 2)
     buffer = io.BytesIO()
-    # Level 1: on the loopback, time to encode counts for more than bytes.
+    # Level 1: on the loopback, encoding time matters more than size.
     Image.fromarray(picture.reshape(rows * height, wide * width, 3)).save(
         buffer, "PNG", compress_level=1
     )

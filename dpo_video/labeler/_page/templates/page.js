@@ -1,5 +1,5 @@
 // One clock draws both videos, so that they cannot drift and a step is exactly one frame. The server
-// keeps all answers; this page knows only what it shows.
+// stores all answers; this page holds only what it shows.
 "use strict";
 (() => {
   const $ = (id) => document.getElementById(id);
@@ -8,17 +8,17 @@
   const count = segments[segments.length - 1][1];
   const SIDES = ["left", "right"];
   const SPEEDS = [0.1, 0.25, 0.5, 1, 2, 4];
-  const HOLD = 0.3; // seconds on a loop's last frame, so that its seam is not taken for a flaw
-  const GUARD = 250; // ms after the picture changed in which no answer counts: nobody is that fast
-  const FLASH = 140; // ms that an answer shows before the next segment does
-  const LOADS = 2; // sheets fetched at a time; browsers have few connections and answers need one
+  const HOLD = 0.3; // seconds on a loop's last frame, so that its seam does not look like a flaw
+  const GUARD = 250; // ms after the picture changed in which answers are ignored as accidental
+  const FLASH = 140; // ms that an answer is shown before the next segment
+  const LOADS = 2; // concurrent fetches of sheets; answers need one of the browser's few connections
   const WORDS = { left: "left", right: "right", tie: "tie", skip: "skipped" };
   const SIGNS = { left: "←", right: "→", tie: "=", skip: "–" };
   const screens = ["start", "work", "summary", "ended"];
 
   let rater = "";
   let view = null;
-  let segment = 0; // under judgement
+  let segment = 0; // the current one
   let busy = false;
   let changed = 0; // when the picture last changed
   let shown = null; // the pair on the canvases
@@ -28,7 +28,7 @@
   let position = 0; // in frames, from the start of the clip
   let before = 0; // time of the last tick
 
-  // --- talking to the server -----------------------------------------------------------------
+  // --- requests ------------------------------------------------------------------------------
 
   class Refused extends Error {}
 
@@ -40,7 +40,7 @@
     try {
       response = await fetch(path, options);
     } catch {
-      throw new Refused("The server does not answer. Everything up to the last answer is saved; start the command again and open its new link.");
+      throw new Refused("The server does not respond. All earlier answers are saved; run the command again and open its new link.");
     }
     if (response.ok) return response;
     const text = await response.text();
@@ -50,7 +50,7 @@
   }
   const query = () => `rater=${encodeURIComponent(rater)}`;
 
-  // Shows what went wrong; anything else than a refusal is a defect and goes to the console.
+  // Shows an error; anything but a refusal is a defect and also goes to the console.
   function complain(error, prefix = "") {
     notice(prefix + error.message, true);
     if (!(error instanceof Refused)) throw error;
@@ -113,7 +113,7 @@
 
   const canvases = SIDES.map((side) => $(side).querySelector("canvas"));
   const contexts = canvases.map((canvas) => canvas.getContext("2d", { alpha: false }));
-  const columns = (frames) => Math.ceil(Math.sqrt(frames)); // as the server lays them out
+  const columns = (frames) => Math.ceil(Math.sqrt(frames)); // the server's layout
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
   const range = () => (whole ? [0, count] : segments[segment]);
   const frameNow = () => clamp(Math.floor(position + 1e-6), 0, count - 1);
@@ -130,8 +130,8 @@
       SIDES.forEach((side, number) => {
         const sheet = sheets.get(shown)[side][index];
         const [width, height] = [sheet.width / wide, sheet.height / rows];
-        const place = frame - start;
-        const [x, y] = [(place % wide) * width, Math.floor(place / wide) * height];
+        const cell = frame - start;
+        const [x, y] = [(cell % wide) * width, Math.floor(cell / wide) * height];
         const canvas = canvases[number];
         if (canvas.width !== width || canvas.height !== height) {
           [canvas.width, canvas.height] = [width, height];
@@ -140,14 +140,14 @@
         contexts[number].drawImage(sheet, x, y, width, height, 0, 0, width, height);
       });
       drawn = key;
-      document.body.dataset.frame = frame; // what both canvases show
+      document.body.dataset.frame = frame; // the frame on both canvases
     }
     $("frame").firstElementChild.textContent = frame + 1;
     $("head").style.setProperty("--at", frame);
     $("stage").classList.toggle("outside", index !== segment);
   }
 
-  // The largest size that fits: whole pixels where the video is small, so that each is a square.
+  // The largest size that fits; small videos are scaled by whole numbers, so that pixels are square.
   function fit() {
     const { width, height } = canvases[0];
     const box = $("left").getBoundingClientRect();
@@ -168,7 +168,7 @@
     before = now;
     if (shown === null || $("work").hidden) return void requestAnimationFrame(tick);
     const [start, stop] = range();
-    const held = HOLD * fps * SPEEDS[speed]; // frames that the hold is worth
+    const held = HOLD * fps * SPEEDS[speed]; // the hold in frames
     if (playing) {
       position += passed * fps * SPEEDS[speed];
       if (position >= stop + held || position < start) position = start;
@@ -193,7 +193,7 @@
 
   function seek(frame) {
     setPlaying(false);
-    position = frame + 0.5; // the middle, so that rounding never shows its neighbour
+    position = frame + 0.5; // its middle, so that rounding cannot reach a neighbour
   }
 
   function step(by) {
@@ -221,7 +221,7 @@
     $("whole").setAttribute("aria-pressed", String(whole));
   }
 
-  // --- what is on the screen -----------------------------------------------------------------
+  // --- screens -------------------------------------------------------------------------------
 
   function screen(name) {
     for (const id of screens) $(id).hidden = id !== name;
@@ -334,7 +334,7 @@
   // Landis and Koch 1977
   function strength(kappa) {
     if (kappa === null) return "–";
-    const words = [[0, "none"], [0.2, "slight"], [0.4, "fair"], [0.6, "moderate"], [0.8, "substantial"], [1, "almost full"]];
+    const words = [[0, "none"], [0.2, "slight"], [0.4, "fair"], [0.6, "moderate"], [0.8, "substantial"], [1, "almost perfect"]];
     return `${kappa.toFixed(2)} (${words.find(([limit]) => kappa <= limit)[1]})`;
   }
 
@@ -342,7 +342,7 @@
     const done = !view.current;
     screen("summary");
     $("resume").hidden = done;
-    $("verdict").textContent = done ? `All ${view.total} pairs are judged. Thank you, ${rater}.` : `${view.finished} of ${view.total} pairs, ${rater}`;
+    $("verdict").textContent = done ? `All ${view.total} pairs are labelled. Thank you, ${rater}.` : `${view.finished} of ${view.total} pairs, ${rater}`;
     $("verdict").focus();
     let summary;
     try {
@@ -351,7 +351,7 @@
       $("figures").textContent = error.message;
       return;
     }
-    const pace = summary.pace ? `, at ${Math.round(summary.pace)} pairs an hour` : "";
+    const pace = summary.pace ? `, at ${Math.round(summary.pace)} pairs per hour` : "";
     $("figures").textContent = `${Math.round(summary.minutes)} min of work in this session${pace}. Everything is saved.`;
     const most = Math.max(1, ...Object.values(summary.answers));
     $("counts").tBodies[0].replaceChildren(...Object.entries(summary.answers).map(([answer, n]) => {
@@ -369,7 +369,7 @@
 
   const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-  // One change at a time: the page moves on when the server says that it is saved.
+  // One change at a time: the next question is shown once the server has saved the answer.
   async function change(path, message, shownFor = 0) {
     if (busy) return false;
     busy = true;
@@ -387,7 +387,7 @@
 
   async function answer(given, rest = false) {
     const loaded = view.current.pair === shown && !$("stage").classList.contains("loading");
-    // What cannot be shown can only be skipped.
+    // A pair that cannot be shown can only be skipped.
     if (busy || (!loaded && given !== "skip") || performance.now() - changed < GUARD) return;
     const marked = [document.querySelector(`[data-answer="${given}"]`), SIDES.includes(given) ? $(given) : null];
     marked[0].classList.add("pressed");
@@ -400,7 +400,7 @@
   }
 
   async function undo() {
-    if (view.undoable && await change("undo", { revision: view.revision })) say("Taken back.");
+    if (view.undoable && await change("undo", { revision: view.revision })) say("Undone.");
   }
 
   // --- keys and buttons ----------------------------------------------------------------------
@@ -415,7 +415,7 @@
     w: () => setWhole(!whole),
     i: () => { if (!busy) showSummary(); },
   };
-  const repeating = { // held down, they go on
+  const repeating = { // these repeat while held down
     ",": () => step(-1), ".": () => step(1),
     "-": () => setSpeed(-1), "+": () => setSpeed(1), "=": () => setSpeed(1),
   };
@@ -439,7 +439,7 @@
   function press(id, action) {
     $(id).addEventListener("click", (event) => {
       action();
-      // A clicked button would keep the focus and its ring; by keyboard it is kept on purpose.
+      // A clicked button would keep the focus ring; after a key press the focus stays on purpose.
       if (event.detail) event.currentTarget.blur();
     });
   }
@@ -447,7 +447,7 @@
   press("undo-last", undo);
   press("play", () => setPlaying(!playing));
   press("back", () => step(-1));
-  press("on", () => step(1));
+  press("forward", () => step(1));
   press("slower", () => setSpeed(-1));
   press("faster", () => setSpeed(1));
   press("whole", () => setWhole(!whole));
@@ -485,19 +485,19 @@
     if ($("track").hasPointerCapture(event.pointerId)) scrub(event);
   });
 
-  // --- who is there --------------------------------------------------------------------------
+  // --- raters --------------------------------------------------------------------------------
 
-  // The name is in the address: a reload keeps it, and two tabs may have two raters.
+  // The name is part of the address, so that a reload keeps it and two tabs can have two raters.
   const named = () => new URLSearchParams(location.hash.slice(1)).get("rater") ?? "";
   const enter = (name) => { location.hash = new URLSearchParams({ rater: name }); };
 
   function greet() {
     screen("start");
-    const known = Object.entries(setup.raters);
-    $("name").value = rater || (known.length ? "" : setup.suggested);
-    $("known").hidden = !known.length;
-    if (known.length) {
-      $("known").replaceChildren("Go on as ", ...known.map(([name, finished]) => {
+    const raters = Object.entries(setup.raters);
+    $("name").value = rater || (raters.length ? "" : setup.suggested);
+    $("raters").hidden = !raters.length;
+    if (raters.length) {
+      $("raters").replaceChildren("Resume as ", ...raters.map(([name, finished]) => {
         const button = document.createElement("button");
         button.type = "button";
         button.textContent = `${name} (${finished} of ${setup.total})`;
@@ -512,7 +512,7 @@
   async function arrive() {
     if (busy) return;
     const name = named();
-    forget(new Set()); // another rater, other sides
+    forget(new Set()); // another rater has other sides
     shown = null;
     if (!name) return greet();
     rater = name;
