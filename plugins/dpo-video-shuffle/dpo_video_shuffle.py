@@ -1,4 +1,4 @@
-"""A pair builder for dpo-video that comes from outside it."""
+"""The pair builder `shuffle`: an example of a plugin for dpo-video."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from dpo_video.types import Clip, Pair
 
 @final
 class Shuffle(PairBuilder):
-    """The loser has a stretch of the clip's frames in the wrong order; the rest is the same.
+    """Shuffle: puts a stretch of a real clip's frames out of order; the clip is the chosen video.
 
-    Frames out of order are the classic test of whether a network understands time (Misra et al.
-    2016, arXiv 1603.08561). Every frame is as good as before, so that nothing but time tells the
-    two apart. The label and the region cover the stretch alone: `segment` and `region` losses learn
-    from it, and the frames around it are ties.
+    Every frame is a real one, so only the order distinguishes the two videos. Misra et al. 2016
+    (arXiv 1603.08561) train networks to recognise frames out of order. The label and the region
+    cover the stretch alone: the losses `segment` and `region` train on it, and the other frames are
+    ties.
     """
 
     asks_labeler: ClassVar[bool] = False
 
     frames: int = Field(default=8, ge=2)
-    """Length of the stretch; the whole clip where it is shorter."""
+    """Number of frames in the stretch; the whole clip if it has fewer."""
 
     @property
     def needs_video(self) -> bool:
-        """Always: frames of a real clip are what is put out of order."""
+        """Always: the chosen video is a real clip."""
         return True
 
     def __call__(
@@ -40,28 +40,26 @@ class Shuffle(PairBuilder):
         """Put a stretch of the clip out of order."""
         if clip.video is None:
             raise UserError(
-                "Pairs of kind 'shuffle' are made of real videos, and this is a prompt alone. Name "
-                "a folder with --clips DIR."
+                "Pairs of kind 'shuffle' need real videos. Name a folder with --clips DIR."
             )
         total = clip.video.shape[1]
         if total < 2:
-            raise UserError(
-                f"'{clip.name}' is a single frame, which has no order. Use videos of 2 frames or "
-                "more."
-            )
+            raise UserError(f"'{clip.name}' has one frame. Use videos of at least 2 frames.")
         length = min(self.frames, total)
         start = int(torch.randint(total - length + 1, (), generator=generator))
         order = torch.arange(total)
         order[start : start + length] = start + _disorder(length, generator)
-        # Both through the same encoder at once: what it does to a video, it does to both.
-        winner, loser = model.encode_videos(torch.stack([clip.video, clip.video[:, order]])).cpu()
-        stretch = torch.zeros(winner.shape[1])
+        # One call encodes both videos, so the encoder cannot distinguish them.
+        chosen, shuffled = model.encode_videos(
+            torch.stack([clip.video, clip.video[:, order]])
+        ).cpu()
+        stretch = torch.zeros(chosen.shape[1])
         stretch[model.latent_frames(slice(start, start + length))] = 1
-        region = stretch[None, :, None, None].expand(1, *winner.shape[1:]).contiguous()
+        region = stretch[None, :, None, None].expand(1, *chosen.shape[1:]).contiguous()
         return Pair(
-            first=winner,
-            # An encoder that mixes frames would let the stretch leak into its neighbours.
-            second=torch.where(region > 0, loser, winner),
+            first=chosen,
+            # An encoder that mixes frames also changes the latents of neighbouring frames.
+            second=torch.where(region > 0, shuffled, chosen),
             preference=stretch,
             region=region,
             prompt=clip.caption,
@@ -70,9 +68,9 @@ class Shuffle(PairBuilder):
 
 
 def _disorder(length: int, generator: Generator) -> Int[Tensor, " length"]:
-    """A permutation that is neither the order of the frames nor the reverse of it, if there is one.
+    """A permutation other than the identity and, for more than two frames, the reverse.
 
-    A stretch in reverse is smooth, and often as good a video as before.
+    A reversed stretch is smooth, and often as good as the original.
     """
     forward = torch.arange(length)
     while True:

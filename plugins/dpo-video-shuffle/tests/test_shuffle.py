@@ -1,4 +1,4 @@
-"""What `pytest` in this folder checks once the package is installed."""
+"""Tests of the pair builder; run pytest in this folder after installing the package."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def pair_of(model: VideoModel, builder: Shuffle, seed: int = 0) -> Pair:
     return builder(clip, model, None, torch.Generator().manual_seed(seed))
 
 
-def test_it_keeps_the_contract(model: VideoModel) -> None:
+def test_the_builder_passes_the_contract(model: VideoModel) -> None:
     check_pairs(Shuffle(), model)
 
 
-def test_only_the_stretch_is_labelled_and_out_of_order(model: VideoModel) -> None:
+def test_only_the_stretch_is_labelled_and_differs(model: VideoModel) -> None:
     pair = pair_of(model, Shuffle(frames=3))
     labelled = pair.preference.nonzero().flatten()
     assert len(labelled) == 3 and (labelled.diff() == 1).all()
@@ -39,8 +39,8 @@ def test_only_the_stretch_is_labelled_and_out_of_order(model: VideoModel) -> Non
     assert all(same[f] for f in range(len(same)) if f not in labelled)
 
 
-def test_the_frames_are_the_clips_own(model: VideoModel) -> None:
-    """The embedded model's encoder sees each frame alone, so none is lost and none is new."""
+def test_the_rejected_video_has_the_same_frames(model: VideoModel) -> None:
+    """The tiny model encodes each frame on its own, so the latent frames are a permutation."""
     pair = pair_of(model, Shuffle())
 
     def frames(latents: torch.Tensor) -> torch.Tensor:
@@ -50,19 +50,19 @@ def test_the_frames_are_the_clips_own(model: VideoModel) -> None:
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 9])
-def test_no_stretch_stays_in_order_nor_runs_backwards(length: int) -> None:
+def test_a_stretch_is_neither_in_order_nor_reversed(length: int) -> None:
     for seed in range(30):
         order = _disorder(length, torch.Generator().manual_seed(seed))
         assert sorted(order.tolist()) == list(range(length)) != order.tolist()
         assert length == 2 or order.tolist() != list(range(length))[::-1]
 
 
-def test_a_prompt_alone_is_told_apart_in_words(model: VideoModel) -> None:
+def test_a_clip_without_a_video_is_refused(model: VideoModel) -> None:
     with pytest.raises(UserError, match="--clips DIR"):
         Shuffle()(Clip(name="prompt", caption="a"), model, None, torch.Generator())
 
 
-def test_a_single_frame_has_no_order(model: VideoModel) -> None:
+def test_a_single_frame_is_refused(model: VideoModel) -> None:
     still = Clip(name="still.png", caption="a", video=small_videos(1, frames=1)[0])
-    with pytest.raises(UserError, match=r"'still\.png' is a single frame"):
+    with pytest.raises(UserError, match=r"'still\.png' has one frame"):
         Shuffle()(still, model, None, torch.Generator())
