@@ -12,7 +12,7 @@ from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.workflows.config import Config
-from dpo_video.workflows.options import BuildOptions, configure
+from dpo_video.workflows.options import BuildOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import (
     builder_labeler,
@@ -26,6 +26,7 @@ PAIRS = Path("runs/pairs")
 SKIPPED_SHOWN = 20  # by name; the rest are counted
 
 
+@with_options
 def build_pairs(
     pairs: PairBuilder | str | None = None,
     *,

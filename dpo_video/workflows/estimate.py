@@ -19,13 +19,14 @@ from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
 from dpo_video.training.step import check_backward
 from dpo_video.workflows.config import Config
-from dpo_video.workflows.options import TrainOptions, configure
+from dpo_video.workflows.options import TrainOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 
 # Of equally fast modes, that of the first reference in this order is recommended.
 REFERENCES = ("toggle", "copy", "cached")
 
 
+@with_options
 def estimate(
     *,
     efficiency: float = EFFICIENCY,

@@ -13,12 +13,13 @@ from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.verdict import judge_evaluation
 from dpo_video.types import Videos
 from dpo_video.workflows.config import Config
-from dpo_video.workflows.options import EvaluateOptions, configure
+from dpo_video.workflows.options import EvaluateOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run, verdict_of
 from dpo_video.workflows.session import load_model, pick_device
 
 
+@with_options
 def evaluate(
     run: Run | Path | str,
     *,

@@ -11,13 +11,14 @@ from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import UserError
 from dpo_video.evaluation.evaluate import merge_adapter
 from dpo_video.support.atomic import writing
-from dpo_video.workflows.options import Options, configure
+from dpo_video.workflows.options import Options, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.results import GeneratedVideo
 from dpo_video.workflows.runs import Run
 from dpo_video.workflows.session import load_model, pick_device
 
 
+@with_options
 def generate(
     run: Run | Path | str | None = None,
     *,

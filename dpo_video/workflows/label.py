@@ -14,12 +14,13 @@ from dpo_video.data.segments import SECONDS
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
 from dpo_video.strategies import StoreLabeler, Strategy
-from dpo_video.workflows.options import Options, configure
+from dpo_video.workflows.options import Options, configure, with_options
 from dpo_video.workflows.pairs import opened
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import load_model, pick_device
 
 
+@with_options
 def label(
     pairs: PairStore | Path | str,
     labeler: Strategy | str | None = None,

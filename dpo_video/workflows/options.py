@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from dpo_video.data.store import PairStore
 from dpo_video.errors import unknown
@@ -73,6 +74,22 @@ class EvaluateOptions(Options, total=False):
     num_inference_steps: int | None
     guidance_scale: float | None
     tolerance: float | None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_options(function: Function) -> Function:
+    """Show the keywords of `**options` in a function's signature, for help and tab completion."""
+    (options,) = get_args(get_type_hints(function)["options"])
+    signature = inspect.signature(function)
+    *parameters, _ = signature.parameters.values()
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in get_type_hints(options).items()
+    ]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
 
 
 def configure(table: str, options: Mapping[str, Any], pairs: object = None) -> Config:

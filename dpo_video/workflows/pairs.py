@@ -12,7 +12,7 @@ from dpo_video.data.store import PairStore
 from dpo_video.data.videodpo import VideoDPOExport, export_videodpo
 from dpo_video.errors import UserError
 from dpo_video.strategies import Metric
-from dpo_video.workflows.options import Options, configure
+from dpo_video.workflows.options import Options, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import apply_labels, load_model, pick_device
 
@@ -22,6 +22,7 @@ def opened(pairs: PairStore | Path | str) -> PairStore:
     return pairs if isinstance(pairs, PairStore) else PairStore(pairs)
 
 
+@with_options
 def check(
     pairs: PairStore | Path | str,
     *,

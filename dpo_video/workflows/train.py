@@ -23,7 +23,7 @@ from dpo_video.training.step import check_backward
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.estimate import choose_blocks, warn_if_too_large
-from dpo_video.workflows.options import TrainOptions, configure
+from dpo_video.workflows.options import TrainOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run
 from dpo_video.workflows.session import (
@@ -35,6 +35,7 @@ from dpo_video.workflows.session import (
 )
 
 
+@with_options
 def train(
     pairs: PairBuilder | PairStore | Path | str | None = None,
     *,

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -68,8 +68,6 @@ def test_config_takes_exactly_the_flags_of_train() -> None:
 def test_flags_are_keywords_of_the_python_function(command: str, function: str) -> None:
     called = getattr(dpo_video, function)
     keywords = set(inspect.signature(called).parameters)
-    if hint := get_type_hints(called).get("options"):
-        keywords |= set(hint.__args__[0].__annotations__)
     keywords |= {
         "target",
         "recipes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -263,6 +264,12 @@ def test_every_name_of_the_api_is_there() -> None:
         _ = dv.loss.Regoin
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = dv.trian  # type: ignore[attr-defined]
+
+
+def test_signatures_list_every_option() -> None:
+    parameters = inspect.signature(dv.train).parameters
+    assert {"pairs", "out", "loss", "learning_rate", "count"} <= parameters.keys()
+    assert "options" not in parameters
 
 
 def test_strategies_are_given_by_name_or_as_objects() -> None:
