@@ -137,6 +137,11 @@ class Comparison(Record):
         lines.append(["*base*", "", "", *(f"*{value:.3g}*" for value in base), ""])
         return "".join(f"| {' | '.join(cells)} |\n" for cells in [*lines, *rows])
 
+    @property
+    def drawable(self) -> bool:
+        """Whether there are a target and a motion metric to draw."""
+        return {Role.TARGET, Role.MOTION} <= {metric.role for metric in self.rows[0].metrics}
+
     def picture(self, *, inline: bool = False) -> str:
         """An SVG: the change of the first target against the change of the motion.
 
@@ -146,12 +151,12 @@ class Comparison(Record):
             inline: Whether it is part of a page that has its style.
 
         Raises:
-            ValueError: if no metric is a target, or none measures motion.
+            ValueError: if it is not `drawable`.
         """
+        if not self.drawable:
+            raise ValueError("the picture needs a target and a motion metric")
         metrics = self.rows[0].metrics
         index = {metric.role: i for i, metric in reversed(list(enumerate(metrics)))}
-        if not {Role.TARGET, Role.MOTION} <= index.keys():
-            raise ValueError("the picture needs a target and a motion metric")
         labels = {role: f"change of {metrics[i].label}" for role, i in index.items()}
 
         def axis(role: Role) -> Any:
@@ -176,8 +181,6 @@ class Comparison(Record):
 
     def page(self, path: Path | str) -> Path:
         """Write a self-contained page: the picture, the table and the verdicts."""
-        roles = {metric.role for metric in self.rows[0].metrics}
-        drawable = {Role.TARGET, Role.MOTION} <= roles
         header, rows = self._cells()
         text = (
             templates()
@@ -186,7 +189,7 @@ class Comparison(Record):
                 comparison=self,
                 caption=self._caption,
                 style=asset("evaluation.css"),
-                picture=self.picture(inline=True) if drawable else "",
+                picture=self.picture(inline=True) if self.drawable else "",
                 header=header,
                 rows=rows,
             )

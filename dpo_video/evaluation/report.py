@@ -60,7 +60,14 @@ def page_context(
         "cards": cards,
         "hero": _typical(cards),
         "differences": [_differences(metric, cards) for metric in metrics],
-        "curves": _curves(training) if len(training) > 1 else [],
+        **training_context(training),
+    }
+
+
+def training_context(reports: Sequence[StepReport]) -> dict[str, Any]:
+    """The variables of the section on the training; there are no curves of a single step."""
+    return {
+        "curves": _curves(reports) if len(reports) > 1 else [],
         "window": WINDOW,
         "size": {
             "width": charts.WIDTH,

@@ -91,7 +91,8 @@ def compare(
     with writing(folder):
         write_text(folder / "comparison.json", comparison.model_dump_json(indent=1) + "\n")
         write_text(folder / "comparison.md", comparison.markdown())
-        write_text(folder / "frontier.svg", comparison.picture())
+        if comparison.drawable:
+            write_text(folder / "frontier.svg", comparison.picture())
         comparison.page(folder / "index.html")
     return comparison
 

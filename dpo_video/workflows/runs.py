@@ -14,7 +14,10 @@ from rich.text import Text
 
 import dpo_video
 from dpo_video.errors import RunError
+from dpo_video.evaluation.rendering import asset, templates
+from dpo_video.evaluation.report import training_context
 from dpo_video.evaluation.results import Evaluation
+from dpo_video.support.atomic import write_text
 from dpo_video.support.formatting import html_table
 from dpo_video.training.diagnosis import TrainingVerdict, judge_training
 from dpo_video.training.report import StepReport
@@ -134,6 +137,20 @@ class Run:
         for name, value in self._rows():
             table.add_row(Text(name, "bold"), Text(value))
         return table
+
+    def page(self, path: Path | str) -> Path:
+        """Write a self-contained page: the state, the curves of the training and the settings."""
+        page = templates().get_template("run.html.j2")
+        text = page.render(
+            name=self.name,
+            rows=self._rows(),
+            verdict=self.verdict,
+            toml=self.toml,
+            style=asset("evaluation.css"),
+            **training_context(self.reports),
+        )
+        write_text(Path(path), text)
+        return Path(path)
 
     def _repr_html_(self) -> str:
         return html_table(("run", self.name), self._rows())

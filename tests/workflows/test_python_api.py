@@ -164,6 +164,19 @@ def test_evaluate_measures_the_same(run: dv.Run) -> None:
     assert run.evaluation() is not None
 
 
+def test_compare_compares_the_same(pairs: PairStore) -> None:
+    options = {"loss": "global", "metrics": ["frame_difference"], **TRAIN, "steps": 1}
+    steps = {"evaluate.num_inference_steps": 1}
+    config = configure("train", {**options, "set": steps}, pairs)
+    Path("recipe.toml").write_text(config.toml())
+    found = dv.compare(["recipe.toml"], seeds=2, out="python-compare", device="cpu")
+    text = cli("compare", "recipe.toml", "--seeds=2", "--out=cli-compare", "--device=cpu", "--json")
+    both = json.loads(text), found.to_dict()
+    for comparison in both:
+        assert comparison["rows"][0].pop("seconds") > 0
+    assert both[0] == both[1]
+
+
 def test_generate_draws_the_same_video(run: dv.Run) -> None:
     (video,) = run.generate(prompt="a red square", num_inference_steps=1, out="python.gif")
     cli("generate", "python-run", "--prompt=a red square", "--num-inference-steps=1",
@@ -317,6 +330,8 @@ def test_a_run_shows_itself(run: dv.Run) -> None:
     assert json.loads(json.dumps(plain)) == plain
     assert list(run.checkpoints) == [2]
     assert "python-run" in run._repr_html_()
+    page = run.page("run.html").read_text()
+    assert "loss from step 1 to 2" in page and "learning_rate" in page
 
 
 def test_pairs_show_themselves(pairs: PairStore) -> None:
