@@ -20,20 +20,20 @@ from dpo_video.support.statistics import Record, paired_difference
 
 NEAR = 0.01
 """Root mean square difference, in standard deviations of the latents, below which two videos count
-as equal: a hundredth of a standard deviation drowns in the noise of the lowest noise level."""
+as equal: a hundredth of a standard deviation is far below the noise of the lowest noise level."""
 SCALES = (0.3, 3.0)
 """Range of the latents' standard deviation. Denoisers are trained near 1; latents with a wrong
 scaling factor are far from it."""
-STILLER = 0.1
+LESS_MOTION = 0.1
 """Share by which chosen videos may move less than rejected ones."""
 LEAK = 0.1
-"""Share of the evaluation's prompts that may be trained on."""
+"""Share of the evaluation's prompts that may be in the training set."""
 DECIDED = 0.2
 """Share of frames that must not be ties for a pair to be worth training on (DenseDPO, Sec. 4.1)."""
 FEWEST = 12
-"""Fewest pairs that a tendency is computed of."""
+"""Smallest number of pairs for a statistic."""
 FLIPS = 200
-"""Random orders that estimate the chance level of a classifier."""
+"""Number of random orders that estimate the chance level of a classifier."""
 
 
 class Level(StrEnum):
@@ -41,7 +41,7 @@ class Level(StrEnum):
 
     FINE = "fine"
     NOTICE = "notice"
-    """Depends on what is to be trained; look at it."""
+    """Harmless or not, depending on the aim of the training."""
     PROBLEM = "problem"
     """Correct it before training."""
 
@@ -149,7 +149,7 @@ def difference(pairs: Sequence[PairSummary]) -> Finding:
             "difference",
             f"The two videos of {_count(near, pairs)} differ by less than {NEAR:.0%} of their "
             f"contrast ({_listed(near)}).",
-            "Look at them. Stronger noise or a larger region makes the videos differ more.",
+            "Look at the previews. Stronger noise or a larger region increases the difference.",
             near,
         )
     typical = float(np.median([pair.distance for pair in decided])) if decided else 0.0
@@ -163,7 +163,7 @@ def difference(pairs: Sequence[PairSummary]) -> Finding:
 def duplicates(pairs: Sequence[PairSummary]) -> Finding:
     """Check that no pair occurs twice or with contradicting labels."""
     if len(pairs) < 2:
-        return _fine("duplicates", "Fewer than two pairs: nothing to compare.")
+        return _fine("duplicates", "There are fewer than two pairs to compare.")
     groups: dict[tuple[str, ...], list[PairSummary]] = defaultdict(list)
     for pair in pairs:
         groups[tuple(sorted(pair.hashes))].append(pair)
@@ -175,7 +175,8 @@ def duplicates(pairs: Sequence[PairSummary]) -> Finding:
             "duplicates",
             f"{_count(bad, pairs)} occur more than once ({_listed(bad)})"
             + (f", {opposed} of them with labels that contradict each other." if opposed else "."),
-            "Keep one copy, or it counts double; vote where the labels contradict.",
+            "Keep one copy, because repeated pairs count double. Combine contradicting labels by "
+            "vote.",
             bad,
         )
     alike = _near_copies(pairs)
@@ -241,7 +242,7 @@ def labels(pairs: Sequence[PairSummary]) -> Finding:
     if not any(pair.decided for pair in pairs):
         return _problem(
             "labels",
-            "Every pair is a tie: there is nothing to learn.",
+            "Every pair is a tie, so nothing can be learned.",
             "Label them: dpo-video label PAIRS --labeler NAME.",
             figures=figures,
         )
@@ -261,7 +262,7 @@ def labels(pairs: Sequence[PairSummary]) -> Finding:
         return _notice(
             "labels",
             counted,
-            "If the order was random, the rater is biased to one side: ask in both orders.",
+            "If the order was random, the rater is biased to one side. Ask in both orders.",
             figures=figures,
         )
     if thin:
@@ -290,7 +291,7 @@ def motion(name: str, values: Sequence[tuple[float, float]]) -> Finding:
         f"Chosen videos move at {gap.tuned_mean:.3g}, rejected ones at {gap.base_mean:.3g} "
         f"({relative:+.0%})."
     )
-    if gap.high < 0 and relative < -STILLER:
+    if gap.high < 0 and relative < -LESS_MOTION:
         return _problem(
             check,
             message,
@@ -298,7 +299,7 @@ def motion(name: str, values: Sequence[tuple[float, float]]) -> Finding:
             "or build pairs whose two videos move alike (--pairs local or dense).",
             figures=figures,
         )
-    if gap.low > 0 and relative > STILLER:
+    if gap.low > 0 and relative > LESS_MOTION:
         return _notice(check, message, "Fine if more motion is the aim.", figures=figures)
     return _fine(check, message, figures=figures)
 
@@ -384,7 +385,7 @@ def leakage(texts: Sequence[str], evaluation: Sequence[str]) -> Finding:
         return _notice(
             "leakage",
             f"{message}, such as '{shared[0]}'.",
-            "So few do not decide a result; leave them out if you publish it.",
+            "So few hardly change a result; leave them out before publishing it.",
             figures=figures,
         )
     return _fine("leakage", f"{message}.", figures=figures)

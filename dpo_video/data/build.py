@@ -24,7 +24,7 @@ COUNT = 64  # default number of pairs
 PROMPTS_KEPT = 64  # encoded prompts in memory, which may be megabytes each
 
 Source = Callable[[int], Clip | None]
-"""Gives the clip of pair `i`; None after the last one."""
+"""Returns the clip of pair `i`; None after the last one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,11 @@ class BuildReport:
     seconds: float
     """Time that this pair took."""
     decided: bool
-    """Whether any frame has a preference; otherwise the pair is a tie or unlabelled."""
+    """Whether any frame has a preference; False for ties and unlabelled pairs."""
 
 
 def wanted(settings: BuildSettings, available: int | None) -> int:
-    """Number of pairs to build, where `available` is the most the source gives (None: no limit)."""
+    """Number of pairs to build from a source of at most `available` pairs (None: no limit)."""
     if available is None:
         return settings.count or COUNT
     return min(settings.count or available, available)
@@ -119,7 +119,7 @@ def _check_finite(pair: Pair, context: Mapping[str, Tensor], index: int) -> None
             raise UserError(
                 f"Pair {index} ('{pair.prompt}', of {pair.source}) was not stored: its {part} is "
                 "not finite. If the model computed it, try another precision (--set "
-                'train.mixed_precision="bf16" or "no"); if it was in a file, leave that file out.'
+                'train.mixed_precision="bf16" or "no"); if it is in a file, leave that file out.'
             )
 
 

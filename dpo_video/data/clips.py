@@ -27,7 +27,7 @@ from dpo_video.errors import UserError
 from dpo_video.types import Clip, Skipped, Video, VideoShape
 
 METADATA = "metadata.jsonl"
-WINDOWS = 8  # most clips cut from one file, so that a film does not outweigh the others
+WINDOWS = 8  # most clips cut from one file, so that a long film does not dominate
 CAPTIONING = (
     f"Caption it by a line in {METADATA} ({{file_name, text}}), "
     "by a text file of the same name beside it, or caption all clips with --prompt."
@@ -47,7 +47,7 @@ class _Window:
     only: bool
     """Whether it is the file's only clip."""
     spread: bool
-    """Whether the file is sped up, because it has too few frames at the backbone's rate."""
+    """Whether the file is sped up, because it is too short at the backbone's frame rate."""
 
 
 class ClipFolder(Sequence[Clip]):
@@ -60,7 +60,7 @@ class ClipFolder(Sequence[Clip]):
         self.root = root
         self.shape = shape
         self.skipped = skipped
-        """Files that give no clip; grows when `cycle` or iteration finds a damaged one."""
+        """Files without a usable clip; grows when `cycle` or iteration finds a damaged one."""
         self._windows = tuple(windows)
 
     def __len__(self) -> int:

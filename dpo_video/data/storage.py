@@ -45,7 +45,7 @@ class Storage(ABC):
 
 
 def is_url(where: Path | str) -> bool:
-    """Whether fsspec is to read it: `s3://...`, `https://...`, `memory://...`; not `file://...`."""
+    """Whether fsspec reads it: `s3://...`, `https://...`, `memory://...`; not `file://...`."""
     return "://" in str(where) and not str(where).startswith(("file://", "local://"))
 
 

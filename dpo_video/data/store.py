@@ -42,7 +42,7 @@ from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.atomic import append_line, write_bytes, write_tensors, write_text, writing
 from dpo_video.types import Context, Pair, PairBatch
 
-BESIDE = Path("runs/remote")
+REMOTE_FILES = Path("runs/remote")
 """Local folder of what belongs to remote pairs: labels and reference caches."""
 PARTS = ("first", "second", "preference", "region")
 PROMPTS_KEPT = 32  # encoded prompts of remote pairs in memory
@@ -102,7 +102,7 @@ class PairStore:
                 f"'{self.where}' is not a pair store: it has no store.json. Name a folder that "
                 "`dpo-video build` wrote, or a strategy (see `dpo-video list pairs`)."
             ) from error
-        self.folder = folder_of(where) if self.local else BESIDE / self.manifest.key
+        self.folder = folder_of(where) if self.local else REMOTE_FILES / self.manifest.key
         """Local folder of labels, reference caches and new pairs."""
         self._index = PairIndex()
         self._read_bytes = 0

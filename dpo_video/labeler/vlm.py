@@ -44,12 +44,14 @@ class _Verdict:
 class VLM(ReasonedLabeler):
     """A vision-language model: decides which video has fewer artifacts, per segment.
 
-    DenseDPO's labeler (Wu et al. 2025, arXiv 2506.03517): the model sees frames of one segment of
-    both videos, is told that they share their structure, and is asked about artifacts only. It is
-    asked in both orders, because such models favour a position; answers that disagree are a tie.
+    DenseDPO's labeler (Wu et al. 2025, arXiv 2506.03517): the prompt shows frames of one segment of
+    both videos, states that the videos share their structure, and asks about artifacts only. Each
+    question is asked in both orders, because such models favour a position; answers that disagree
+    are a tie.
 
     Any endpoint of OpenAI's chat protocol works. The key is read from the environment and never
-    stored. Answers are cached by a hash of frames, question and model, so none is paid for twice.
+    stored. Answers are cached by a hash of frames, question and model, so repeated labelling costs
+    nothing.
     Needs the extra `vlm`.
     """
 

@@ -250,7 +250,7 @@ def test_the_classifier_learns_what_can_be_learned_and_no_more() -> None:
     noise = draw.normal(size=(200, 8))
     assert abs(held_out_accuracy(noise) - 0.5) < 0.1
     assert held_out_accuracy(noise + np.eye(8)[2] * 2) > 0.9
-    # No single number separates them, two together do.
+    # No single number separates them; two together do.
     shared = draw.normal(size=200) * 10
     both = np.stack([shared + 1, -shared + 1], axis=1) + draw.normal(size=(200, 2)) * 0.1
     assert held_out_accuracy(both) > 0.95

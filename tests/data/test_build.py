@@ -69,7 +69,7 @@ def small_build(
     return build(store, source, builder, model, settings, seed=seed, worker=worker)
 
 
-def test_it_reports_every_pair(small_folder: Path, tmp_path: Path) -> None:
+def test_every_pair_is_reported(small_folder: Path, tmp_path: Path) -> None:
     reports = list(small_build(small_folder, tmp_path / "pairs", 3))
     assert [report.done for report in reports] == [1, 2, 3]
     assert {report.total for report in reports} == {3}
@@ -79,7 +79,7 @@ def test_it_reports_every_pair(small_folder: Path, tmp_path: Path) -> None:
     assert [row.source for row in store.records] == ["clip 0", "clip 1", "clip 2"]
 
 
-def test_what_is_there_is_not_made_again(small_folder: Path, tmp_path: Path) -> None:
+def test_existing_pairs_are_not_built_again(small_folder: Path, tmp_path: Path) -> None:
     list(small_build(small_folder, tmp_path / "pairs", 2))
     first = PairStore(tmp_path / "pairs").batch([0, 1])
     assert [r.done for r in small_build(small_folder, tmp_path / "pairs", 4)] == [3, 4]
@@ -102,7 +102,7 @@ def files(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_workers_in_any_order_and_killed_make_the_set_of_one(
+def test_workers_in_any_order_even_killed_build_the_set_of_one_process(
     small_folder: Path, tmp_path: Path, seed: int
 ) -> None:
     random, count = Random(seed), 7
@@ -130,7 +130,7 @@ def test_workers_in_any_order_and_killed_make_the_set_of_one(
     assert list(started(0, 1)) == []
 
 
-def test_a_pair_counts_once_all_before_it_are_there(small_folder: Path, tmp_path: Path) -> None:
+def test_a_pair_counts_once_all_before_it_exist(small_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "pairs"
     second = small_build(small_folder, out, 5, worker=Worker(number=1, count=2))
     assert [report.done for report in second] == [1, 2]
@@ -144,7 +144,7 @@ def test_a_pair_counts_once_all_before_it_are_there(small_folder: Path, tmp_path
 
 
 @pytest.mark.parametrize("builder", [Jitter(), Local(num_inference_steps=4)])
-def test_a_pair_depends_on_seed_and_place_alone(
+def test_a_pair_depends_on_seed_and_index_only(
     small_folder: Path, tmp_path: Path, builder: PairBuilder
 ) -> None:
     def made(name: str, seed: int) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_a_pair_depends_on_seed_and_place_alone(
     assert not torch.equal(other[0], other[1])
 
 
-def test_contexts_are_the_models_own(small_folder: Path, tmp_path: Path) -> None:
+def test_contexts_are_the_models_encoded_prompts(small_folder: Path, tmp_path: Path) -> None:
     list(small_build(small_folder, tmp_path / "pairs", 3, previews=False))
     model = load_small(small_folder)
     batch = PairStore(tmp_path / "pairs").batch([0, 1, 2])
@@ -195,7 +195,7 @@ def test_a_store_of_another_model_is_refused(
     assert len(PairStore(tmp_path / "pairs")) == 0
 
 
-def test_prompts_come_round_and_clips_in_order() -> None:
+def test_prompts_cycle_and_clips_are_in_order() -> None:
     source = cycle_prompts(CAPTIONS)
     assert [source(i).caption for i in (0, 1, 2, 7)] == [*CAPTIONS, *CAPTIONS]
     assert source(0).video is None
@@ -203,7 +203,7 @@ def test_prompts_come_round_and_clips_in_order() -> None:
     assert [source(i).name for i in (0, 1, 5, 6)] == ["0", "1", "5", "6"]
 
 
-def test_what_is_not_finite_is_neither_stored_nor_drawn(
+def test_a_nonfinite_pair_is_neither_stored_nor_previewed(
     tmp_path: Path, small_model: AnimateDiffModel
 ) -> None:
     good = new_store(tmp_path / "good", small_model)

@@ -1,4 +1,4 @@
-"""A folder of clips: what is in it, in which order, with which caption, and what is left out."""
+"""Folders of clips: their order, their captions, and the skipped files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_videos_are_found_at_any_depth_in_natural_order(tmp_path: Path) -> None:
     assert not clips.skipped
 
 
-def test_a_clip_has_the_shape_and_the_frames(tmp_path: Path) -> None:
+def test_a_clip_has_the_backbones_shape_and_frames(tmp_path: Path) -> None:
     add(tmp_path, "a.mp4", count=24, fps=24)
     clip = open_clips(tmp_path, SHAPE, "a test")[0]
     assert clip.video is not None
@@ -70,7 +70,7 @@ def test_a_folder_of_frames_plays_at_the_shapes_rate(tmp_path: Path) -> None:
     assert stamps(clips[1].video) == list(range(8, 16))
 
 
-def test_the_folder_itself_may_be_frames(tmp_path: Path) -> None:
+def test_a_folder_of_frames_is_a_clip(tmp_path: Path) -> None:
     write_frames(tmp_path, stamped(8))
     describe(tmp_path, {".": "a test"})
     clips = open_clips(tmp_path, SHAPE)
@@ -78,14 +78,14 @@ def test_the_folder_itself_may_be_frames(tmp_path: Path) -> None:
     assert clips[0].caption == "a test"
 
 
-def test_pictures_beside_videos_and_lone_pictures_are_no_clips(tmp_path: Path) -> None:
+def test_pictures_beside_videos_and_single_pictures_are_no_clips(tmp_path: Path) -> None:
     add(tmp_path, "a.mp4")
     write_frames(tmp_path, stamped(3))
     write_frames(tmp_path / "thumbs", stamped(1))
     assert names(open_clips(tmp_path, SHAPE, "a test")) == ["a.mp4"]
 
 
-def test_a_single_file_will_do(tmp_path: Path) -> None:
+def test_a_single_file_is_accepted(tmp_path: Path) -> None:
     add(tmp_path, "a.mp4")
     path = add(tmp_path, "b.mp4")
     describe(tmp_path, {"a.mp4": "first", "b.mp4": "second"})
@@ -105,7 +105,7 @@ def test_long_files_are_cut_into_windows_that_do_not_overlap(tmp_path: Path) -> 
     assert len(open_clips(tmp_path, SHAPE, "a test", windows=2)) == 3
 
 
-def test_short_but_rich_files_are_played_faster(tmp_path: Path) -> None:
+def test_short_files_with_enough_frames_are_sped_up(tmp_path: Path) -> None:
     add(tmp_path, "a.mp4", count=8, fps=25)
     clips = open_clips(tmp_path, SHAPE, "a test")
     assert clips[0].video is not None
@@ -128,7 +128,7 @@ def test_captions_come_from_metadata_then_text_then_prompt(tmp_path: Path) -> No
     ]  # fmt: skip
 
 
-def test_frames_may_have_a_text_beside_them(tmp_path: Path) -> None:
+def test_a_folder_of_frames_takes_the_text_beside_it(tmp_path: Path) -> None:
     write_frames(tmp_path / "walk.v2", stamped(8))
     (tmp_path / "walk.v2.txt").write_text("a walk")
     assert open_clips(tmp_path, SHAPE)[0].caption == "a walk"
@@ -144,7 +144,7 @@ def test_a_clip_without_a_caption_is_an_error_that_names_three_ways(tmp_path: Pa
             open_clips(where, SHAPE)
 
 
-def test_metadata_says_what_belongs_to_the_set(tmp_path: Path) -> None:
+def test_files_without_metadata_are_skipped(tmp_path: Path) -> None:
     for name in ("a.mp4", "extra.mp4"):
         add(tmp_path, name)
     describe(tmp_path, {"a.mp4": "first", "gone.mp4": "not there"})
@@ -188,7 +188,7 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path, name: str) -> None:
         open_clips(tmp_path, SHAPE)
 
 
-def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
+def test_a_byte_order_mark_and_blank_lines_are_ignored(tmp_path: Path) -> None:
     add(tmp_path, "a.mp4")
     (tmp_path / "metadata.jsonl").write_text(
         '\ufeff\n{"file_name": "a.mp4", "text": "Käse"}\n\n', encoding="utf-8"
@@ -199,7 +199,7 @@ def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
 # --- failures --------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_used_is_named_and_skipped(tmp_path: Path) -> None:
+def test_unusable_files_are_named_and_skipped(tmp_path: Path) -> None:
     add(tmp_path, "good.mp4")
     add(tmp_path, "short.mp4", count=5, fps=25)
     (tmp_path / "noise.mp4").write_bytes(b"noise" * 1000)
@@ -213,7 +213,7 @@ def test_what_cannot_be_used_is_named_and_skipped(tmp_path: Path) -> None:
     assert "damaged" in reasons(clips)["noise.mp4"]
 
 
-def test_damage_further_on_is_skipped_when_it_is_met(tmp_path: Path) -> None:
+def test_a_late_damage_is_skipped_when_it_is_decoded(tmp_path: Path) -> None:
     add(tmp_path, "bad.mkv", count=16)
     add(tmp_path, "good.mp4")
     clips = open_clips(tmp_path, SHAPE, "a test")
@@ -231,7 +231,7 @@ def test_damage_further_on_is_skipped_when_it_is_met(tmp_path: Path) -> None:
         clips.cycle(0)
 
 
-def test_counting_goes_over_and_over(tmp_path: Path) -> None:
+def test_an_index_past_the_end_starts_over(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         add(tmp_path, name)
     clips = open_clips(tmp_path, SHAPE, "a test")
@@ -241,7 +241,7 @@ def test_counting_goes_over_and_over(tmp_path: Path) -> None:
         clips[2]
 
 
-def test_a_folder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_usable_clips_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"There is no folder .*gone. Check the path"):
         open_clips(tmp_path / "gone", SHAPE)
     with pytest.raises(UserError, match="holds no videos"):
@@ -257,7 +257,7 @@ def test_a_folder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
 # --- the fingerprint -------------------------------------------------------------------------
 
 
-def test_the_fingerprint_follows_what_the_clips_are_made_of(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_everything_that_determines_the_clips(tmp_path: Path) -> None:
     first = tmp_path / "first"
     add(first, "a.mp4")
     add(first, "b.mp4")
@@ -288,7 +288,7 @@ def test_the_real_clips_open_and_decode() -> None:
         assert clip.video.std() > 0.02
 
 
-def test_a_backbone_that_wants_much_skips_the_short_clips() -> None:
+def test_clips_too_short_for_the_backbone_are_skipped() -> None:
     shape = VideoShape(frames=49, height=60, width=90, fps=8.0)
     clips = open_clips(CLIPS, shape, "a girl sits down")
     assert reasons(clips).keys() == {"grand_prix_1906.mp4"}

@@ -1,4 +1,4 @@
-"""Labelling a stored set: every pair once, whatever stopped it; and what training sees of it."""
+"""Labelling a stored set: every pair once across interruptions, and the labels in training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SECONDS = 2 / SHAPE.fps  # two frames a segment, so two segments
 
 
 class Brighter(Labeler):
-    """Prefers what is brighter."""
+    """Prefers the brighter video."""
 
     def __call__(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -32,7 +32,7 @@ class Brighter(Labeler):
 
 
 class Reasoned(ReasonedLabeler):
-    """Says the same, and talks."""
+    """The same labels with reasons."""
 
     def judge(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -42,7 +42,7 @@ class Reasoned(ReasonedLabeler):
 
 
 class Everything(StoreLabeler):
-    """Ties all, and keeps what it was given."""
+    """Labels ties and records its arguments."""
 
     def label_store(self, work: LabelTask) -> None:
         for pair in work.pairs:
@@ -77,7 +77,9 @@ def test_every_pair_is_labelled_on_its_decoded_videos(
     assert label_set.recipe.segments == ((0, 2), (2, 4)) == label_set.recipe.latents
 
 
-def test_it_goes_on_where_it_was_stopped(store: PairStore, small_model: AnimateDiffModel) -> None:
+def test_labelling_resumes_after_an_interruption(
+    store: PairStore, small_model: AnimateDiffModel
+) -> None:
     stopped = label(store, small_model, Brighter(), open_label_set(store, small_model, "cut"))
     next(stopped)
     stopped.close()
@@ -89,7 +91,7 @@ def test_it_goes_on_where_it_was_stopped(store: PairStore, small_model: AnimateD
     assert list(label(store, small_model, Brighter(), whole)) == []
 
 
-def test_pairs_built_later_are_labelled_later(
+def test_later_pairs_are_labelled_by_a_later_call(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
     list(label(store, small_model, Brighter(), open_label_set(store, small_model)))
@@ -107,7 +109,7 @@ def test_reasons_are_kept_and_figures_reported(
     assert [report.figures for report in reports] == [{"requests": 2}] * COUNT
 
 
-def test_a_labeler_of_whole_sets_goes_through_them_itself(
+def test_a_store_labeler_labels_the_store_itself(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
     label_set = open_label_set(store, small_model)
@@ -120,7 +122,9 @@ def test_a_labeler_of_whole_sets_goes_through_them_itself(
     assert len(again.lines) == COUNT
 
 
-def test_another_model_cannot_decode_them(store: PairStore, small_model: AnimateDiffModel) -> None:
+def test_pairs_of_another_model_are_refused(
+    store: PairStore, small_model: AnimateDiffModel
+) -> None:
     label_set = open_label_set(store, small_model)
     small_model.identity = "another"
     with pytest.raises(StoreError, match="made with other weights"):
@@ -150,9 +154,7 @@ def test_a_summary_shows_itself(store: PairStore, small_model: AnimateDiffModel)
 # --- what training sees ----------------------------------------------------------------------
 
 
-def test_labels_take_the_place_of_preferences(
-    store: PairStore, small_model: AnimateDiffModel
-) -> None:
+def test_labels_replace_preferences(store: PairStore, small_model: AnimateDiffModel) -> None:
     label_set = open_label_set(store, small_model)
     label_set.record(0, [1, -0.5])
     label_set.record(2, [0, 0])
@@ -165,7 +167,7 @@ def test_labels_take_the_place_of_preferences(
         assert torch.equal(*both), part
 
 
-def test_several_books_vote_per_latent_frame(
+def test_several_label_sets_vote_per_latent_frame(
     store: PairStore, small_model: AnimateDiffModel
 ) -> None:
     """The third one's only segment covers all frames."""

@@ -1,4 +1,4 @@
-"""Packed or not, it is the same set."""
+"""Packed pairs are the same set."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_packed_pairs_are_the_same_pairs(store: PairStore, tmp_path: Path, size:
     assert reports[-1].done == reports[-1].total == 6 + 2
     packed = PairStore(tmp_path / "packed")
     check_same(store, packed)
-    # Another type of latents has a shard of its own.
+    # Latents of another dtype have their own shard.
     pairs = len(list((tmp_path / "packed" / "shards").glob("pairs-*")))
     assert pairs == {1: 6, 2 * ROW: 4, 1 << 20: 2}[size]
     assert not (tmp_path / "packed" / "latents").exists()
@@ -60,7 +60,7 @@ def test_packed_pairs_are_the_same_pairs(store: PairStore, tmp_path: Path, size:
     assert list(pack(store, tmp_path / "packed", size)) == []  # it is there already
 
 
-def test_a_packed_set_goes_on_with_files_of_their_own(store: PairStore, tmp_path: Path) -> None:
+def test_pairs_can_be_appended_to_a_packed_set(store: PairStore, tmp_path: Path) -> None:
     list(pack(store, tmp_path / "packed"))
     packed = PairStore(tmp_path / "packed")
     add(store, 6, 7)
@@ -68,7 +68,9 @@ def test_a_packed_set_goes_on_with_files_of_their_own(store: PairStore, tmp_path
     check_same(store, PairStore(packed.folder))
 
 
-def test_an_interrupted_packing_is_no_store_and_goes_on(store: PairStore, tmp_path: Path) -> None:
+def test_an_interrupted_packing_is_no_store_and_can_be_completed(
+    store: PairStore, tmp_path: Path
+) -> None:
     list(pack(store, tmp_path / "whole", 1))
     for steps in range(1, 8):
         cut = tmp_path / str(steps)
@@ -82,7 +84,7 @@ def test_an_interrupted_packing_is_no_store_and_goes_on(store: PairStore, tmp_pa
         assert first.stat().st_mtime_ns == written
 
 
-def test_labels_go_along(store: PairStore, tmp_path: Path) -> None:
+def test_labels_are_packed_too(store: PairStore, tmp_path: Path) -> None:
     (store.folder / "labels").mkdir()
     for name in ("ann.json", "ann.jsonl"):
         (store.folder / "labels" / name).write_text(name)
@@ -90,7 +92,7 @@ def test_labels_go_along(store: PairStore, tmp_path: Path) -> None:
     assert (tmp_path / "packed" / "labels" / "ann.jsonl").read_text() == "ann.jsonl"
 
 
-def test_nothing_is_packed_over_other_pairs(store: PairStore, tmp_path: Path) -> None:
+def test_a_folder_with_other_pairs_is_refused(store: PairStore, tmp_path: Path) -> None:
     other = PairStore.create(tmp_path / "other", MANIFEST)
     for folder in (other.folder, store.folder):
         with pytest.raises(StoreError, match=r"holds pairs already\. Name another folder"):
@@ -98,7 +100,7 @@ def test_nothing_is_packed_over_other_pairs(store: PairStore, tmp_path: Path) ->
     list(pack(other, tmp_path / "half", 1))
 
 
-def test_a_shard_is_a_safetensors_file_that_anybody_reads(store: PairStore, tmp_path: Path) -> None:
+def test_a_shard_is_a_plain_safetensors_file(store: PairStore, tmp_path: Path) -> None:
     list(pack(store, tmp_path / "packed"))
     shard = load_file(tmp_path / "packed" / "shards" / "pairs-00000.safetensors")
     assert torch.equal(shard["first"][3], random_pair(3).first)
@@ -113,7 +115,7 @@ def test_a_shard_is_a_safetensors_file_that_anybody_reads(store: PairStore, tmp_
         {"holds": ["latents/00000", "latents/00001"]},
     ],
 )
-def test_a_damaged_index_leaves_no_folder_and_reads_no_other_pair(
+def test_a_damaged_index_cannot_name_another_file_or_pair(
     store: PairStore, tmp_path: Path, damage: dict[str, object]
 ) -> None:
     list(pack(store, tmp_path / "packed"))

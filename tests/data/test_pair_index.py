@@ -29,7 +29,7 @@ def index_of(found: list[PairRecord]) -> PairIndex:
 @given(
     indices=draw.lists(draw.integers(0, 30), max_size=40), seed=draw.integers(), cut=draw.integers()
 )
-def test_what_counts_depends_on_no_order_and_no_repetition(
+def test_ready_pairs_depend_on_neither_order_nor_repetition(
     indices: list[int], seed: int, cut: int
 ) -> None:
     rows = index_of([row(i) for i in indices])
@@ -47,7 +47,7 @@ def test_what_counts_depends_on_no_order_and_no_repetition(
 
 
 @pytest.mark.parametrize("order", [[0, 1], [2, 2]])
-def test_two_lines_that_differ_about_a_pair_are_refused(order: list[int]) -> None:
+def test_different_lines_of_one_pair_are_refused(order: list[int]) -> None:
     lines = [row(i) for i in order]
     with pytest.raises(
         StoreError, match=r"Line 3 of 'pairs.jsonl' differs from an earlier line of pair"
@@ -64,7 +64,7 @@ def test_a_line_is_read_back_as_it_was_written() -> None:
 
 @pytest.mark.parametrize("bad", [b"", b"{}", b"[]", row(1).line() + b"," + row(2).line()])
 @pytest.mark.parametrize("at_once", [1, 2, 5000])
-def test_the_line_that_is_none_is_named(
+def test_an_invalid_line_is_named(
     bad: bytes, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo_video.data.pair_index.BLOCK", at_once)

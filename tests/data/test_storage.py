@@ -1,4 +1,4 @@
-"""Pairs on another machine are the pairs that were copied there."""
+"""Remote pairs read like local ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def copy_to_memory(folder: Path, name: str) -> str:
 
 @contextmanager
 def served(folder: Path, refusals: int = 0, parts: bool = True) -> Iterator[tuple[str, list[str]]]:
-    """A folder by HTTP, and what was asked for; the first answers may be refusals."""
+    """Serves a folder by HTTP and records requests; the first responses may be errors."""
     pytest.importorskip("aiohttp", reason="the extra http is not installed")
     asked: list[str] = []
 
@@ -83,7 +83,7 @@ def served(folder: Path, refusals: int = 0, parts: bool = True) -> Iterator[tupl
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_pairs_elsewhere_are_the_same_pairs(store: PairStore, tmp_path: Path, packed: bool) -> None:
+def test_remote_pairs_equal_local_pairs(store: PairStore, tmp_path: Path, packed: bool) -> None:
     folder = store.folder
     if packed:
         folder = tmp_path / "packed"
@@ -94,12 +94,12 @@ def test_pairs_elsewhere_are_the_same_pairs(store: PairStore, tmp_path: Path, pa
         opened = PairStore(url + "/")
         opened.refresh()
         check_same(store, opened)
-        # Of a shard its header, once, and the rows that were asked for.
+        # A shard's header once, and the requested rows.
         whole = [line for line in asked if "shards/" in line and "bytes=" not in line]
         assert not whole
 
 
-def test_threads_may_share_a_store(store: PairStore, tmp_path: Path) -> None:
+def test_threads_can_share_a_store(store: PairStore, tmp_path: Path) -> None:
     list(pack(store, tmp_path / "packed"))
     opened = PairStore(copy_to_memory(tmp_path / "packed", "threads"))
     with ThreadPoolExecutor(4) as pool:
@@ -108,7 +108,7 @@ def test_threads_may_share_a_store(store: PairStore, tmp_path: Path) -> None:
             assert torch.equal(batch.first[0], random_pair(index).first)
 
 
-def test_a_connection_that_breaks_is_tried_again(store: PairStore) -> None:
+def test_a_broken_connection_is_retried(store: PairStore) -> None:
     with served(store.folder, refusals=2) as (url, _):
         assert len(PairStore(url)) == 4
     with pytest.raises(StoreError, match=r"cannot be read after 3 attempts .*Check the connection"):
@@ -120,9 +120,7 @@ def test_a_connection_that_breaks_is_tried_again(store: PairStore) -> None:
         PairStore(url)
 
 
-def test_a_server_that_sends_whole_files_for_parts_is_named(
-    store: PairStore, tmp_path: Path
-) -> None:
+def test_a_server_without_range_requests_is_named(store: PairStore, tmp_path: Path) -> None:
     list(pack(store, tmp_path / "packed"))
     with served(tmp_path / "packed", parts=False) as (url, _):
         opened = PairStore(url)
@@ -138,7 +136,7 @@ def test_a_server_that_sends_whole_files_for_parts_is_named(
         ("hdfs://bucket/pairs", "cannot be read"),
     ],
 )
-def test_a_url_that_leads_nowhere_is_one_sentence(url: str, words: str) -> None:
+def test_a_wrong_url_is_one_sentence(url: str, words: str) -> None:
     with pytest.raises(StoreError, match=words) as caught:
         PairStore(url)
     assert "\n" not in str(caught.value) and url in str(caught.value)
@@ -153,11 +151,11 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         PairStore("bucket://pairs")
 
 
-def test_pairs_elsewhere_are_only_read(store: PairStore, tmp_path: Path) -> None:
+def test_remote_pairs_are_read_only(store: PairStore, tmp_path: Path) -> None:
     opened = PairStore(copy_to_memory(store.folder, "read-only"))
     with pytest.raises(StoreError, match=r"is read-only\. Build pairs in a local folder"):
         opened.append(random_pair(9), context_of(random_pair(9).prompt))
-    # What belongs to them is kept here, whoever wrote it.
+    # Labels of remote pairs are kept in a local folder.
     assert not opened.folder.is_absolute() and opened.folder != store.folder
     fsspec.filesystem("memory").pipe_file("/read-only/labels/ann.json", b"{}")
     opened.fetch_labels("ann")

@@ -1,4 +1,4 @@
-"""A pair exists when its line does, and what exists is never lost."""
+"""A pair exists once its line does, and is never lost."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_equal_prompts_share_a_context(store: PairStore) -> None:
     assert len(list((store.folder / "latents").iterdir())) == 4
 
 
-def test_every_file_can_be_read_by_others(store: PairStore) -> None:
+def test_files_are_readable_by_other_users(store: PairStore) -> None:
     add(store, 0)
     modes = {path.stat().st_mode & 0o777 for path in store.folder.rglob("*") if path.is_file()}
     mask = os.umask(0)
@@ -119,7 +119,7 @@ def test_the_order_of_options_does_not_matter() -> None:
 # --- many writers ----------------------------------------------------------------------------
 
 
-def test_a_pair_that_another_worker_has_made_stays_as_it_is(store: PairStore) -> None:
+def test_a_pair_of_another_worker_is_not_overwritten(store: PairStore) -> None:
     other = PairStore(store.folder)
     add(store, 0, 1)
     whole = contents(store.folder)
@@ -129,8 +129,8 @@ def test_a_pair_that_another_worker_has_made_stays_as_it_is(store: PairStore) ->
     assert [row.source for row in PairStore(store.folder).records] == ["clip 0", "clip 1", "clip 2"]
 
 
-def test_workers_that_append_at_once_lose_nothing(store: PairStore) -> None:
-    """Each adds its own pairs as fast as it can, and a process among them is killed."""
+def test_concurrent_workers_lose_no_pair(store: PairStore) -> None:
+    """Each process adds its own pairs, and one of them is killed."""
     program = textwrap.dedent(f"""
         import sys
         from pathlib import Path
@@ -178,7 +178,7 @@ def test_workers_that_append_at_once_lose_nothing(store: PairStore) -> None:
 # --- damage ----------------------------------------------------------------------------------
 
 
-def test_a_torn_last_line_is_a_pair_that_does_not_exist_yet(store: PairStore) -> None:
+def test_a_torn_last_line_is_ignored(store: PairStore) -> None:
     add(store, 0, 1, 2)
     whole = contents(store.folder)
     lines = store.folder / "pairs.jsonl"
@@ -193,7 +193,7 @@ def test_a_torn_last_line_is_a_pair_that_does_not_exist_yet(store: PairStore) ->
         assert contents(store.folder) == whole
 
 
-def test_a_line_torn_in_the_middle_costs_its_pair_alone(store: PairStore) -> None:
+def test_a_line_torn_in_the_middle_loses_its_own_pair_only(store: PairStore) -> None:
     add(store, 0, 1, 2)
     path = store.folder / "pairs.jsonl"
     whole, lines = contents(store.folder), path.read_bytes().splitlines(keepends=True)
@@ -236,21 +236,21 @@ def test_a_damaged_line_is_named(store: PairStore, damage: bytes, sentence: str)
          r"cannot be read \(version: .*or update dpo-video if a newer version wrote them"),
     ],
 )  # fmt: skip
-def test_a_damaged_manifest_is_said(store: PairStore, text: bytes, sentence: str) -> None:
+def test_a_damaged_manifest_is_reported(store: PairStore, text: bytes, sentence: str) -> None:
     (store.folder / "store.json").write_bytes(text)
     with pytest.raises(StoreError, match=sentence) as caught:
         PairStore(store.folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(StoreError, match=r"is not a pair store.*`dpo-video list pairs`"):
             PairStore(folder)
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "shards.json"])
-def test_a_folder_in_the_place_of_a_file_is_said(store: PairStore, name: str) -> None:
+def test_a_folder_in_place_of_a_file_is_reported(store: PairStore, name: str) -> None:
     (store.folder / name).mkdir()
     with pytest.raises(StoreError, match=rf"{name}' cannot be read .*Check that it is a file"):
         PairStore(store.folder)
@@ -270,7 +270,7 @@ def test_a_damaged_or_missing_tensor_file_is_named(store: PairStore) -> None:
     assert len(store.batch([0]).keys) == 1
 
 
-def test_a_file_of_something_else_is_no_pair(store: PairStore) -> None:
+def test_a_file_with_other_tensors_is_refused(store: PairStore) -> None:
     add(store, 0)
     path = store.folder / "latents" / "00000.safetensors"
     pair = load_file(path)
@@ -300,7 +300,7 @@ def test_a_full_disk_loses_nothing(store: PairStore, monkeypatch: pytest.MonkeyP
     assert len(PairStore(store.folder)) == 3
 
 
-def test_a_line_that_does_not_fit_leaves_a_pair_that_does_not_exist(store: PairStore) -> None:
+def test_a_line_that_does_not_fit_on_the_disk_adds_no_pair(store: PairStore) -> None:
     add(store, 0, 1)
     lines = store.folder / "pairs.jsonl"
     size = lines.stat().st_size
@@ -319,7 +319,7 @@ def test_a_line_that_does_not_fit_leaves_a_pair_that_does_not_exist(store: PairS
     assert torch.equal(survived.batch([len(survived) - 1]).first[0], random_pair(99).first)
 
 
-def test_a_real_refusal_inside_safetensors_is_understood(tmp_path: Path) -> None:
+def test_a_write_error_inside_safetensors_is_recognised(tmp_path: Path) -> None:
     """Peft saves adapters by safetensors, whose errors carry the reason in their text alone."""
     with (
         largest_file(4096),
@@ -336,7 +336,7 @@ def test_a_real_refusal_inside_safetensors_is_understood(tmp_path: Path) -> None
         'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space" })',
     ],
 )
-def test_both_wordings_of_safetensors_are_understood(text: str) -> None:
+def test_both_wordings_of_safetensors_errors_are_recognised(text: str) -> None:
     from safetensors import SafetensorError
 
     assert files._reason(SafetensorError(text)) == "the disk is full"
@@ -352,7 +352,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None
     assert [each.name for each in tmp_path.iterdir()] == ["file.safetensors"]
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"Cannot write to '.*': a parent of that path is a file"):
         PairStore.create(tmp_path / "file" / "pairs", MANIFEST)
@@ -363,18 +363,18 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_forbidden_folder_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_permission_is_reported(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="permission is denied"):
         PairStore.create(tmp_path / "pairs", MANIFEST)
 
 
-def test_an_error_that_is_no_refusal_stays_what_it_is(tmp_path: Path) -> None:
+def test_other_errors_are_raised_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), writing(tmp_path):
         (tmp_path / "nothing").read_text()
 
 
-def test_text_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "deep" / "file.txt"
     write_text(path, "before")
 
@@ -391,8 +391,8 @@ def test_text_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
 # --- kill -9 ---------------------------------------------------------------------------------
 
 
-def test_a_killed_build_goes_on_to_the_same_bytes(small_folder: Path, tmp_path: Path) -> None:
-    """At whatever moment the signal hits after the second pair."""
+def test_a_killed_build_resumes_to_the_same_bytes(small_folder: Path, tmp_path: Path) -> None:
+    """The signal may arrive at any moment after the second pair."""
     program = textwrap.dedent(f"""
         import sys
         from pathlib import Path

@@ -1,4 +1,4 @@
-"""Videos: what is written is read back, and what is read is the frame that was asked for."""
+"""Videos are read back as written, and reading takes the requested frames."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CODECS = {
 
 
 def stamped(count: int, height: int = 48, width: int = 64) -> Tensor:
-    """Grey frames whose brightness tells their number: 8 per step."""
+    """Grey frames whose brightness is 8 times their number."""
     return (torch.arange(count) * 8.0 / 255).view(1, -1, 1, 1).expand(3, count, height, width)
 
 
@@ -73,7 +73,7 @@ def write_frames(folder: Path, video: Tensor, suffix: str = ".png") -> None:
 
 
 @pytest.mark.parametrize("suffix", CODECS)
-def test_every_container_gives_all_frames_in_order(tmp_path: Path, suffix: str) -> None:
+def test_every_container_yields_all_frames_in_order(tmp_path: Path, suffix: str) -> None:
     write_any(tmp_path / f"a{suffix}", stamped(20), fps=10)
     frames, fps = read_video(tmp_path / f"a{suffix}")
     assert frames.dtype == torch.uint8
@@ -95,7 +95,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_colours_keep_their_order_and_value(tmp_path: Path, suffix: str) -> None:
+def test_colours_keep_channel_order_and_value(tmp_path: Path, suffix: str) -> None:
     colours = torch.tensor(
         [[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0], [0.9, 0.5, 0.1]]
     )
@@ -105,7 +105,7 @@ def test_colours_keep_their_order_and_value(tmp_path: Path, suffix: str) -> None
     assert torch.allclose(back, colours, atol=3 / 255)
 
 
-def test_a_scale_keeps_small_pictures_crisp(tmp_path: Path) -> None:
+def test_scaling_up_keeps_sharp_pixels(tmp_path: Path) -> None:
     picture = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     video = picture.expand(3, 4, 16, 16)
 
@@ -120,7 +120,7 @@ def test_a_scale_keeps_small_pictures_crisp(tmp_path: Path) -> None:
     assert error(8) < error(1) / 5
 
 
-def test_odd_sizes_gain_a_row_and_a_column(tmp_path: Path) -> None:
+def test_odd_sizes_are_padded(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", stamped(3, 33, 35), fps=8.0)
     frames = read_video(tmp_path / "a.mp4").frames
     assert frames.shape == (3, 3, 34, 36)
@@ -128,13 +128,13 @@ def test_odd_sizes_gain_a_row_and_a_column(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encode", [video_bytes, gif_bytes])
-def test_writing_repeats_to_the_byte(encode: object) -> None:
+def test_writing_twice_gives_the_same_bytes(encode: object) -> None:
     video = torch.rand(3, 5, 32, 32, generator=torch.Generator().manual_seed(0))
     assert callable(encode)
     assert encode(video, 8.0) == encode(video.clone(), 8.0)
 
 
-def test_an_mp4_in_memory_is_what_browsers_play(tmp_path: Path) -> None:
+def test_an_mp4_is_in_a_format_that_browsers_play(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(video_bytes(stamped(4), 29.97))
     with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
@@ -143,7 +143,7 @@ def test_an_mp4_in_memory_is_what_browsers_play(tmp_path: Path) -> None:
 
 
 def test_a_gif_does_not_flicker() -> None:
-    # One palette for all frames: what stands still stays the same to the bit.
+    # One palette for all frames: still parts stay equal to the bit.
     video = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)).repeat(1, 6, 1, 1)
     video[:, :, :8, :8] = torch.rand(3, 6, 1, 1, generator=torch.Generator().manual_seed(1))
     with Image.open(io.BytesIO(gif_bytes(video, 8.0))) as image:
@@ -154,7 +154,7 @@ def test_a_gif_does_not_flicker() -> None:
     assert all(np.array_equal(pictures[0], picture) for picture in pictures)
 
 
-def test_writing_replaces_whole_files_and_says_why_it_cannot(tmp_path: Path) -> None:
+def test_writing_is_atomic_and_reports_failures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"suffix \.mp4 or \.gif"):
         write_video(tmp_path / "a.txt", stamped(2), 8.0)
     (tmp_path / "file").write_text("in the way")
@@ -168,7 +168,7 @@ def test_writing_replaces_whole_files_and_says_why_it_cannot(tmp_path: Path) -> 
 # --- sampling in time ------------------------------------------------------------------------
 
 
-def test_the_nearest_frames_are_read(tmp_path: Path) -> None:
+def test_reading_takes_the_nearest_frames(tmp_path: Path) -> None:
     write_any(tmp_path / "a.mp4", stamped(30), fps=30)
     assert stamps(read_video(tmp_path / "a.mp4", fps=10.0).frames) == list(range(0, 30, 3))
     assert stamps(read_video(tmp_path / "a.mp4", fps=10.0, frames=4).frames) == [0, 3, 6, 9]
@@ -185,7 +185,7 @@ def test_the_nearest_frames_are_read(tmp_path: Path) -> None:
     assert stamps(read_video(tmp_path / "a.mp4", frames=3).frames) == [0, 1, 2]
 
 
-def test_time_stamps_count_where_the_rate_varies(tmp_path: Path) -> None:
+def test_time_stamps_are_used_if_the_rate_varies(tmp_path: Path) -> None:
     # Frame 2 is shown for a second: it is nearest to the instants around it.
     write_any(tmp_path / "a.mp4", stamped(6), fps=10, times=[0, 1, 2, 12, 13, 14])
     frames = read_video(tmp_path / "a.mp4", fps=5.0).frames
@@ -247,7 +247,7 @@ def test_frames_shrink_while_they_are_decoded(tmp_path: Path) -> None:
     assert read_video(tmp_path / "frames", cover=(30, 30)).frames.shape == (3, 4, 30, 50)
 
 
-def test_a_read_that_would_fill_the_memory_stops(
+def test_a_read_beyond_the_memory_limit_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_any(tmp_path / "a.mp4", stamped(20), fps=10)
@@ -260,7 +260,7 @@ def test_a_read_that_would_fill_the_memory_stops(
 @pytest.mark.skipif(
     not hasattr(av.VideoStream, "set_display_rotation"), reason="before 18, av writes no rotation"
 )
-def test_phone_videos_stand_upright(tmp_path: Path) -> None:
+def test_rotated_videos_are_read_upright(tmp_path: Path) -> None:
     video = torch.zeros(3, 3, 32, 64)
     video[0, :, :, :16] = 1  # red at the left
     write_any(tmp_path / "a.mp4", video, fps=10, rotation=90)  # counterclockwise: red goes down
@@ -271,7 +271,7 @@ def test_phone_videos_stand_upright(tmp_path: Path) -> None:
     assert read_video(tmp_path / "a.mp4", cover=(16, 16)).frames.shape == (3, 3, 32, 16)
 
 
-def test_fitting_resizes_to_cover_and_cuts_the_middle() -> None:
+def test_fitting_resizes_to_cover_and_crops_the_centre() -> None:
     video = torch.zeros(3, 4, 60, 120)
     video[:, :, :, 30:90] = 1
     shape = VideoShape(frames=4, height=32, width=32, fps=8.0)
@@ -291,17 +291,17 @@ def test_fitting_does_not_alias() -> None:
     assert (fitted - 0.5).abs()[..., 2:-2].max() < 0.02
 
 
-def test_fitting_enlarges_what_is_too_small() -> None:
+def test_fitting_enlarges_small_videos() -> None:
     shape = VideoShape(frames=2, height=48, width=64, fps=8.0)
     assert fit_video(stamped(2, 10, 10), 8.0, shape).shape == (3, 2, 48, 64)
 
 
-def test_fitting_starts_where_it_is_told() -> None:
+def test_fitting_starts_at_the_given_time() -> None:
     shape = VideoShape(frames=4, height=48, width=64, fps=5.0)
     assert stamps(fit_video(stamped(30), 10.0, shape, start=1.0)) == [10, 12, 14, 16]
 
 
-def test_a_short_video_is_spread_only_if_it_has_the_frames() -> None:
+def test_a_short_video_is_sped_up_only_if_it_has_enough_frames() -> None:
     shape = VideoShape(frames=16, height=48, width=64, fps=8.0)
     assert stamps(fit_video(stamped(16), 25.0, shape)) == list(range(16))
     spread = stamps(fit_video(stamped(30), 25.0, shape))
@@ -316,7 +316,7 @@ def test_a_short_video_is_spread_only_if_it_has_the_frames() -> None:
 # --- damage ----------------------------------------------------------------------------------
 
 
-def test_what_is_no_video_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
     for name, data in {"noise.mp4": bytes(range(256)) * 40, "empty.mp4": b""}.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(VideoError, match=f"{name} is damaged or not a video"):
@@ -330,7 +330,7 @@ def test_what_is_no_video_is_named(tmp_path: Path) -> None:
         read_video(tmp_path / "none")
 
 
-def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+def test_an_audio_file_is_no_video(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=48000)
         silence = np.zeros((1, 48000), dtype=np.float32)
@@ -360,7 +360,7 @@ def test_a_cut_off_mp4_is_named(tmp_path: Path) -> None:
         read_video(tmp_path / "cut.mp4")
 
 
-def test_frames_before_the_damage_can_be_read(tmp_path: Path) -> None:
+def test_frames_before_a_damage_can_be_read(tmp_path: Path) -> None:
     write_any(tmp_path / "a.mkv", torch.rand(3, 20, 48, 64), fps=10)
     data = (tmp_path / "a.mkv").read_bytes()
     (tmp_path / "a.mkv").write_bytes(data[: len(data) // 2])
@@ -397,7 +397,7 @@ def test_real_clips_are_read_and_fitted() -> None:
         assert (fitted.diff(dim=1).abs().mean(dim=(0, 2, 3)) > 0).all()  # no frame is repeated
 
 
-def test_two_sides_of_a_pair_come_out_alike() -> None:
+def test_both_videos_of_a_pair_are_fitted_alike() -> None:
     shape = VideoShape(frames=16, height=64, width=96, fps=8.0)
     first, second = (read_video(file) for file in sorted(CLIPS.glob("*.mp4")))
     assert first.frames.shape != second.frames.shape
@@ -417,7 +417,7 @@ def test_a_frame_that_is_too_large_is_not_decoded(
     assert read_video(tmp_path / "a.mp4").frames.shape == (3, 2, 32, 48)
 
 
-def test_a_codec_that_nobody_knows_is_said(tmp_path: Path) -> None:
+def test_an_unknown_codec_is_reported(tmp_path: Path) -> None:
     write_any(tmp_path / "a.webm", stamped(2), 8)
     data = (tmp_path / "a.webm").read_bytes()
     (tmp_path / "a.webm").write_bytes(data.replace(b"V_VP9", b"V_XYZ"))

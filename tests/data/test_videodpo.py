@@ -1,4 +1,4 @@
-"""The published format: what is written is read, and nothing in a file can run."""
+"""Video-DPO's format: files are read back as written, and run no code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def written(path: Path, **tensors: Any) -> Path:
 
 
 class Trap:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,7 +50,7 @@ def test_what_is_written_is_read_to_the_bit(tmp_path: Path) -> None:
         assert torch.equal(read.prompt_embeds, EMBEDS)
 
 
-def test_a_leading_axis_of_one_may_be_there_or_not(tmp_path: Path) -> None:
+def test_a_leading_axis_of_one_is_optional(tmp_path: Path) -> None:
     path = written(
         tmp_path / "one.pt",
         latents_w=LATENTS[None],
@@ -85,14 +85,14 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
         ({"prompt_embeds": EMBEDS.repeat(2, 1, 1)}, "holds shapes"),
     ],
 )
-def test_something_else_is_told_apart(
+def test_other_contents_are_refused(
     tmp_path: Path, tensors: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
         read_videodpo_pair(written(tmp_path / "one.pt", **tensors))
 
 
-def test_a_cut_file_is_told_apart(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "one.pt")
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(UserError, match="cannot be read"):
@@ -107,7 +107,7 @@ def test_a_cut_file_is_told_apart(tmp_path: Path) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> PairStore:
-    """The first chosen, a tie, and the second chosen."""
+    """Three pairs: the first video chosen, a tie, the second chosen."""
     store = PairStore.create(tmp_path / "pairs", MANIFEST)
     ones, whole = torch.ones(4), torch.ones(1, 4, 3, 3)
     for seed, preference in enumerate((ones, 0 * ones, torch.tensor([1.0, -1, -1, 0]))):
@@ -118,7 +118,7 @@ def store(tmp_path: Path) -> PairStore:
     return store
 
 
-def test_winners_come_first_and_ties_are_left_out(store: PairStore, tmp_path: Path) -> None:
+def test_chosen_videos_come_first_and_ties_are_left_out(store: PairStore, tmp_path: Path) -> None:
     done = export_videodpo(store, tmp_path / "out")
     assert (done.written, done.undecided, done.simplified, done.regions) == (2, 1, 1, 1)
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -135,19 +135,19 @@ def test_winners_come_first_and_ties_are_left_out(store: PairStore, tmp_path: Pa
         assert text == f"prompt {seed}\n"
 
 
-def test_a_file_holds_its_own_pair_and_no_more(store: PairStore, tmp_path: Path) -> None:
+def test_a_file_holds_one_pair_only(store: PairStore, tmp_path: Path) -> None:
     export_videodpo(store, tmp_path / "out")
     held = torch.load(tmp_path / "out" / "pair_00000.pt", weights_only=True)
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in held.values())
 
 
-def test_files_that_are_there_are_not_mixed_with_new_ones(store: PairStore, tmp_path: Path) -> None:
+def test_a_folder_with_pt_files_is_refused(store: PairStore, tmp_path: Path) -> None:
     export_videodpo(store, tmp_path / "out")
     with pytest.raises(UserError, match="Name another folder"):
         export_videodpo(store, tmp_path / "out")
 
 
-def test_a_context_that_the_format_cannot_keep_is_refused(tmp_path: Path) -> None:
+def test_other_prompt_encodings_are_refused(tmp_path: Path) -> None:
     store = PairStore.create(tmp_path / "pairs", MANIFEST)
     store.append(random_pair(0), {"prompt_embeds": EMBEDS, "pooled": EMBEDS + 1})
     with pytest.raises(StoreError, match=r"encoded as pooled, prompt_embeds"):

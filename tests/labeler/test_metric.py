@@ -1,4 +1,4 @@
-"""Labels by measuring: their sign, their ties, and what a frozen video gets."""
+"""Labels from metrics: signs, ties, and frozen videos."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Brightness(Metric):
 
 
 class Change(Metric):
-    """How much the picture changes; stands for motion here."""
+    """Mean change between frames, as a motion metric."""
 
     higher_is_better: ClassVar[bool] = True
     unit: ClassVar[str] = "0-1"
@@ -67,13 +67,13 @@ def test_the_label_is_the_sign_of_the_relative_lead_beyond_the_margin() -> None:
     assert not labeler({"bright": 1}, margin=0.3)(PROMPTS, first, second, SEGMENTS).any()
 
 
-def test_segments_are_judged_apart() -> None:
+def test_segments_are_judged_separately() -> None:
     first, second = flat(0.5), flat(0.4).clone()
     second[:, :, 3:] = 0.9
     assert labeler({"bright": 1})(["a"], first, second, SEGMENTS).tolist() == [[1, -1]]
 
 
-def test_less_is_better_turns_the_sign_and_weights_mix() -> None:
+def test_the_metrics_direction_sets_the_sign_and_weights_mix() -> None:
     steady, shaky = flat(0.4), flat(0.5) + 0.05 * torch.tensor([1.0, -1] * 3)[:, None, None]
     parts = [slice(0, 3)]
     assert labeler({"bright": 1})(["a"], shaky, steady, parts).item() == 1
@@ -82,7 +82,7 @@ def test_less_is_better_turns_the_sign_and_weights_mix() -> None:
     assert labeler({"still": 0.01, "bright": 1})(["a"], shaky, steady, parts).item() == 1
 
 
-def test_a_frozen_video_cannot_win_by_smoothness() -> None:
+def test_a_frozen_video_is_not_preferred_for_its_smoothness() -> None:
     moving = small_videos(1, 6, 16, 16)
     frozen = moving[:, :, :1].expand_as(moving)
     shortcut, guarded = labeler({"still": 1}), labeler({"still": 1}, motion="moves", tolerance=0.1)
@@ -96,7 +96,7 @@ def test_a_frozen_video_cannot_win_by_smoothness() -> None:
 
 
 @pytest.mark.parametrize(("tolerance", "label"), [(0.3, 1), (0.2, 0)])
-def test_the_tolerance_is_relative_to_the_loser(tolerance: float, label: int) -> None:
+def test_the_tolerance_is_relative_to_the_rejected_video(tolerance: float, label: int) -> None:
     """The first is smoother and moves three quarters as much."""
     steps = torch.arange(6.0)[:, None, None]
     first, second = (speed * steps.expand(1, 3, 6, 4, 4) for speed in (0.075, 0.1))
@@ -116,7 +116,7 @@ def test_weights_that_decide_nothing_are_refused(weights: dict[str, float]) -> N
         labeler(weights)
 
 
-def test_the_motion_must_be_measured_by_a_metric_of_motion() -> None:
+def test_the_motion_metric_must_measure_motion() -> None:
     with pytest.raises(UserError, match=r"labeler.motion = 'bright' does not measure motion"):
         labeler({"still": 1}, motion="bright")
 
@@ -155,6 +155,6 @@ def test_a_run_toml_gives_the_same_labeler(tmp_path: Path) -> None:
         ("labeler.options.warp_error.x=1", "Unknown option 'metric.warp_error.x'"),
     ],
 )
-def test_a_wrong_name_is_said(assignment: str, sentence: str) -> None:
+def test_an_unknown_metric_is_refused(assignment: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         resolve(choices={"labeler": "metric"}, assignments=[assignment])

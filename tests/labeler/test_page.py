@@ -154,7 +154,7 @@ def test_an_answer_is_kept_in_the_stores_order(
     kept = {first_side: 1.0, "tie": 0.0, "skip": "skip"}.get(answer, -1.0)
     assert task.labels_by(rater) == {pair: (None, kept)}
     assert session.is_first(rater, pair, "left") != session.is_first(rater, pair, "right")
-    # And the next time it is shown as it was given.
+    # The next view shows the answer as it was given.
     again = LabelSession(task, seed)
     while (current := again.view(rater).current) and current.pair != pair:
         again.answer(rater, current.pair, 0, "tie", rest=True)
@@ -188,7 +188,7 @@ def test_all_raters_see_the_pairs_in_one_random_order() -> None:
     rest=st.booleans(),
     restart=st.booleans(),
 )
-def test_undo_takes_everything_back_in_turn(
+def test_undo_reverts_all_answers_in_reverse_order(
     answers: list[Answer], rest: bool, restart: bool
 ) -> None:
     task = Memory(4, 3)
@@ -227,7 +227,7 @@ def has_label(labels: tuple[SegmentLabel, ...]) -> bool:
     return any(label is not None for label in labels)
 
 
-def test_an_undo_that_arrives_twice_is_done_once() -> None:
+def test_a_repeated_undo_request_is_ignored() -> None:
     task = Memory(2, 2)
     session = LabelSession(task, seed=0)
     give(session, "a", ["tie", "tie"])
@@ -261,7 +261,7 @@ def test_breaks_do_not_count_as_work() -> None:
     assert session.summary("a").minutes == pytest.approx((20 + IDLE) / 60)
 
 
-def test_agreement_is_about_videos_not_about_sides() -> None:
+def test_agreement_compares_videos_not_sides() -> None:
     task = Memory(40, 1)
     session = LabelSession(task, seed=0)
     for rater in ("a", "b"):  # both always prefer the first, wherever it is
@@ -273,7 +273,7 @@ def test_agreement_is_about_videos_not_about_sides() -> None:
     assert summary.others[0].agreement.kappa == 1
     assert summary.answers["tie"] == 20 and sum(summary.answers.values()) == 40
     assert 0 < summary.answers["left"] < 20
-    # Who always presses the same key agrees with nobody but by chance.
+    # Raters who always press the same key agree by chance only.
     for rater in ("c", "d"):
         for pair in range(40):
             session.answer(rater, pair, 0, "left")
@@ -299,7 +299,7 @@ def test_sheets_hold_every_frame_to_the_bit(frames: int) -> None:
         assert np.array_equal(picture[y : y + 6, x : x + 10], expected)
 
 
-def test_a_pair_is_decoded_once_and_few_are_kept() -> None:
+def test_a_pair_is_decoded_once_and_the_cache_is_bounded() -> None:
     decoded: list[int] = []
 
     class Counting(Memory):
@@ -354,7 +354,7 @@ def test_the_link_opens_the_page(client: TestClient) -> None:
 
 @pytest.mark.parametrize("path", ["/", "//", "/token/", f"/{TOKEN}x/", f"/x/{TOKEN}/", "/%ff/"])
 @pytest.mark.parametrize("rest", ["", "view?rater=a", "sheet/0/0/left.png?rater=a"])
-def test_without_the_token_nothing_is_told(client: TestClient, path: str, rest: str) -> None:
+def test_requests_without_the_token_are_refused(client: TestClient, path: str, rest: str) -> None:
     found = client.get(f"http://{HOST}{path}{rest}")
     assert found.status_code == 403
     assert "prompt" not in found.text
@@ -393,7 +393,7 @@ def test_no_other_origin_is_ever_allowed(client: TestClient) -> None:
     assert client.get("", headers={"origin": f"http://{HOST}"}).status_code == 200
 
 
-def test_every_answer_forbids_caching_sniffing_and_framing(client: TestClient) -> None:
+def test_every_response_forbids_caching_sniffing_and_framing(client: TestClient) -> None:
     for answer in (client.get(""), client.get("view?rater=a"), client.get(f"http://{HOST}/")):
         assert answer.headers["cache-control"] == "no-store"
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -417,7 +417,7 @@ def test_every_answer_forbids_caching_sniffing_and_framing(client: TestClient) -
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_nonsense_is_refused_and_not_kept(
+def test_invalid_requests_are_refused_and_not_recorded(
     client: TestClient, task: StoreTask, change: dict[str, Any], status: int
 ) -> None:
     found = client.post("answer", json={**GOOD, **change})
@@ -425,7 +425,7 @@ def test_nonsense_is_refused_and_not_kept(
     assert not task.label_set.lines
 
 
-def test_forms_of_other_pages_are_refused(client: TestClient) -> None:
+def test_forms_from_other_pages_are_refused(client: TestClient) -> None:
     plain = {"content-type": "text/plain"}
     assert client.post("answer", content=json.dumps(GOOD), headers=plain).status_code == 415
     assert client.get("answer").status_code == 405
@@ -446,7 +446,7 @@ def test_a_side_shows_the_video_that_its_answer_prefers(
         assert np.array_equal(frame, preferred[2])
 
 
-def test_nothing_tells_the_sides_apart(client: TestClient) -> None:
+def test_responses_do_not_reveal_the_sides(client: TestClient) -> None:
     told = client.get("").text + client.get("view?rater=a").text
     assert "first" not in client.get("view?rater=a").text
     assert "flip" not in told and "winner" not in told
@@ -514,7 +514,7 @@ def post(url: str, message: dict[str, Any]) -> dict[str, Any]:
         return found
 
 
-def test_an_answer_survives_kill_9_and_ctrl_c_sums_up(store: PairStore) -> None:
+def test_answers_survive_kill_9_and_ctrl_c_prints_a_summary(store: PairStore) -> None:
     with command(store, "killed") as (process, link):
         post(f"{link}answer", GOOD)
         process.kill()  # SIGKILL, at once
@@ -566,7 +566,7 @@ def link(task: StoreTask) -> Iterator[str]:
 
 
 class Rater:
-    """A person at the page."""
+    """Operates the page as a rater."""
 
     def __init__(self, page: Page, link: str, name: str = "ann") -> None:
         self.page, self.name = page, name
@@ -726,7 +726,7 @@ def test_a_reload_loses_nothing(browser: Browser, link: str, task: StoreTask) ->
         assert ann.complaints == []
 
 
-def test_undo_goes_back_over_pairs(browser: Browser, link: str, task: StoreTask) -> None:
+def test_undo_goes_back_across_pairs(browser: Browser, link: str, task: StoreTask) -> None:
     with opened_page(browser, link) as ann:
         places = []
         for key in ("ArrowLeft", "Shift+S", "ArrowRight"):
@@ -741,7 +741,7 @@ def test_undo_goes_back_over_pairs(browser: Browser, link: str, task: StoreTask)
         assert not any(has_label(labels) for labels in on_disk(task, "ann").values())
 
 
-def test_a_held_or_hasty_key_answers_once(browser: Browser, link: str, task: StoreTask) -> None:
+def test_a_held_or_early_key_answers_once(browser: Browser, link: str, task: StoreTask) -> None:
     with opened_page(browser, link) as ann:
         for _ in range(10):
             ann.page.keyboard.down("ArrowLeft")  # the first is a press, the others repeats
@@ -755,7 +755,7 @@ def test_a_held_or_hasty_key_answers_once(browser: Browser, link: str, task: Sto
         assert len(task.label_set.lines) == 2
 
 
-def test_nothing_moves_from_pair_to_pair(browser: Browser, link: str) -> None:
+def test_the_layout_does_not_move_between_pairs(browser: Browser, link: str) -> None:
     places = (
         "Object.fromEntries([...document.querySelectorAll('#work button, canvas, #prompt, #count')]"
         ".map((e) => [e.id || e.dataset.answer || e.ariaLabel?.split(':')[0],"
@@ -866,7 +866,7 @@ def test_the_page_fits_and_its_text_is_legible(
 
 
 def contrast(one: str, other: str) -> float:
-    """Of two CSS colours, by WCAG 2."""
+    """The contrast of two CSS colours by WCAG 2."""
 
     def luminance(colour: str) -> float:
         channels = np.array([float(part) for part in re.findall(r"[\d.]+", colour)[:3]]) / 255

@@ -1,4 +1,4 @@
-"""Anyone's labels: what a file says is what the label_set says."""
+"""Recorded labels: the label set holds what the file says."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def labels(folder: Path, *lines: Any) -> Notebook:
     return task
 
 
-def test_numbers_words_and_prompts(tmp_path: Path) -> None:
+def test_labels_can_be_numbers_words_and_named_by_prompt(tmp_path: Path) -> None:
     task = labels(
         tmp_path,
         {"pair": 0, "labels": [0.5, -1]},
@@ -72,7 +72,7 @@ def test_the_last_line_of_a_pair_and_rater_counts(tmp_path: Path) -> None:
     assert task.labels_by() == {0: (-1, -1)} and task.labels_by("ann") == {0: (1, 1)}
 
 
-def test_reading_it_again_adds_only_what_changed(tmp_path: Path) -> None:
+def test_reading_again_records_changes_only(tmp_path: Path) -> None:
     task = labels(tmp_path, {"pair": 0, "label": 1}, {"pair": 1, "label": 1})
     file = tmp_path / "labels.jsonl"
     Recorded(file=str(file)).label_store(task)
@@ -105,6 +105,6 @@ def test_a_wrong_line_is_named_and_nothing_is_recorded(
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot read .*--set labeler.file=labels.jsonl"):
         Recorded(file=str(tmp_path / "none.jsonl")).label_store(Notebook())

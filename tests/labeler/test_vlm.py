@@ -1,4 +1,4 @@
-"""Labels by a vision-language model, against a real server on this machine, faults included."""
+"""Labels from a vision-language model, against a local server that can fail."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def labeler(server: Server, folder: Path, **options: Any) -> VLM:
 
 
 def videos(*brightness: tuple[float, float]) -> Tensor:
-    """A pair each, two segments of two frames of a brightness each."""
+    """One pair per argument: two segments of two frames, each of one brightness."""
     frames = torch.tensor([[one, one, two, two] for one, two in brightness]).float()
     return frames[:, None, :, None, None].expand(-1, 3, 4, 16, 16)
 
@@ -85,7 +85,7 @@ def test_frames_are_spread_scaled_and_lossless(server: Server, tmp_path: Path) -
     assert np.array_equal(images(server.questions[-1])[0], sent)
 
 
-def test_a_model_that_prefers_a_place_gets_ties(tmp_path: Path) -> None:
+def test_a_model_that_prefers_a_position_gives_ties(tmp_path: Path) -> None:
     def always(question: Question) -> Reply:
         return Reply(text='{"better": "first", "reason": "it came first"}')
 
@@ -109,7 +109,7 @@ def test_tokens_are_counted_and_priced(server: Server, tmp_path: Path) -> None:
 # --- the cache -------------------------------------------------------------------------------
 
 
-def test_no_answer_is_paid_for_twice(server: Server, tmp_path: Path) -> None:
+def test_answers_are_cached(server: Server, tmp_path: Path) -> None:
     both = videos((0.9, 0.2)), videos((0.1, 0.8))
     first = labeler(server, tmp_path).judge(["a"], *both, SEGMENTS)
     again = labeler(server, tmp_path, input_price=5.0).judge(["b"], *both, SEGMENTS)
@@ -117,7 +117,7 @@ def test_no_answer_is_paid_for_twice(server: Server, tmp_path: Path) -> None:
     assert torch.equal(again.labels, first.labels) and again.notes == first.notes
     assert again.figures["answers from the cache"] == 4
     assert again.figures["requests"] == again.figures["cost in US dollars"] == 0
-    # In the other order it asks the same questions.
+    # The other order asks the same questions.
     assert torch.equal(labeler(server, tmp_path)(["a"], both[1], both[0], SEGMENTS), -first.labels)
     assert len(server.questions) == 4
     labeler(server, tmp_path, model="another")(["a"], *both, SEGMENTS)
@@ -126,7 +126,7 @@ def test_no_answer_is_paid_for_twice(server: Server, tmp_path: Path) -> None:
     assert len(server.questions) == 12
 
 
-def test_equal_questions_are_asked_once(server: Server, tmp_path: Path) -> None:
+def test_identical_questions_are_sent_once(server: Server, tmp_path: Path) -> None:
     """Of two identical videos both orders are the same question; pairs may be alike as well."""
     same = videos((0.4, 0.4), (0.4, 0.4))
     judgement = labeler(server, tmp_path, parallel=8).judge(["a", "b"], same, same, SEGMENTS)
@@ -134,7 +134,7 @@ def test_equal_questions_are_asked_once(server: Server, tmp_path: Path) -> None:
     assert not judgement.labels.any()
 
 
-def test_a_damaged_answer_is_asked_for_again(server: Server, tmp_path: Path) -> None:
+def test_a_damaged_cache_entry_is_requested_again(server: Server, tmp_path: Path) -> None:
     both = videos((0.9, 0.2)), videos((0.1, 0.8))
     labels = labeler(server, tmp_path)(["a"], *both, SEGMENTS)
     damages = [b"", b"\xff", b"[]", json.dumps({"answer": "I cannot say"}).encode()]
@@ -165,7 +165,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_passing_fault_is_overcome(fault: str, server: Server, tmp_path: Path) -> None:
+def test_a_transient_failure_is_retried(fault: str, server: Server, tmp_path: Path) -> None:
     server.faults = [FAULTS[fault]] * 2
     asking = labeler(server, tmp_path, timeout=PATIENCE if FAULTS[fault].delay else 30)
     judgement = asking.judge(["a"], videos((0.9, 0.2)), videos((0.1, 0.8)), SEGMENTS)
@@ -180,7 +180,7 @@ def test_a_passing_fault_is_overcome(fault: str, server: Server, tmp_path: Path)
         'Well: {"reason": "", "better":"first "}',
     ],
 )
-def test_what_stands_around_an_answer_does_no_harm(text: str, tmp_path: Path) -> None:
+def test_text_around_the_json_is_ignored(text: str, tmp_path: Path) -> None:
     with serving(lambda question: Reply(text=text)) as server:
         judgement = labeler(server, tmp_path, retries=0).judge(
             ["a"], videos((0.9, 0.9)), videos((0.1, 0.1)), SEGMENTS
@@ -199,7 +199,7 @@ def test_what_stands_around_an_answer_does_no_harm(text: str, tmp_path: Path) ->
         ("no text", "an answer without text"),
     ],
 )
-def test_a_lasting_fault_ends_after_so_many_attempts(
+def test_a_lasting_failure_ends_after_all_retries(
     fault: str, sentence: str, tmp_path: Path
 ) -> None:
     with serving(lambda question: FAULTS[fault]) as server:
@@ -208,12 +208,12 @@ def test_a_lasting_fault_ends_after_so_many_attempts(
         )
         with pytest.raises(UserError, match="no valid answer in 3 attempts") as caught:
             asking(["a"], videos((0.9, 0.9)), videos((0.1, 0.1)), [slice(0, 4)])
-        # The question in the other order was under way.
+        # The question in the other order was already sent.
         assert len(server.questions) in (3, 4, 5, 6)
     assert sentence in str(caught.value) and "are saved: run the same" in str(caught.value)
 
 
-def test_waits_double_and_a_server_may_name_its_own(server: Server, tmp_path: Path) -> None:
+def test_waits_double_unless_retry_after_is_given(server: Server, tmp_path: Path) -> None:
     server.faults = [Reply(status=500), Reply(status=500), Reply(status=500)]
     whole = [slice(0, 4)]
     labeler(server, tmp_path, wait=0.1)(["a"], videos((0.9, 0.9)), videos((0.1, 0.1)), whole)
@@ -225,7 +225,7 @@ def test_waits_double_and_a_server_may_name_its_own(server: Server, tmp_path: Pa
     assert server.times[1] - server.times[0] >= 0.5
 
 
-def test_a_server_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_server_is_reported(tmp_path: Path) -> None:
     with serving() as server:
         pass
     with pytest.raises(UserError, match=r"2 attempts \(last: no connection"):
@@ -240,7 +240,7 @@ def test_a_server_that_is_not_there_is_said(tmp_path: Path) -> None:
         (400, r"refuses the request \(status 400: "),
     ],
 )
-def test_a_refusal_is_not_repeated_and_gives_no_key_away(
+def test_a_refusal_is_not_retried_and_reveals_no_key(
     status: int, sentence: str, tmp_path: Path
 ) -> None:
     reply = Reply(status=status, text=f"Incorrect API key provided: {KEY}")
@@ -256,7 +256,7 @@ def test_a_refusal_is_not_repeated_and_gives_no_key_away(
 # --- the key ---------------------------------------------------------------------------------
 
 
-def test_the_key_goes_to_the_server_and_nowhere_else(
+def test_the_key_is_sent_to_the_server_only(
     server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     asking = labeler(server, tmp_path)
@@ -270,7 +270,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     assert "secret" not in config.toml() and "OPENAI_API_KEY" in config.toml()
 
 
-def test_another_variable_may_hold_the_key(
+def test_the_key_can_be_in_another_variable(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = videos((0.9, 0.2)), videos((0.1, 0.8))
@@ -287,7 +287,7 @@ def test_another_variable_may_hold_the_key(
 @pytest.mark.parametrize(
     "address", ["http://me:secret@host/v1", "https://host/v1?key=secret", "host/v1", "file:///x"]
 )
-def test_an_address_with_a_password_is_refused_and_not_repeated(address: str) -> None:
+def test_an_address_with_a_password_is_refused_without_quoting_it(address: str) -> None:
     with pytest.raises(UserError, match=r"^labeler\.base_url: (must not contain|not an)") as caught:
         resolve(
             choices={"labeler": "vlm"},
@@ -301,6 +301,6 @@ def test_the_model_must_be_named() -> None:
         resolve(choices={"labeler": "vlm"})
 
 
-def test_the_answer_of_the_local_server_is_what_it_says() -> None:
-    """The tests above rest on it."""
+def test_the_test_server_answers_as_configured() -> None:
+    """The tests above rely on it."""
     assert json.loads(brighter([]).text or "")["better"] == "tie"

@@ -1,4 +1,4 @@
-"""Dense: one clip, one level, two noises; and the noise that the first step expects."""
+"""Dense: one clip and one eta with two noises, at the noise level that the first step expects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def made(
 
 @contextmanager
 def calls(model: AnimateDiffModel) -> Iterator[list[dict[str, Any]]]:
-    """What `sample` is called with."""
+    """The arguments of `sample`."""
     seen: list[dict[str, Any]] = []
     original = model.sample
 
@@ -47,12 +47,14 @@ def calls(model: AnimateDiffModel) -> Iterator[list[dict[str, Any]]]:
         yield seen
 
 
-def test_it_keeps_the_contract_labelled_or_not(small_model: AnimateDiffModel, clip: Clip) -> None:
+def test_the_builder_passes_the_contract_with_and_without_a_labeler(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
     check_pairs(Dense(), small_model, clip=clip)
     check_pairs(Dense(eta=(1.0, 1.0)), small_model, clip=clip, labeler=Brighter())
 
 
-def test_both_videos_share_clip_and_level_but_not_the_noise(
+def test_both_videos_share_clip_and_eta_but_not_the_noise(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     with calls(small_model) as seen:
@@ -97,7 +99,7 @@ def test_a_higher_eta_leaves_less_of_the_clip(small_model: AnimateDiffModel, cli
     assert distance(0.1) < distance(0.5) < distance(0.9)
 
 
-def test_who_is_better_is_for_the_labeler_to_say(small_model: AnimateDiffModel, clip: Clip) -> None:
+def test_the_labeler_decides_the_preference(small_model: AnimateDiffModel, clip: Clip) -> None:
     assert (made(small_model, clip).preference == 0).all()
     pair = made(small_model, clip, labeler=Brighter(), seconds=0.25)
     expected = preference(
@@ -108,12 +110,12 @@ def test_who_is_better_is_for_the_labeler_to_say(small_model: AnimateDiffModel, 
 
 
 @pytest.mark.parametrize("eta", [(0.0, 0.5), (0.5, 1.1), (0.8, 0.65)])
-def test_a_range_that_is_none_is_refused(eta: tuple[float, float]) -> None:
+def test_an_invalid_range_is_refused(eta: tuple[float, float]) -> None:
     with pytest.raises(ValidationError):
         Dense(eta=eta)
 
 
-def test_a_prompt_alone_is_refused(small_model: AnimateDiffModel) -> None:
+def test_a_clip_without_a_video_is_refused(small_model: AnimateDiffModel) -> None:
     with pytest.raises(UserError, match=r"need real videos.*--clips DIR"):
         made(small_model, Clip(name="prompt", caption="a red square"))
 
@@ -122,7 +124,7 @@ def test_a_prompt_alone_is_refused(small_model: AnimateDiffModel) -> None:
 
 
 class Perfect(nn.Module):
-    """Predicts the target of the noise that was really drawn, at the level that it is told."""
+    """Predicts the target of the noise that was drawn, at the given timestep."""
 
     def __init__(self, model: AnimateDiffModel, clean: Tensor, noise: Tensor) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class Perfect(nn.Module):
 def test_a_perfect_denoiser_recovers_the_clip(
     small_model: AnimateDiffModel, clip: Clip, prediction: str, spacing: str, eta: float
 ) -> None:
-    """It can only if the clip is noised to exactly the level of the first step.
+    """It does so only if the clip is noised to exactly the level of the first step.
 
     The predicted noise is the one drawn, whatever the step: at another level than the step's, what
     is left of it stays in the video.

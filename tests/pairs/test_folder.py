@@ -1,4 +1,4 @@
-"""Folder: the files say who won; what they cannot say is named and skipped."""
+"""Folder: files name chosen and rejected videos; files without a pair are reported and skipped."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def built(model: AnimateDiffModel, path: Path, out: Path, count: int | None = No
 
 
 @pytest.mark.parametrize("kind", ["folders", "lines", "latents"])
-def test_it_keeps_the_contract_in_every_format(
+def test_the_builder_passes_the_contract_in_every_format(
     small_model: AnimateDiffModel, tmp_path: Path, kind: str
 ) -> None:
     path = folders(tmp_path / "mine")
@@ -101,7 +101,7 @@ def test_it_keeps_the_contract_in_every_format(
     check_pairs(Folder(path=path), small_model, labeler=Brighter())
 
 
-def test_two_folders_pair_by_name_whatever_the_suffix(
+def test_videos_of_the_same_name_are_a_pair_whatever_their_suffixes(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path)
@@ -118,7 +118,7 @@ def test_two_folders_pair_by_name_whatever_the_suffix(
         assert (pair.preference == 1).all() and (pair.region == 1).all() and pair.context is None
 
 
-def test_the_folders_and_keys_of_video_dpo_are_read_too(
+def test_folders_and_keys_named_as_by_video_dpo_are_read(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path)
@@ -133,7 +133,7 @@ def test_the_folders_and_keys_of_video_dpo_are_read_too(
         assert pair.prompt == same.prompt
 
 
-def test_a_prompt_is_looked_for_in_both_folders_and_above(
+def test_a_prompt_is_found_in_both_folders_and_their_parent(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path)
@@ -149,7 +149,7 @@ def test_a_prompt_is_looked_for_in_both_folders_and_above(
     assert "--prompt" in source.skipped[0].reason
 
 
-def test_folders_of_frames_are_videos_too(small_model: AnimateDiffModel, tmp_path: Path) -> None:
+def test_folders_of_frames_are_videos(small_model: AnimateDiffModel, tmp_path: Path) -> None:
     for side, shade in (("chosen", 200), ("rejected", 50)):
         for frame in range(SHAPE.frames):
             path = tmp_path / side / "a" / f"{frame}.png"
@@ -159,7 +159,7 @@ def test_folders_of_frames_are_videos_too(small_model: AnimateDiffModel, tmp_pat
     assert pair.source == "a" and not torch.equal(pair.first, pair.second)
 
 
-def test_lines_name_files_relative_to_theirs(
+def test_paths_in_lines_are_relative_to_the_file(
     small_model: AnimateDiffModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     absolute = str(tmp_path / "mine" / "rejected" / "a.mp4")
@@ -172,7 +172,7 @@ def test_lines_name_files_relative_to_theirs(
     assert torch.equal(one.first, two.second) and torch.equal(one.second, two.first)
 
 
-def test_labels_are_spread_over_the_frames_of_their_segments(
+def test_labels_are_broadcast_over_the_frames_of_their_segments(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     """Four frames at 8 a second, in segments of a quarter of a second."""
@@ -184,10 +184,10 @@ def test_labels_are_spread_over_the_frames_of_their_segments(
 
 
 @pytest.mark.parametrize("moving", [False, True])
-def test_outside_its_mask_the_loser_is_the_winner(
+def test_outside_the_mask_the_rejected_video_equals_the_chosen_one(
     small_model: AnimateDiffModel, tmp_path: Path, moving: bool
 ) -> None:
-    """White in the upper left quarter: that of every frame, or of the last two frames alone."""
+    """White in the upper left quarter of every frame, or of the last two frames only."""
     white = torch.zeros(3, SHAPE.frames, SHAPE.height, SHAPE.width)
     white[:, 2 if moving else 0 :, : SHAPE.height // 2, : SHAPE.width // 2] = 1
     name = "mask.mp4" if moving else "mask.png"
@@ -212,10 +212,10 @@ def test_a_cell_that_the_mask_touches_is_in_the_region(small_model: AnimateDiffM
     assert (latent_region(torch.ones_like(mask), small_model) == 1).all()
 
 
-def test_what_is_exported_comes_back_to_the_bit(
+def test_exported_pairs_are_read_back_to_the_bit(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
-    """Latents, prompts and how they are encoded, without asking the text encoder again."""
+    """Latents, prompts and their encodings are kept; the text encoder is not called again."""
     store = built(small_model, folders(tmp_path / "mine"), tmp_path / "store")
     export_videodpo(store, tmp_path / "out")
     for file in (tmp_path / "out").glob("*.pt"):  # an encoding that the model would not give
@@ -229,7 +229,7 @@ def test_what_is_exported_comes_back_to_the_bit(
     torch.testing.assert_close(shifts.mean(dim=(1, 2)), torch.arange(3.0))
 
 
-def test_equal_names_of_unknown_prompts_do_not_mix_their_encodings(
+def test_files_without_prompt_text_keep_their_own_encodings(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     export_videodpo(
@@ -247,9 +247,7 @@ def test_equal_names_of_unknown_prompts_do_not_mix_their_encodings(
 # --- how many --------------------------------------------------------------------------------
 
 
-def test_there_are_as_many_pairs_as_files_and_count_caps_them(
-    small_model: AnimateDiffModel, tmp_path: Path
-) -> None:
+def test_count_limits_the_number_of_pairs(small_model: AnimateDiffModel, tmp_path: Path) -> None:
     root = folders(tmp_path / "mine")
     assert len(built(small_model, root, tmp_path / "all")) == 3
     assert len(built(small_model, root, tmp_path / "more", count=9)) == 3
@@ -258,7 +256,7 @@ def test_there_are_as_many_pairs_as_files_and_count_caps_them(
     assert [row.source for row in resumed.records] == ["a", "b", "c"]
 
 
-def test_damage_that_shows_late_shortens_the_set_and_moves_nobody(
+def test_a_late_damage_shortens_the_set_and_moves_no_other_pair(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path / "mine")
@@ -269,7 +267,7 @@ def test_damage_that_shows_late_shortens_the_set_and_moves_nobody(
     assert [row.source for row in resumed.records] == ["a", "c"]
 
 
-def test_the_fingerprint_follows_what_the_pairs_are_made_of(
+def test_the_fingerprint_depends_on_everything_that_determines_the_pairs(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     def fingerprint(root: Path) -> str:
@@ -373,7 +371,7 @@ def test_other_latents_are_reported(
     assert found.keys() == {"pair_00001.pt"} and reason in found["pair_00001.pt"]
 
 
-def test_nothing_usable_is_an_error_with_an_example(
+def test_no_usable_pair_is_an_error_with_an_example(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()

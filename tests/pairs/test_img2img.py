@@ -1,4 +1,4 @@
-"""Img2img: every frame is a video of its own, and only that tells the two sides apart."""
+"""Img2img: every frame is regenerated on its own, and nothing else distinguishes the videos."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def made(model: AnimateDiffModel, clip: Clip, seed: int = 0, **options: Any) -> 
     return Img2Img(**options)(clip, model, None, Generator().manual_seed(seed))
 
 
-def test_it_keeps_the_contract(small_model: AnimateDiffModel, clip: Clip) -> None:
+def test_the_builder_passes_the_contract(small_model: AnimateDiffModel, clip: Clip) -> None:
     check_pairs(Img2Img(chosen="sample"), small_model, clip=clip)
     check_pairs(Img2Img(chosen="clip"), small_model, clip=clip)
 
 
-def test_every_frame_is_regenerated_alone_with_a_noise_of_its_own(
+def test_every_frame_is_regenerated_on_its_own_with_its_own_noise(
     small_model: AnimateDiffModel, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ def test_every_frame_is_regenerated_alone_with_a_noise_of_its_own(
     assert call["strength"] == 0.15 and call["num_inference_steps"] == 20
     frames = call["noise"][0].transpose(0, 1).flatten(1)
     assert (torch.corrcoef(frames) - torch.eye(len(frames))).abs().max() < 0.4
-    # What a frame becomes depends on no other one: change all but the first, and it stays.
+    # A frame depends on no other frame: changing all others does not change the first.
     other = call["clean"].clone()
     other[:, :, 1:] += 1
     names = ("strength", "per_frame", "num_inference_steps", "guidance_scale")
@@ -56,10 +56,10 @@ def test_every_frame_is_regenerated_alone_with_a_noise_of_its_own(
     assert (one[:, :, 1:] != two[:, :, 1:]).any()
 
 
-def test_both_sides_take_the_same_path(
+def test_both_videos_are_encoded_alike(
     small_model: AnimateDiffModel, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A regeneration that changes nothing leaves no difference at all: no shortcut is left."""
+    """A regeneration that changes nothing leaves both videos equal, so there is no shortcut."""
     original = small_model.sample
 
     def unchanged(context: Any, noise: Tensor, **options: Any) -> Tensor:
@@ -78,7 +78,7 @@ def test_the_chosen_video_is_first_everywhere(small_model: AnimateDiffModel, cli
     assert made(small_model, clip, chosen="clip").source == clip.name
 
 
-def test_it_begins_with_the_sample_that_jitter_begins_with(
+def test_the_chosen_sample_equals_jitters(
     small_model: AnimateDiffModel, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
@@ -94,7 +94,7 @@ def test_it_begins_with_the_sample_that_jitter_begins_with(
     assert torch.equal(seen[0][0], seen[-1][0])
 
 
-def test_strength_changes_the_loser_more_and_more(
+def test_a_higher_strength_changes_the_rejected_video_more(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     def change(strength: float) -> float:
@@ -108,12 +108,12 @@ def test_strength_changes_the_loser_more_and_more(
     "options", [{"strength": 0.0}, {"strength": 0.02}, {"steps": 3}, {"strength": 1.2}]
 )
 def test_a_strength_that_runs_no_step_is_refused(options: dict[str, Any]) -> None:
-    """Running one step all the same would be another strength than the one stated."""
+    """Running one step anyway would apply another strength."""
     with pytest.raises(ValidationError):
         Img2Img(**options)
 
 
-def test_a_clip_that_is_to_win_must_be_there(small_model: AnimateDiffModel) -> None:
+def test_a_chosen_clip_needs_a_video(small_model: AnimateDiffModel) -> None:
     bare = Clip(name="prompt", caption="a red square")
     with pytest.raises(UserError, match=r"--clips DIR.*--set pairs\.chosen=sample"):
         made(small_model, bare, chosen="clip")

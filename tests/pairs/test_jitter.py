@@ -1,4 +1,4 @@
-"""Jitter: the noise that is stated, drawn anew for every frame, and nothing else."""
+"""Jitter: the documented noise, drawn anew for every frame, and no other difference."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_shift_is_uniform_within_a_quarter_and_by_channel() -> None:
     assert shifts.std().item() == pytest.approx(noise / 4 / 3**0.5, rel=0.1)
 
 
-def test_every_frame_channel_and_video_has_a_draw_of_its_own() -> None:
+def test_every_frame_channel_and_video_has_its_own_draw() -> None:
     difference = added(0.05)
     frames = difference.transpose(1, 2).flatten(0, 1).flatten(1)
     correlation = torch.corrcoef(frames) - torch.eye(len(frames))
@@ -49,7 +49,7 @@ def test_every_frame_channel_and_video_has_a_draw_of_its_own() -> None:
     assert len(shifts.unique()) == len(shifts)
 
 
-def test_what_leaves_the_range_is_clipped() -> None:
+def test_pixels_are_clipped_to_their_range() -> None:
     ends = torch.stack([torch.zeros(3, 2, 8, 8), torch.ones(3, 2, 8, 8)])
     noisy = jitter(ends, 0.3, Generator().manual_seed(0))
     assert noisy.min() == 0 and noisy.max() == 1
@@ -57,7 +57,7 @@ def test_what_leaves_the_range_is_clipped() -> None:
     assert (noisy[1] == 1).any() and (noisy[1] < 1).any()
 
 
-def test_the_video_itself_is_left_alone_and_the_seed_decides() -> None:
+def test_the_input_is_unchanged_and_the_seed_determines_the_result() -> None:
     video = GREY.clone()
     assert torch.equal(added(0.05, 1), added(0.05, 1))
     assert not torch.equal(added(0.05, 1), added(0.05, 2))
@@ -65,10 +65,10 @@ def test_the_video_itself_is_left_alone_and_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("chosen", ["sample", "clip"])
-def test_both_videos_take_the_same_path(
+def test_one_call_encodes_both_videos(
     small_model: AnimateDiffModel, clip: Clip, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One call encodes both: same encoder, same precision, same batch."""
+    """The encoder, the precision and the batch are the same."""
     seen: list[Tensor] = []
     original = small_model.encode_videos
 
@@ -98,7 +98,7 @@ def test_the_chosen_video_is_first_everywhere_and_all_may_differ(
     assert real.source == clip.name
 
 
-def test_the_sample_is_the_models_with_the_options_given(
+def test_the_sample_is_drawn_with_the_given_options(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     drawn = [
@@ -111,7 +111,9 @@ def test_the_sample_is_the_models_with_the_options_given(
     assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[3])
 
 
-def test_it_needs_videos_only_when_they_win(small_model: AnimateDiffModel, clip: Clip) -> None:
+def test_videos_are_needed_only_if_they_are_chosen(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
     check_pairs(Jitter(chosen="sample"), small_model, clip=clip)
     check_pairs(Jitter(chosen="clip"), small_model, clip=clip)
     bare = Clip(name="prompt", caption=clip.caption)

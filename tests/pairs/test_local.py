@@ -21,12 +21,14 @@ def made(model: AnimateDiffModel, clip: Clip, seed: int = 0, **options: Any) -> 
     return builder(clip, model, None, Generator().manual_seed(seed))
 
 
-def test_it_keeps_the_contract_for_every_alpha(small_model: AnimateDiffModel, clip: Clip) -> None:
+def test_the_builder_passes_the_contract_for_every_alpha(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
     for alpha in (0.25, 1.0):
         check_pairs(Local(num_inference_steps=4, alphas=(alpha,)), small_model, clip=clip)
 
 
-def test_outside_the_region_the_two_are_equal_to_the_bit(
+def test_outside_the_region_both_videos_are_equal_to_the_bit(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     for seed in range(5):
@@ -37,9 +39,7 @@ def test_outside_the_region_the_two_are_equal_to_the_bit(
         assert 0 < pair.region.mean() < 1
 
 
-def test_the_chosen_video_is_the_clip_through_the_encoder(
-    small_model: AnimateDiffModel, clip: Clip
-) -> None:
+def test_the_chosen_video_is_the_encoded_clip(small_model: AnimateDiffModel, clip: Clip) -> None:
     pair = made(small_model, clip)
     assert clip.video is not None
     assert torch.equal(pair.first, small_model.encode_videos(clip.video[None])[0])
@@ -47,7 +47,7 @@ def test_the_chosen_video_is_the_clip_through_the_encoder(
     assert pair.prompt == clip.caption and pair.source == clip.name
 
 
-def test_alpha_is_drawn_from_the_grid_and_kept_as_the_strength(
+def test_alpha_is_drawn_from_the_grid_and_stored_as_strength(
     small_model: AnimateDiffModel, clip: Clip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
@@ -91,6 +91,6 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
         Local(**options)
 
 
-def test_a_prompt_alone_is_refused(small_model: AnimateDiffModel) -> None:
+def test_a_clip_without_a_video_is_refused(small_model: AnimateDiffModel) -> None:
     with pytest.raises(UserError, match=r"need real videos.*--clips DIR"):
         made(small_model, Clip(name="prompt", caption="a red square"))

@@ -1,4 +1,4 @@
-"""LocalDPO's regions: what is drawn is what the paper's generator draws, always and repeatably."""
+"""LocalDPO's regions follow the distribution of the paper's generator, and draws repeat."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seeded(seed: int = 0) -> Generator:
 
 
 def crossings(outline: Tensor) -> int:
-    """How many pairs of a closed outline's edges cut each other."""
+    """Number of crossings between the edges of a closed outline."""
     start, end = outline.double(), outline.double().roll(-1, dims=0)
 
     def side(a: Tensor, b: Tensor, point: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def test_shrinking_keeps_many_blobs_as_small_as_one() -> None:
     assert mean_area(shrink_share=0) > 2 * one
 
 
-def test_only_the_generator_decides() -> None:
+def test_the_generator_determines_the_region() -> None:
     torch.manual_seed(1)
     first = draw_region(*TINY, seeded(3))
     torch.manual_seed(2)
@@ -82,7 +82,7 @@ def test_only_the_generator_decides() -> None:
     assert not torch.equal(first, draw_region(*TINY, seeded(4)))
 
 
-def test_still_regions_stand_and_moving_ones_move() -> None:
+def test_still_regions_do_not_move_and_moving_ones_do() -> None:
     for seed in range(20):
         still = draw_region(*PAPER, seeded(seed), STILL)
         assert torch.equal(still, still[:, :1].expand_as(still))
@@ -100,7 +100,7 @@ def test_about_half_of_the_single_blobs_move() -> None:
     assert 0.4 < sum(moves) / len(moves) < 0.6
 
 
-def test_a_moving_blob_goes_a_few_pixels_a_frame() -> None:
+def test_a_moving_blob_moves_a_few_pixels_per_frame() -> None:
     drift = RegionOptions(max_blobs=1, moving_share=1, scale_share=0, turn_share=0)
     centres = torch.stack([torch.arange(480.0)[:, None].expand(480, 720),
                            torch.arange(720.0).expand(480, 720)])  # fmt: skip
@@ -115,7 +115,7 @@ def test_a_moving_blob_goes_a_few_pixels_a_frame() -> None:
         assert float(num_inference_steps.max()) < 10
 
 
-def test_reading_off_at_cells_equals_the_nearest_pixel() -> None:
+def test_filling_cells_equals_taking_the_nearest_pixel() -> None:
     for seed in range(5):
         # Cells of 5 pixels: their centres are centres of pixels.
         coarse = draw_region((3, 60, 90), (300, 450), seeded(seed))
@@ -142,7 +142,7 @@ def test_filling_follows_the_even_odd_rule() -> None:
     filled = fill(torch.stack([square, square.flip(0)]), 5, 6)
     assert torch.equal(filled[0], expected)
     assert torch.equal(filled[1], expected)
-    # What lies off the grid is cut off, not wrapped around.
+    # Parts outside the grid are cut off, not wrapped around.
     assert torch.equal(fill((square - 2)[None], 5, 6)[0, :1, :2], torch.ones(1, 2).bool())
     assert not fill((square + 100)[None], 5, 6).any()
 

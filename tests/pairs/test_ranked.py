@@ -1,4 +1,4 @@
-"""Ranked: who beats most wins, who loses most loses, and a tie is no preference."""
+"""Ranked: the pair is the best and the worst sample; equal samples are a tie."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HALVES = [slice(0, 2), slice(2, 4)]
 
 
 class Fixed(Labeler):
-    """Says what is written for two videos, which carry their number in every pixel."""
+    """Returns given labels for two videos, whose pixels hold their number."""
 
     says: Mapping[str, tuple[float, ...]]
     """Labels by "one-other"."""
@@ -45,7 +45,7 @@ def made(
 
 
 class Undecided(Labeler):
-    """Never prefers any."""
+    """Labels every segment a tie."""
 
     def __call__(
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
@@ -53,11 +53,13 @@ class Undecided(Labeler):
         return torch.zeros(len(prompts), len(segments))
 
 
-def test_it_keeps_the_contract(small_model: AnimateDiffModel, clip: Clip) -> None:
+def test_the_builder_passes_the_contract(small_model: AnimateDiffModel, clip: Clip) -> None:
     check_pairs(Ranked(samples=2), small_model, clip=clip, labeler=Brighter())
 
 
-def test_the_brightest_wins_against_the_darkest(small_model: AnimateDiffModel, clip: Clip) -> None:
+def test_the_pair_is_the_best_and_the_worst_sample(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
     """With one whole segment, the labeler's order is the videos' brightness."""
     generator = Generator().manual_seed(0)
     noises = torch.randn(5, *small_model.latent_shape, generator=generator)
@@ -72,15 +74,15 @@ def test_the_brightest_wins_against_the_darkest(small_model: AnimateDiffModel, c
     assert pair.prompt == clip.caption and pair.strength == 0
 
 
-def test_a_meeting_goes_to_the_majority_and_not_to_the_sum() -> None:
+def test_the_majority_of_segments_decides_a_comparison() -> None:
     says = {"0-1": (1.0, 1.0, -1.0), "0-2": (0.1, 0.1, -1.0), "1-2": (0.0, 0.0, 0.0)}
     standing = rank(numbered(3), "", Fixed(says=says), [*HALVES, HALVES[0]])
     assert [won for won, _ in standing] == [2, -1, -1]
     assert [total for _, total in standing] == pytest.approx([0.2, -1.0, 0.8])
 
 
-def test_equals_are_told_apart_by_the_sum_of_their_labels() -> None:
-    """Each beats one and loses to one; who won by more stands before."""
+def test_the_sum_of_labels_breaks_equal_counts() -> None:
+    """Each sample wins one comparison and loses one; the sums of their labels order them."""
     circle = {"0-1": (0.2, 0.2), "1-2": (1.0, 1.0), "0-2": (-0.5, -0.5)}
     standing = rank(numbered(3), "", Fixed(says=circle), HALVES)
     assert [won for won, _ in standing] == [0, 0, 0]
@@ -90,7 +92,7 @@ def test_equals_are_told_apart_by_the_sum_of_their_labels() -> None:
     assert len(set(rank(numbered(3), "", Fixed(says=even), HALVES))) == 1
 
 
-def test_where_all_are_equal_the_pair_is_a_tie_of_two_videos(
+def test_equal_samples_are_a_tie_of_two_different_videos(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     pair = made(small_model, clip, Undecided(), samples=3)
@@ -98,7 +100,7 @@ def test_where_all_are_equal_the_pair_is_a_tie_of_two_videos(
     assert not torch.equal(pair.first, pair.second)
 
 
-def test_every_sample_has_a_noise_of_its_own_and_more_do_not_change_the_first(
+def test_every_sample_has_its_own_noise_whatever_their_number(
     small_model: AnimateDiffModel, clip: Clip
 ) -> None:
     firsts = [made(small_model, clip, Undecided(), samples=count) for count in (2, 4)]
@@ -106,9 +108,7 @@ def test_every_sample_has_a_noise_of_its_own_and_more_do_not_change_the_first(
     assert not torch.equal(firsts[0].second, firsts[1].second)
 
 
-def test_a_prompt_is_enough_and_a_labeler_is_needed(
-    small_model: AnimateDiffModel, clip: Clip
-) -> None:
+def test_ranked_needs_a_labeler_but_no_video(small_model: AnimateDiffModel, clip: Clip) -> None:
     bare = Clip(name="prompt", caption=clip.caption)
     one, two = (made(small_model, of, Brighter(), samples=2) for of in (bare, clip))
     assert torch.equal(one.first, two.first)
