@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 DEMO := runs/demo
 
-.PHONY: help setup demo test test-oldest check format audit tiny clean
+.PHONY: help setup demo test test-oldest check gpu format audit tiny clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -52,6 +52,9 @@ test-oldest: $(OLDEST)/.installed ## Nearly all tests on the oldest libraries al
 	$(OLDEST)/bin/python -m pytest -W default --numprocesses 2 --dist loadfile --benchmark-disable \
 	    --ignore tests/test_supply.py \
 	    --deselect tests/test_train.py::test_it_starts_at_zero_margin_and_learns
+
+gpu: ## Tests and measurements that need a CUDA GPU, with the Python on the path (about 8 minutes)
+	$(PYTHON) -m benchmarks.gpu
 
 format: setup ## Put the code into shape
 	$(BIN)/ruff check --fix .

@@ -17,6 +17,7 @@ import json
 import platform
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import diffusers
@@ -31,7 +32,10 @@ from dpo_video.estimation.modes import BACKWARDS, CHECKPOINTINGS, MemoryMode
 from dpo_video.estimation.results import GIB, Estimate
 from dpo_video.estimation.tiers import find_tier, tiers
 from dpo_video.estimation.tracing import DTYPES, empty_pairs, give_tensors
-from dpo_video.memory.blocks import checkpoint_blocks
+from dpo_video.loss.global_ import Global
+from dpo_video.memory.modes import apply_memory_modes
+from dpo_video.memory.offload import HostAdamW
+from dpo_video.memory.packed_weights import pack_frozen_weights
 from dpo_video.memory.peak import peak_bytes
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference
@@ -123,7 +127,7 @@ def check(case: str, device: torch.device) -> list[dict[str, Any]]:
     return [
         {
             "case": case,
-            **compare(predicted, need.mode, backbone, references, loss, settings, device),
+            **compare(predicted, need.mode, backbone, loss, settings, device),
         }
         for need in predicted.estimates
         if need.mode.checkpointing in CHECKPOINTINGS and need.mode.backward in BACKWARDS
@@ -134,45 +138,75 @@ def compare(
     predicted: Estimate,
     mode: MemoryMode,
     backbone: Backbone,
-    references: dict[str, Reference],
     loss: Loss,
     settings: TrainSettings,
     device: torch.device,
 ) -> dict[str, Any]:
     need = predicted.for_mode(mode)
     assert need is not None
-    try:
-        measured = measure(backbone, references[mode.reference], loss, settings, mode, device)
-    except torch.OutOfMemoryError:
-        measured = {"out_of_memory": True}
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    peak = measured.get("bytes")
+    found = measured(backbone, settings, mode, device, loss=loss)
+    peak = found.get("bytes")
     return {
         **mode.model_dump(),
         "predicted": need.tensors,
         "predicted_card": need.total,
-        **measured,
+        **found,
         "error": None if peak is None else need.tensors / peak - 1,
     }
 
 
-def measure(
+def measured(
     backbone: Backbone,
-    reference: Reference,
-    loss: Loss,
     settings: TrainSettings,
     mode: MemoryMode,
     device: torch.device,
+    *,
+    loss: Loss | None = None,
+    compiled: bool = False,
+    seconds: float = 3.0,
 ) -> dict[str, Any]:
-    """Two steps on random weights."""
+    """`measure`, then empty the memory; only `out_of_memory` if the mode does not fit."""
+    try:
+        return measure(
+            backbone, settings, mode, device, loss=loss or Global(), compiled=compiled,
+            seconds=seconds,
+        )  # fmt: skip
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure(
+    backbone: Backbone,
+    settings: TrainSettings,
+    mode: MemoryMode,
+    device: torch.device,
+    *,
+    loss: Loss,
+    compiled: bool,
+    seconds: float,
+) -> dict[str, Any]:
+    """Optimizer steps on random weights: one to create AdamW's state, then as many as fit.
+
+    Args:
+        backbone: The model family and the size of its videos.
+        settings: Rank, precision, batch size and accumulation.
+        mode: The memory mode.
+        device: Where to run; on a CPU the bytes of tensors are counted in one step.
+        loss: The loss.
+        compiled: Also run with memory.compile.
+        seconds: Steps are repeated for about so long, at least once.
+    """
     dtype = DTYPES[settings.mixed_precision]
     model = backbone.load(Placement(device, dtype, on_meta=True))
     prompt = model.prompt_shapes()
     assert prompt is not None
     with torch.device("meta"):
         policy = adapt(model, settings, seed=0)
+        reference: Reference = registry.load("reference", mode.reference)()  # type: ignore[assignment]
         reference_model = reference.attach(policy)
     with reference_model.network() as network:
         for each in (policy, network):
@@ -180,8 +214,11 @@ def measure(
             for tensor in (*each.parameters(), *each.buffers()):
                 if tensor.is_floating_point():
                     tensor.data.normal_(std=0.02)
-    if mode.checkpointing == "blocks":
-        checkpoint_blocks(policy)
+    on_host = "blocks" in mode.offload
+    if on_host or mode.quantization != "native":
+        pack_frozen_weights(policy, device, mode.quantization, on_host=on_host)
+    update = {"compile": "on" if compiled else "off"}
+    apply_memory_modes(policy, mode.memory.model_copy(update=update))
     step = Step(
         model=model,
         policy=policy,
@@ -190,7 +227,8 @@ def measure(
         mode=mode.backward,
         autocast=lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     )
-    optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
+    kind = HostAdamW if "optimizer" in mode.offload else torch.optim.AdamW
+    optimizer = kind(p for p in policy.parameters() if p.requires_grad)
     batch, noise, timestep = empty_pairs(model, prompt, settings.batch_size, dtype)
     noise.normal_()
 
@@ -201,22 +239,27 @@ def measure(
     if device.type == "cpu":
         own = [network] if network is not policy else []
         return {"bytes": peak_bytes(accumulate, networks=[policy, *own], optimizer=optimizer).total}
-    accumulate()
-    optimizer.step()
-    optimizer.zero_grad()
-    torch.cuda.synchronize()
+
+    def optimize() -> float:
+        began = time.perf_counter()
+        accumulate()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    first = optimize()
     torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    accumulate()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - began) / (
-        settings.gradient_accumulation_steps * settings.batch_size
-    )
-    optimizer.step()
+    times = [optimize()]
+    while sum(times) < seconds and len(times) < 50:
+        times.append(optimize())
+    pairs = settings.gradient_accumulation_steps * settings.batch_size
     return {
         "bytes": torch.cuda.max_memory_allocated(),
         "reserved": torch.cuda.max_memory_reserved(),
-        "seconds_per_pair": seconds,
+        "first_step_seconds": first,
+        "steps": len(times),
+        "seconds_per_pair": median(times) / pairs,
     }
 
 

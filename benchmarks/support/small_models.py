@@ -31,11 +31,15 @@ from dpo_video.strategies import VideoModel
 from dpo_video.types import Placement
 
 
-def tiny(folder: Path, device: torch.device, quick: bool) -> VideoModel:
-    return Tiny().load(Placement(device))
+def tiny(
+    folder: Path, device: torch.device, quick: bool, dtype: torch.dtype = torch.float32
+) -> VideoModel:
+    return Tiny().load(Placement(device, dtype))
 
 
-def small_wan(folder: Path, device: torch.device, quick: bool) -> VideoModel:
+def small_wan(
+    folder: Path, device: torch.device, quick: bool, dtype: torch.dtype = torch.float32
+) -> VideoModel:
     """Wan's classes with random weights: 1280 tokens of 384 channels in 4 layers.
 
     Wide enough for matrix products to dominate a layer's time, as at full size: with 320 tokens of
@@ -66,10 +70,12 @@ def small_wan(folder: Path, device: torch.device, quick: bool) -> VideoModel:
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     size = 32 if quick else 256
     options = Wan(model=str(folder), frames=17, height=size, width=size, text_length=64)
-    return options.load(Placement(device))
+    return options.load(Placement(device, dtype))
 
 
-def small_cogvideox(folder: Path, device: torch.device, quick: bool) -> VideoModel:
+def small_cogvideox(
+    folder: Path, device: torch.device, quick: bool, dtype: torch.dtype = torch.float32
+) -> VideoModel:
     """CogVideoX's classes with random weights: 1280 tokens of 384 channels in 4 layers."""
     torch.manual_seed(0)
     heads, layers, width = (2, 1, 16) if quick else (6, 4, 64)
@@ -102,4 +108,4 @@ def small_cogvideox(folder: Path, device: torch.device, quick: bool) -> VideoMod
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline"}))
     size = 32 if quick else 256
     options = CogVideoX(model=str(folder), frames=17, height=size, width=size)
-    return options.load(Placement(device))
+    return options.load(Placement(device, dtype))

@@ -1,0 +1,314 @@
+"""Everything that needs a GPU, in one command: `make gpu`.
+
+    python -m benchmarks.gpu                     # on a GPU; about 8 minutes on an H100
+    python -m benchmarks.gpu --part memory       # one part (repeatable)
+    python -m benchmarks.gpu --rehearse          # every part on a CPU, with small models
+
+Parts: `tests` (tests/gpu), `demo` (train and evaluate `tiny` by the command line; compare with the
+CPU's result), `memory` (measured against predicted peaks and the time of a step, for AnimateDiff
+and Wan2.1-1.3B at full size with random weights), `compile` (time of compiled steps), `metrics`
+(time of the metrics). Each runs in its own process with a time limit, and its result is written as
+soon as it exists, so that a failure loses nothing else. Results: gpu.json, with the card's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "0.1.0"
+REPOSITORY = Path(__file__).parents[1]
+# Together: parts whose times are not reported. Then the others, one at a time.
+TOGETHER = ("tests", "demo")
+ALONE = ("memory animatediff", "memory wan-1.3b", "metrics", "compile wan-1.3b",
+         "compile animatediff")  # fmt: skip
+LIMITS = {"tests": 160, "demo": 160, "memory animatediff": 90, "memory wan-1.3b": 150,
+          "metrics": 45, "compile wan-1.3b": 100, "compile animatediff": 150}  # fmt: skip
+"""Seconds."""
+
+
+def part_tests(out: Path, rehearse: bool) -> dict[str, Any]:
+    """The tests of tests/gpu."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if rehearse:
+        environment["DPO_VIDEO_TEST_DEVICE"] = "cpu"
+    report = out / "tests.xml"
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider",
+               "-W", "default", f"--junitxml={report}", "--durations", "5"]  # fmt: skip
+    if not rehearse:
+        command += ["--numprocesses", "4"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True,
+                          check=False)  # fmt: skip
+    (out / "tests.log").write_text(done.stdout + done.stderr)
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"summary": lines[-1] if lines else done.stderr[-500:], "failed": failed}
+
+
+def part_demo(out: Path, rehearse: bool) -> dict[str, Any]:
+    """`make demo` on the GPU, in each precision; headline and seconds."""
+    found = {}
+    for precision in ("no",) if rehearse else ("no", "bf16", "fp16"):
+        run = out / f"demo-{precision}"
+        count, steps, seeds = ("3", "2", "2") if rehearse else ("24", "40", "12")
+        began = time.perf_counter()
+        device = ["--device", "cpu" if rehearse else "cuda"]
+        command(
+            "train", "--pairs", "local", "--loss", "region", "--out", str(run), "--count", count,
+            "--steps", steps, "--set", "train.batch_size=3", *device,
+            "--set", "train.gradient_accumulation_steps=1", "--set", "train.learning_rate=3e-4",
+            "--set", f"train.save_steps={steps}", "--set", "loss.sft_weight=1000",
+            "--set", f"train.mixed_precision={precision}",
+        )  # fmt: skip
+        trained = time.perf_counter()
+        command("evaluate", str(run), "--seeds", seeds, *device)
+        evaluated = time.perf_counter()
+        report = json.loads((run / "evaluation" / "evaluation.json").read_text())
+        found[precision] = {
+            "train_seconds": trained - began,
+            "evaluate_seconds": evaluated - trained,
+            "metrics": summary(report),
+        }
+    return found
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Means and relative change of every metric, with its interval."""
+    keep = ("base_mean", "tuned_mean", "relative", "relative_low", "relative_high")
+    return {row["name"]: {key: row["difference"][key] for key in keep if key in row["difference"]}
+            for row in report["metrics"]}  # fmt: skip
+
+
+def command(*arguments: str) -> None:
+    """Run dpo-video; raise with the end of its output if it fails."""
+    done = subprocess.run([sys.executable, "-m", "dpo_video", *arguments], text=True,
+                          capture_output=True, check=False, cwd=REPOSITORY)  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"dpo-video {arguments[0]}: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+
+
+def part_memory(case: str, rehearse: bool, save: Callable[[Any], None]) -> dict[str, Any]:
+    """Predicted and measured peaks of every mode of memory.json that the card holds."""
+    import torch
+
+    from benchmarks import estimate_check, memory
+    from dpo_video.backbone.tiny import Tiny
+    from dpo_video.estimation.results import GIB, MemoryEstimate
+    from dpo_video.settings import TrainSettings
+
+    device = torch.device("cpu" if rehearse else "cuda")
+    named = {"animatediff": memory.ANIMATEDIFF, "wan-1.3b": memory.WAN}[case]
+    rows = json.loads((RESULTS / "memory.json").read_text())
+    needs = [MemoryEstimate.model_validate(row["need"]) for row in rows if row["model"] == named]
+    needs = [need for need in needs if need.mode.quantization != "nf4"]
+    needs.sort(key=lambda need: need.total)
+    capacity = torch.cuda.get_device_properties(device).total_memory if not rehearse else 64 * GIB
+    backbone, settings = memory.MODELS[named]
+    found: dict[str, Any] = {"rows": []}
+    for need in needs[:2] if rehearse else needs:
+        row: dict[str, Any] = {"mode": str(need.mode), "brief": need.mode.brief()}
+        row |= {"predicted": need.tensors, "predicted_card": need.total, "flops": need.flops}
+        if need.tensors > capacity:
+            row["skipped"] = "predicted not to fit the card"
+        elif rehearse:
+            row["skipped"] = "rehearsal"
+        else:
+            row |= estimate_check.measured(backbone, settings, need.mode, device)
+        found["rows"].append(row)
+        save(found)
+    if not rehearse:
+        found["context"] = estimate_check.context(device)
+    else:
+        found["rows"].append(
+            estimate_check.measured(Tiny(), TrainSettings(rank=4), needs[0].mode, device)
+        )
+    return found
+
+
+def part_metrics(rehearse: bool) -> dict[str, Any]:
+    """Seconds per video of every metric, at AnimateDiff's and Wan's sizes; and one video's value
+    on the GPU and on the CPU."""
+    import torch
+
+    from dpo_video import registry
+    from dpo_video.testing import small_videos
+
+    device = torch.device("cpu" if rehearse else "cuda")
+    sizes = [(5, 64, 64)] if rehearse else [(16, 512, 512), (81, 480, 832)]
+    found: dict[str, Any] = {}
+    for name in ("warp_error", "frame_difference", "dynamic_degree", "sharpness"):
+        metric: Any = registry.load("metric", name)()
+        for size in sizes:
+            videos = small_videos(1, *size).to(device)
+            times = []
+            for _ in range(2 if rehearse else 4):
+                began = time.perf_counter()
+                value = float(metric(videos, [""])[0])
+                times.append(time.perf_counter() - began)
+            row = {"seconds": median(times[1:]), "first": times[0], "value": value}
+            if size == sizes[0]:
+                began = time.perf_counter()
+                row["value_cpu"] = float(metric(videos.cpu(), [""])[0])
+                row["seconds_cpu"] = time.perf_counter() - began
+            found[f"{name}, {'x'.join(map(str, size))}"] = row
+    return found
+
+
+def part_compile(case: str, rehearse: bool) -> dict[str, Any]:
+    """Seconds of a step with blocks checkpointed, eager and compiled."""
+    import torch
+
+    from benchmarks import estimate_check, memory
+    from dpo_video.estimation.modes import MemoryMode
+
+    named = {"animatediff": memory.ANIMATEDIFF, "wan-1.3b": memory.WAN}[case]
+    if rehearse:
+        return {"skipped": "rehearsal; see benchmarks.compiled"}
+    backbone, settings = memory.MODELS[named]
+    mode = MemoryMode(reference="toggle", checkpointing="blocks", backward="linear")
+    device = torch.device("cuda")
+    return {
+        which: estimate_check.measured(backbone, settings, mode, device, compiled=which != "eager")
+        for which in ("eager", "compiled")
+    }
+
+
+def run_part(name: str, out: Path, rehearse: bool) -> None:
+    """Run one part and write its result to a file of its own."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    target = out / f"{name.replace(' ', '-')}.json"
+
+    def save(found: Any) -> None:
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+    kind, _, case = name.partition(" ")
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "tests": lambda: part_tests(out, rehearse),
+        "demo": lambda: part_demo(out, rehearse),
+        "memory": lambda: part_memory(case, rehearse, save),
+        "metrics": lambda: part_metrics(rehearse),
+        "compile": lambda: part_compile(case, rehearse),
+    }
+    save(parts[kind]())
+
+
+def limited(name: str, out: Path, rehearse: bool, limit: float) -> dict[str, Any]:
+    """Run a part in its own process; its result, seconds, and error if it failed."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name, "--out", str(out)]
+    error = None
+    try:
+        done = subprocess.run(
+            command + (["--rehearse"] if rehearse else []), cwd=REPOSITORY, text=True,
+            capture_output=True, timeout=limit, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            error = (done.stdout[-1000:] + done.stderr[-2500:]).strip()
+    except subprocess.TimeoutExpired:
+        error = f"stopped after {limit:.0f} seconds"
+    path = out / f"{name.replace(' ', '-')}.json"
+    found = {"seconds": round(time.perf_counter() - began, 1)}
+    found |= {"result": json.loads(path.read_text())} if path.exists() else {}
+    found |= {"error": error} if error else {}
+    print(f"--- {name}: {json.dumps(found)[:3500]}", flush=True)
+    return found
+
+
+def machine(rehearse: bool) -> dict[str, Any]:
+    """What was measured on."""
+    import torch
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(), "rehearsal": rehearse,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "accelerate")},
+    }  # fmt: skip
+    if not rehearse:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "card": torch.cuda.get_device_name(), "memory": properties.total_memory,
+            "cuda": torch.version.cuda, "rates": rates(),
+        }  # fmt: skip
+    return found
+
+
+def rates() -> dict[str, float]:
+    """Measured ceilings: TFLOP/s of a large bf16 matrix product, GB/s of copies."""
+    import torch
+
+    def seconds(call: Callable[[], object], times: int = 10) -> float:
+        call()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - began) / times
+
+    size = 8192
+    matrix = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    block = torch.randn(2**28, device="cuda")
+    pinned = torch.empty(2**26, pin_memory=True)
+    return {
+        "bf16_tflops": 2 * size**3 / seconds(lambda: matrix @ matrix) / 1e12,
+        "copy_gbytes": 2 * block.nbytes / seconds(lambda: block.clone()) / 1e9,
+        "to_host_gbytes": pinned.nbytes
+        / seconds(lambda: pinned.copy_(block[: 2**26], non_blocking=True))
+        / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--part", action="append", help="only parts that begin with this")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with small models")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.inside:
+        run_part(given.inside, given.out, given.rehearse)
+        return
+    out: Path = given.out or (Path(tempfile.mkdtemp()) if given.rehearse else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp())
+    wanted = tuple(given.part or [""])
+    found: dict[str, Any] = {"machine": machine(given.rehearse), "parts": {}}
+    print(json.dumps(found["machine"]), flush=True)
+
+    def done(name: str, result: dict[str, Any]) -> None:
+        found["parts"][name] = result
+        (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    def run(name: str) -> None:
+        scale = 10 if given.rehearse else 1
+        done(name, limited(name, scratch, given.rehearse, scale * LIMITS[name]))
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(run, [name for name in TOGETHER if name.startswith(wanted)]))
+    for name in ALONE:
+        if name.startswith(wanted):
+            run(name)
+    log = scratch / "tests.log"
+    if log.exists():
+        (out / "gpu_tests.log").write_text(log.read_text())
+    failed = [name for name, part in found["parts"].items() if "error" in part]
+    failed += [n for n, p in found["parts"].items() if p.get("result", {}).get("failed")]
+    print(f"Results: {out}/gpu.json" + (f". Failed: {', '.join(failed)}" if failed else ""))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
