@@ -155,6 +155,9 @@ class EvaluateSettings(Settings):
 
     seeds: int = Field(default=47, ge=2)
     """Number of videos per model, each with its own prompt and seed."""
+    prompts: str | None = None
+    """Text file of evaluation prompts, one per line; cycled if there are fewer than `seeds`.
+    Default: the backbone's."""
     seed: int = Field(default=0, ge=0)
     """First seed of the initial noise; independent of run.seed, so that runs with other seeds
     are evaluated on the same noise."""
@@ -165,7 +168,14 @@ class EvaluateSettings(Settings):
     guidance_scale: float | None = Field(default=None, ge=0)
     """Scale of classifier-free guidance. Default: the backbone's."""
     tolerance: float = Field(default=0.03, ge=0, lt=1)
-    """Largest relative decrease of a motion metric that still counts as keeping the motion."""
+    """Relative loss of a motion or guard metric that still counts as keeping it: the 95% interval
+    must exclude a larger loss."""
+    min_effect: float = Field(default=0.02, ge=0, lt=1)
+    """Relative change of a target metric below which it counts as unchanged."""
+    min_effects: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
+    """The same for single metrics by name: `--set evaluate.min_effects.warp_error=0.05`."""
+    min_prompts: int = Field(default=8, ge=2)
+    """Number of different prompts below which an evaluation gives no verdict."""
 
 
 class RunSettings(Settings):

@@ -87,7 +87,7 @@ def an_evaluation(prompts: list[str], *, still: bool = False, seed: int = 1) -> 
         frames=FRAMES,
         fps=FPS,
         metrics=metrics,
-        tolerance=0.03,
+        min_prompts=8,
         verdict=judge_evaluation(metrics),
         training=tuple(training),
         training_verdict=judge_training(training, steps=60),

@@ -32,7 +32,8 @@ DOCUMENTS = [
 ]
 NAMED = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 OPTION = re.compile(rf"(?:{'|'.join((*config.ENGINES, *registry.KINDS))})(?:\.[a-z_0-9]+)+")
-ANY_KEY = ("labeler.weights", "labeler.options")  # tables whose keys are names of metrics
+# Tables whose keys are names of metrics.
+ANY_KEY = ("labeler.weights", "labeler.options", "evaluate.min_effects")
 # Pages that exist only in the site (docs/_hooks.py).
 GENERATED = re.compile(r"(\.\./)?options/[a-z]+\.md")
 

@@ -456,6 +456,32 @@ def log(bench: Bench) -> Reading:
     return Reading(seeds=[line * 3], damage=mutate.damage_lines, read=read)
 
 
+def run_prompts(bench: Bench) -> Reading:
+    from dpo_video.workflows.runs import PROMPTS, Run
+
+    def read(data: bytes) -> object:
+        (bench.folder / PROMPTS).write_bytes(data)
+        return Run(folder=bench.folder).prompts
+
+    return Reading(seeds=[b'["a square", "a circle"]', b"[]"], damage=mutate.damage_json, read=read)
+
+
+def evaluation_prompts(bench: Bench) -> Reading:
+    from dpo_video.workflows import session
+    from dpo_video.workflows.config import resolve
+
+    path = bench.folder / "prompts.txt"
+    config = resolve(flags={"evaluate.prompts": str(path)})
+
+    def read(data: bytes) -> object:
+        path.write_bytes(data)
+        return session.evaluation_prompts(config)
+
+    return Reading(
+        seeds=["a square\nein Kreis, gr\u00fcn\n".encode()], damage=mutate.damage, read=read
+    )
+
+
 def video(suffix: str) -> Callable[[Bench], Reading]:
     """A video file, read as clips."""
 
@@ -597,6 +623,8 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "adapter config": adapter("adapter_config.json", mutate.damage_json),
     "adapter weights": adapter("adapter_model.safetensors", mutate.damage_safetensors),
     "log.jsonl": log,
+    "training prompts": run_prompts,
+    "evaluation prompts": evaluation_prompts,
     "mp4": video(".mp4"),
     "gif": video(".gif"),
     "webm": video(".webm"),

@@ -12,6 +12,8 @@ from dpo_video.cli.options import (
     CHECKPOINT,
     DETERMINISTIC,
     DEVICE,
+    EVALUATION_PROMPTS,
+    JUDGING,
     METRICS,
     RUN,
     SEEDS,
@@ -21,7 +23,7 @@ from dpo_video.cli.options import (
 )
 
 
-@takes(SEEDS, METRICS, SET, DEVICE, DETERMINISTIC, CHECKPOINT)
+@takes(SEEDS, EVALUATION_PROMPTS, METRICS, JUDGING, SET, DEVICE, DETERMINISTIC, CHECKPOINT)
 def evaluate(
     options: dict[str, Any],
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],

@@ -114,6 +114,26 @@ SEEDS: Flags = {
         int | None, "--seeds", "Number of videos of each model, one seed per video.", RUN, min=2
     ),
 }
+JUDGING: Flags = {
+    "min_effect": _flag(
+        float | None, "--min-effect", "Least relative change of a target that counts.", RUN, min=0
+    ),
+    "tolerance": _flag(
+        float | None,
+        "--tolerance",
+        "Relative loss of motion or of a guard that still counts as keeping it.",
+        RUN,
+        min=0,
+    ),
+    "min_prompts": _flag(
+        int | None, "--min-prompts", "Number of prompts that a verdict needs.", RUN, min=2
+    ),
+}
+EVALUATION_PROMPTS: Flags = {
+    "prompts": _flag(
+        str | None, "--prompts", "Text file of evaluation prompts, one per line.", RUN
+    ),
+}
 CHECKPOINT: Flags = {
     "checkpoint": _flag(
         int | None, "--checkpoint", "Step of the checkpoint; by default the last one.", RUN

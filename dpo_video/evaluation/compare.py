@@ -33,7 +33,9 @@ class Cell(Record):
     training: str
     """The training's state in a word: healthy, saturated, ..."""
     metrics: tuple[MetricResult, ...]
-    tolerance: float
+    prompts: tuple[str, ...]
+    """The prompt of each video."""
+    min_prompts: int
 
     @classmethod
     def of(cls, recipe: str, seed: int, evaluation: Evaluation) -> Cell:
@@ -46,7 +48,8 @@ class Cell(Record):
             seconds=reports[-1].seconds if reports else 0.0,
             training=verdict.state.value if verdict else "unknown",
             metrics=evaluation.metrics,
-            tolerance=evaluation.tolerance,
+            prompts=evaluation.prompts,
+            min_prompts=evaluation.min_prompts,
         )
 
 
@@ -61,7 +64,7 @@ class Row(Record):
     training: tuple[str, ...]
     """State of the training with each seed."""
     metrics: tuple[MetricResult, ...]
-    """The tuned value of a video is its mean over the seeds; intervals are over the videos."""
+    """The tuned value of a video is its mean over the seeds; intervals cover prompts and seeds."""
     by_seed: dict[str, tuple[float | None, ...]]
     """Metric to its relative change with each seed."""
     verdict: EvaluationVerdict
@@ -169,7 +172,7 @@ class Comparison(Record):
                 name=row.recipe,
                 x=_spread(row.metrics[index[Role.MOTION]].difference),
                 y=_spread(row.metrics[index[Role.TARGET]].difference),
-                hollow=any(m.worsened for m in row.metrics if m.role is Role.GUARD),
+                hollow=any(m.lost for m in row.metrics if m.role is Role.GUARD),
             )
             for row in self.rows
         ]
@@ -241,10 +244,13 @@ def _row(cells: Sequence[Cell]) -> Row:
             MetricResult.measured(
                 first.name,
                 first.base,
-                np.mean([result.tuned for result in results], axis=0).tolist(),
+                *(result.tuned for result in results),
                 unit=first.unit,
                 higher_is_better=first.higher_is_better,
                 role=first.role,
+                prompts=cells[0].prompts,
+                min_effect=first.min_effect,
+                tolerance=first.tolerance,
             )
         )
     return Row(
@@ -258,7 +264,7 @@ def _row(cells: Sequence[Cell]) -> Row:
             metric.name: tuple(cell.metrics[i].difference.relative for cell in cells)
             for i, metric in enumerate(pooled)
         },
-        verdict=judge_evaluation(pooled, tolerance=cells[0].tolerance),
+        verdict=judge_evaluation(pooled, min_prompts=cells[0].min_prompts),
     )
 
 

@@ -100,8 +100,7 @@ def measure(
         sets.append(torch.cat(batches))
     base, tuned = sets
     found = [
-        _measure(name, metric, base, tuned, prompts, settings.batch_size)
-        for name, metric in metrics.items()
+        _measure(name, metric, base, tuned, prompts, settings) for name, metric in metrics.items()
     ]
     results = tuple(each for each in found if isinstance(each, MetricResult))
     left_out = tuple(each for each in found if isinstance(each, LeftOut))
@@ -112,10 +111,17 @@ def measure(
 
 
 def _measure(
-    name: str, metric: Metric, base: Videos, tuned: Videos, prompts: Sequence[str], batch: int
+    name: str,
+    metric: Metric,
+    base: Videos,
+    tuned: Videos,
+    prompts: Sequence[str],
+    settings: EvaluateSettings,
 ) -> MetricResult | LeftOut:
     try:
-        before, after = (metric_values(metric, videos, prompts, batch) for videos in (base, tuned))
+        before, after = (
+            metric_values(metric, videos, prompts, settings.batch_size) for videos in (base, tuned)
+        )
     except UserError:
         raise
     except Exception as error:
@@ -137,6 +143,9 @@ def _measure(
         unit=metric.unit,
         higher_is_better=metric.higher_is_better,
         role=Role(metric.role),
+        prompts=prompts,
+        min_effect=settings.min_effects.get(name, settings.min_effect),
+        tolerance=settings.tolerance,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from dpo_video.evaluation import charts
 from dpo_video.evaluation.rendering import asset
 from dpo_video.evaluation.verdict import MetricResult, Role
-from dpo_video.support.formatting import brief
+from dpo_video.support.formatting import apart, brief
 from dpo_video.training.diagnosis import WINDOW
 from dpo_video.training.report import StepReport
 
@@ -26,7 +26,6 @@ def page_context(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    tolerance: float,
     training: Sequence[StepReport] = (),
     videos: Sequence[tuple[bytes, bytes]] = (),
 ) -> dict[str, Any]:
@@ -36,7 +35,6 @@ def page_context(
         metrics: The results.
         prompts: One prompt per video.
         seeds: One seed per prompt.
-        tolerance: Largest relative fall of the motion that counts as keeping it.
         training: The reports of the training's steps.
         videos: mp4 (h264) of base and tuned model, one pair per prompt in the order of the prompts;
             empty leaves the videos out.
@@ -55,7 +53,7 @@ def page_context(
         "img-src data:; media-src data:; base-uri 'none'; form-action 'none'",
         "style": asset("evaluation.css"),
         "script": script,
-        "rows": [_row(metric, reach, tolerance) for metric in metrics],
+        "rows": [_row(metric, reach) for metric in metrics],
         "reach": reach,
         "cards": cards,
         "hero": _typical(cards),
@@ -83,12 +81,14 @@ def training_context(reports: Sequence[StepReport]) -> dict[str, Any]:
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     metric: MetricResult
+    base: str
+    tuned: str
     sign: str
     word: str
     interval: dict[str, float] | None
     """Positions in the drawing of the interval; None without a relative change."""
     limit: float | None
-    """Position of the tolerance; for metrics of motion only."""
+    """Position of a target's least effect, or of the tolerance of motion and guards."""
 
 
 def _reach(metrics: Sequence[MetricResult]) -> float:
@@ -103,7 +103,7 @@ def _reach(metrics: Sequence[MetricResult]) -> float:
     return next((step for step in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5) if largest <= step), 1.0)
 
 
-def _row(metric: MetricResult, reach: float, tolerance: float) -> _Row:
+def _row(metric: MetricResult, reach: float) -> _Row:
     sign, word = metric.mark
     change = metric.difference
     interval, limit = None, None
@@ -112,9 +112,12 @@ def _row(metric: MetricResult, reach: float, tolerance: float) -> _Row:
         interval = charts.interval(
             change.relative_low, change.relative, change.relative_high, reach
         )
-        if metric.role is Role.MOTION:
-            limit = charts.mark(-tolerance, reach)
-    return _Row(metric=metric, sign=sign, word=word, interval=interval, limit=limit)
+        gain = metric.min_effect if metric.role is Role.TARGET else -metric.tolerance
+        limit = charts.mark(gain if metric.higher_is_better else -gain, reach)
+    base, tuned = apart(change.base_mean, change.tuned_mean)
+    return _Row(
+        metric=metric, base=base, tuned=tuned, sign=sign, word=word, interval=interval, limit=limit
+    )
 
 
 # --- the videos ------------------------------------------------------------------------------
@@ -123,8 +126,8 @@ def _row(metric: MetricResult, reach: float, tolerance: float) -> _Row:
 @dataclass(frozen=True, kw_only=True)
 class _Score:
     label: str
-    base: float
-    tuned: float
+    base: str
+    tuned: str
     sign: str
     word: str
     gain: float
@@ -177,7 +180,8 @@ def _score(metric: MetricResult, index: int) -> _Score:
     sign, word = ("\N{BLACK UP-POINTING TRIANGLE}", "better") if gain > 0 else ("", "equal")
     if gain < 0:
         sign, word = "\N{BLACK DOWN-POINTING TRIANGLE}", "worse"
-    return _Score(label=metric.label, base=base, tuned=tuned, sign=sign, word=word, gain=gain)
+    before, after = apart(base, tuned)
+    return _Score(label=metric.label, base=before, tuned=after, sign=sign, word=word, gain=gain)
 
 
 # --- charts ----------------------------------------------------------------------------------
@@ -207,7 +211,7 @@ def _differences(metric: MetricResult, cards: Sequence[_Card]) -> _Figure:
     labels = []
     for card in order:
         score = scores[card.number]
-        values = f"{brief(score.base)} to {brief(score.tuned)}"
+        values = f"{score.base} to {score.tuned}"
         title = f"{card.number}. {card.prompt}: {values}"
         labels.append({"number": card.number, "word": score.word, "title": title})
     return _Figure(

@@ -14,13 +14,14 @@ from rich.text import Text
 from dpo_video.errors import UserError, first_fault, unknown
 from dpo_video.evaluation.rendering import templates
 from dpo_video.evaluation.report import page_context
-from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult
-from dpo_video.support.formatting import brief, html_table, percent
+from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, rules
+from dpo_video.support.formatting import apart, brief, html_table, percent
 from dpo_video.support.statistics import Record
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.training.report import StepReport
 
 _JSON, _PAGE, _VIDEOS = "evaluation.json", "index.html", "videos"
+_SHORT = {"no clear change": "unclear", "not shown to be kept": "unclear"}
 _HEADER = ("metric", "better", "base", "tuned", "change", "95% interval", "result")
 
 
@@ -36,12 +37,14 @@ class Evaluation(Record):
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     """One seed per prompt."""
+    trained_prompts: tuple[str, ...] = ()
+    """Those of the prompts that are also prompts of the training pairs."""
     frames: int = Field(ge=1)
     """Frames per video."""
     fps: float = Field(gt=0)
     metrics: tuple[MetricResult, ...]
-    tolerance: float
-    """Largest relative fall of the motion that counts as keeping it."""
+    min_prompts: int
+    """Number of prompts that a verdict needs."""
     verdict: EvaluationVerdict
     training: tuple[StepReport, ...] = ()
     training_verdict: TrainingVerdict | None = None
@@ -136,6 +139,21 @@ class Evaluation(Record):
 
     # --- as data and for a person ------------------------------------------------------------
 
+    @property
+    def sample(self) -> str:
+        """What was evaluated, as a sentence."""
+        videos, prompts = len(self.prompts), len(set(self.prompts))
+        different = f" of {prompts} different prompts" if prompts < videos else ""
+        return (
+            f"{videos} videos{different} from each model, from the same prompts and seeds; 95% "
+            "intervals of the paired difference."
+        )
+
+    @property
+    def rules(self) -> str:
+        """The thresholds of the verdict, in words."""
+        return rules(self.metrics, self.min_prompts)
+
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as JSON-ready data."""
         return self.model_dump(mode="json")
@@ -144,8 +162,7 @@ class Evaluation(Record):
         """The metrics as a table for the terminal, below the verdict."""
         table = Table(
             title=Text(self.verdict.headline, style="bold"),
-            caption=f"{len(self.prompts)} videos of each model, same prompts and seeds; 95% "
-            "bootstrap intervals of the paired difference",
+            caption=f"{self.sample} {self.rules}",
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),  # fits 80 columns
             pad_edge=False,
@@ -154,9 +171,11 @@ class Evaluation(Record):
         )
         for i, header in enumerate(_HEADER):
             table.add_column(header, justify="right" if 2 <= i < 6 else "left", no_wrap=True)
-        styles = {"better": "green", "worse": "red", "no clear change": "dim"}
+        styles = {"better": "green", "worse": "red", "kept": "green"}
         for metric, cells in zip(self.metrics, self._cells(), strict=True):
-            table.add_row(*map(Text, cells[:-1]), Text(cells[-1], style=styles[metric.mark[1]]))
+            table.add_row(
+                *map(Text, cells[:-1]), Text(cells[-1], style=styles.get(metric.mark[1], "dim"))
+            )
         return table
 
     def page(self, path: Path | str) -> Path:
@@ -181,14 +200,14 @@ class Evaluation(Record):
             self.metrics,
             self.prompts,
             self.seeds,
-            tolerance=self.tolerance,
             training=self.training,
             videos=videos,
         )
         return templates().get_template("evaluation.html.j2").render(evaluation=self, **context)
 
     def _repr_html_(self) -> str:
-        return html_table(_HEADER, self._cells(), caption=self.verdict.headline)
+        caption = f"{self.verdict.headline} {self.rules}"
+        return html_table(_HEADER, self._cells(), caption=caption)
 
     def _cells(self) -> list[list[str]]:
         cells = []
@@ -196,15 +215,16 @@ class Evaluation(Record):
             change = metric.difference
             sign, word = metric.mark
             relative = change.relative is not None
+            before, after = apart(change.base_mean, change.tuned_mean)
             cells.append(
                 [
                     metric.label,
                     "higher" if metric.higher_is_better else "lower",
-                    brief(change.base_mean),
-                    brief(change.tuned_mean),
+                    before,
+                    after,
                     percent(change.relative) if relative else brief(change.difference),
                     metric.interval_text,
-                    f"{sign} {word}".replace("no clear change", "unclear"),
+                    f"{sign} {_SHORT.get(word, word)}",
                 ]
             )
         return cells

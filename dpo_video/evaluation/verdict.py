@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-from dpo_video.support.formatting import brief, percent
+import numpy as np
+
+from dpo_video.support.formatting import apart, brief, limit, percent
 from dpo_video.support.statistics import PairedDifference, Record, paired_difference
 
-FEW = 10
-"""Number of videos below which a bootstrap interval of skewed values covers less than 90%."""
+MIN_PROMPTS = 8
+"""Number of prompts below which there is no verdict."""
+MIN_EFFECT = 0.02
+"""Relative change below which a target counts as unchanged."""
+TOLERANCE = 0.03
+"""Relative loss of motion or of a guard that still counts as keeping it."""
+FEW = 16
+"""Number of prompts below which an interval of very skewed values covers less than 93%."""
+BETTER = ("\N{BLACK UP-POINTING TRIANGLE}", "better")
+WORSE = ("\N{BLACK DOWN-POINTING TRIANGLE}", "worse")
+UNCLEAR = ("\N{WHITE CIRCLE}", "no clear change")
+KEPT = ("\N{BLACK CIRCLE}", "kept")
+NOT_SHOWN = ("\N{WHITE CIRCLE}", "not shown to be kept")
 
 
 class Role(StrEnum):
@@ -18,9 +31,9 @@ class Role(StrEnum):
     TARGET = "target"
     """What training should improve."""
     MOTION = "motion"
-    """Amount of motion; it must not fall, or a still picture would be best."""
+    """Amount of motion; it must be kept, or a still picture would be best."""
     GUARD = "guard"
-    """A quality that must not get worse."""
+    """A quality that must be kept."""
 
 
 class MetricResult(Record):
@@ -33,29 +46,49 @@ class MetricResult(Record):
     base: tuple[float, ...]
     """One value per video, in the order of the prompts."""
     tuned: tuple[float, ...]
+    """The mean over the training runs, if there are several."""
     difference: PairedDifference
+    min_effect: float = MIN_EFFECT
+    """Relative change below which a target counts as unchanged."""
+    tolerance: float = TOLERANCE
+    """Relative loss of motion or of a guard that still counts as keeping it."""
 
     @classmethod
     def measured(
         cls,
         name: str,
         base: Sequence[float],
-        tuned: Sequence[float],
-        *,
+        *runs: Sequence[float],
         unit: str,
         higher_is_better: bool,
         role: Role,
-        seed: int = 0,
+        prompts: Sequence[str] | None = None,
+        min_effect: float = MIN_EFFECT,
+        tolerance: float = TOLERANCE,
     ) -> MetricResult:
-        """Compare two sets of values, video by video."""
+        """Compare the base's values with those of the tuned model, video by video.
+
+        Args:
+            name: Name of the metric.
+            base: One value per video.
+            runs: The tuned model's values of the same videos; of each training run, if several.
+            unit: Unit of the values.
+            higher_is_better: Whether a higher value is better.
+            role: What the metric is for.
+            prompts: The prompt of each video; all different if None.
+            min_effect: See the field.
+            tolerance: See the field.
+        """
         return cls(
             name=name,
             unit=unit,
             higher_is_better=higher_is_better,
             role=role,
             base=tuple(base),
-            tuned=tuple(tuned),
-            difference=paired_difference(base, tuned, seed=seed),
+            tuned=tuple(np.mean(runs, axis=0).tolist()),
+            difference=paired_difference(base, runs, prompts=prompts),
+            min_effect=min_effect,
+            tolerance=tolerance,
         )
 
     @property
@@ -83,22 +116,43 @@ class MetricResult(Record):
 
     @property
     def improved(self) -> bool:
-        """Whether the whole interval is on the better side of zero."""
-        return self.difference.low > 0 if self.higher_is_better else self.difference.high < 0
+        """Whether the interval is on the better side of zero and the change is large enough."""
+        low = self.difference.low if self.higher_is_better else -self.difference.high
+        return low > 0 and self._large
 
     @property
     def worsened(self) -> bool:
-        """Whether the whole interval is on the worse side of zero."""
-        return self.difference.high < 0 if self.higher_is_better else self.difference.low > 0
+        """Whether the interval is on the worse side of zero and the change is large enough."""
+        high = self.difference.high if self.higher_is_better else -self.difference.low
+        return high < 0 and self._large
+
+    @property
+    def kept(self) -> bool:
+        """Whether a loss larger than the tolerance is excluded (non-inferiority)."""
+        if (interval := self.relative_interval) is None:
+            return self.difference.low >= 0 if self.higher_is_better else self.difference.high <= 0
+        return (interval[0] if self.higher_is_better else -interval[1]) > -self.tolerance
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is worse by more than the tolerance, and the interval excludes zero."""
+        high = self.difference.high if self.higher_is_better else -self.difference.low
+        relative = self.difference.relative
+        if relative is None:
+            return high < 0
+        return high < 0 and (relative if self.higher_is_better else -relative) < -self.tolerance
 
     @property
     def mark(self) -> tuple[str, str]:
         """A sign and a word for the change, so that colour is never the only cue."""
-        if self.improved:
-            return "\N{BLACK UP-POINTING TRIANGLE}", "better"
-        if self.worsened:
-            return "\N{BLACK DOWN-POINTING TRIANGLE}", "worse"
-        return "\N{WHITE CIRCLE}", "no clear change"
+        if self.role is not Role.TARGET:
+            return WORSE if self.lost else KEPT if self.kept else NOT_SHOWN
+        return BETTER if self.improved else WORSE if self.worsened else UNCLEAR
+
+    @property
+    def _large(self) -> bool:
+        relative = self.difference.relative
+        return relative is None or abs(relative) >= self.min_effect
 
 
 class Outcome(StrEnum):
@@ -110,7 +164,9 @@ class Outcome(StrEnum):
     LESS_FAITHFUL = "less_faithful"
     """Better on the targets, but a guard got worse."""
     UNPROVEN = "unproven"
-    """Better on the targets, but the motion was not measured."""
+    """Better on the targets, but motion or a guard is not shown to be kept, or not measured."""
+    TOO_FEW = "too_few"
+    """Too few prompts for a verdict."""
     MIXED = "mixed"
     """Better on one target, worse on another."""
     NO_CLEAR_CHANGE = "no_clear_change"
@@ -128,19 +184,19 @@ class EvaluationVerdict(Record):
 
 
 def judge_evaluation(
-    metrics: Sequence[MetricResult], *, tolerance: float = 0.03
+    metrics: Sequence[MetricResult], *, min_prompts: int = MIN_PROMPTS, trained_on: int = 0
 ) -> EvaluationVerdict:
     """Judge the metrics together.
 
-    The outcome is "improved" only if three conditions hold: the 95% interval of a target excludes
-    zero on the better side, and no other target's on the worse side; the mean of no motion metric
-    fell by more than `tolerance` (relative); and no guard's interval excludes zero on the worse
-    side. Motion is judged by its mean, since "no significant fall" is easy to reach with few
-    videos.
+    The outcome is "improved" only if three conditions hold: a target's 95% interval excludes zero
+    on the better side, its relative change is at least `min_effect`, and no other target is worse
+    in the same sense; every motion metric is kept; and every guard is kept. "Kept" is a test of
+    non-inferiority: the interval excludes a loss larger than `tolerance`.
 
     Args:
         metrics: At least one with the role of a target.
-        tolerance: Largest relative fall of the motion that counts as keeping it.
+        min_prompts: Number of prompts below which there is no verdict.
+        trained_on: How many of the prompts are also prompts of the training pairs.
 
     Raises:
         ValueError: if there is no target.
@@ -152,37 +208,59 @@ def judge_evaluation(
         raise ValueError("no metric has the role of a target")
     better = [metric for metric in targets if metric.improved]
     worse = [metric for metric in targets if metric.worsened]
-    stiller = [metric for metric in motions if _fell(metric, tolerance)]
-    lost = [metric for metric in guards if metric.worsened]
+    stiller = [metric for metric in motions if metric.lost]
+    unfaithful = [metric for metric in guards if metric.lost]
+    open_ = [metric for metric in (*motions, *guards) if not metric.kept]
     gain = _gain(better)
-    if better and worse:
+    fewest = min(metric.difference.prompts for metric in metrics)
+    if fewest < min_prompts:
+        outcome = Outcome.TOO_FEW
+        headline = _too_few(min(metric.difference.pairs for metric in metrics), fewest, min_prompts)
+    elif better and worse:
         outcome = Outcome.MIXED
         headline = f"Mixed: {_names(better)} improved, but {_names(worse)} got worse."
     elif better and stiller:
         outcome = Outcome.MOVES_LESS
-        also = f" and are less faithful ({_moves(lost)})" if lost else ""
+        also = f" and are less faithful ({_moves(unfaithful)})" if unfaithful else ""
         headline = f"Not improved: the videos are {gain}, but move less{also}."
-    elif better and lost:
+    elif better and unfaithful:
         outcome = Outcome.LESS_FAITHFUL
-        headline = f"Not improved: the videos are {gain}, but less faithful ({_moves(lost)})."
+        headline = f"Not improved: the videos are {gain}, but less faithful ({_moves(unfaithful)})."
     elif better and not motions:
         outcome = Outcome.UNPROVEN
         headline = f"Unproven: the videos are {gain}, but their motion was not measured."
+    elif better and open_:
+        outcome = Outcome.UNPROVEN
+        verb = "is" if len(open_) == 1 else "are"
+        headline = (
+            f"Unproven: the videos are {gain}, but {_names(open_)} {verb} not shown to be kept."
+        )
     elif better:
         outcome = Outcome.IMPROVED
-        risen = [m for m in motions if (m.difference.relative or 0) > tolerance]
-        clearly = any(metric.improved for metric in risen)
-        motion = "more than" if clearly else "no less than" if risen else "as much as"
+        more = any(
+            metric.difference.low > 0 and (metric.difference.relative or 0) > metric.tolerance
+            for metric in motions
+        )
+        motion = "more than" if more else "as much as"
         headline = f"Improved: the videos are {gain} and move {motion} before."
     else:
-        # No gain; then a loss of motion counts only if its interval excludes zero.
-        fallen = [*worse, *lost, *(metric for metric in stiller if metric.worsened)]
+        fallen = [*worse, *stiller, *unfaithful]
         outcome = Outcome.WORSE if fallen else Outcome.NO_CLEAR_CHANGE
         headline = f"Worse: {_moves(fallen)}." if fallen else "No target metric changed clearly."
-    details = [_describe(metric, tolerance) for metric in (*targets, *motions, *guards)]
-    fewest = min(metric.difference.pairs for metric in metrics)
-    if fewest < FEW:
-        details.append(f"With {fewest} videos the intervals are rough; evaluate more (--seeds).")
+    details = [_describe(metric) for metric in (*targets, *motions, *guards)]
+    if min_prompts <= fewest < FEW:
+        details.append(f"With {fewest} prompts the intervals are rough; evaluate more (--seeds).")
+    if (runs := metrics[0].difference.runs) > 1:
+        details.append(f"The intervals cover the prompts and {runs} training seeds.")
+    else:
+        details.append(
+            "The intervals cover the prompts of one training run; another training seed may give "
+            "another change."
+        )
+    if trained_on:
+        details.append(
+            f"{trained_on} of the {fewest} prompts are also prompts of the training pairs."
+        )
     if not guards:
         details.append("No guard metric measured how faithful the videos are.")
     if not motions:
@@ -192,9 +270,37 @@ def judge_evaluation(
     return EvaluationVerdict(outcome=outcome, headline=headline, details=tuple(details))
 
 
-def _fell(metric: MetricResult, tolerance: float) -> bool:
-    relative = metric.difference.relative
-    return relative is not None and relative < -tolerance
+def rules(metrics: Sequence[MetricResult], min_prompts: int) -> str:
+    """The thresholds of `judge_evaluation` in words."""
+    effects = _limits([(m.label, m.min_effect) for m in metrics if m.role is Role.TARGET])
+    kept = _limits([(m.label, m.tolerance) for m in metrics if m.role is not Role.TARGET])
+    text = (
+        "A target is better or worse if its 95% interval excludes zero and it changed by at least "
+        f"{effects}."
+    )
+    if kept:
+        text += f" Motion and guards are kept if the interval excludes a loss of more than {kept}."
+    return f"{text} A verdict needs {min_prompts} prompts."
+
+
+def _limits(values: Sequence[tuple[str, float]]) -> str:
+    """One percentage, or that of each metric where they differ."""
+    if len({value for _, value in values}) == 1:
+        return limit(values[0][1])
+    return ", ".join(f"{limit(value)} ({label})" for label, value in values)
+
+
+def _too_few(videos: int, prompts: int, needed: int) -> str:
+    """What an evaluation lacks for a verdict, and how to get it."""
+    if videos < needed:
+        return (
+            f"No verdict: {prompts} prompts were evaluated, and a verdict needs {needed} or more "
+            f"(--seeds {needed})."
+        )
+    return (
+        f"No verdict: the {videos} videos have {prompts} different prompts, and a verdict needs "
+        f"{needed} or more (--prompts FILE)."
+    )
 
 
 def _gain(better: Sequence[MetricResult]) -> str:
@@ -216,22 +322,33 @@ def _moves(metrics: Sequence[MetricResult]) -> str:
     return ", ".join(parts)
 
 
-def _describe(metric: MetricResult, tolerance: float) -> str:
+def _describe(metric: MetricResult) -> str:
     change = metric.difference
     relative = "" if change.relative is None else f"{percent(change.relative)}, "
     size = f"{relative}95% interval {metric.interval_text}"
+    before, after = apart(change.base_mean, change.tuned_mean)
     direction = "rose" if change.difference > 0 else "fell"
-    values = f"from {brief(change.base_mean)} to {brief(change.tuned_mean)} ({size})"
-    text = f"{metric.label.capitalize()} {direction} {values}"
-    if metric.role is Role.MOTION:
-        if _fell(metric, tolerance):
-            return f"{text}: less motion; the tolerance is {tolerance:.0%}."
-        if (change.relative_low or 0) < -tolerance:
-            return (
-                f"{text}: within the tolerance of {tolerance:.0%}, but {change.pairs} videos "
-                "cannot rule out a larger fall."
-            )
-        return f"{text}: the motion is kept."
+    moved = f"{direction} from {before} to {after}" if before != after else f"stayed at {after}"
+    text = f"{metric.label.capitalize()} {moved} ({size})"
+    if metric.role is Role.TARGET:
+        return f"{text}: {_target_word(metric)}."
+    if metric.lost:
+        what = "less motion" if metric.role is Role.MOTION else "worse"
+        return f"{text}: {what}; the tolerance is {limit(metric.tolerance)}."
+    if metric.kept:
+        return f"{text}: kept."
+    return (
+        f"{text}: not shown to be kept, because {change.prompts} prompts do not exclude a loss of "
+        f"more than {limit(metric.tolerance)}."
+    )
+
+
+def _target_word(metric: MetricResult) -> str:
     if metric.improved or metric.worsened:
-        return f"{text}: {'better' if metric.improved else 'worse'}."
-    return f"{text}: no clear change."
+        return metric.mark[1]
+    ends = metric.relative_interval
+    if ends is not None and max(map(abs, ends)) < metric.min_effect:
+        return f"no effect of at least {limit(metric.min_effect)}"
+    if metric.difference.low > 0 or metric.difference.high < 0:
+        return f"smaller than the least effect of {limit(metric.min_effect)}"
+    return metric.mark[1]

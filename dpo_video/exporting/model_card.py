@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.exporting.lora_formats import DIFFUSERS_FILE, load_options, precision, subfolder
 from dpo_video.strategies import VideoModel
-from dpo_video.support.formatting import brief, percent
+from dpo_video.support.formatting import apart, brief, percent
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.types import ExportSpec
 
@@ -237,13 +237,14 @@ def _scores(evaluation: Evaluation) -> list[dict[str, str]]:
     rows = []
     for metric in evaluation.metrics:
         change = metric.difference
+        before, after = apart(change.base_mean, change.tuned_mean)
         relative = change.relative is not None
         rows.append(
             {
                 "metric": metric.label,
                 "wanted": "higher" if metric.higher_is_better else "lower",
-                "base": brief(change.base_mean),
-                "tuned": brief(change.tuned_mean),
+                "base": before,
+                "tuned": after,
                 "interval": f"{percent(change.relative_low)} to {percent(change.relative_high)}"
                 if relative
                 else f"{brief(change.low)} to {brief(change.high)}",

@@ -9,7 +9,7 @@ from html import escape
 MINUS = "\N{MINUS SIGN}"
 
 
-def brief(value: float | None) -> str:
+def brief(value: float | None, digits: int = 3) -> str:
     """About three significant digits: `150.3`, `7.20`, `0.693`, `1.2e-4`."""
     if value is None:
         return "n/a"
@@ -17,11 +17,20 @@ def brief(value: float | None) -> str:
         return str(value) if value else "0"
     exponent = math.floor(math.log10(abs(value)))
     if -4 <= exponent < 5:
-        text = f"{value:.{max(0, min(5, 2 - exponent), int(exponent == 2))}f}"
+        decimals = max(0, min(digits + 2, digits - 1 - exponent), int(exponent == 2))
+        text = f"{value:.{decimals}f}"
     else:
-        mantissa, _, power = f"{value:.1e}".partition("e")
+        mantissa, _, power = f"{value:.{digits - 2}e}".partition("e")
         text = f"{mantissa.removesuffix('.0')}e{int(power)}"
     return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def apart(first: float, second: float) -> tuple[str, str]:
+    """Two numbers, brief but with as many digits as tell them apart: at most five."""
+    for digits in (3, 4, 5):
+        if (texts := (brief(first, digits), brief(second, digits)))[0] != texts[1]:
+            return texts
+    return brief(first), brief(second)
 
 
 def option(value: float) -> str:
@@ -33,8 +42,18 @@ def option(value: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A signed percentage, such as `+4.2%`."""
-    return "n/a" if share is None else f"{share:+.1%}".replace("-", MINUS)
+    """A signed percentage, such as `+4.2%`; a small one is not rounded to zero: `+0.02%`."""
+    if share is None:
+        return "n/a"
+    if share == 0:
+        return "0.0%"
+    text = f"{100 * share:+.1g}%" if abs(share) < 5e-4 else f"{share:+.1%}"
+    return text.replace("-", MINUS)
+
+
+def limit(share: float) -> str:
+    """A percentage without sign, as it was set: `3%`, `0.5%`."""
+    return f"{100 * share:g}%"
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:

@@ -206,7 +206,7 @@ def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Eva
     resume = (folder / "checkpoints" / "latest").exists()
     if resume:
         _check_same(folder, config)
-    write_run(config, folder, accelerator)
+    write_run(config, store, folder, accelerator)
     run = run_training(config, model, store, folder, accelerator, resume=resume, progress=progress)
     command = shlex.join(["dpo-video", "evaluate", str(folder)])
     return evaluate_run(

@@ -281,6 +281,9 @@ def _encodes(text: str) -> bool:
 
 def _make(tables: Tables) -> Config:
     engines = {name: _build(model, tables.get(name, {}), name) for name, model in ENGINES.items()}
+    known = {listing.name for listing in registry.listings("metric")}
+    if strays := sorted(engines["evaluate"].min_effects.keys() - known):  # type: ignore[attr-defined]
+        raise unknown("metric", strays[0], known)
     made: dict[str, Any] = dict.fromkeys(("backbone", "pairs", "labeler", "loss", "reference"))
     store = _store(tables["pairs"]) if "store" in tables["pairs"] else None
     for kind in made:

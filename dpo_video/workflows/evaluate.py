@@ -16,7 +16,7 @@ from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import EvaluateOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run, verdict_of
-from dpo_video.workflows.session import load_model, pick_device
+from dpo_video.workflows.session import evaluation_prompts, load_model, pick_device
 
 
 @with_options
@@ -81,7 +81,8 @@ def evaluate_run(
     adapter = run.adapter(checkpoint)
     model = load_model(config, pick_device(config.run.device))
     settings = config.evaluate
-    prompts = config.backbone.prompts(settings.seeds)
+    prompts = evaluation_prompts(config)
+    trained = tuple(sorted(set(run.prompts) & set(prompts)))
     measured = measure(
         model,
         adapter,
@@ -95,7 +96,9 @@ def evaluate_run(
         if metric.error is not None:  # for the plugin's author
             progress.note("".join(traceback.format_exception(metric.error)), warning=True)
     reports = run.reports
-    verdict = judge_evaluation(measured.metrics, tolerance=settings.tolerance)
+    verdict = judge_evaluation(
+        measured.metrics, min_prompts=settings.min_prompts, trained_on=len(trained)
+    )
     details = (*verdict.details, *(metric.reason for metric in measured.left_out))
     facts = {"Checkpoint": adapter.parent.name, "Device": str(model.device)}
     if config.memory.quantization != "native":
@@ -107,7 +110,8 @@ def evaluate_run(
         frames=model.shape.frames,
         fps=model.shape.fps,
         metrics=measured.metrics,
-        tolerance=settings.tolerance,
+        trained_prompts=trained,
+        min_prompts=settings.min_prompts,
         verdict=verdict.model_copy(update={"details": details}),
         training=tuple(reports),
         training_verdict=verdict_of(reports),

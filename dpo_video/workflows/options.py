@@ -69,11 +69,15 @@ class EvaluateOptions(Options, total=False):
 
     metrics: Sequence[Metric | str] | None
     seeds: int | None
+    prompts: Path | str | None
     seed: int | None
     batch_size: int | None
     num_inference_steps: int | None
     guidance_scale: float | None
     tolerance: float | None
+    min_effect: float | None
+    min_effects: dict[str, float] | None
+    min_prompts: int | None
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

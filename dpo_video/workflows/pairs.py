@@ -14,7 +14,7 @@ from dpo_video.errors import UserError
 from dpo_video.strategies import Metric
 from dpo_video.workflows.options import Options, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
-from dpo_video.workflows.session import apply_labels, load_model, pick_device
+from dpo_video.workflows.session import apply_labels, evaluation_prompts, load_model, pick_device
 
 
 def opened(pairs: PairStore | Path | str) -> PairStore:
@@ -51,7 +51,7 @@ def check(
         store,
         model,
         config.metrics,
-        config.backbone.prompts(config.evaluate.seeds),
+        evaluation_prompts(config),
         sample=sample,
         on_progress=lambda done: progress.update("pairs", done, len(store)),
     )

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 from rich.text import Text
 
 import dpo_video
-from dpo_video.errors import RunError
+from dpo_video.errors import RunError, first_fault
 from dpo_video.evaluation.rendering import asset, templates
 from dpo_video.evaluation.report import training_context
 from dpo_video.evaluation.results import Evaluation
@@ -24,6 +25,9 @@ from dpo_video.training.report import StepReport
 from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log
 from dpo_video.workflows.config import Config, resolve
 from dpo_video.workflows.results import ExportResult, GeneratedVideo
+
+PROMPTS = "prompts.json"
+_TEXTS = TypeAdapter(list[str])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +72,23 @@ class Run:
     def versions(self) -> dict[str, str]:
         """Package to version, of the process that started the run."""
         return tomllib.loads(self.toml).get("versions", {})
+
+    @property
+    def prompts(self) -> list[str]:
+        """The different prompts of the pairs that it was trained on.
+
+        Raises:
+            RunError: if they cannot be read.
+        """
+        path = self.folder / PROMPTS
+        try:
+            return _TEXTS.validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = error.strerror if isinstance(error, OSError) else first_fault(error)
+            raise RunError(
+                f"Cannot read the prompts of the training pairs in '{path}' ({reason}). Write it "
+                f"again: dpo-video train --out {self.folder} --resume"
+            ) from error
 
     @property
     def reports(self) -> list[StepReport]:

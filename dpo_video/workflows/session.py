@@ -38,6 +38,27 @@ from dpo_video.workflows.distributed import launcher_request
 PROMPTS = 64  # cycled, for pairs without clips on a backbone that has none
 
 
+def evaluation_prompts(config: Config) -> list[str]:
+    """The prompt of each video of an evaluation.
+
+    Raises:
+        UserError: if the file of prompts cannot be read or has none.
+    """
+    count, file = config.evaluate.seeds, config.evaluate.prompts
+    if file is None:
+        return config.backbone.prompts(count)
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"Cannot read the prompts in '{file}': {error}. Name a UTF-8 text file."
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"'{file}' holds no prompt. Write one per line.")
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device of a name; "auto" is the best available one."""
     available = ["cpu"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Unpack
@@ -25,7 +26,7 @@ from dpo_video.workflows.config import Config
 from dpo_video.workflows.estimate import choose_blocks, warn_if_too_large
 from dpo_video.workflows.options import TrainOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
-from dpo_video.workflows.runs import Run
+from dpo_video.workflows.runs import PROMPTS, Run
 from dpo_video.workflows.session import (
     accelerator_for,
     apply_labels,
@@ -112,7 +113,7 @@ def train(
             f"{labelled.pairs} of {len(store)} pairs have labels ({', '.join(config.train.labels)})"
             + ("; the others are left out." if labelled.pairs < len(store) else ".")
         )
-    write_run(config, folder, accelerator)
+    write_run(config, store, folder, accelerator)
     return run_training(
         config,
         model,
@@ -137,10 +138,12 @@ def _free_folder(config: Config) -> Path:
     return folder
 
 
-def write_run(config: Config, folder: Path, accelerator: Accelerator) -> None:
-    """Write the run's run.toml."""
+def write_run(config: Config, store: PairStore, folder: Path, accelerator: Accelerator) -> None:
+    """Write the run's run.toml, and the prompts of its pairs."""
     if accelerator.is_main_process:
         with writing(folder):
+            prompts = sorted({record.prompt for record in store.records})
+            write_text(folder / PROMPTS, json.dumps(prompts, indent=0, ensure_ascii=False))
             write_text(folder / "run.toml", config.toml())
 
 

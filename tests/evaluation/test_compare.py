@@ -16,7 +16,7 @@ from dpo_video.errors import UserError
 from dpo_video.evaluation.compare import Cell, Comparison
 from dpo_video.evaluation.verdict import MetricResult, Role
 
-BASE = (10.0, 12.0, 8.0, 11.0, 9.0, 10.0)
+BASE = (10.0, 12.0, 8.0, 11.0, 9.0, 10.0) * 2
 
 
 def metric(name: str, factor: float, role: Role = Role.TARGET) -> MetricResult:
@@ -39,7 +39,8 @@ def cell(recipe: str, seed: int, error: float, motion: float = 1.0, guard: float
             metric("dynamic_degree", motion, Role.MOTION),
             metric("caption_match", guard, Role.GUARD),
         ),
-        tolerance=0.03,
+        prompts=tuple(f"prompt {i}" for i in range(len(BASE))),
+        min_prompts=8,
     )
 
 
@@ -48,12 +49,12 @@ def comparison(*cells: Cell) -> Comparison:
 
 
 def test_a_row_is_the_mean_over_the_seeds_and_lists_each() -> None:
-    found = comparison(cell("one", 0, 0.8), cell("one", 1, 0.6), cell("two", 0, 1.2))
+    found = comparison(cell("one", 0, 0.71), cell("one", 1, 0.69), cell("two", 0, 1.2))
     one, two = found.rows
     assert (one.recipe, one.seeds, one.seconds) == ("one", (0, 1), 15.0)
     assert one.metrics[0].difference.relative == pytest.approx(-0.3, abs=1e-3)
-    assert one.by_seed["warp_error"] == pytest.approx((-0.2, -0.4), abs=1e-3)
-    assert one.metrics[0].improved
+    assert one.by_seed["warp_error"] == pytest.approx((-0.29, -0.31), abs=1e-3)
+    assert one.metrics[0].improved and one.metrics[0].difference.runs == 2
     assert two.metrics[0].worsened
     assert Comparison.model_validate_json(found.model_dump_json()) == found
 

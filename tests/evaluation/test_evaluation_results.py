@@ -58,8 +58,10 @@ def test_the_table_states_every_change_in_words() -> None:
     assert evaluation.verdict.headline in text
     (line,) = (line for line in text.splitlines() if "warp error" in line)
     assert "better" in line and "lower" in line and "%" in line
-    (line,) = (line for line in text.splitlines() if "caption match" in line)
+    lines = text.splitlines()
+    (line,) = (line for line in lines if "caption match" in line and "higher" in line)
     assert "unclear" in line
+    assert "a loss of more than 3%" in " ".join(text.split())
 
 
 def test_names_are_shown_literally() -> None:

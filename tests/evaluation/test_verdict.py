@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dpo_video.evaluation.verdict import MetricResult, Outcome, Role, judge_evaluation
+from dpo_video.evaluation.verdict import MetricResult, Outcome, Role, judge_evaluation, rules
 from dpo_video.support.formatting import brief
 
 
 def metric(
-    name: str, role: Role, change: float, *, noise: float = 0.1, n: int = 47
+    name: str, role: Role, change: float, *, noise: float = 0.05, n: int = 47, **rules: float
 ) -> MetricResult:
     """A metric whose mean changes by exactly `change`, with noise per video."""
     rng = np.random.default_rng(len(name))
@@ -22,6 +22,7 @@ def metric(
         unit="",
         higher_is_better=role is not Role.TARGET,
         role=role,
+        **rules,
     )
 
 
@@ -36,18 +37,17 @@ def judge(
             metric("caption_match", Role.GUARD, match),
         ]
     )
-    assert len(verdict.details) == 4
+    assert len(verdict.details) == 5  # of every metric, and of the training seeds
     return verdict.outcome, verdict.headline
 
 
-@pytest.mark.parametrize(("noise", "words"), [(0.1, "more than"), (1.0, "no less than")])
-def test_more_motion_needs_an_interval_above_zero(noise: float, words: str) -> None:
+def test_more_motion_needs_an_interval_above_zero() -> None:
     warp = metric("warp_error", Role.TARGET, -0.2)
-    motion = metric("dynamic_degree", Role.MOTION, 0.1, noise=noise)
-    assert motion.improved == (words == "more than")
-    verdict = judge_evaluation([warp, motion])
-    assert verdict.outcome is Outcome.IMPROVED
-    assert verdict.headline == f"Improved: the videos are smoother and move {words} before."
+    for noise, words in ((0.1, "more than"), (0.35, "as much as")):
+        motion = metric("dynamic_degree", Role.MOTION, 0.1, noise=noise)
+        verdict = judge_evaluation([warp, motion])
+        assert verdict.outcome is Outcome.IMPROVED and motion.mark[1] == "kept"
+        assert verdict.headline == f"Improved: the videos are smoother and move {words} before."
 
 
 @pytest.mark.parametrize(
@@ -55,10 +55,11 @@ def test_more_motion_needs_an_interval_above_zero(noise: float, words: str) -> N
     [
         ((-0.257, -0.183), Outcome.IMPROVED, "the videos are smoother and move as much as before."),
         ((-0.2, 0.0), Outcome.IMPROVED, "the videos are smoother and move as much as before."),
-        ((-0.2, -0.2, -0.029), Outcome.IMPROVED, "as much as before."),
+        ((-0.2, -0.2, -0.012), Outcome.IMPROVED, "as much as before."),
+        ((-0.2, -0.2, -0.025), Outcome.UNPROVEN, "but dynamic degree is not shown to be kept."),
         ((-0.2, -0.2, 0.1), Outcome.IMPROVED, "the videos are smoother and move more than before."),
         (
-            (-0.2, -0.2, -0.031),
+            (-0.2, -0.2, -0.05),
             Outcome.MOVES_LESS,
             "smoother, but move less.",
         ),
@@ -77,7 +78,13 @@ def test_more_motion_needs_an_interval_above_zero(noise: float, words: str) -> N
             Outcome.LESS_FAITHFUL,
             "Not improved: the videos are smoother, but less faithful (caption match fell).",
         ),
-        ((-0.2, -0.2, 0.0, -0.005), Outcome.IMPROVED, "Improved"),  # within its interval
+        ((-0.2, -0.2, 0.0, -0.005), Outcome.IMPROVED, "Improved"),  # within the tolerance
+        (
+            (-0.2, -0.2, -0.025, -0.025),
+            Outcome.UNPROVEN,
+            "dynamic degree and caption match are not",
+        ),
+        ((-0.015, 0.0), Outcome.NO_CLEAR_CHANGE, "No target metric changed clearly."),  # small
         ((-0.005, 0.005), Outcome.NO_CLEAR_CHANGE, "No target metric changed clearly."),
         ((0.0, 0.0, 0.3, 0.3), Outcome.NO_CLEAR_CHANGE, "No target metric changed clearly."),
         ((0.3, 0.2), Outcome.WORSE, "Worse: warp error and frame difference rose."),
@@ -104,22 +111,72 @@ def test_improved_needs_a_motion_metric() -> None:
 
 
 def test_the_tolerance_is_an_option() -> None:
-    metrics = [
-        metric("warp_error", Role.TARGET, -0.3),
-        metric("dynamic_degree", Role.MOTION, -0.08),
-    ]
-    assert judge_evaluation(metrics).outcome is Outcome.MOVES_LESS
-    assert judge_evaluation(metrics, tolerance=0.1).outcome is Outcome.IMPROVED
+    warp = metric("warp_error", Role.TARGET, -0.3)
+    motion = metric("dynamic_degree", Role.MOTION, -0.08)
+    assert judge_evaluation([warp, motion]).outcome is Outcome.MOVES_LESS
+    motion = metric("dynamic_degree", Role.MOTION, -0.08, tolerance=0.1)
+    assert judge_evaluation([warp, motion]).outcome is Outcome.IMPROVED
 
 
-def test_an_uncertain_motion_is_stated() -> None:
+def test_the_least_effect_is_an_option() -> None:
+    small = metric("warp_error", Role.TARGET, -0.03, noise=0.01)
+    motion = metric("dynamic_degree", Role.MOTION, 0.0)
+    assert judge_evaluation([small, motion]).outcome is Outcome.IMPROVED
+    small = metric("warp_error", Role.TARGET, -0.03, noise=0.01, min_effect=0.05)
+    verdict = judge_evaluation([small, motion])
+    assert verdict.outcome is Outcome.NO_CLEAR_CHANGE
+    assert "no effect of at least 5%" in verdict.details[0]
+    # The interval reaches beyond the least effect, so that a larger one is not excluded.
+    wide = metric("warp_error", Role.TARGET, -0.045, noise=0.08, min_effect=0.05)
+    assert "smaller than the least effect of 5%" in judge_evaluation([wide]).details[0]
+
+
+def test_an_uncertain_motion_is_not_shown_to_be_kept() -> None:
+    """Non-inferiority: a mean within the tolerance is not enough."""
     metrics = [
         metric("warp_error", Role.TARGET, -0.3),
         metric("dynamic_degree", Role.MOTION, -0.01, noise=0.4),
     ]
     verdict = judge_evaluation(metrics)
-    assert verdict.outcome is Outcome.IMPROVED
-    assert "cannot rule out a larger fall" in verdict.details[1]
+    assert verdict.outcome is Outcome.UNPROVEN
+    assert "not shown to be kept, because 47 prompts" in verdict.details[1]
+
+
+def test_equal_values_are_not_worse() -> None:
+    """A change that rounds to nothing is no verdict, however narrow its interval."""
+    base = [29.7 + i for i in range(12)]
+    tiny = MetricResult.measured(
+        "warp_error", base, [value - 1e-4 for value in base], unit="", higher_is_better=True,
+        role=Role.TARGET,
+    )  # fmt: skip
+    assert tiny.difference.high < 0
+    verdict = judge_evaluation([tiny])
+    assert verdict.outcome is Outcome.NO_CLEAR_CHANGE and "stayed at" in verdict.details[0]
+    assert "no effect of at least 2%" in verdict.details[0]
+    assert "\u22120.0%" not in verdict.details[0]
+
+
+def test_values_that_differ_read_differently() -> None:
+    base = [29.7 + 0.01 * (i % 5) for i in range(20)]
+    changed = MetricResult.measured(
+        "warp_error", base, [value - 0.01 for value in base], unit="", higher_is_better=True,
+        role=Role.TARGET,
+    )  # fmt: skip
+    (sentence, *_) = judge_evaluation([changed]).details
+    assert sentence.startswith("Warp error fell from 29.72 to 29.71 (\u22120.03%, ")
+
+
+def test_three_training_seeds_of_which_one_failed_are_no_clear_improvement() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.lognormal(1, 0.3, 47)
+    runs = [base * (1 + change + 0.02 * rng.normal(size=47)) for change in (-0.315, -0.314, -0.074)]
+    pooled = MetricResult.measured(
+        "warp_error", list(base), *map(list, runs), unit="", higher_is_better=False,
+        role=Role.TARGET,
+    )  # fmt: skip
+    low, high = pooled.relative_interval or (0, 0)
+    assert low < -0.5 and high > 0 and not pooled.improved
+    assert pooled.difference.runs == 3
 
 
 def test_other_targets_are_called_better() -> None:
@@ -130,9 +187,46 @@ def test_other_targets_are_called_better() -> None:
     assert "the videos are better and" in judge_evaluation(metrics).headline
 
 
-def test_few_videos_are_stated() -> None:
-    verdict = judge_evaluation([metric("warp_error", Role.TARGET, -0.3, n=6)])
-    assert any("With 6 videos the intervals are rough" in text for text in verdict.details)
+def test_too_few_prompts_give_no_verdict() -> None:
+    metrics = [metric("warp_error", Role.TARGET, -0.3, n=7)]
+    verdict = judge_evaluation(metrics)
+    assert verdict.outcome is Outcome.TOO_FEW
+    assert "7 prompts were evaluated, and a verdict needs 8" in verdict.headline
+    assert judge_evaluation(metrics, min_prompts=7).outcome is Outcome.UNPROVEN
+    # Several videos of one prompt are one sample.
+    base = list(np.linspace(1, 2, 16))
+    few = MetricResult.measured(
+        "warp_error", base, [value / 2 for value in base], unit="", higher_is_better=False,
+        role=Role.TARGET, prompts=["a", "b"] * 8,
+    )  # fmt: skip
+    verdict = judge_evaluation([few])
+    assert verdict.outcome is Outcome.TOO_FEW
+    assert "the 16 videos have 2 different prompts" in verdict.headline
+    assert "--prompts FILE" in verdict.headline
+
+
+def test_the_rules_state_every_threshold() -> None:
+    metrics = [
+        metric("warp_error", Role.TARGET, -0.3),
+        metric("dynamic_degree", Role.MOTION, 0.0, tolerance=0.005),
+    ]
+    text = rules(metrics, 8)
+    for wanted in ("changed by at least 2%.", "a loss of more than 0.5%.", "needs 8 prompts"):
+        assert wanted in text
+    metrics.append(metric("frame_difference", Role.TARGET, 0.0, min_effect=0.05))
+    assert "at least 2% (warp error), 5% (frame difference)." in rules(metrics, 8)
+    assert "kept" not in rules(metrics[:1], 8)
+
+
+def test_one_training_seed_is_said_to_be_one() -> None:
+    details = judge_evaluation([metric("warp_error", Role.TARGET, -0.3)], trained_on=5).details
+    assert any("one training run" in text for text in details)
+    assert "5 of the 47 prompts are also prompts of the training pairs." in details
+
+
+def test_few_prompts_are_stated() -> None:
+    verdict = judge_evaluation([metric("warp_error", Role.TARGET, -0.3, n=9)])
+    assert any("With 9 prompts the intervals are rough" in text for text in verdict.details)
 
 
 def test_the_details_give_the_numbers() -> None:

@@ -177,6 +177,33 @@ def test_compare_compares_the_same(pairs: PairStore) -> None:
     assert both[0] == both[1]
 
 
+def test_evaluation_prompts_come_from_a_file_and_known_ones_are_counted(run: dv.Run) -> None:
+    known = run.prompts
+    assert known == sorted(set(known)) and known
+    Path("prompts.txt").write_text(f"a new prompt\n\n {known[0]} \n")
+    evaluation = run.evaluate(**{**EVALUATE, "seeds": 3}, prompts="prompts.txt", out="prompts")
+    assert evaluation.prompts == ("a new prompt", known[0], "a new prompt")
+    assert evaluation.trained_prompts == (known[0],)
+    told = " ".join(evaluation.verdict.details)
+    assert "1 of the 2 prompts are also prompts of the training pairs" in told
+    assert "2 prompts were evaluated" in evaluation.verdict.headline
+    assert "--seeds 8" in evaluation.verdict.headline
+    for text, wrong in ((" \n", "holds no prompt"), (None, "Cannot read the prompts")):
+        Path("prompts.txt").unlink() if text is None else Path("prompts.txt").write_text(text)
+        with pytest.raises(UserError, match=wrong):
+            run.evaluate(**EVALUATE, prompts="prompts.txt")
+
+
+def test_the_thresholds_of_the_verdict_are_options(run: dv.Run) -> None:
+    cli("evaluate", "python-run", *flags("evaluate", {"num_inference_steps": 1}), "--seeds=2",
+        "--min-effect=0.1", "--tolerance=0.2", "--min-prompts=2", "--out=judged",
+        "--set=evaluate.min_effects.frame_difference=0.3")  # fmt: skip
+    page = Path("judged/index.html").read_text()
+    assert "changed by at least 30%." in page and "A verdict needs 2 prompts." in page
+    with pytest.raises(UserError, match="Did you mean 'warp_error'"):
+        run.evaluate(**EVALUATE, min_effects={"warp_eror": 0.1})
+
+
 def test_generate_draws_the_same_video(run: dv.Run) -> None:
     (video,) = run.generate(prompt="a red square", num_inference_steps=1, out="python.gif")
     cli("generate", "python-run", "--prompt=a red square", "--num-inference-steps=1",
