@@ -32,8 +32,9 @@ pairs
 class Printed(dv.Progress):
     """Prints every tenth step."""
 
-    def step(self, report, verdict, **_):
+    def step(self, event, verdict, steps):
         """Print the margin, which is positive when the chosen video is preferred."""
+        report = event.report
         if report.step % 10 == 0:
             print(f"step {report.step}: loss {report.loss:.3f}, margin {report.margin:+.1e}")
 

@@ -5,31 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from dpo_video.cli.console import BOLD, say
-from dpo_video.cli.options import BUILDING, RUN, takes
+from dpo_video.cli.options import BUILDING, option, takes
 
 
-@takes(BUILDING)
+@takes(*BUILDING)
 def build(
     options: dict[str, Any],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            help="Folder of the pairs; by default one under runs/pairs.",
-            rich_help_panel=RUN,
-        ),
+        Path | None, option("--out", "Folder of the pairs; by default one under runs/pairs.")
     ] = None,
     worker: Annotated[
         str | None,
-        typer.Option(
-            "--worker",
-            metavar="K/N",
-            help="Build one of N parts: 1/8 to 8/8 share a folder.",
-            rich_help_panel=RUN,
-        ),
+        option("--worker", "Build one of N parts: 1/8 to 8/8 share a folder.", metavar="K/N"),
     ] = None,
 ) -> None:
     """Build preference pairs, or the missing ones of an interrupted build.

@@ -7,30 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from dpo_video.cli.console import show
-from dpo_video.cli.options import (
-    BACKBONE,
-    CONFIG,
-    DEVICE,
-    LABELS,
-    METRICS,
-    RUN,
-    SET,
-    Json,
-    takes,
-)
+from dpo_video.cli.options import Json, option, takes
 
 
-@takes(LABELS, BACKBONE, METRICS, SET, CONFIG, DEVICE)
+@takes("labels", "backbone", "metrics", "set", "config", "device")
 def check(
     options: dict[str, Any],
     pairs: Annotated[str, typer.Argument(help="Folder or URL of finished pairs.")],
     sample: Annotated[
         int,
-        typer.Option(
-            "--sample",
-            min=0,
-            help="Number of pairs to decode, to compare the motion of both videos.",
-            rich_help_panel=RUN,
+        option(
+            "--sample", "Number of pairs to decode, to compare the motion of both videos.", min=0
         ),
     ] = 32,
     as_json: Json = False,

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from dpo_video.cli.console import BOLD, say, show
-from dpo_video.cli.options import DEVICE, RUN, SEEDS, STEPS, Json, takes
+from dpo_video.cli.options import Json, option, takes
 
 
-@takes(STEPS, SEEDS, DEVICE)
+@takes("steps", "seeds", "device")
 def compare(
     options: dict[str, Any],
     recipes: Annotated[
@@ -19,24 +19,14 @@ def compare(
         typer.Argument(help="TOML files of recipes, or a run.toml; by default the package's own."),
     ] = None,
     only: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only", help="Name of a recipe to run; repeat for more.", rich_help_panel=RUN
-        ),
+        list[str] | None, option("--only", "Name of a recipe to run; repeat for more.")
     ] = None,
     training_seeds: Annotated[
         list[int] | None,
-        typer.Option(
-            "--training-seed",
-            help="Seed of pairs and training, for all recipes; repeat for more.",
-            rich_help_panel=RUN,
-        ),
+        option("--training-seed", "Seed of pairs and training, for all recipes; repeat for more."),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="Folder of all runs; by default runs/compare.", rich_help_panel=RUN
-        ),
+        Path | None, option("--out", "Folder of all runs; by default runs/compare.")
     ] = None,
     as_json: Json = False,
 ) -> None:

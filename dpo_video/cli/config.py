@@ -9,7 +9,7 @@ from dpo_video.cli.console import show_json
 from dpo_video.cli.options import TRAINING, Json, takes
 
 
-@takes(TRAINING)
+@takes(*TRAINING)
 def config(options: dict[str, Any], as_json: Json = False) -> None:
     """Print the resolved configuration of `train` with the same flags, and stop."""
     from dpo_video.workflows.options import configure

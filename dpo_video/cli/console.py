@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 console = Console(stderr=True)
-BOLD, WARNING, BAD, GOOD, DIM, NAME = "bold", "yellow", "bold red", "green", "dim", "cyan"
+BOLD, WARNING, BAD, DIM, NAME = "bold", "yellow", "bold red", "dim", "cyan"
 Part = str | Text | tuple[str, str]
 """A text, or a text and its style."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self, final
 
@@ -25,18 +23,10 @@ from rich.text import Text
 
 from dpo_video.cli.console import WARNING, console, say
 from dpo_video.training.diagnosis import TrainingState, TrainingVerdict
-from dpo_video.training.report import StepReport
+from dpo_video.training.report import StepEvent, StepReport
 from dpo_video.workflows import progress as workflows
 
 STYLES = {"healthy": "bold green", "too_early": "dim", "diverged": "bold red"}
-
-
-def plain_table(*columns: str, right: Sequence[str] = ()) -> Table:
-    """A table without lines; the columns in `right` are aligned to the right."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column in right else "left")
-    return table
 
 
 def verdict_text(verdict: TrainingVerdict) -> Text:
@@ -97,29 +87,22 @@ class TerminalProgress(workflows.Progress):
         unfinished = total is None or done < total
         self._bars.update(self._tasks[task], completed=done, total=total, visible=unfinished)
 
-    def step(
-        self,
-        report: StepReport,
-        verdict: TrainingVerdict,
-        *,
-        steps: int,
-        checkpoint: Path | None,
-        not_finite: Sequence[str],
-    ) -> None:
+    def step(self, event: StepEvent, verdict: TrainingVerdict, steps: int) -> None:
         """The step's figures above the bar; a line for checkpoints, skips and new verdicts."""
+        report = event.report
         self.update("steps", report.step, steps)
         self._live.update(Group(_figures(report), self._bars))
         if report.skipped:
             self.note(
                 f"Skipped step {report.step}: its loss is {report.loss:.4g} and its gradient norm "
-                f"{report.grad_norm:.4g}; pairs {', '.join(not_finite)}. train.skips is the "
-                "largest number of such steps in a run.",
+                f"{report.grad_norm:.4g}; pairs {', '.join(event.nonfinite_pairs)}. train.skips is "
+                "the largest number of such steps in a run.",
                 warning=True,
             )
-        if checkpoint is not None:
+        if event.checkpoint is not None:
             self.note(
                 f"step {report.step:>5}  loss {report.loss:.4f}  margin {report.margin:+.2e}  "
-                f"accuracy {report.accuracy:.0%}  saved {checkpoint}"
+                f"accuracy {report.accuracy:.0%}  saved {event.checkpoint}"
             )
         if verdict.state is not self._state:
             say(verdict_text(verdict))

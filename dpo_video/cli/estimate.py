@@ -7,23 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from dpo_video.cli.console import DIM, show, show_json
-from dpo_video.cli.options import BACKBONE, CONFIG, LOSS, RUN, SET, TIER, Json, takes
+from dpo_video.cli.options import Json, option, takes
 
 DOES_NOT_FIT = 3  # exit code
 
 
-@takes(BACKBONE, LOSS, SET, CONFIG, TIER)
+@takes("backbone", "loss", "reference", "set", "config", "tier")
 def estimate(
     options: dict[str, Any],
     efficiency: Annotated[
         float,
-        typer.Option(
-            "--efficiency",
-            min=0.01,
-            max=1,
-            help="Assumed share of a card's published speed.",
-            rich_help_panel=RUN,
-        ),
+        option("--efficiency", "Assumed share of a card's published speed.", min=0.01, max=1),
     ] = 0.35,
     as_json: Json = False,
 ) -> None:

@@ -8,32 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from dpo_video.cli.console import BOLD, DIM, say, show, typed
-from dpo_video.cli.options import (
-    CHECKPOINT,
-    DETERMINISTIC,
-    DEVICE,
-    EVALUATION_PROMPTS,
-    JUDGING,
-    METRICS,
-    RUN,
-    SEEDS,
-    SET,
-    Json,
-    takes,
-)
+from dpo_video.cli.options import Json, option, takes
 
 
-@takes(SEEDS, EVALUATION_PROMPTS, METRICS, JUDGING, SET, DEVICE, DETERMINISTIC, CHECKPOINT)
+@takes(
+    "seeds", "prompts", "metrics", "min_effect", "tolerance", "min_prompts", "set", "device",
+    "deterministic", "checkpoint",
+)  # fmt: skip
 def evaluate(
     options: dict[str, Any],
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            help="Folder to write; by default RUN/evaluation, or RUN/evaluation-STEP.",
-            rich_help_panel=RUN,
-        ),
+        option("--out", "Folder to write; by default RUN/evaluation, or RUN/evaluation-STEP."),
     ] = None,
     as_json: Json = False,
 ) -> None:

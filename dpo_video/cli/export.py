@@ -9,16 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from dpo_video.cli.console import BOLD, WARNING, say
-from dpo_video.cli.options import CHECKPOINT, DEVICE, RUN, takes
+from dpo_video.cli.options import option, takes
 
-
-class Target(StrEnum):
-    """`dpo_video.exporting.export.Format`, whose module imports torch."""
-
-    diffusers = "diffusers"
-    peft = "peft"
-    comfyui = "comfyui"
-    merged = "merged"
+# The module that defines the formats imports torch.
+Target = StrEnum("Target", ["diffusers", "peft", "comfyui", "merged"])
 
 
 class Precision(StrEnum):
@@ -29,32 +23,24 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-@takes(CHECKPOINT, DEVICE)
+@takes("checkpoint", "device")
 def export(
     options: dict[str, Any],
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     target: Annotated[
         Target,
-        typer.Option(
+        option(
             "--format",
-            help="Format: diffusers for load_lora_weights, peft for PeftModel.from_pretrained, "
+            "Format: diffusers for load_lora_weights, peft for PeftModel.from_pretrained, "
             "comfyui for ComfyUI, merged for a complete checkpoint that contains the adapter.",
-            rich_help_panel=RUN,
         ),
     ] = Target.diffusers,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="New folder; by default RUN/export/FORMAT-STEP.", rich_help_panel=RUN
-        ),
+        Path | None, option("--out", "New folder; by default RUN/export/FORMAT-STEP.")
     ] = None,
     dtype: Annotated[
         Precision | None,
-        typer.Option(
-            "--dtype",
-            help="Precision of the weights in the files; by default their own.",
-            rich_help_panel=RUN,
-        ),
+        option("--dtype", "Precision of the weights in the files; by default their own."),
     ] = None,
 ) -> None:
     """Write a run's adapter so that other programs load it, with a model card.

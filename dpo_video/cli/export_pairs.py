@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from dpo_video.cli.console import BOLD, WARNING, say
-from dpo_video.cli.options import LABELS, takes
+from dpo_video.cli.options import takes
 
 
-@takes(LABELS)
+@takes("labels")
 def export_pairs(
     options: dict[str, Any],
     pairs: Annotated[str, typer.Argument(help="Folder or URL of finished pairs.")],

@@ -7,22 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_video.cli.options import (
-    BACKBONE,
-    CHECKPOINT,
-    CONFIG,
-    DETERMINISTIC,
-    DEVICE,
-    PROMPT,
-    RUN,
-    SAMPLING,
-    SEED,
-    SET,
-    takes,
-)
+from dpo_video.cli.options import option, takes
 
 
-@takes(BACKBONE, SET, CONFIG, PROMPT, SEED, SAMPLING, CHECKPOINT, DEVICE, DETERMINISTIC)
+@takes(
+    "backbone", "set", "config", "prompt", "seed", "num_inference_steps", "guidance_scale",
+    "checkpoint", "device", "deterministic",
+)  # fmt: skip
 def generate(
     options: dict[str, Any],
     run: Annotated[
@@ -30,21 +21,11 @@ def generate(
         typer.Argument(help="Folder of a run; without one the base model generates."),
     ] = None,
     num_videos: Annotated[
-        int,
-        typer.Option(
-            "--num-videos",
-            min=1,
-            help="Number of videos, each with the next seed.",
-            rich_help_panel=RUN,
-        ),
+        int, option("--num-videos", "Number of videos, each with the next seed.", min=1)
     ] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            help="File ending in .mp4 or .gif, numbered; by default video.mp4.",
-            rich_help_panel=RUN,
-        ),
+        option("--out", "File ending in .mp4 or .gif, numbered; by default video.mp4."),
     ] = None,
 ) -> None:
     """Generate videos with a run's tuned model, or with a base model."""

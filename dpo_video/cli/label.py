@@ -7,24 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from dpo_video.cli.console import BOLD, say, show, show_json
-from dpo_video.cli.options import BACKBONE, CONFIG, DEVICE, LABELER, RUN, SET, Json, takes
+from dpo_video.cli.options import Json, option, takes
 
 
-@takes(LABELER, BACKBONE, SET, CONFIG, DEVICE)
+@takes("labeler", "backbone", "set", "config", "device")
 def label(
     options: dict[str, Any],
     pairs: Annotated[str, typer.Argument(help="Folder of finished pairs.")],
     name: Annotated[
-        str | None,
-        typer.Option(
-            "--as", help="Name of the labels; by default the labeler's.", rich_help_panel=RUN
-        ),
+        str | None, option("--as", "Name of the labels; by default the labeler's.")
     ] = None,
     seconds: Annotated[
-        float,
-        typer.Option(
-            "--seconds", min=0.01, help="Length of a segment in seconds.", rich_help_panel=RUN
-        ),
+        float, option("--seconds", "Length of a segment in seconds.", min=0.01)
     ] = 1.0,
     as_json: Json = False,
 ) -> None:

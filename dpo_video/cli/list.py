@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from dpo_video.cli.console import DIM, NAME, WARNING, say, show, show_json
 from dpo_video.cli.options import Json
 from dpo_video.errors import one_line
+from dpo_video.support.formatting import plain_table
 
 
 def list_strategies(
@@ -30,15 +30,15 @@ def list_strategies(
     if as_json:
         show_json(found.to_dict())
         return
-    table = _table("kind", "name", "what it is", "from")
+    rows: list[tuple[str | Text, ...]] = []
     for each in found.kinds:
-        rows = [row for row in found.strategies if row.kind == each]
-        for row in rows:
+        listed = [row for row in found.strategies if row.kind == each]
+        for row in listed:
             name, summary, package = map(one_line, (row.name, row.summary, row.distribution))
-            table.add_row(row.kind, Text(name, NAME), Text(summary), Text(package))
-        if not rows:
-            table.add_row(each, Text("none", DIM))
-    show(table)
+            rows.append((row.kind, Text(name, NAME), summary, package))
+        if not listed:
+            rows.append((each, Text("none", DIM)))
+    show(plain_table(("kind", "name", "what it is", "from"), rows))
     for sentence in found.unreadable:
         say(("Left out", WARNING), f": {sentence}")
 
@@ -49,14 +49,8 @@ def _list_tiers(as_json: bool) -> None:
     if as_json:
         show_json([tier.model_dump() for tier in tiers().values()])
         return
-    table = _table("tier", "card", "GiB", "TFLOP/s")
-    for tier in tiers().values():
-        table.add_row(Text(tier.name, NAME), tier.card, f"{tier.memory_gib:g}", f"{tier.tflops:g}")
-    show(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column)
-    return table
+    rows = [
+        (Text(tier.name, NAME), tier.card, f"{tier.memory_gib:g}", f"{tier.tflops:g}")
+        for tier in tiers().values()
+    ]
+    show(plain_table(("tier", "card", "GiB", "TFLOP/s"), rows))

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from dpo_video.cli.console import BOLD, DIM, NAME, show, show_json
 from dpo_video.cli.options import Json
 from dpo_video.errors import UserError
+from dpo_video.support.formatting import plain_table
 
 
 def show_strategy(
@@ -56,20 +56,18 @@ def _show_tier(name: str | None, as_json: bool) -> None:
     if as_json:
         show_json(tier.model_dump())
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("option", "value"):
-        table.add_column(column)
+    rows: list[tuple[str | Text, ...]] = []
     for group, options in {"every backbone": tier.options, **tier.backbone, **tier.model}.items():
-        table.add_row(Text(group, BOLD))
+        rows.append((Text(group, BOLD),))
         for path, value in options.items():
             text = ", ".join(value) if isinstance(value, list) else str(value)
-            table.add_row(Text(f"  {path}", NAME), text)
+            rows.append((Text(f"  {path}", NAME), text))
     show(
         Text.assemble(("tier", BOLD), " ", (tier.name, NAME), "\n"),
         f"{tier.card}: {tier.memory_gib:g} GiB, {tier.tflops:g} TFLOP/s ({tier.source}).",
         "Its options override those of --config; --set and other flags override its options. "
         "LoRA's alpha follows the rank.\n",
-        table,
+        plain_table(("option", "value"), rows),
     )
 
 

@@ -5,32 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from dpo_video.cli.console import BOLD, say
-from dpo_video.cli.options import RUN, TRAINING, takes
+from dpo_video.cli.options import TRAINING, option, takes
 from dpo_video.cli.stopping import exit_resumable, stop_event
 
 
-@takes(TRAINING)
+@takes(*TRAINING)
 def train(
     options: dict[str, Any],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="Folder of the run; by default runs/PAIRS-LOSS.", rich_help_panel=RUN
-        ),
+        Path | None, option("--out", "Folder of the run; by default runs/PAIRS-LOSS.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run in --out.", rich_help_panel=RUN)
-    ] = False,
+    resume: Annotated[bool, option("--resume", "Resume the run in --out.")] = False,
     auto_resume: Annotated[
-        bool,
-        typer.Option(
-            "--auto-resume",
-            help="Resume the run in --out if there is one, else start it.",
-            rich_help_panel=RUN,
-        ),
+        bool, option("--auto-resume", "Resume the run in --out if there is one, else start it.")
     ] = False,
 ) -> None:
     """Build pairs if necessary, and train an adapter on them.

@@ -1,10 +1,14 @@
-"""Numbers formatted for people, and HTML tables for notebooks."""
+"""Numbers formatted for people, and tables for terminals and notebooks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -54,6 +58,21 @@ def percent(share: float | None) -> str:
 def limit(share: float) -> str:
     """A percentage without sign, as it was set: `3%`, `0.5%`."""
     return f"{100 * share:g}%"
+
+
+def plain_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    justify: Literal["left", "right"] = "left",
+    **options: Any,
+) -> Table:
+    """A table without lines, for the terminal; texts are never read as markup."""
+    table = Table(box=None, pad_edge=False, header_style="bold", **options)
+    for column in columns:
+        table.add_column(column, justify=justify)
+    for row in rows:
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return table
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "") -> str:

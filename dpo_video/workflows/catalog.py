@@ -11,8 +11,6 @@ from dpo_video import registry
 from dpo_video.errors import UserError
 from dpo_video.registry.entry_points import unreadable
 
-TIER = "tier"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:

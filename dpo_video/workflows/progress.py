@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from dpo_video.training.diagnosis import TrainingVerdict
-from dpo_video.training.report import StepReport
+from dpo_video.training.report import StepEvent
 
 
 class Progress:
@@ -21,24 +18,8 @@ class Progress:
         `total` is None where it is unknown.
         """
 
-    def step(
-        self,
-        report: StepReport,
-        verdict: TrainingVerdict,
-        *,
-        steps: int,
-        checkpoint: Path | None,
-        not_finite: Sequence[str],
-    ) -> None:
-        """One optimizer step is done.
-
-        Args:
-            report: The step's figures.
-            verdict: The judgement of the run up to this step.
-            steps: Optimizer steps of the run.
-            checkpoint: The checkpoint written after the step, if one was.
-            not_finite: Keys of the pairs whose loss was not finite; the step was skipped.
-        """
+    def step(self, event: StepEvent, verdict: TrainingVerdict, steps: int) -> None:
+        """One of `steps` optimizer steps is done; `verdict` judges the run up to it."""
 
 
 SILENT = Progress()

@@ -19,7 +19,7 @@ from dpo_video.evaluation.rendering import asset, templates
 from dpo_video.evaluation.report import training_context
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.support.atomic import write_text
-from dpo_video.support.formatting import html_table
+from dpo_video.support.formatting import html_table, plain_table
 from dpo_video.training.diagnosis import TrainingVerdict, judge_training
 from dpo_video.training.report import StepReport
 from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log
@@ -154,10 +154,8 @@ class Run:
 
     def table(self) -> Table:
         """The state of the run, for the terminal."""
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for name, value in self._rows():
-            table.add_row(Text(name, "bold"), Text(value))
-        return table
+        rows = [(Text(name, "bold"), value) for name, value in self._rows()]
+        return plain_table(("", ""), rows, show_header=False)
 
     def page(self, path: Path | str) -> Path:
         """Write a self-contained page: the state, the curves of the training and the settings."""

@@ -161,8 +161,9 @@ def run_training(
 ) -> Run:
     """Train on prepared pairs with a loaded model; the loop of `train` and of `compare`."""
     settings = config.train
-    for text, warning in (*_opening(config, folder, accelerator), *_left_out(store)):
-        progress.note(text, warning=warning)
+    _announce(config, folder, accelerator, progress)
+    for note in _left_out(store):
+        progress.note(note)
     reports: list[StepReport] = []
     diagnosis = Diagnosis(settings.steps)
     for event in train_loop(
@@ -180,67 +181,46 @@ def run_training(
         stop=stop,
         listeners=listeners,
     ):
-        report = event.report
-        reports.append(report)
-        diagnosis.add(report)
-        progress.step(
-            report,
-            diagnosis.verdict(),
-            steps=settings.steps,
-            checkpoint=event.checkpoint,
-            not_finite=event.nonfinite_pairs,
-        )
+        reports.append(event.report)
+        diagnosis.add(event.report)
+        progress.step(event, diagnosis.verdict(), settings.steps)
     accelerator.end_training()
     stopped = stop() and (not reports or reports[-1].step < settings.steps)
     return Run(folder=folder, new_reports=tuple(reports), stopped=stopped)
 
 
-def _opening(config: Config, folder: Path, accelerator: Accelerator) -> list[tuple[str, bool]]:
-    """What the run is, as notes: text, and whether it is a warning."""
+def _announce(config: Config, folder: Path, accelerator: Accelerator, progress: Progress) -> None:
     tables, settings = config.tables, config.train
     beta = getattr(config.loss, "beta", None)
     slope = f" (slope beta = {beta:g} on the mean-squared-error margin)" if beta else ""
     pairs = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    notes = [
-        (
-            f"{tables['loss']['name']} loss{slope}, {tables['reference']['name']} reference, "
-            f"{settings.steps} steps of {pairs} pairs, LoRA rank {settings.rank}, learning rate "
-            f"{settings.learning_rate:g}, on {accelerator.device}. Run: {folder}",
-            False,
-        )
-    ]
+    progress.note(
+        f"{tables['loss']['name']} loss{slope}, {tables['reference']['name']} reference, "
+        f"{settings.steps} steps of {pairs} pairs, LoRA rank {settings.rank}, learning rate "
+        f"{settings.learning_rate:g}, on {accelerator.device}. Run: {folder}"
+    )
     if config.memory.quantization != "native":
-        notes.append(
-            (
-                f"The base model is quantized to {config.memory.quantization}: policy and "
-                "reference differ from the published model, and the run is evaluated on the "
-                "quantized one.",
-                True,
-            )
+        progress.note(
+            f"The base model is quantized to {config.memory.quantization}: policy and reference "
+            "differ from the published model, and the run is evaluated on the quantized one.",
+            warning=True,
         )
     if config.memory.compile == "on":
-        notes.append(("The first step compiles the blocks, which may take minutes.", False))
-    return notes
+        progress.note("The first step compiles the blocks, which may take minutes.")
 
 
-def _left_out(store: PairStore) -> list[tuple[str, bool]]:
-    """Which pairs teach nothing, as notes."""
+def _left_out(store: PairStore) -> list[str]:
+    """Notes on pairs that teach nothing."""
     notes, decided = [], store.decided()
     if left_out := len(store) - len(decided):
         notes.append(
-            (
-                f"{left_out} of {len(store)} pairs are left out: they prefer neither video in any "
-                "frame.",
-                False,
-            )
+            f"{left_out} of {len(store)} pairs are left out: they prefer neither video in any "
+            "frame."
         )
     if even := sum(not store.preference(index).sum() for index in decided):
         notes.append(
-            (
-                f"{even} of {len(store)} pairs are even, with as many frames for one video as for "
-                "the other: only a loss that looks at frames (segment) learns from them.",
-                False,
-            )
+            f"{even} of {len(store)} pairs are even, with as many frames for one video as for the "
+            "other: only a loss that looks at frames (segment) learns from them."
         )
     return notes
 

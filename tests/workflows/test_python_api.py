@@ -24,7 +24,7 @@ from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
 from dpo_video.strategies import Loss
 from dpo_video.training.diagnosis import TrainingVerdict
-from dpo_video.training.report import StepReport
+from dpo_video.training.report import StepEvent
 from dpo_video.workflows.options import EvaluateOptions, TrainOptions, configure
 
 TRAIN: dict[str, Any] = {
@@ -64,8 +64,8 @@ class Kept(dv.Progress):
     def update(self, task: str, done: int, total: int | None = None) -> None:
         self.updates.append((task, done, total))
 
-    def step(self, report: StepReport, verdict: TrainingVerdict, **more: Any) -> None:
-        self.steps.append(report.step)
+    def step(self, event: StepEvent, verdict: TrainingVerdict, steps: int) -> None:
+        self.steps.append(event.report.step)
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,7 @@ def store_of(folder: Path, *labels: list[float]) -> PairStore:
 
 def test_ties_and_even_pairs_are_counted(tmp_path: Path) -> None:
     won, tied, even = [1.0, 1.0, 0.0, 0.0], [0.0] * 4, [1.0, -1.0, 0.0, 0.0]
-    notes = _left_out(store_of(tmp_path / "some", won, tied, even, tied))
-    first, second = (text for text, _ in notes)
+    first, second = _left_out(store_of(tmp_path / "some", won, tied, even, tied))
     assert first == "2 of 4 pairs are left out: they prefer neither video in any frame."
     assert second.startswith("1 of 4 pairs are even") and "(segment)" in second
     assert _left_out(store_of(tmp_path / "all", won, won)) == []
