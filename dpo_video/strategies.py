@@ -308,9 +308,9 @@ class PairBuilder(Strategy, ABC):
     """True if a pair cannot be built without a labeler."""
 
     @property
-    @abstractmethod
     def needs_video(self) -> bool:
-        """Whether clips need a video; otherwise a prompt is enough."""
+        """Whether clips need a video, as by default; otherwise a prompt is enough."""
+        return True
 
     @abstractmethod
     def __call__(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from functools import partial
-from types import MappingProxyType
+from functools import partialmethod
 
 import numpy as np
 import torch
@@ -59,26 +58,26 @@ class Finding(Record):
     figures: dict[str, float] = Field(default_factory=dict)
 
 
-def _finding(
-    level: Level,
-    check: str,
-    message: str,
-    advice: str = "",
-    pairs: Sequence[int] = (),
-    figures: Mapping[str, float] = MappingProxyType({}),
-) -> Finding:
-    return Finding(check=check, level=level, message=message, advice=advice, pairs=tuple(pairs),
-                   figures=dict(figures))  # fmt: skip
+class _Check:
+    """Makes the findings of one check."""
 
+    def __init__(self, name: str, **figures: float) -> None:
+        self.name, self.figures = name, figures
 
-_fine = partial(_finding, Level.FINE)
-_notice = partial(_finding, Level.NOTICE)
-_problem = partial(_finding, Level.PROBLEM)
+    def __call__(
+        self, level: Level, message: str, advice: str = "", pairs: Sequence[int] = ()
+    ) -> Finding:
+        return Finding(check=self.name, level=level, message=message, advice=advice,
+                       pairs=tuple(pairs), figures=self.figures)  # fmt: skip
+
+    fine = partialmethod(__call__, Level.FINE)
+    notice = partialmethod(__call__, Level.NOTICE)
+    problem = partialmethod(__call__, Level.PROBLEM)
 
 
 def model_match(store: PairStore, model: VideoModel) -> Finding:
     """Check that the pairs were encoded for this model and by its weights."""
-    stored, wanted = store.manifest, model.shape
+    check, stored, wanted = _Check("model"), store.manifest, model.shape
     drift = []
     if stored.latent_shape != model.latent_shape:
         drift.append(f"latents of shape {stored.latent_shape} instead of {model.latent_shape}")
@@ -87,9 +86,8 @@ def model_match(store: PairStore, model: VideoModel) -> Finding:
     if weights_of(stored.identity) != weights_of(model.identity):
         drift.append("other weights")
     if not drift:
-        return _fine("model", f"Made for this backbone, at {wanted.fps:g} fps.")
-    return _problem(
-        "model",
+        return check.fine(f"Made for this backbone, at {wanted.fps:g} fps.")
+    return check.problem(
         f"The pairs were not made for this backbone: {', '.join(drift)}.",
         "Build them again for it, or name theirs with --backbone and --set backbone....",
     )
@@ -97,11 +95,11 @@ def model_match(store: PairStore, model: VideoModel) -> Finding:
 
 def finite(pairs: Sequence[PairSummary]) -> Finding:
     """Check that all numbers are finite."""
+    check = _Check("numbers")
     bad = [pair.index for pair in pairs if not pair.finite]
     if not bad:
-        return _fine("numbers", "No nan and no infinity.")
-    return _problem(
-        "numbers",
+        return check.fine("No nan and no infinity.")
+    return check.problem(
         f"{_count(bad, pairs)} hold nan or infinity ({_listed(bad)}).",
         "Look at their clips, and encode with --set train.mixed_precision=no. Training skips the "
         "steps that use them and stops after train.skips such steps.",
@@ -113,57 +111,51 @@ def scale(pairs: Sequence[PairSummary]) -> Finding:
     """Check that the latents have the scale that a denoiser is trained on."""
     typical = float(np.median([pair.scale for pair in pairs])) if pairs else 1.0
     outliers = [pair.index for pair in pairs if not SCALES[0] <= pair.scale <= SCALES[1]]
-    figures = {"standard_deviation": typical}
+    check = _Check("scale", standard_deviation=typical)
     if not SCALES[0] <= typical <= SCALES[1]:
-        return _problem(
-            "scale",
+        return check.problem(
             f"The latents' standard deviation is {typical:.2g}; denoisers are trained near 1.",
             "Multiply the latents by the scaling factor of the backbone's VAE, once.",
-            figures=figures,
         )
     if outliers:
-        return _notice(
-            "scale",
+        return check.notice(
             f"{_count(outliers, pairs)} have latents of another scale ({_listed(outliers)}).",
             "Look at their previews: blank and overexposed videos have such latents.",
             outliers,
-            figures,
         )
-    return _fine("scale", f"Latents have a standard deviation of {typical:.2f}.", figures=figures)
+    return check.fine(f"Latents have a standard deviation of {typical:.2f}.")
 
 
 def difference(pairs: Sequence[PairSummary]) -> Finding:
     """Check that the two videos of every pair differ."""
     decided = [pair for pair in pairs if pair.label]
+    typical = float(np.median([pair.distance for pair in decided])) if decided else 0.0
+    check = _Check("difference", distance=typical)
     same = [pair.index for pair in decided if pair.distance == 0]
     near = [pair.index for pair in decided if 0 < pair.distance < NEAR]
     if same:
-        return _problem(
-            "difference",
+        return check.problem(
             f"{_count(same, pairs)} prefer a video to itself ({_listed(same)}).",
             "Leave them out: their margin is always 0.",
             same,
         )
     if near:
-        return _notice(
-            "difference",
+        return check.notice(
             f"The two videos of {_count(near, pairs)} differ by less than {NEAR:.0%} of their "
             f"contrast ({_listed(near)}).",
             "Look at the previews. Stronger noise or a larger region increases the difference.",
             near,
         )
-    typical = float(np.median([pair.distance for pair in decided])) if decided else 0.0
-    return _fine(
-        "difference",
-        f"Inside their regions the two videos differ by {typical:.0%} of their contrast.",
-        figures={"distance": typical},
+    return check.fine(
+        f"Inside their regions the two videos differ by {typical:.0%} of their contrast."
     )
 
 
 def duplicates(pairs: Sequence[PairSummary]) -> Finding:
     """Check that no pair occurs twice or with contradicting labels."""
+    check = _Check("duplicates")
     if len(pairs) < 2:
-        return _fine("duplicates", "There are fewer than two pairs to compare.")
+        return check.fine("There are fewer than two pairs to compare.")
     groups: dict[tuple[str, ...], list[PairSummary]] = defaultdict(list)
     for pair in pairs:
         groups[tuple(sorted(pair.hashes))].append(pair)
@@ -171,8 +163,7 @@ def duplicates(pairs: Sequence[PairSummary]) -> Finding:
     if repeated:
         opposed = sum(len({_chosen_hash(pair) for pair in group}) > 1 for group in repeated)
         bad = sorted(pair.index for group in repeated for pair in group)
-        return _problem(
-            "duplicates",
+        return check.problem(
             f"{_count(bad, pairs)} occur more than once ({_listed(bad)})"
             + (f", {opposed} of them with labels that contradict each other." if opposed else "."),
             "Keep one copy, because repeated pairs count double. Combine contradicting labels by "
@@ -181,8 +172,7 @@ def duplicates(pairs: Sequence[PairSummary]) -> Finding:
         )
     alike = _near_copies(pairs)
     if alike:
-        return _notice(
-            "duplicates",
+        return check.notice(
             f"{_count(alike, pairs)} look like another pair in both videos ({_listed(alike)}).",
             "Look for copies of a clip under several names.",
             alike,
@@ -190,14 +180,12 @@ def duplicates(pairs: Sequence[PairSummary]) -> Finding:
     videos = Counter(name for pair in pairs for name in set(pair.hashes))
     shared = sum(count > 1 for count in videos.values())
     if shared:
-        return _notice(
-            "duplicates",
+        return _Check("duplicates", videos=float(len(videos))).notice(
             f"{shared} videos are in several pairs.",
             "Fine if each clip has several rejected videos; more clips teach more than more "
             "rejected videos.",
-            figures={"videos": float(len(videos))},
         )
-    return _fine("duplicates", "No two pairs are alike.")
+    return check.fine("No two pairs are alike.")
 
 
 def _chosen_hash(pair: PairSummary) -> str:
@@ -220,11 +208,11 @@ def _near_copies(pairs: Sequence[PairSummary]) -> list[int]:
 
 def region(pairs: Sequence[PairSummary]) -> Finding:
     """Check that the videos are equal outside their region."""
+    check = _Check("region")
     bad = [pair.index for pair in pairs if pair.outside > 0]
     if not bad:
-        return _fine("region", "Outside their regions the videos are equal to the bit.")
-    return _problem(
-        "region",
+        return check.fine("Outside their regions the videos are equal to the bit.")
+    return check.problem(
         f"The videos of {_count(bad, pairs)} differ outside their region ({_listed(bad)}).",
         "Copy one video's latents there, or mark the region where they really differ.",
         bad,
@@ -237,78 +225,68 @@ def labels(pairs: Sequence[PairSummary]) -> Finding:
     firsts = sum(pair.label > 0 for pair in decided)
     ties = sum(pair.decided == 0 for pair in pairs)
     thin = [pair.index for pair in pairs if 0 < pair.decided <= DECIDED]
-    figures = {"first_better": float(firsts), "second_better": float(len(decided) - firsts),
-               "ties": float(ties)}  # fmt: skip
+    check = _Check("labels", first_better=firsts, second_better=len(decided) - firsts, ties=ties)
     if not any(pair.decided for pair in pairs):
-        return _problem(
-            "labels",
+        return check.problem(
             "Every pair is a tie, so nothing can be learned.",
             "Label them: dpo-video label PAIRS --labeler NAME.",
-            figures=figures,
         )
     counted = f"The first is better in {firsts} pairs, the second in {len(decided) - firsts}; "
     counted += f"{ties} are ties."
     if 2 * ties > len(pairs):
-        return _notice(
-            "labels",
+        return check.notice(
             counted,
             "Most pairs teach nothing. A labeler with a smaller margin, or pairs that differ more, "
             "leave fewer ties.",
-            figures=figures,
         )
     # Builders store the chosen video first. A share in between may be a rater's bias to one side.
     lean = abs(2 * firsts - len(decided)) / math.sqrt(max(1, len(decided)))
     if lean > 3 and 0 < firsts < len(decided):
-        return _notice(
-            "labels",
+        return check.notice(
             counted,
             "If the order was random, the rater is biased to one side. Ask in both orders.",
-            figures=figures,
         )
     if thin:
-        return _notice(
-            "labels",
+        return check.notice(
             f"{counted} {_count(thin, pairs)} are ties in {1 - DECIDED:.0%} of their frames or "
             f"more ({_listed(thin)}).",
             "DenseDPO leaves such pairs out.",
             thin,
-            figures,
         )
-    return _fine("labels", counted, figures=figures)
+    return check.fine(counted)
 
 
 def motion(name: str, values: Sequence[tuple[float, float]]) -> Finding:
     """Check that chosen videos do not move less; `values` is a metric of (chosen, rejected)."""
-    check = f"motion ({name})"
+    check = _Check(f"motion ({name})")
     if len(values) < FEWEST:
-        return _fine(check, f"{len(values)} decoded pairs are too few to compare.")
+        return check.fine(f"{len(values)} decoded pairs are too few to compare.")
     chosen, rejected = np.array(values).T
     gap = paired_difference(rejected, chosen)
     relative = gap.relative if gap.relative is not None else 0.0
-    figures = {"chosen": gap.tuned_mean, "rejected": gap.base_mean, "low": gap.low,
-               "high": gap.high}  # fmt: skip
+    check.figures = {"chosen": gap.tuned_mean, "rejected": gap.base_mean, "low": gap.low,
+                     "high": gap.high}  # fmt: skip
     message = (
         f"Chosen videos move at {gap.tuned_mean:.3g}, rejected ones at {gap.base_mean:.3g} "
         f"({relative:+.0%})."
     )
     if gap.high < 0 and relative < -LESS_MOTION:
-        return _problem(
-            check,
+        return check.problem(
             message,
             "A policy can satisfy these pairs by freezing. Label with a condition on the motion, "
             "or build pairs whose two videos move alike (--pairs local or dense).",
-            figures=figures,
         )
     if gap.low > 0 and relative > LESS_MOTION:
-        return _notice(check, message, "Fine if more motion is the aim.", figures=figures)
-    return _fine(check, message, figures=figures)
+        return check.notice(message, "Fine if more motion is the aim.")
+    return check.fine(message)
 
 
 def shortcut(pairs: Sequence[PairSummary]) -> Finding:
     """Check whether simple statistics of the latents separate chosen from rejected videos."""
+    check = _Check("shortcut")
     decided = [pair for pair in pairs if pair.label]
     if len(decided) < FEWEST:
-        return _fine("shortcut", f"{len(decided)} decided pairs are too few to tell.")
+        return check.fine(f"{len(decided)} decided pairs are too few to tell.")
     rows = np.stack([pair.label * (pair.statistics[0] - pair.statistics[1]) for pair in decided])
     accuracy = held_out_accuracy(rows)
     draw = np.random.default_rng(0)
@@ -318,52 +296,45 @@ def shortcut(pairs: Sequence[PairSummary]) -> Finding:
         for _ in range(FLIPS)
     ]
     low, high = np.quantile(flipped, [0.025, 0.975])
-    figures = {"accuracy": accuracy, "chance_low": float(low), "chance_high": float(high)}
+    check.figures = {"accuracy": accuracy, "chance_low": float(low), "chance_high": float(high)}
     message = (
         f"Simple statistics of the latents predict {accuracy:.0%} of held-out preferences "
         f"(chance: {low:.0%} to {high:.0%})."
     )
     if accuracy <= high:
-        return _fine("shortcut", message, figures=figures)
+        return check.fine(message)
     lean = np.sign(rows).mean(axis=0)
     best = int(np.abs(lean).argmax())
     name = statistic_names((rows.shape[1] - 5) // 2)[best]
     share = float((np.sign(rows[:, best]) == np.sign(lean[best])).mean())
     side = "higher" if lean[best] > 0 else "lower"
-    return _notice(
-        "shortcut",
+    check.figures["share"] = share
+    return check.notice(
         f"{message} The strongest is {name}: {side} in {share:.0%} of the chosen videos.",
         "Fine if that is the aim, as flicker is with jitter; otherwise a shortcut. Check that both "
         "videos of a pair went through the same VAE, codec, size and frame rate.",
-        figures={**figures, "share": share},
     )
 
 
 def prompts(texts: Sequence[str]) -> Finding:
     """Check that the prompts are diverse."""
     counts = Counter(_plain(text) for text in texts)
-    figures = {"distinct": float(len(counts))}
+    check = _Check("prompts", distinct=float(len(counts)))
     if not counts:
-        return _problem(
-            "prompts", "There are no pairs.", "Build some: dpo-video build.", figures=figures
-        )
+        return check.problem("There are no pairs.", "Build some: dpo-video build.")
     text, most = counts.most_common(1)[0]
     if most * 2 > len(texts) and len(texts) >= FEWEST:
-        return _notice(
-            "prompts",
+        return check.notice(
             f"{most} of {len(texts)} pairs have the prompt '{text}'.",
             "Fine for one subject; otherwise the policy learns that prompt's look. Add others.",
-            figures=figures,
         )
     message = f"{len(counts)} different prompts in {len(texts)} pairs."
     if 2 * len(counts) < len(texts):
-        return _notice(
-            "prompts",
+        return check.notice(
             message,
             "More prompts generalise better than more pairs of the same ones.",
-            figures=figures,
         )
-    return _fine("prompts", message, figures=figures)
+    return check.fine(message)
 
 
 def leakage(texts: Sequence[str], evaluation: Sequence[str]) -> Finding:
@@ -371,24 +342,20 @@ def leakage(texts: Sequence[str], evaluation: Sequence[str]) -> Finding:
     trained = {_plain(text) for text in texts}
     evaluated = {_plain(prompt) for prompt in evaluation}
     shared = sorted(trained & evaluated)
-    figures = {"shared": float(len(shared)), "evaluated": float(len(evaluated))}
+    check = _Check("leakage", shared=float(len(shared)), evaluated=float(len(evaluated)))
     message = f"{len(shared)} of the evaluation's {len(evaluated)} prompts are trained on"
     if len(shared) / max(1, len(evaluated)) > LEAK:
-        return _problem(
-            "leakage",
+        return check.problem(
             f"{message}, such as '{shared[0]}'.",
             "Leave those pairs out: the evaluation would measure memorisation.",
             [i for i, text in enumerate(texts) if _plain(text) in evaluated],
-            figures,
         )
     if shared:
-        return _notice(
-            "leakage",
+        return check.notice(
             f"{message}, such as '{shared[0]}'.",
             "So few hardly change a result; leave them out before publishing it.",
-            figures=figures,
         )
-    return _fine("leakage", f"{message}.", figures=figures)
+    return check.fine(f"{message}.")
 
 
 def _plain(text: str) -> str:

@@ -162,7 +162,7 @@ def open_clips(
     found: list[_Window] = []
     for name in names:
         try:
-            cut = _cut(root / name, shape, windows)
+            starts, spread = _cut(root / name, shape, windows)
         except VideoError as error:
             skipped.append(Skipped(name=name, reason=str(error)))
             continue
@@ -173,14 +173,11 @@ def open_clips(
             reason = f"neither {METADATA} nor a text file beside it has its caption"
             skipped.append(Skipped(name=name, reason=reason))
             continue
-        size = _bytes(root / name)
+        size, only = stored_bytes(root / name), len(starts) == 1
         found += [
-            _Window(
-                file=name, caption=caption, size=size, start=start, only=len(cut.starts) == 1,
-                spread=cut.spread,
-            )
-            for start in cut.starts
-        ]  # fmt: skip
+            _Window(file=name, caption=caption, size=size, start=start, only=only, spread=spread)
+            for start in starts
+        ]
     if not found:
         why = f" For example {skipped[0].name}: {skipped[0].reason}" if skipped else ""
         raise UserError(
@@ -198,7 +195,8 @@ def read_beginning(path: Path, shape: VideoShape) -> Video:
         UserError: If there is no such file.
         VideoError: If it is damaged or too short.
     """
-    return _decode(path, shape, 0.0, _cut(path, shape, 1).spread)
+    _, spread = _cut(path, shape, 1)
+    return _decode(path, shape, 0.0, spread)
 
 
 def _decode(path: Path, shape: VideoShape, start: float, spread: bool) -> Video:
@@ -234,14 +232,8 @@ def find_videos(root: Path) -> list[str]:
     return sorted(names, key=natural_key)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cut:
-    starts: list[float]
-    spread: bool = False
-
-
-def _cut(path: Path, shape: VideoShape, windows: int) -> _Cut:
-    """Start times of the clips of a file, in seconds.
+def _cut(path: Path, shape: VideoShape, windows: int) -> tuple[list[float], bool]:
+    """Start times of a file's clips in seconds, and whether it is sped up.
 
     Raises:
         VideoError: If it is damaged or too short.
@@ -255,13 +247,14 @@ def _cut(path: Path, shape: VideoShape, windows: int) -> _Cut:
         if k == 0 or info.seconds >= (k + 1) * length - 0.5 / shape.fps
     ]
     if fits(info.frames, info.fps, shape):
-        return _Cut(starts=starts)
+        return starts, False
     if info.frames >= shape.frames:
-        return _Cut(starts=[0.0], spread=True)
+        return [0.0], True
     raise VideoError(f"too short: {too_short(info.frames, info.fps, shape)}.")
 
 
-def _bytes(path: Path) -> int:
+def stored_bytes(path: Path) -> int:
+    """Size of a file or of a folder of frames."""
     files = frame_files(path) if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 

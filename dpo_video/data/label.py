@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from dpo_video.strategies import (
     StoreLabeler,
     VideoModel,
 )
-from dpo_video.support.formatting import html_table
+from dpo_video.support.formatting import html_table, plain_table
 from dpo_video.support.statistics import Record
 from dpo_video.types import SegmentLabel, Video
 
@@ -38,7 +37,6 @@ class LabelReport:
     total: int
     pair: int
     labels: Sequence[float]
-    seconds: float
     figures: Mapping[str, float]
     """Costs by name; see `LabelResult`."""
 
@@ -84,14 +82,7 @@ class StoreTask(LabelTask):
 def recipe(
     store: PairStore, model: VideoModel, labeler: Mapping[str, Any], seconds: float = SECONDS
 ) -> LabelRecipe:
-    """The recipe of a labeler's labels on a store.
-
-    Args:
-        store: The pairs.
-        model: The model that decodes them.
-        labeler: The table [labeler], without its incidental options.
-        seconds: Length of a segment.
-    """
+    """The recipe of labels on a store; `labeler` is its table without the incidental options."""
     segments = split(model.shape, seconds)
     latents = [model.latent_frames(segment) for segment in segments]
     return LabelRecipe(
@@ -120,18 +111,12 @@ def label(
     for pair in task.pairs:
         if pair in done:
             continue
-        started = time.monotonic()
         result = _judge(labeler, task, pair)
         labels = check_labels(labeler, result.labels, len(task.segments))[0].tolist()
         label_set.record(pair, labels, note=result.notes[0])
         done.add(pair)
         yield LabelReport(
-            done=len(done),
-            total=len(store),
-            pair=pair,
-            labels=labels,
-            seconds=time.monotonic() - started,
-            figures=result.figures,
+            done=len(done), total=len(store), pair=pair, labels=labels, figures=result.figures
         )
 
 
@@ -185,13 +170,7 @@ class LabelSummary(Record):
 
     def table(self) -> Table:
         """One row per segment, for a terminal."""
-        columns, rows = self._cells()
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for row in rows:
-            table.add_row(*row)
-        return table
+        return plain_table(*self._cells(), justify="right")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON holds them."""

@@ -25,7 +25,6 @@ class PackReport:
     done: int
     """Pairs and prompts in shards so far."""
     total: int
-    file: Path
 
 
 def pack(store: PairStore, folder: Path, size: int = SIZE) -> Iterator[PackReport]:
@@ -69,7 +68,7 @@ def pack(store: PairStore, folder: Path, size: int = SIZE) -> Iterator[PackRepor
                     shards.append(Shard(file=file, holds=tuple(names[:count])))
                     names, number = names[count:], number + 1
                     done = sum(len(shard.holds) for shard in shards)
-                    yield PackReport(done=done, total=total, file=path)
+                    yield PackReport(done=done, total=total)
             for path in sorted((store.folder / "labels").glob("*.json*")):
                 write_bytes(folder / "labels" / path.name, path.read_bytes())
             lines = b"".join(record.line() + b"\n" for record in store.records)

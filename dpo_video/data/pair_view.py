@@ -8,10 +8,9 @@ from html import escape
 from pathlib import Path
 
 from rich.table import Table
-from rich.text import Text
 
 from dpo_video.data.pair_index import PairRecord
-from dpo_video.support.formatting import html_table
+from dpo_video.support.formatting import html_table, plain_table
 
 HEADER = ("pair", "prompt", "source", "frames preferred", "region")
 SHOWN = 10  # rows of a table
@@ -28,10 +27,7 @@ def _cells(row: PairRecord) -> tuple[str, ...]:
 def pair_table(rows: Sequence[PairRecord]) -> Table:
     """The first pairs as a table."""
     caption = f"{len(rows)} pairs" + (f", the first {SHOWN} shown" if len(rows) > SHOWN else "")
-    table = Table(*HEADER, box=None, pad_edge=False, caption=caption, caption_justify="left")
-    for row in rows[:SHOWN]:
-        table.add_row(*map(Text, _cells(row)))
-    return table
+    return plain_table(HEADER, map(_cells, rows[:SHOWN]), caption=caption, caption_justify="left")
 
 
 def pair_html(where: str, rows: Sequence[PairRecord], previews: Sequence[Path]) -> str:

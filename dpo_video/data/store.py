@@ -330,10 +330,14 @@ class PairStore:
         return tensors
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        with self._readable(name):
+        try:
             if name in self._shards:
                 return self._shards.read(name)
             return self._storage.load(f"{name}.safetensors")
+        except (OSError, SafetensorError, ValueError) as error:
+            raise StoreError(
+                f"'{self._path(name)}' cannot be read ({error}). {self._next_step()}"
+            ) from error
 
     def _path(self, name: str) -> str:
         shard = self._shards.file(name) if name in self._shards else f"{name}.safetensors"
@@ -341,15 +345,6 @@ class PairStore:
 
     def _foreign(self, name: str, expected: str) -> StoreError:
         return StoreError(f"'{self._path(name)}' does not hold {expected}. {self._next_step()}")
-
-    @contextmanager
-    def _readable(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError, ValueError) as error:
-            raise StoreError(
-                f"'{self._path(name)}' cannot be read ({error}). {self._next_step()}"
-            ) from error
 
     def _next_step(self) -> str:
         if self.local:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,9 @@ def read_video(
         UserError: If there is no such file, or the frames would take more than `MAX_BYTES`.
     """
     shots = _shots(path, start, folder_fps)
-    chosen = _every(shots, start) if fps is None else _nearest(shots, fps, start)
+    chosen: Iterator[_Shot] = (shot for shot in shots if shot.time >= start - EPSILON)
+    if fps is not None:
+        chosen = _nearest(shots, fps, start)
     pictures: list[Picture] = []
     times: list[float] = []
     used = 0
@@ -196,10 +199,6 @@ def probe_video(
     return VideoInfo(frames=len(times), fps=rate or FOLDER_FPS)
 
 
-def _every(shots: Iterator[_Shot], start: float) -> Iterator[_Shot]:
-    return (shot for shot in shots if shot.time >= start - EPSILON)
-
-
 def _nearest(shots: Iterator[_Shot], fps: float, start: float) -> Iterator[_Shot]:
     """The shots nearest to the times `start + k / fps`, up to the end of the last shot."""
     k, gap = 0, 1 / fps
@@ -221,7 +220,7 @@ def _shots(path: Path, start: float, folder_fps: float) -> Iterator[_Shot]:
     _must_exist(path)
     if path.is_dir():
         for index, file in enumerate(frame_files(path)):
-            yield _Shot(time=index / folder_fps, picture=_loader(file))
+            yield _Shot(time=index / folder_fps, picture=partial(_load, file))
         return
     for seek in (True, False) if start > SEEK_FROM else (False,):
         with _opened(path) as (container, stream):
@@ -291,10 +290,6 @@ def _renderer(frame: Any, stream: Any) -> Callable[[Size | None], Picture]:
         return np.ascontiguousarray(np.rot90(rgb, turns))
 
     return render
-
-
-def _loader(file: Path) -> Callable[[Size | None], Picture]:
-    return lambda cover: _load(file, cover)
 
 
 def _load(file: Path, cover: Size | None) -> Picture:

@@ -57,6 +57,8 @@ class LoraUpdate:
 
 LoraDelta = Mapping[str, LoraUpdate]
 """Adapted module of a network to its update."""
+Updates = Mapping[str, LoraDelta]
+Dtype = torch.dtype | None
 
 
 def read_delta(network: nn.Module) -> LoraDelta:
@@ -82,22 +84,16 @@ class LoraFormat(ABC):
     """A file format of adapters."""
 
     @abstractmethod
-    def write(
-        self,
-        folder: Path,
-        spec: ExportSpec,
-        updates: Mapping[str, LoraDelta],
-        dtype: torch.dtype | None,
-    ) -> None:
+    def write(self, folder: Path, spec: ExportSpec, updates: Updates, dtype: Dtype) -> None:
         """Write the updates of every adapted network; `dtype` None keeps their precision."""
 
     @abstractmethod
     def load(self, folder: Path, spec: ExportSpec, name: str) -> None:
         """Load the written adapter of a network into it."""
 
-    @abstractmethod
     def unload(self, network: Any) -> None:
-        """Remove the adapter that `load` put on a network."""
+        """Remove the adapter that `load` put on a network; by default as diffusers does."""
+        network.unload_lora()
 
     @final
     @contextmanager
@@ -124,13 +120,7 @@ class DiffusersFormat(LoraFormat):
     `load_lora_weights(folder, load_into_transformer_2=True)` selects the second.
     """
 
-    def write(
-        self,
-        folder: Path,
-        spec: ExportSpec,
-        updates: Mapping[str, LoraDelta],
-        dtype: torch.dtype | None,
-    ) -> None:
+    def write(self, folder: Path, spec: ExportSpec, updates: Updates, dtype: Dtype) -> None:
         """Write one file per network."""
         prefix = next(iter(spec.networks))
         for name, layers in updates.items():
@@ -150,10 +140,6 @@ class DiffusersFormat(LoraFormat):
             options = load_options(spec, name)
             # Without weight_name, older versions of diffusers query the hub or fail offline.
             pipeline.load_lora_weights(path, weight_name=DIFFUSERS_FILE, **options)
-
-    def unload(self, network: Any) -> None:
-        """Unload as the pipeline does."""
-        network.unload_lora()
 
 
 def load_options(spec: ExportSpec, name: str) -> dict[str, bool]:
@@ -177,13 +163,7 @@ class PeftFormat(LoraFormat):
 
     config: LoraConfig
 
-    def write(
-        self,
-        folder: Path,
-        spec: ExportSpec,
-        updates: Mapping[str, LoraDelta],
-        dtype: torch.dtype | None,
-    ) -> None:
+    def write(self, folder: Path, spec: ExportSpec, updates: Updates, dtype: Dtype) -> None:
         """Write one folder per network."""
         for name, layers in updates.items():
             path = folder / subfolder(spec, name)
@@ -203,7 +183,7 @@ class PeftFormat(LoraFormat):
             config.save_pretrained(str(path))
 
     def load(self, folder: Path, spec: ExportSpec, name: str) -> None:
-        """Load by PEFT, which changes the network in path; the wrapper is dropped."""
+        """Load by PEFT, which changes the network in place; the wrapper is dropped."""
         path = str(folder / subfolder(spec, name))
         PeftModel.from_pretrained(spec.networks[name], path)
 
@@ -220,13 +200,7 @@ class ComfyFormat(LoraFormat):
     name: str
     """Name of the file; ComfyUI lists files by name."""
 
-    def write(
-        self,
-        folder: Path,
-        spec: ExportSpec,
-        updates: Mapping[str, LoraDelta],
-        dtype: torch.dtype | None,
-    ) -> None:
+    def write(self, folder: Path, spec: ExportSpec, updates: Updates, dtype: Dtype) -> None:
         """Write one file per network."""
         for name, layers in updates.items():
             tensors = {}
@@ -264,10 +238,6 @@ class ComfyFormat(LoraFormat):
             )
         network.load_lora_adapter(found, prefix=None)
 
-    def unload(self, network: Any) -> None:
-        """Unload as diffusers does."""
-        network.unload_lora()
-
 
 def _comfy_names(network: Any, spec: ExportSpec) -> Iterator[tuple[str, LoraNames]]:
     for module, layer in network.named_modules():
@@ -283,7 +253,7 @@ def precision(network: nn.Module) -> torch.dtype:
 
 
 def remove_adapter(network: Any) -> None:
-    """Remove an adapter from a network that peft changed in path."""
+    """Remove an adapter from a network that peft changed in place."""
     diffusers.utils.recurse_remove_peft_layers(network)
     if hasattr(network, "peft_config"):
         del network.peft_config

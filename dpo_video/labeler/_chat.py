@@ -15,8 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, field_validator
 
 from dpo_video.errors import UserError
+from dpo_video.strategies import Strategy
 from dpo_video.support.atomic import write_text, writing
 
 if TYPE_CHECKING:
@@ -28,26 +32,50 @@ TRANSIENT = (408, 409, 425, 429)  # status codes worth a retry, as 5xx are
 LONGEST_WAIT = 60.0  # seconds
 
 
-class MalformedError(Exception):
-    """An answer of another form than requested; worth a retry."""
+class FailedError(Exception):
+    """A failed request or an answer of another form than requested; a retry may succeed."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+        """Seconds that the server requests."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Endpoint:
-    """An endpoint, its model, and the limits of a request."""
+class Endpoint(Strategy):
+    """Options of an endpoint and of requests to it."""
 
-    base_url: str
+    model_config = ConfigDict(hide_input_in_errors=True)  # an input may hold a password
+
     model: str
-    key_variable: str
+    """Name of the model at the endpoint."""
+    base_url: str = "https://api.openai.com/v1"
+    """The endpoint."""
+    key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the key; empty if none is needed."""
-    timeout: float
+    timeout: float = Field(default=120.0, gt=0)
     """Longest time of an answer, in seconds."""
-    retries: int
-    """Attempts after the first."""
-    wait: float
-    """Seconds before the first retry; doubled for each further one."""
-    cache: Path
-    """Folder of the cached answers."""
+    retries: int = Field(default=5, ge=0)
+    """Retries after a failure: too many requests, a server error, a malformed answer."""
+    wait: float = Field(default=1.0, ge=0)
+    """Seconds before the first retry, doubled for each further one, unless Retry-After is given."""
+    cache: str | None = None
+    """Folder of the cached answers; the user's cache folder if unset."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _keeps_no_secret(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("not an http or https address")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("must not contain a key or password; put it into the environment")
+        return value
+
+    @property
+    def cache_folder(self) -> Path:
+        """The folder that `cache` stands for."""
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Path(self.cache) if self.cache else home / "dpo-video" / "vlm"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +101,19 @@ class Chat:
 
         Args:
             content: The parts of one user message, as the protocol defines them.
-            read: Parses the text of an answer; raises MalformedError for an invalid one.
+            read: Parses the text of an answer; raises FailedError for an invalid one.
 
         Raises:
             UserError: if the endpoint refuses the request, or all attempts fail.
         """
         question = json.dumps([self.endpoint.model, content], sort_keys=True)
         digest = hashlib.sha256(question.encode()).hexdigest()
-        path = self.endpoint.cache / digest[:2] / f"{digest}.json"
+        path = self.endpoint.cache_folder / digest[:2] / f"{digest}.json"
         cached = _cached(path)
         if cached is not None:
             try:
                 return Answer(value=read(cached), requests=0, input_tokens=0, output_tokens=0)
-            except MalformedError:
+            except FailedError:
                 pass  # an older version wrote it
         return self._request(content, read, path)
 
@@ -100,11 +128,9 @@ class Chat:
                 reply = self._complete(content)
                 sent, received = sent + reply.input_tokens, received + reply.output_tokens
                 value = read(reply.text)
-            except _FailureError as failure:
+            except FailedError as failure:
                 failures.append(str(failure))
                 wait = wait if failure.wait is None else min(LONGEST_WAIT, failure.wait)
-            except MalformedError as malformed:
-                failures.append(str(malformed))
             else:
                 with writing(path):
                     write_text(path, json.dumps({"answer": reply.text}) + "\n")
@@ -119,7 +145,7 @@ class Chat:
         )
 
     def _complete(self, content: Sequence[dict[str, Any]]) -> _Reply:
-        """One request; a _FailureError if a retry may succeed, else a UserError."""
+        """One request; a FailedError if a retry may succeed, else a UserError."""
         import openai
 
         messages: Any = [{"role": "user", "content": list(content)}]
@@ -130,18 +156,18 @@ class Chat:
         except openai.APIStatusError as error:
             if error.status_code in TRANSIENT or error.status_code >= 500:
                 wait = _seconds(error.response.headers.get("retry-after"))
-                raise _FailureError(f"status {error.status_code}", wait) from error
+                raise FailedError(f"status {error.status_code}", wait) from error
             raise self._refused(error.status_code, error.message) from error
         except openai.APITimeoutError as error:
-            raise _FailureError(f"no answer within {self.endpoint.timeout:g} s") from error
+            raise FailedError(f"no answer within {self.endpoint.timeout:g} s") from error
         except openai.APIConnectionError as error:
-            raise _FailureError("no connection") from error
+            raise FailedError("no connection") from error
         except (openai.APIError, ValueError) as error:
-            raise _FailureError("an answer outside the protocol") from error
+            raise FailedError("an answer outside the protocol") from error
         choices = getattr(completion, "choices", None)
         text = choices[0].message.content if choices else None
         if not isinstance(text, str):
-            raise _FailureError("an answer without text")
+            raise FailedError("an answer without text")
         usage = completion.usage
         return _Reply(
             text=text,
@@ -192,15 +218,6 @@ class _Reply:
     text: str
     input_tokens: int
     output_tokens: int
-
-
-class _FailureError(Exception):
-    """A failed request that may be retried."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
-        """Seconds that the server requests."""
 
 
 def _cached(path: Path) -> str | None:

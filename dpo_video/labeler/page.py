@@ -9,12 +9,13 @@ from typing import ClassVar, final
 
 from pydantic import Field
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dpo_video.errors import UserError
 from dpo_video.labeler._page.session import LabelSession, Summary
 from dpo_video.strategies import LabelTask, StoreLabeler
+from dpo_video.support.formatting import plain_table
 
 
 @final
@@ -70,14 +71,15 @@ class Page(StoreLabeler):
 
 def summary_table(summary: Summary) -> Table:
     """A rater's summary, for the terminal."""
-    table = Table(title=f"Labels by {escape(summary.rater)}", title_justify="left", box=None)
-    table.show_header = False
-    table.add_row("pairs finished", f"{summary.finished} of {summary.total}")
     counts = ", ".join(f"{count} {answer}" for answer, count in summary.answers.items())
-    table.add_row("segments, as shown", counts)
     pace = f", {summary.pace:.0f} pairs an hour" if summary.pace else ""
-    table.add_row("this session", f"{summary.minutes:.0f} min of work{pace}")
-    return table
+    rows = [
+        ("pairs finished", f"{summary.finished} of {summary.total}"),
+        ("segments, as shown", counts),
+        ("this session", f"{summary.minutes:.0f} min of work{pace}"),
+    ]
+    title = Text(f"Labels by {summary.rater}", "table.title")
+    return plain_table(("", ""), rows, title=title, title_justify="left", show_header=False)
 
 
 def _login() -> str:

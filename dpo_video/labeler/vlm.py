@@ -5,19 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, final
-from urllib.parse import urlsplit
 
 import torch
 from PIL import Image
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import Field
 
-from dpo_video.labeler._chat import Answer, Endpoint, MalformedError, open_chat
+from dpo_video.labeler._chat import Answer, Endpoint, FailedError, open_chat
 from dpo_video.strategies import LabelResult, ReasonedLabeler
 from dpo_video.types import Video, Videos
 
@@ -41,7 +38,7 @@ class _Verdict:
 
 
 @final
-class VLM(ReasonedLabeler):
+class VLM(Endpoint, ReasonedLabeler):
     """A vision-language model: decides which video has fewer artifacts, per segment.
 
     DenseDPO's labeler (Wu et al. 2025, arXiv 2506.03517): the prompt shows frames of one segment of
@@ -55,48 +52,23 @@ class VLM(ReasonedLabeler):
     Needs the extra `vlm`.
     """
 
-    model_config = ConfigDict(hide_input_in_errors=True)  # an input may hold a password
     incidental: ClassVar[frozenset[str]] = frozenset(
         {"base_url", "key_variable", "timeout", "retries", "wait", "parallel", "cache",
          "input_price", "output_price"}
     )  # fmt: skip
 
-    model: str
-    """Name of the model at the endpoint."""
-    base_url: str = "https://api.openai.com/v1"
-    """The endpoint."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key; empty if none is needed."""
     frames: int = Field(default=8, ge=1)
     """Evenly spaced frames of each video per segment; the paper uses 8 per second."""
     size: int = Field(default=512, ge=16)
     """Shorter side that frames are scaled to, in pixels."""
     format: Literal["png", "jpeg"] = "png"
     """Format of the images sent; jpeg (quality 95) is smaller, but adds artifacts."""
-    timeout: float = Field(default=120.0, gt=0)
-    """Longest time of an answer, in seconds."""
-    retries: int = Field(default=5, ge=0)
-    """Retries after a failure: too many requests, a server error, a malformed answer."""
-    wait: float = Field(default=1.0, ge=0)
-    """Seconds before the first retry, doubled for each further one, unless Retry-After is given."""
     parallel: int = Field(default=4, ge=1)
     """Number of concurrent requests."""
-    cache: str | None = None
-    """Folder of the cached answers; the user's cache folder if unset."""
     input_price: float = Field(default=0.0, ge=0)
     """US dollars per million input tokens, to report the cost."""
     output_price: float = Field(default=0.0, ge=0)
     """US dollars per million output tokens."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _keeps_no_secret(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("not an http or https address")
-        if parts.username or parts.password or parts.query:
-            raise ValueError("must not contain a key or password; put it into the environment")
-        return value
 
     def judge(
         self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
@@ -111,7 +83,7 @@ class VLM(ReasonedLabeler):
             for one, other in ((first, second), (second, first))
         ]
         distinct = {json.dumps(question): question for question in questions}
-        with open_chat(self._endpoint()) as chat, ThreadPoolExecutor(self.parallel) as threads:
+        with open_chat(self) as chat, ThreadPoolExecutor(self.parallel) as threads:
             answers = list(
                 threads.map(lambda question: chat.ask(question, _read), distinct.values())
             )
@@ -177,18 +149,6 @@ class VLM(ReasonedLabeler):
             "cost in US dollars": (sent * self.input_price + received * self.output_price) / 1e6,
         }
 
-    def _endpoint(self) -> Endpoint:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Endpoint(
-            base_url=self.base_url,
-            model=self.model,
-            key_variable=self.key_variable,
-            timeout=self.timeout,
-            retries=self.retries,
-            wait=self.wait,
-            cache=Path(self.cache) if self.cache else home / "dpo-video" / "vlm",
-        )
-
 
 def _read(text: str) -> _Verdict:
     """The JSON object in an answer, ignoring any text around it."""
@@ -196,10 +156,10 @@ def _read(text: str) -> _Verdict:
     try:
         found = json.loads(text[start : end + 1])
     except ValueError as error:
-        raise MalformedError("an answer that is not JSON") from error
+        raise FailedError("an answer that is not JSON") from error
     better = found.get("better")
     word = better.strip().lower() if isinstance(better, str) else ""
     if word not in _SIGNS:
-        raise MalformedError("an answer other than first, second and tie")
+        raise FailedError("an answer other than first, second and tie")
     reason = " ".join(str(found.get("reason") or "no reason given").split())
     return _Verdict(sign=_SIGNS[word], better=word, reason=reason)

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from dpo_video.data.clips import find_videos, read_beginning, read_caption
+from dpo_video.data.clips import find_videos, read_beginning, read_caption, stored_bytes
 from dpo_video.data.segments import split
-from dpo_video.data.video import FRAME_SUFFIXES, fit_video, frame_files, natural_key, read_picture
+from dpo_video.data.video import FRAME_SUFFIXES, fit_video, natural_key, read_picture
 from dpo_video.data.videodpo import read_videodpo_pair
 from dpo_video.errors import UserError, first_fault
 from dpo_video.strategies import VideoModel
@@ -166,7 +166,7 @@ class Listing:
     def fingerprint(self, shape: VideoShape) -> str:
         """A hash of names, sizes, prompts and labels; independent of the folder's location."""
         pairs = [
-            [pair.name, pair.prompt, getattr(pair, "labels", None), *map(_bytes, pair.paths)]
+            [pair.name, pair.prompt, getattr(pair, "labels", None), *map(stored_bytes, pair.paths)]
             for pair in self.pairs
         ]
         text = json.dumps([asdict(shape), pairs])
@@ -179,13 +179,9 @@ def _no_pair(skipped: Sequence[Skipped]) -> UserError:
 
 
 def list_pairs(path: Path, model: VideoModel, prompt: str | None, seconds: float) -> Listing:
-    """List the pairs of a path, in one of the three formats.
+    """List the pairs of a path, in one of the three `FORMATS`.
 
-    Args:
-        path: See `FORMATS`.
-        model: The model to train on them.
-        prompt: Prompt of pairs that have none.
-        seconds: Length of a labelled segment.
+    `prompt` is for pairs that have none; `seconds` is the length of a labelled segment.
 
     Raises:
         UserError: if the path has another format, or no pair.
@@ -346,8 +342,3 @@ def _read_mask(path: Path, shape: VideoShape) -> Float[Tensor, "F H W"]:
     else:
         video = read_beginning(path, shape)
     return (video.mean(dim=0) >= 0.5).float()
-
-
-def _bytes(path: Path) -> int:
-    files = frame_files(path) if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)

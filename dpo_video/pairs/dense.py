@@ -46,11 +46,6 @@ class Dense(PairBuilder):
             raise ValueError(f"eta is a range with 0 < low <= high <= 1, not {low:g} to {high:g}")
         return self
 
-    @property
-    def needs_video(self) -> bool:
-        """Always: both videos are derived from a real clip."""
-        return True
-
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self, final
+from typing import Self, final
 
 import torch
 from pydantic import Field, model_validator
 from torch import Generator
 
-from dpo_video.pairs._chosen import OWN_SAMPLE, Chosen, chosen_video
-from dpo_video.strategies import Labeler, PairBuilder, VideoModel
+from dpo_video.pairs._chosen import FromChosen
+from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.types import Clip, Pair
 
 
 @final
-class Img2Img(PairBuilder):
+class Img2Img(FromChosen):
     """Video-DPO's img2img: noises and denoises every frame of the chosen video on its own.
 
     The frames of the rejected video are independent of each other, so it flickers. Video-DPO
@@ -23,10 +23,6 @@ class Img2Img(PairBuilder):
     regeneration distinguishes them.
     """
 
-    asks_labeler: ClassVar[bool] = False
-
-    chosen: Chosen = "sample"
-    """The model's own sample of the prompt, at its default settings, or the real clip."""
     strength: float = Field(default=0.15, gt=0, le=1)
     """Share of the noise schedule that every frame is noised by, then denoised."""
     num_inference_steps: int = Field(default=20, ge=1)
@@ -44,16 +40,11 @@ class Img2Img(PairBuilder):
             )
         return self
 
-    @property
-    def needs_video(self) -> bool:
-        """Only if the real clip is chosen."""
-        return self.chosen == "clip"
-
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
         """Regenerate the frames of a sample or of the clip."""
-        video = model.encode_videos(chosen_video(self.chosen, clip, model, generator))
+        video = model.encode_videos(self.chosen_video(clip, model, generator))
         # Drawn elementwise, so every frame has its own noise.
         noise = torch.randn(model.latent_shape, generator=generator)[None]
         regenerated = model.sample(
@@ -66,13 +57,4 @@ class Img2Img(PairBuilder):
             guidance_scale=self.guidance_scale,
         )
         both = model.decode_videos(torch.cat([video, regenerated]))
-        chosen, rejected = model.encode_videos(both).cpu()
-        return Pair(
-            first=chosen,
-            second=rejected,
-            preference=torch.ones(chosen.shape[1]),
-            region=torch.ones(1, *chosen.shape[1:]),
-            prompt=clip.caption,
-            source=clip.name if self.chosen == "clip" else OWN_SAMPLE,
-            strength=self.strength,
-        )
+        return self.pair(model.encode_videos(both), clip, self.strength)

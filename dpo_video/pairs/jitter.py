@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from pydantic import Field
 from torch import Generator
 
-from dpo_video.pairs._chosen import OWN_SAMPLE, Chosen, chosen_video
-from dpo_video.strategies import Labeler, PairBuilder, VideoModel
+from dpo_video.pairs._chosen import FromChosen
+from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.types import Clip, Pair, Videos
 
 
 @final
-class Jitter(PairBuilder):
+class Jitter(FromChosen):
     """Video-DPO's noise injection: adds noise and a colour shift to every frame.
 
     The rejected video is `clip01(frame + s N(0, 1) + U(-s/4, s/4) per channel)` of the chosen one's
@@ -22,10 +22,6 @@ class Jitter(PairBuilder):
     nothing else distinguishes them.
     """
 
-    asks_labeler: ClassVar[bool] = False
-
-    chosen: Chosen = "sample"
-    """The model's own sample of the prompt, or the real clip."""
     noise: float = Field(default=0.15, gt=0, le=1)
     """`s`, in units of the pixel range."""
     num_inference_steps: int | None = Field(default=None, ge=1)
@@ -33,17 +29,11 @@ class Jitter(PairBuilder):
     guidance_scale: float | None = Field(default=None, ge=0)
     """Classifier-free guidance of the chosen video; the backbone's default if unset (7.5)."""
 
-    @property
-    def needs_video(self) -> bool:
-        """Only if the real clip is chosen."""
-        return self.chosen == "clip"
-
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
         """Jitter a sample or the clip."""
-        video = chosen_video(
-            self.chosen,
+        video = self.chosen_video(
             clip,
             model,
             generator,
@@ -51,16 +41,7 @@ class Jitter(PairBuilder):
             guidance_scale=self.guidance_scale,
         )
         both = torch.cat([video, jitter(video, self.noise, generator)])
-        chosen, rejected = model.encode_videos(both).cpu()
-        frames = chosen.shape[1]
-        return Pair(
-            first=chosen,
-            second=rejected,
-            preference=torch.ones(frames),
-            region=torch.ones(1, *chosen.shape[1:]),
-            prompt=clip.caption,
-            source=clip.name if self.chosen == "clip" else OWN_SAMPLE,
-        )
+        return self.pair(model.encode_videos(both), clip)
 
 
 def jitter(videos: Videos, noise: float, generator: Generator) -> Videos:

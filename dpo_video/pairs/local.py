@@ -34,11 +34,6 @@ class Local(PairBuilder):
     mask: RegionOptions = RegionOptions()
     """Options of the regions."""
 
-    @property
-    def needs_video(self) -> bool:
-        """Always: the chosen video is a real clip."""
-        return True
-
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:

@@ -75,13 +75,7 @@ def obtain_pairs(
 ) -> PairStore:
     """Open the pairs that a configuration names, or build what is missing of them.
 
-    Args:
-        config: Names the pairs, or how they are built.
-        model: What they are built with.
-        folder: The pairs' folder if `exact`, else its parent.
-        exact: See `folder`.
-        worker: The part to build; all if None.
-        progress: Receives the progress.
+    `folder` is the pairs' folder if `exact`, else its parent. A worker builds its part only.
     """
     if config.pairs is None:
         assert config.pair_store is not None

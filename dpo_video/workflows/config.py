@@ -90,10 +90,6 @@ class Config:
             {**self.tables, "versions": {**versions, "python": platform.python_version()}}
         )
 
-    def to_dict(self) -> Tables:
-        """The resolved tables."""
-        return self.tables
-
 
 def resolve(
     *,

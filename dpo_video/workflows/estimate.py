@@ -74,14 +74,10 @@ def predict(
     card: Tier | None = None,
     traces: TraceCache | None = None,
 ) -> Estimate:
-    """Predict what a configuration needs, in all memory modes or in its own alone.
+    """Predict what a configuration needs, in all memory modes or in its own `alone`.
 
-    Args:
-        config: The run.
-        alone: Only the run's own mode.
-        card: Adds the mode that fits this card with the fewest checkpointed blocks, if that is
-            neither none nor all of them.
-        traces: Steps traced before for the same configuration, its checkpointing aside.
+    With a card, the mode is added that fits it with the fewest checkpointed blocks, unless that is
+    none or all of them. `traces` holds steps that were traced before.
     """
     diffusers.utils.logging.set_verbosity_error()  # remarks on configurations of older versions
     own = config.tables["reference"]["name"]
@@ -144,12 +140,7 @@ def choose_blocks(
 ) -> Config:
     """Replace checkpointing=auto with a number of blocks, and report the choice.
 
-    Args:
-        config: The run.
-        tier: Names the card, if the device does not tell its memory.
-        device: The device of the run, if it is known.
-        traces: Steps traced before for the same configuration.
-        progress: Receives the choice.
+    The budget is memory.budget, else a share of the memory of the device, else of the tier's card.
 
     Raises:
         UserError: if the memory is unknown.

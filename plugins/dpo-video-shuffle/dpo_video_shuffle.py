@@ -29,11 +29,6 @@ class Shuffle(PairBuilder):
     frames: int = Field(default=8, ge=2)
     """Number of frames in the stretch; the whole clip if it has fewer."""
 
-    @property
-    def needs_video(self) -> bool:
-        """Always: the chosen video is a real clip."""
-        return True
-
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:

@@ -81,13 +81,9 @@ _R = TypeVar("_R", bound=_Request)
 def application(
     session: LabelSession, token: str, *, suggested: str = "", finish: Callable[[], None]
 ) -> ASGIApp:
-    """The page and its JSON interface.
+    """The page and its JSON interface, below `/token/`.
 
-    Args:
-        session: The label session.
-        token: First part of every path.
-        suggested: Name that the page suggests to a rater.
-        finish: Called when a rater ends the session.
+    The page suggests the name `suggested` to raters; `finish` is called when one ends the session.
     """
     sheets = SpriteSheets(session.task)
 

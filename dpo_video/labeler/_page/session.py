@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -133,14 +133,9 @@ class LabelSession:
     def answer(
         self, rater: str, pair: int, segment: int, answer: Answer, *, rest: bool = False
     ) -> View:
-        """Write an answer to the disk before returning.
+        """Write an answer, for the rater's own sides, to the disk before returning.
 
-        Args:
-            rater: The rater.
-            pair: A pair, current or not.
-            segment: A segment of the pair.
-            answer: The answer, for the rater's own sides.
-            rest: Whether to give it to the pair's other unlabelled segments, too.
+        With `rest` it is also given to the pair's other unlabelled segments.
 
         Raises:
             KeyError: If there is no such pair or segment.
@@ -190,11 +185,9 @@ class LabelSession:
     def summary(self, rater: str) -> Summary:
         """A rater's counts, and the agreement with the others."""
         labels = self.task.labels_by(rater)
-        counts: Counter[Answer] = Counter()
-        for pair, line in labels.items():
-            counts.update(
-                answer for label in line if (answer := self._answer(rater, pair, label)) is not None
-            )
+        counts = Counter(
+            self._answer(rater, pair, label) for pair, line in labels.items() for label in line
+        )
         others = tuple(
             OtherRater(rater=name, agreement=agreement(labels, self.task.labels_by(name)))
             for name in self.raters()
@@ -204,12 +197,7 @@ class LabelSession:
             rater=rater,
             finished=self._count_finished(rater),
             total=len(self._order),
-            answers={
-                "left": counts["left"],
-                "right": counts["right"],
-                "tie": counts["tie"],
-                "skip": counts["skip"],
-            },
+            answers={answer: counts[answer] for answer in get_args(Answer)},
             pace=self._pace(rater),
             minutes=self._raters[rater].worked / 60 if rater in self._raters else 0.0,
             others=tuple(other for other in others if other.agreement.segments),
