@@ -70,11 +70,13 @@ def compare(
     folder = Path(out)
     flags = {"train.steps": steps, "evaluate.seeds": seeds, "run.device": device}
     # All recipes are resolved before the first one runs: a typo must not surface after an hour.
-    work = [
-        (recipe.name, seed, _with_blocks(recipe.resolve({**flags, "run.seed": seed}), progress))
-        for recipe in _chosen(_read(recipes), only)
-        for seed in training_seeds or recipe.seeds
-    ]
+    work = []
+    for recipe in _chosen(_read(recipes), only):
+        for seed in training_seeds or recipe.seeds:
+            config = recipe.resolve({**flags, "run.seed": seed})
+            where = pick_device(config.run.device)
+            # With a number in place of checkpointing=auto, as run.toml will have it.
+            work.append((recipe.name, seed, choose_blocks(config, device=where, progress=progress)))
     cells = []
     for name, seed, config in work:
         run = folder / name / f"seed-{seed}"
@@ -129,13 +131,6 @@ class _Recipe:
             )
         except UserError as error:
             raise UserError(f"Recipe '{self.name}' of '{self.file}': {error}") from error
-
-
-def _with_blocks(config: Config, progress: Progress) -> Config:
-    """With a number in place of checkpointing=auto, as run.toml will have it."""
-    if config.memory.checkpointing != "auto":
-        return config
-    return choose_blocks(config, device=pick_device(config.run.device), progress=progress)
 
 
 def _texts(flags: Mapping[str, Any]) -> list[str]:
