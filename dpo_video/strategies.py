@@ -379,6 +379,9 @@ class Backbone(Strategy, ABC):
     """Names of the guard metrics of its evaluations."""
     training: ClassVar[Mapping[str, Any]] = {}
     """Defaults of [train] for this family, from its papers."""
+    efficiency: ClassVar[float] = 0.35
+    """Share of a card's published operations per second that a training step is assumed to reach;
+    measured for AnimateDiff and Wan (benchmarks/results/0.1.0/gpu.md)."""
 
     @abstractmethod
     def load(self, placement: Placement) -> VideoModel:

@@ -59,6 +59,7 @@ class Wan(PretrainedBackbone):
     """
 
     # LocalDPO's table, and its authors' train_wanx_base.sh.
+    efficiency: ClassVar[float] = 0.45  # measured: 0.42 to 0.47 on an H200, at 81 frames of 480p
     training: ClassVar[Mapping[str, Any]] = {
         "rank": 64,
         "alpha": 128.0,

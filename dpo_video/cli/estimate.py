@@ -16,9 +16,14 @@ DOES_NOT_FIT = 3  # exit code
 def estimate(
     options: dict[str, Any],
     efficiency: Annotated[
-        float,
-        option("--efficiency", "Assumed share of a card's published speed.", min=0.01, max=1),
-    ] = 0.35,
+        float | None,
+        option(
+            "--efficiency",
+            "Assumed share of a card's published speed; by default the backbone's.",
+            min=0.01,
+            max=1,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Predict memory and time of a run in every memory mode, before a weight is loaded.

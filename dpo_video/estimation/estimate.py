@@ -82,6 +82,7 @@ def estimate_memory(
         parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
         trainable=cache.trainable(layers),
         rank=settings.rank,
+        efficiency=backbone.efficiency,
         latent_shape=model.latent_shape,
         blocks=len(passes(model.denoiser)[0]),
         precision=settings.mixed_precision,

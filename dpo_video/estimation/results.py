@@ -13,14 +13,13 @@ from dpo_video.support.formatting import html_table
 from dpo_video.support.statistics import Record
 
 GIB = 2**30
-# Assumptions; benchmarks/estimate_check.py measures them where there is a GPU.
+# Assumptions.
 FRAGMENTS = 0.05  # fraction of the activations that the caching allocator loses to fragmentation
 CONTEXT = 0.6 * GIB  # CUDA's own context, kernels and libraries' workspaces
 NOT_COMPILED = (
     "Predicted without memory.compile: compiled blocks may keep more or less for their backward "
     "pass."
 )
-EFFICIENCY = 0.35  # fraction of a card's published operations per second that a step reaches
 
 
 @final
@@ -57,7 +56,7 @@ class MemoryEstimate(Record):
         """Whether a card holds it."""
         return self.total <= tier.memory_gib * GIB
 
-    def seconds(self, tflops: float, efficiency: float = EFFICIENCY) -> float:
+    def seconds(self, tflops: float, efficiency: float) -> float:
         """Seconds per pair on a card of `tflops` 10^12 operations per second."""
         return self.flops / (tflops * 1e12 * efficiency)
 
@@ -87,7 +86,7 @@ class Estimate(Record):
     """The mode that the configuration asks for."""
     tier: Tier | None = None
     """The card that it is for."""
-    efficiency: float = EFFICIENCY
+    efficiency: float
     """Fraction of a card's published operations per second that a step reaches (assumed)."""
     within_budget: bool = True
     """False if no number of checkpointed blocks fits `memory.budget` (checkpointing=auto)."""

@@ -14,7 +14,7 @@ from dpo_video.estimation import modes as memory_modes
 from dpo_video.estimation.estimate import estimate_memory
 from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, fewest_blocks
 from dpo_video.estimation.modes import BACKWARDS, MemoryMode
-from dpo_video.estimation.results import EFFICIENCY, GIB, NOT_COMPILED, Estimate, MemoryEstimate
+from dpo_video.estimation.results import GIB, NOT_COMPILED, Estimate, MemoryEstimate
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
 from dpo_video.training.step import check_backward
@@ -29,7 +29,7 @@ REFERENCES = ("toggle", "copy", "cached")
 @with_options
 def estimate(
     *,
-    efficiency: float = EFFICIENCY,
+    efficiency: float | None = None,
     progress: Progress = SILENT,
     **options: Unpack[TrainOptions],
 ) -> Estimate:
@@ -38,7 +38,8 @@ def estimate(
     It needs no GPU and no weights: the training's own step runs on shapes.
 
     Args:
-        efficiency: Assumed share of a card's published speed.
+        efficiency: Assumed share of a card's published speed, in (0, 1]; by default the
+            backbone's.
         progress: Receives the progress.
         options: See `TrainOptions`; `tier` names the card.
 
@@ -62,9 +63,10 @@ def estimate(
         within_budget = False
     found = predict(config, card=card, traces=traces)
     compiled = config.memory.compile == "on"
-    return found.model_copy(
-        update={"efficiency": efficiency, "within_budget": within_budget, "compiled": compiled}
-    )
+    update: dict[str, Any] = {"within_budget": within_budget, "compiled": compiled}
+    if efficiency is not None:
+        update["efficiency"] = efficiency
+    return found.model_copy(update=update)
 
 
 def predict(

@@ -30,6 +30,7 @@ def an_estimate(asked: MemoryMode = PLAIN, **options: object) -> Estimate:
             "blocks": 9,
             "precision": "fp16",
             "pairs": 10,
+            "efficiency": 0.35,
             "estimates": (
                 MemoryEstimate(mode=PLAIN, activations=20 * GIB, flops=10**15, **common),
                 MemoryEstimate(mode=SMALL, activations=2 * GIB, flops=2 * 10**15, host=5, **common),
