@@ -11,7 +11,7 @@ from dpo_video.cli.console import BOLD, say, show
 from dpo_video.cli.options import Json, option, takes
 
 
-@takes("steps", "seeds", "device")
+@takes("steps", "seeds", "prompts", "min_effect", "tolerance", "min_prompts", "device")
 def compare(
     options: dict[str, Any],
     recipes: Annotated[
@@ -25,6 +25,20 @@ def compare(
         list[int] | None,
         option("--training-seed", "Seed of pairs and training, for all recipes; repeat for more."),
     ] = None,
+    selection_prompts: Annotated[
+        int | None,
+        option(
+            "--selection-prompts",
+            "Number of prompts that choose the best recipe; the others are reported.",
+            min=2,
+        ),
+    ] = None,
+    selection_seeds: Annotated[
+        list[int] | None,
+        option(
+            "--selection-seed", "Training seed that chooses and is not reported; repeat for more."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, option("--out", "Folder of all runs; by default runs/compare.")
     ] = None,
@@ -34,6 +48,9 @@ def compare(
 
     A recipe is a table of a TOML file: its name in brackets, pairs = "local", loss = "region",
     set = ["train.learning_rate=1e-4"], and for several trainings seeds = [0, 1, 2].
+
+    The table [selection] with prompts = 16 sets 16 prompts apart that choose the best recipe; the
+    report is on the others.
 
     Every cell is a run of its own, OUT/RECIPE/seed-N. Finished cells are not run again.
     """
@@ -46,6 +63,8 @@ def compare(
             recipes,
             only=only,
             training_seeds=training_seeds,
+            selection_prompts=selection_prompts,
+            selection_seeds=selection_seeds,
             out=out,
             progress=progress,
             **options,

@@ -3,98 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pydantic import Field
 from rich import box
 from rich.table import Table
 
 from dpo_video.errors import unknown
 from dpo_video.evaluation import charts
 from dpo_video.evaluation.rendering import asset, templates
-from dpo_video.evaluation.results import Evaluation
-from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, Role, judge_evaluation
+from dpo_video.evaluation.rows import Cell, Row, Selection, on_common_metrics, pool
+from dpo_video.evaluation.verdict import BETTER, KEPT, NOT_SHOWN, WORSE, Role, rules
 from dpo_video.support.atomic import write_text
-from dpo_video.support.formatting import MINUS, html_table, percent
+from dpo_video.support.formatting import MINUS, html_table
 from dpo_video.support.statistics import PairedDifference, Record
-
-
-class Cell(Record):
-    """One recipe trained with one seed."""
-
-    recipe: str
-    seed: int
-    steps: int
-    seconds: float
-    """Training time."""
-    training: str
-    """The training's state in a word: healthy, saturated, ..."""
-    metrics: tuple[MetricResult, ...]
-    prompts: tuple[str, ...]
-    """The prompt of each video."""
-    min_prompts: int
-
-    @classmethod
-    def of(cls, recipe: str, seed: int, evaluation: Evaluation) -> Cell:
-        """The cell of an evaluation."""
-        verdict, reports = evaluation.training_verdict, evaluation.training
-        return cls(
-            recipe=recipe,
-            seed=seed,
-            steps=reports[-1].step if reports else 0,
-            seconds=reports[-1].seconds if reports else 0.0,
-            training=verdict.state.value if verdict else "unknown",
-            metrics=evaluation.metrics,
-            prompts=evaluation.prompts,
-            min_prompts=evaluation.min_prompts,
-        )
-
-
-class Row(Record):
-    """One recipe over its training seeds."""
-
-    recipe: str
-    seeds: tuple[int, ...]
-    steps: int
-    seconds: float
-    """Training time, the mean over the seeds."""
-    training: tuple[str, ...]
-    """State of the training with each seed."""
-    metrics: tuple[MetricResult, ...]
-    """The tuned value of a video is its mean over the seeds; intervals cover prompts and seeds."""
-    by_seed: dict[str, tuple[float | None, ...]]
-    """Metric to its relative change with each seed."""
-    verdict: EvaluationVerdict
 
 
 class Comparison(Record):
     """All rows, in the order of the recipes."""
 
     rows: tuple[Row, ...]
-    prompts: int = Field(ge=2)
+    """The recipes on the prompts and training seeds that are reported."""
+    selection: Selection | None = None
+    """What chose among the recipes; None if nothing was set apart for it."""
+    min_prompts: int
     machine: str
     """The machine that it was measured on."""
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, cells: Sequence[Cell], *, machine: str, versions: dict[str, str]) -> Comparison:
+    def of(
+        cls,
+        cells: Sequence[Cell],
+        *,
+        machine: str,
+        versions: dict[str, str],
+        selection_prompts: int = 0,
+        selection_seeds: Sequence[int] = (),
+    ) -> Comparison:
         """Pool the cells by recipe; the cells of a recipe must be neighbours.
 
         A metric that is missing in one cell is left out of all.
 
+        Args:
+            cells: The recipes, each with every training seed.
+            machine: See the field.
+            versions: See the field.
+            selection_prompts: Number of prompts that choose a recipe and are not reported.
+            selection_seeds: Training seeds that choose a recipe and are not reported.
+
         Raises:
-            ValueError: if there are no cells, or those of a recipe have other base videos.
+            ValueError: if there are no cells, those of a recipe have other base videos, or nothing
+                is left to choose by or to report.
         """
         if not cells:
             raise ValueError("there is nothing to compare")
-        cells = _on_common_metrics(cells)
-        groups = [list(group) for _, group in groupby(cells, key=lambda cell: cell.recipe)]
+        cells, selection = on_common_metrics(cells), None
+        if selection_prompts or selection_seeds:
+            selection = Selection.of(cells, selection_prompts, selection_seeds)
+            cells = selection.reported(cells)
         return cls(
-            rows=tuple(_row(group) for group in groups),
-            prompts=len(cells[0].metrics[0].base),
+            rows=pool(cells),
+            selection=selection,
+            min_prompts=cells[0].min_prompts,
             machine=machine,
             versions=versions,
         )
@@ -117,7 +88,8 @@ class Comparison(Record):
     def table(self) -> Table:
         """The relative change of every metric as a table for the terminal."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.caption, table.caption_justify = self._caption, "left"
+        marks = f"{_sign(BETTER)}, {_sign(WORSE)}, {_sign(KEPT)}, {NOT_SHOWN[0]} neither is shown."
+        table.caption, table.caption_justify = " ".join([marks, *self.notes]), "left"
         table.add_column("recipe", no_wrap=True)
         table.add_column("seeds", justify="right")
         for metric in self.rows[0].metrics:
@@ -128,27 +100,31 @@ class Comparison(Record):
             for metric in row.metrics:
                 sign, word = metric.mark
                 style = {"better": "green", "worse": "red"}.get(word, "dim")
-                cells.append(f"[{style}]{percent(metric.difference.relative)} {sign}[/]")
+                cells.append(f"[{style}]{metric.change_text} {sign}[/]")
             table.add_row(row.recipe, str(len(row.seeds)), *cells, row.verdict.headline)
         return table
 
     def markdown(self) -> str:
-        """The table with intervals in Markdown."""
-        header, rows = self._cells()
-        base = [metric.difference.base_mean for metric in self.rows[0].metrics]
-        lines = [header, ["---"] * len(header)]
-        lines.append(["*base*", "", "", *(f"*{value:.3g}*" for value in base), ""])
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in [*lines, *rows])
+        """The tables with intervals in Markdown, and what they mean."""
+        text = _markdown(self.rows) + "".join(f"\n{note}\n" for note in self.notes)
+        if self.selection is None:
+            return text
+        return (
+            f"{text}\nThe selection, on {self.selection.where}:\n\n{_markdown(self.selection.rows)}"
+        )
 
     @property
     def drawable(self) -> bool:
         """Whether there are a target and a motion metric to draw."""
-        return {Role.TARGET, Role.MOTION} <= {metric.role for metric in self.rows[0].metrics}
+        roles = {metric.role for metric in self.rows[0].metrics}
+        return {Role.TARGET, Role.MOTION} <= roles and bool(self._drawn)
 
     def picture(self, *, inline: bool = False) -> str:
         """An SVG: the change of the first target against the change of the motion.
 
-        A hollow mark means that a guard got worse: the gain came at a loss of fidelity.
+        A hollow mark means that a guard got worse: the gain came at a loss of fidelity. Intervals
+        are cut at half the range of the changes beyond it, because those of two seeds are so wide
+        that nothing else could be seen.
 
         Args:
             inline: Whether it is part of a page that has its style.
@@ -157,7 +133,7 @@ class Comparison(Record):
             ValueError: if it is not `drawable`.
         """
         if not self.drawable:
-            raise ValueError("the picture needs a target and a motion metric")
+            raise ValueError("the picture needs relative changes of a target and a motion metric")
         metrics = self.rows[0].metrics
         index = {metric.role: i for i, metric in reversed(list(enumerate(metrics)))}
         labels = {role: f"change of {metrics[i].label}" for role, i in index.items()}
@@ -167,14 +143,18 @@ class Comparison(Record):
                 values, start, end, ticks=8, text=_tick, label=labels[role]
             )
 
+        spreads = {
+            role: _spreads([row.metrics[index[role]].difference for row in self._drawn])
+            for role in labels
+        }
         points = [
             charts.Point(
                 name=row.recipe,
-                x=_spread(row.metrics[index[Role.MOTION]].difference),
-                y=_spread(row.metrics[index[Role.TARGET]].difference),
+                x=spreads[Role.MOTION][i],
+                y=spreads[Role.TARGET][i],
                 hollow=any(m.lost for m in row.metrics if m.role is Role.GUARD),
             )
-            for row in self.rows
+            for i, row in enumerate(self._drawn)
         ]
         panel = charts.Panel(
             points=points, x=axis(Role.MOTION), y=axis(Role.TARGET), origin="base model"
@@ -184,17 +164,15 @@ class Comparison(Record):
 
     def page(self, path: Path | str) -> Path:
         """Write a self-contained page: the picture, the table and the verdicts."""
-        header, rows = self._cells()
         text = (
             templates()
             .get_template("comparison.html.j2")
             .render(
                 comparison=self,
-                caption=self._caption,
                 style=asset("evaluation.css"),
                 picture=self.picture(inline=True) if self.drawable else "",
-                header=header,
-                rows=rows,
+                report=_cells(self.rows),
+                selection=None if self.selection is None else _cells(self.selection.rows),
             )
         )
         path = Path(path)
@@ -202,76 +180,110 @@ class Comparison(Record):
         return path
 
     def _repr_html_(self) -> str:
-        return html_table(*self._cells(), caption=self._caption)
+        return html_table(*_cells(self.rows), caption=" ".join(self.notes))
 
     @property
-    def _caption(self) -> str:
+    def _drawn(self) -> list[Row]:
+        return [
+            row for row in self.rows if all(m.relative_interval is not None for m in row.metrics)
+        ]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was compared, how a recipe was chosen, and the thresholds, in words."""
+        return self._sample, *([self._choice] if self._choice else []), self._rules
+
+    @property
+    def _sample(self) -> str:
+        change = self.rows[0].metrics[0].difference
+        different = f" of {change.prompts} prompts" if change.prompts < change.pairs else ""
         return (
-            f"{self.prompts} videos per recipe, same prompts and noise as the base model; changes "
-            "are means over the training seeds"
+            f"{change.pairs} videos{different} per recipe, from the same prompts and noise as the "
+            "base model's. Changes are means over the training seeds, with 95% intervals over "
+            "prompts and seeds; those of one seed cover the prompts only."
         )
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        labels = [metric.label for metric in self.rows[0].metrics]
-        rows = []
-        for row in self.rows:
-            changes = [
-                f"{percent(metric.difference.relative)} ({metric.interval_text})"
-                for metric in row.metrics
-            ]
-            seeds = str(len(row.seeds))
-            rows.append([row.recipe, seeds, str(row.steps), *changes, row.verdict.headline])
-        return ["recipe", "seeds", "steps", *labels, "verdict"], rows
-
-
-def _on_common_metrics(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with the metrics that all of them have, in the order of the first."""
-    measured = [{metric.name: metric for metric in cell.metrics} for cell in cells]
-    names = [name for name in measured[0] if all(name in each for each in measured)]
-    return [
-        cell.model_copy(update={"metrics": tuple(each[name] for name in names)})
-        for cell, each in zip(cells, measured, strict=True)
-    ]
-
-
-def _row(cells: Sequence[Cell]) -> Row:
-    pooled = []
-    for results in zip(*(cell.metrics for cell in cells), strict=True):
-        first = results[0]
-        if any(result.base != first.base for result in results):
-            raise ValueError(f"the seeds of '{cells[0].recipe}' have other base videos")
-        pooled.append(
-            MetricResult.measured(
-                first.name,
-                first.base,
-                *(result.tuned for result in results),
-                unit=first.unit,
-                higher_is_better=first.higher_is_better,
-                role=first.role,
-                prompts=cells[0].prompts,
-                min_effect=first.min_effect,
-                tolerance=first.tolerance,
+    @property
+    def _choice(self) -> str:
+        selection, count = self.selection, len(self.rows)
+        if selection is None:
+            if count < 2:
+                return ""
+            return (
+                f"All {count} recipes were compared on the same prompts, so the best of them looks "
+                "better than it is. --selection-prompts N chooses on N prompts and reports on the "
+                "others."
             )
+        chosen = next(row for row in selection.rows if row.recipe == selection.chosen)
+        text = (
+            f"Chosen on {selection.where}: {chosen.recipe}, with the largest improvement of "
+            f"{chosen.target.label} ({chosen.target.change_text})"
         )
-    return Row(
-        recipe=cells[0].recipe,
-        seeds=tuple(cell.seed for cell in cells),
-        steps=cells[0].steps,
-        seconds=float(np.mean([cell.seconds for cell in cells])),
-        training=tuple(cell.training for cell in cells),
-        metrics=tuple(pooled),
-        by_seed={
-            metric.name: tuple(cell.metrics[i].difference.relative for cell in cells)
-            for i, metric in enumerate(pooled)
-        },
-        verdict=judge_evaluation(pooled, min_prompts=cells[0].min_prompts),
-    )
+        text += (
+            " among recipes that lost neither motion nor a guard."
+            if chosen.safe
+            else "; every recipe lost motion or a guard."
+        )
+        reported = [row for row in self.rows if row.recipe == selection.chosen]
+        if not reported:
+            return (
+                f"{text} It has no training seed outside of the selection: add seeds to its recipe "
+                "to report it."
+            )
+        change = reported[0].target
+        rest = "training seeds" if selection.seeds else "prompts"
+        rest = "prompts and training seeds" if selection.prompts and selection.seeds else rest
+        return (
+            f"{text} On the reported {rest}, which had no part in the choice: {change.change_text} "
+            f"({change.interval_text})."
+        )
+
+    @property
+    def _rules(self) -> str:
+        return rules(self.rows[0].metrics, self.min_prompts)
 
 
-def _spread(change: PairedDifference) -> charts.Spread:
-    return charts.Spread(
-        change.relative or 0.0, change.relative_low or 0.0, change.relative_high or 0.0
-    )
+def _sign(mark: tuple[str, str]) -> str:
+    return " ".join(mark)
+
+
+def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The header and the cells of a table of rows."""
+    labels = [metric.label for metric in rows[0].metrics]
+    cells = [
+        [
+            row.recipe,
+            str(len(row.seeds)),
+            str(row.steps),
+            *(f"{metric.change_text} ({metric.interval_text})" for metric in row.metrics),
+            row.verdict.headline,
+        ]
+        for row in rows
+    ]
+    return ["recipe", "seeds", "steps", *labels, "verdict"], cells
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    header, cells = _cells(rows)
+    base = [metric.difference.base_mean for metric in rows[0].metrics]
+    lines = [header, ["---"] * len(header)]
+    lines.append(["*base*", "", "", *(f"*{value:.3g}*" for value in base), ""])
+    return "".join(f"| {' | '.join(line)} |\n" for line in [*lines, *cells])
+
+
+def _spreads(changes: Sequence[PairedDifference]) -> list[charts.Spread]:
+    """The relative changes with their intervals, cut where they leave the picture."""
+    means = [0.0, *(change.relative or 0.0 for change in changes)]
+    margin = (max(means) - min(means)) / 2
+    low, high = min(means) - margin, max(means) + margin
+    return [
+        charts.Spread(
+            change.relative or 0.0,
+            max(change.relative_low or 0.0, low),
+            min(change.relative_high or 0.0, high),
+        )
+        for change in changes
+    ]
 
 
 def _tick(change: float) -> str:

@@ -108,6 +108,12 @@ class MetricResult(Record):
         return None if low is None or high is None else (low, high)
 
     @property
+    def change_text(self) -> str:
+        """The relative change as text, or the absolute one if there is none."""
+        relative = self.difference.relative
+        return brief(self.difference.difference) if relative is None else percent(relative)
+
+    @property
     def interval_text(self) -> str:
         """The relative interval as text, or the absolute one if there is none."""
         text = brief if self.relative_interval is None else percent

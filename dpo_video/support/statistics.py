@@ -164,6 +164,8 @@ def _reach(values: Array) -> tuple[float, float]:
     kurtosis = float((values**4).mean()) / variance**2
     freedom = min(count - 1, round(2 * count / (kurtosis - (count - 3) / (count - 1))))
     t, a = _t_quantile(max(1, freedom)), skewness / math.sqrt(count)
+    # Beyond the cubic's inflection point, at |a| t = 1, one outlier would give an endless interval.
+    a = min(max(a, -0.9 / t), 0.9 / t)
     if abs(a) < 1e-6:
         return t, t
     # The inverse of Hall's cubic `y + a y^2 / 3 + a^2 y^3 / 27 + a / 6`.

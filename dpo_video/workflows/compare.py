@@ -17,9 +17,10 @@ import torch
 
 from dpo_video import registry
 from dpo_video.errors import UserError, unknown
-from dpo_video.evaluation.compare import Cell, Comparison
+from dpo_video.evaluation.compare import Comparison
 from dpo_video.evaluation.evaluate import sample_videos
 from dpo_video.evaluation.results import Evaluation
+from dpo_video.evaluation.rows import Cell
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.tensor_tree import load_state, save_state
 from dpo_video.types import Videos
@@ -29,11 +30,19 @@ from dpo_video.workflows.config import Config
 from dpo_video.workflows.estimate import choose_blocks
 from dpo_video.workflows.evaluate import evaluate_run
 from dpo_video.workflows.progress import SILENT, Progress
-from dpo_video.workflows.session import accelerator_for, builder_labeler, load_model, pick_device
+from dpo_video.workflows.session import (
+    accelerator_for,
+    builder_labeler,
+    evaluation_prompts,
+    load_model,
+    pick_device,
+)
 from dpo_video.workflows.train import run_training, write_run
 
 _KINDS = ("pairs", "loss", "reference", "backbone", "labeler")
 _KEYS = {*_KINDS, "set", "seeds"}
+_JUDGING = ("tolerance", "min_effect", "min_effects", "min_prompts")
+"""Options of [evaluate] that change a verdict and not what was measured."""
 _QUIET = {"train.report_to": "none", "train.validation_videos": 0, "build.previews": False}
 
 
@@ -44,6 +53,12 @@ def compare(
     training_seeds: Sequence[int] | None = None,
     steps: int | None = None,
     seeds: int | None = None,
+    prompts: Path | str | None = None,
+    min_effect: float | None = None,
+    tolerance: float | None = None,
+    min_prompts: int | None = None,
+    selection_prompts: int | None = None,
+    selection_seeds: Sequence[int] | None = None,
     out: Path | str = "runs/compare",
     device: str | None = None,
     progress: Progress = SILENT,
@@ -55,10 +70,20 @@ def compare(
     Args:
         recipes: TOML files: recipes, or a run.toml; those of the package by default. A recipe is a
             table: [NAME], pairs = "local", set = ["train.learning_rate=1e-4"], seeds = [0, 1, 2].
+            The table [selection] with prompts = 16 and seeds = [0] gives defaults of
+            `selection_prompts` and `selection_seeds`.
         only: Names of the recipes to run; all by default.
         training_seeds: Seeds of pairs and training, for all recipes.
         steps: Optimizer steps of every recipe.
         seeds: Number of videos of base and tuned model each, as `evaluate.seeds`.
+        prompts: Text file of evaluation prompts, as `evaluate.prompts`.
+        min_effect: As `evaluate.min_effect`. Thresholds can be changed for finished cells.
+        tolerance: As `evaluate.tolerance`.
+        min_prompts: As `evaluate.min_prompts`.
+        selection_prompts: Number of prompts that choose the best recipe. The report is on the other
+            prompts, which play no part in the choice.
+        selection_seeds: Training seeds that choose, in the same sense. A recipe without others is
+            not reported.
         out: The folder of all runs, with comparison.json, comparison.md, frontier.svg and
             index.html.
         device: As for training.
@@ -68,15 +93,29 @@ def compare(
         UserError: for a recipe that cannot be read or resolved, before the first one runs.
     """
     folder = Path(out)
-    flags = {"train.steps": steps, "evaluate.seeds": seeds, "run.device": device}
+    flags = {
+        "train.steps": steps,
+        "run.device": device,
+        "evaluate.seeds": seeds,
+        "evaluate.prompts": None if prompts is None else str(prompts),
+        "evaluate.min_effect": min_effect,
+        "evaluate.tolerance": tolerance,
+        "evaluate.min_prompts": min_prompts,
+    }
+    found = _read(recipes)
+    if selection_prompts is None:
+        selection_prompts = found.selection_prompts
+    if not selection_seeds:
+        selection_seeds = found.selection_seeds
     # All recipes are resolved before the first one runs: a typo must not surface after an hour.
     work = []
-    for recipe in _chosen(_read(recipes), only):
+    for recipe in _chosen(found.recipes, only):
         for seed in training_seeds or recipe.seeds:
             config = recipe.resolve({**flags, "run.seed": seed})
             where = pick_device(config.run.device)
             # With a number in place of checkpointing=auto, as run.toml will have it.
             work.append((recipe.name, seed, choose_blocks(config, device=where, progress=progress)))
+    _check_selection(work, selection_prompts, selection_seeds)
     cells = []
     for name, seed, config in work:
         run = folder / name / f"seed-{seed}"
@@ -84,11 +123,13 @@ def compare(
         if evaluation is None:
             progress.note(f"{name}, seed {seed}")
             evaluation = _measure(config, run, folder, progress)
-        cells.append(Cell.of(name, seed, evaluation))
+        cells.append(Cell.of(name, seed, evaluation, config.evaluate))
     comparison = Comparison.of(
         cells,
         machine=f"{platform.system()} {platform.machine()}, {work[0][2].run.device} device",
         versions=tomllib.loads(work[0][2].toml())["versions"],
+        selection_prompts=selection_prompts,
+        selection_seeds=selection_seeds,
     )
     with writing(folder):
         write_text(folder / "comparison.json", comparison.model_dump_json(indent=1) + "\n")
@@ -133,12 +174,45 @@ class _Recipe:
             raise UserError(f"Recipe '{self.name}' of '{self.file}': {error}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Recipes:
+    """All recipes of some files, and their [selection]."""
+
+    recipes: list[_Recipe]
+    selection_prompts: int = 0
+    selection_seeds: tuple[int, ...] = ()
+
+
+def _check_selection(
+    work: Sequence[tuple[str, int, Config]], prompts: int, seeds: Sequence[int]
+) -> None:
+    """A UserError unless there is something to choose by, and something else to report."""
+    if prompts:
+        fewest = min(len(set(evaluation_prompts(config))) for *_, config in work)
+        if not 2 <= prompts <= fewest - 2:
+            raise UserError(
+                f"{prompts} of {fewest} prompts cannot choose: choosing and reporting need 2 or "
+                "more each. Change --selection-prompts, or evaluate more prompts (--seeds)."
+            )
+    trained = {seed for _, seed, _ in work}
+    if seeds and not trained & set(seeds):
+        raise UserError(
+            f"No recipe is trained with a seed that chooses ({', '.join(map(str, seeds))}). Add "
+            "one to the seeds of the recipes, or change --selection-seed."
+        )
+    if not trained - set(seeds):
+        raise UserError(
+            "Every training seed chooses, so there is none to report. Add seeds to the recipes."
+        )
+
+
 def _texts(flags: Mapping[str, Any]) -> list[str]:
     return [f"{path}={json.dumps(v)}" for path, v in flags.items() if v is not None]
 
 
-def _read(paths: Sequence[Path | str] | None) -> list[_Recipe]:
+def _read(paths: Sequence[Path | str] | None) -> _Recipes:
     found: list[_Recipe] = []
+    selection: dict[str, Any] = {}
     for path in map(Path, paths or [str(files("dpo_video.workflows") / "recipes.toml")]):
         try:
             tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -149,6 +223,9 @@ def _read(paths: Sequence[Path | str] | None) -> list[_Recipe]:
         if tables.keys() & {*configs.ENGINES, *registry.KINDS}:
             found.append(_Recipe(name=path.stem, file=path, table=None))
             continue
+        selection = (
+            _selection(tables.pop("selection"), path) if "selection" in tables else selection
+        )
         for name, table in tables.items():
             if not isinstance(table, dict) or (strange := sorted(table.keys() - _KEYS)):
                 wrong = f"'{strange[0]}'" if isinstance(table, dict) else "no table"
@@ -163,7 +240,20 @@ def _read(paths: Sequence[Path | str] | None) -> list[_Recipe]:
         raise UserError(f"Two recipes are named '{twice}'. Rename one of them.")
     if not found:
         raise UserError('The files name no recipe. Write one: [NAME] and pairs = "local".')
-    return found
+    return _Recipes(recipes=found, **selection)
+
+
+def _selection(table: Any, path: Path) -> dict[str, Any]:
+    """The fields of `_Recipes` that a file's table [selection] sets."""
+    try:
+        prompts, seeds = table.pop("prompts", 0), table.pop("seeds", [])
+        if type(prompts) is int and all(type(seed) is int for seed in seeds) and not table:
+            return {"selection_prompts": prompts, "selection_seeds": tuple(seeds)}
+    except (AttributeError, TypeError):  # not a table, or not a list
+        pass
+    raise UserError(
+        f"[selection] of '{path}' takes prompts and seeds only: prompts = 16, seeds = [0]."
+    )
 
 
 def _chosen(recipes: list[_Recipe], only: Sequence[str] | None) -> list[_Recipe]:
@@ -178,18 +268,25 @@ def _finished(folder: Path, config: Config) -> Evaluation | None:
     """The evaluation of an earlier call with the same configuration."""
     if not (folder / "evaluation" / "evaluation.json").exists():
         return None
-    _check_same(folder, config)
-    return Evaluation.load(folder / "evaluation")
+    evaluation = Evaluation.load(folder / "evaluation")
+    _check_same(folder, config, same=list(evaluation.prompts) == evaluation_prompts(config))
+    return evaluation
 
 
-def _check_same(folder: Path, config: Config) -> None:
+def _check_same(folder: Path, config: Config, *, same: bool = True) -> None:
     before = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
     before.pop("versions", None)
-    if before != config.tables:
+    if not same or _measured(before) != _measured(config.tables):
         raise UserError(
             f"'{folder}' was run with other settings than this recipe's. Name another --out, or "
             "delete that folder to run it again."
         )
+
+
+def _measured(tables: configs.Tables) -> configs.Tables:
+    """The tables without the thresholds of the verdict."""
+    evaluate = {k: v for k, v in tables.get("evaluate", {}).items() if k not in _JUDGING}
+    return {**tables, "evaluate": evaluate}
 
 
 def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Evaluation:
@@ -212,11 +309,12 @@ def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Eva
 def _base_videos(config: Config, out: Path, progress: Progress) -> Videos:
     """The base model's videos, drawn once for all recipes with equal settings."""
     model = load_model(config, pick_device(config.run.device))
-    settings = [model.identity, config.tables["backbone"], config.tables["evaluate"]]
+    prompts = evaluation_prompts(config)
+    tables = _measured(config.tables)
+    settings = [model.identity, tables["backbone"], tables["evaluate"], prompts]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     path = out / f"base-{digest}.safetensors"
     if not path.exists():
-        prompts = config.backbone.prompts(config.evaluate.seeds)
         drawn: list[Videos] = []
         for part in sample_videos(model, model.denoiser, prompts, config.evaluate):
             drawn.append(part)

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from small_evaluation import an_evaluation
 from typer.testing import CliRunner
 
 from dpo_video.cli import app
 from dpo_video.errors import UserError
-from dpo_video.evaluation.compare import Cell, Comparison
-from dpo_video.evaluation.verdict import MetricResult, Role
+from dpo_video.evaluation.compare import Comparison
+from dpo_video.evaluation.rows import Cell
+from dpo_video.evaluation.verdict import MetricResult, Outcome, Role
+from dpo_video.settings import EvaluateSettings
 
 BASE = (10.0, 12.0, 8.0, 11.0, 9.0, 10.0) * 2
 
@@ -54,6 +57,8 @@ def test_a_row_is_the_mean_over_the_seeds_and_lists_each() -> None:
     assert (one.recipe, one.seeds, one.seconds) == ("one", (0, 1), 15.0)
     assert one.metrics[0].difference.relative == pytest.approx(-0.3, abs=1e-3)
     assert one.by_seed["warp_error"] == pytest.approx((-0.29, -0.31), abs=1e-3)
+    assert "Warp error by training seed: \u221229.1%, \u221231.1%." in one.verdict.details
+    assert not any("by training seed" in sentence for sentence in two.verdict.details)
     assert one.metrics[0].improved and one.metrics[0].difference.runs == 2
     assert two.metrics[0].worsened
     assert Comparison.model_validate_json(found.model_dump_json()) == found
@@ -97,10 +102,78 @@ def test_the_table_and_the_markdown_name_every_recipe_and_its_changes() -> None:
         )
         assert "30" in good
         assert "50" in frozen
-    rows = found.markdown().splitlines()
+    rows = [line for line in found.markdown().splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1
     assert "Improved" in rows[3]
     assert "Improved" not in rows[4]
+
+
+def test_every_form_states_the_thresholds() -> None:
+    found = comparison(cell("good", 0, 0.7))
+    console = Console(file=StringIO(), width=160)
+    console.print(found.table())
+    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    for text in (shown, found.markdown(), found._repr_html_(), *found.notes):
+        if text in found.notes[:-1]:
+            continue
+        assert "changed by at least 2%." in text
+        assert "a loss of more than 3%." in text
+        assert "A verdict needs 8 prompts." in text
+    assert "those of one seed cover the prompts only" in shown
+
+
+def parts(first: float, rest: float, recipe: str, seed: int = 0) -> Cell:
+    """A cell whose error changes by one factor on the first 4 prompts and by another after them."""
+    one, other = cell(recipe, seed, first), cell(recipe, seed, rest)
+    metrics = tuple(
+        MetricResult.measured(
+            a.name, a.base, (*a.tuned[:4], *b.tuned[4:]), unit="", role=a.role,
+            higher_is_better=a.higher_is_better, prompts=one.prompts,
+        )
+        for a, b in zip(one.metrics, other.metrics, strict=True)
+    )  # fmt: skip
+    return one.model_copy(update={"metrics": metrics})
+
+
+def test_a_recipe_is_chosen_on_prompts_that_are_not_reported() -> None:
+    lucky, steady = parts(0.5, 0.9, "lucky"), parts(0.7, 0.7, "steady")
+    found = Comparison.of([lucky, steady], machine="", versions={}, selection_prompts=4)
+    assert found.selection is not None and found.selection.chosen == "lucky"
+    assert found.selection.rows[0].metrics[0].difference.relative == pytest.approx(-0.5, abs=5e-3)
+    row = found["lucky"].metrics[0]
+    assert row.difference.prompts == 8 and row.difference.relative == pytest.approx(-0.1, abs=5e-3)
+    assert found["lucky"].by_seed["warp_error"][0] == pytest.approx(-0.1, abs=5e-3)
+    text = " ".join(found.notes)
+    assert "Chosen on the first 4 prompts: lucky" in text and "had no part in the choice" in text
+    assert "The selection, on the first 4 prompts" in found.markdown()
+    assert Comparison.model_validate_json(found.model_dump_json()) == found
+    assert any("same prompts, so the best" in note for note in comparison(lucky, steady).notes)
+
+
+def test_a_recipe_is_chosen_with_training_seeds_that_are_not_reported(tmp_path: Path) -> None:
+    cells = [cell("one", 0, 0.5), cell("one", 1, 0.9), cell("two", 0, 0.7), cell("three", 0, 0.4)]
+    cells[3] = cell("three", 0, 0.4, motion=0.8)  # it may not be chosen: it moves less
+    found = Comparison.of(cells, machine="", versions={}, selection_seeds=[0])
+    assert found.selection is not None and found.selection.chosen == "one"
+    assert [(row.recipe, row.seeds) for row in found.rows] == [("one", (1,))]
+    page = found.page(tmp_path / "page.html").read_text()
+    assert "The selection, on training seed 0" in page and "three" in page
+    worse = Comparison.of([cells[3], cells[1]], machine="", versions={}, selection_seeds=[0])
+    assert "three" in worse.notes[1] and "every recipe lost motion or a guard" in worse.notes[1]
+    two = Comparison.of(cells[1:], machine="", versions={}, selection_seeds=[0])
+    assert "add seeds to its recipe" in " ".join(two.notes)
+    with pytest.raises(ValueError, match="no training seed is left"):
+        Comparison.of(cells[2:], machine="", versions={}, selection_seeds=[0])
+
+
+def test_cells_are_judged_by_the_thresholds_of_the_comparison() -> None:
+    evaluation = an_evaluation([f"prompt {i}" for i in range(47)])
+    settings = EvaluateSettings(min_effects={"warp_error": 0.9}, tolerance=0.2, min_prompts=40)
+    row = comparison(Cell.of("one", 0, evaluation, settings))["one"]
+    assert [metric.min_effect for metric in row.metrics[:2]] == [0.9, 0.02]
+    assert row.metrics[2].tolerance == 0.2 and not row.metrics[0].improved
+    few = settings.model_copy(update={"min_prompts": 48})
+    assert comparison(Cell.of("one", 0, evaluation, few))["one"].verdict.outcome is Outcome.TOO_FEW
 
 
 def test_the_picture_places_recipes_by_motion_and_error() -> None:
@@ -160,6 +233,13 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
         ("[one]\npairs = 'local'", ["--only", "oen"], "Did you mean 'one'"),
         ("[one]\nset = ['loss.bta=3']", [], "Recipe 'one'.*loss.beta"),
         ("[one]\npairs = 'local'\nseeds = []", [], "seeds is a list"),
+        ("[one]\npairs = 'local'", ["--selection-prompts", "46"], "46 of 47 prompts cannot"),
+        ("[one]\npairs = 'local'", ["--selection-seed", "0"], "none to report"),
+        ("[one]\npairs = 'local'", ["--selection-seed", "1"], "No recipe is trained with"),
+        ("[one]\npairs = 'local'\n[selection]\nprompts = 1", [], "1 of 47 prompts cannot"),
+        ("[one]\npairs = 'local'\n[selection]\nseeds = 'a'", [], "takes prompts and seeds only"),
+        ("[one]\npairs = 'local'\n[selection]\nother = 1", [], "takes prompts and seeds only"),
+        ("selection = 1\n[one]\npairs = 'local'", [], "takes prompts and seeds only"),
         ("[one]\npairs = 'local'\nseeds = ['0']", [], "seeds is a list"),
     ],
 )
@@ -212,5 +292,9 @@ def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
     assert found.rows[0].metrics[0].base == found.rows[1].metrics[0].base
     assert len(list(out.glob("base-*.safetensors"))) == 1
     ET.fromstring((out / "frontier.svg").read_text())
+    ET.fromstring((out / "frontier.svg").read_text())
+    judged = CliRunner().invoke(app, [*command, "--tolerance", "0.5"], catch_exceptions=False)
+    assert judged.exit_code == 0 and log.stat().st_mtime_ns == stamp
+    assert "a loss of more than 50%" in (out / "index.html").read_text()
     other = CliRunner().invoke(app, [*command, "--steps", "2"])
     assert "other settings" in str(other.exception)
