@@ -8,6 +8,7 @@ the predicted frame back: `warp(before, dense_flow(after, before))`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -22,9 +23,11 @@ Flow = Float[Tensor, "n 2 H W"]
 COARSEST = 12  # pixels: least shorter side of the coarsest pyramid level
 ITERATIONS = (3, 2)  # on the coarser levels and on the finest
 LARGEST_STEP = 2.0  # pixels of a level per iteration: the linearisation does not hold beyond it
-NOISE = 3e-5  # squared pixel value per pixel: gradient energy at which noise dominates
-PULL = 0.05  # weight of the neighbouring flow, as a share of the window's gradient energy
-GAIN = 0.8  # a coarse level's change is kept if it lowers the squared residual to this share
+NOISE = 3e-6  # squared pixel value per pixel: gradient energy at which noise dominates
+PULL = 0.1  # weight of the neighbouring flow, as a share of the window's gradient energy
+GAIN = 0.85  # another flow is preferred where it lowers the squared residual to this share
+TIE = 1e-5  # squared pixel value: a smaller difference of residuals says nothing
+DISTANCES = (6, 3)  # pixels: a flow can be replaced by that of a pixel so far away
 CHUNK = 1 << 18  # pixels per chunk on a CPU: twice as fast when a chunk fits in its cache
 GROUP = 1 << 24  # pixels of the frames whose pyramids are in memory together
 
@@ -38,12 +41,18 @@ def dense_flow(
     window: float = 2.5,
     finest: int = 0,
 ) -> Flow:
-    """Optical flow from `first` to `second`.
+    """Optical flow from `first` to `second`, insensitive to changes of light.
 
     Lucas & Kanade 1981, coarse to fine and iterated in the inverse compositional form, in which
     `first`'s gradients serve all iterations (Bouguet 2001; Baker & Matthews 2004). The least
     squares sum over the channels, since a shape can have the same luminance as its background.
-    A window without texture takes its neighbours' flow; far from all texture the flow is 0.
+
+    - Light: a plane is fitted to every window of gradients and residuals, per channel, and
+      subtracted, so that a light that changes evenly over a window moves nothing.
+    - Motion boundaries and large motions: the flow passes a median filter after every iteration
+      (Sun et al. 2010), and takes over the flow of pixels nearby where that fits much better
+      (Barnes et al. 2009; DIS, Kroeger et al. 2016, propagates along patches alike).
+    - A window without texture takes its neighbours' flow; far from all texture the flow is 0.
 
     Args:
         first: frames in [0, 1].
@@ -78,9 +87,10 @@ def warp(frames: Float[Tensor, "n c H W"], flow: Flow) -> Frames:
 def visible(flow: Flow, back: Flow) -> Bool[Tensor, "n 1 H W"]:
     """Mask of the pixels of the flow's first frame that the second frame shows too.
 
-    Forward and backward flow must cancel: `|u + v|^2 < 0.01 (|u|^2 + |v|^2) + 0.5`, where `v` is
-    the backward flow sampled at `x + u(x)` (Sundaram et al. 2010, Eq. 5; constants as in Lai et al.
-    2018). Pixels whose flow leaves the picture are masked too.
+    Forward and backward flow must cancel: `|u + v|^2 < 0.01 (|u|^2 + |v|^2) + 0.25`, where `v` is
+    the backward flow sampled at `x + u(x)` (Sundaram et al. 2010, Eq. 5, who add 0.5, which lets an
+    error of 0.7 pixels pass). The eight neighbours of a pixel that fails are masked too: edges of
+    the flow are off by a pixel. Pixels whose flow leaves the picture are masked.
 
     Args:
         flow: from the first frames to the second.
@@ -88,12 +98,12 @@ def visible(flow: Flow, back: Flow) -> Bool[Tensor, "n 1 H W"]:
     """
     height, width = flow.shape[-2:]
     returned = warp(back, flow)
-    tolerance = 0.01 * (flow.square() + returned.square()).sum(1, keepdim=True) + 0.5
-    consistent = (flow + returned).square().sum(1, keepdim=True) < tolerance
+    tolerance = 0.01 * (flow.square() + returned.square()).sum(1, keepdim=True) + 0.25
+    differs = (flow + returned).square().sum(1, keepdim=True) >= tolerance
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]
     inside = (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
-    return consistent & inside[:, None]
+    return (F.max_pool2d(differs.to(flow), 3, stride=1, padding=1) == 0) & inside[:, None]
 
 
 def _groups(pixels: int, *values: Tensor) -> list[tuple[Tensor, ...]]:
@@ -117,66 +127,129 @@ def _coarse_to_fine(first: Frames, second: Frames, start: Flow, window: float, f
     pad = (0, -width % multiple, 0, -height % multiple)
     first, second, start = (F.pad(x, pad, mode="replicate") for x in (first, second, start))
     pyramid = [(first, second)]
-    for _ in range(levels - 1):
+    for _ in range(levels):
         first, second = (
             torch.cat([_halve(_blur(part, 1.0)) for (part,) in _chunks(frames)])
             for frames in pyramid[-1]
         )
         pyramid.append((first, second))
-    flow = F.avg_pool2d(start, multiple) / 2 ** (levels - 1)
+    # The flow of a level is kept at the next coarser level's resolution and in its pixels: the
+    # window makes it smooth, and everything but the sums over pixels costs a quarter.
+    flow = F.avg_pool2d(start, multiple) / multiple
     for level in range(levels - 1, finest - 1, -1):
-        if level < levels - 1:
-            flow = 2 * _double(flow)
         flow = torch.cat([
-            _refine(a, b, guess, window, final=level == finest)
-            for a, b, guess in _chunks(*pyramid[level], flow)
+            _refine(*parts, window, final=level == finest)
+            for parts in _chunks(*pyramid[level], *pyramid[level + 1], flow)
         ])  # fmt: skip
+        flow = 2 * _double(flow)
+    flow = torch.cat([
+        _best(a, b, guess, _neighbours(guess, DISTANCES[1:]), sigma=0.7)
+        for a, b, guess in _chunks(*pyramid[finest], flow)
+    ])  # fmt: skip
     for _ in range(finest):
         flow = 2 * _double(flow)
-    return _double(flow)[..., :height, :width]
+    return flow[..., :height, :width]
 
 
 def _refine(
-    first: Frames, second: Frames, flow: Float[Tensor, "n 2 h w"], window: float, *, final: bool
+    first: Frames,
+    second: Frames,
+    coarse_first: Float[Tensor, "n c h w"],
+    coarse_second: Float[Tensor, "n c h w"],
+    flow: Float[Tensor, "n 2 h w"],
+    window: float,
+    *,
+    final: bool,
 ) -> Float[Tensor, "n 2 h w"]:
-    """Lucas-Kanade iterations on one pyramid level.
+    """Lucas-Kanade iterations on one pyramid level."""
+    sigma = window / 2
 
-    The flow is stored at half the level's resolution: the window makes it smooth, and everything
-    but the sums over pixels costs a quarter.
-    """
+    def windowed(values: Frames) -> Float[Tensor, "n k h w"]:
+        return _blur(_halve(values), sigma)
 
-    def windowed(*products: Float[Tensor, "n H W"]) -> Float[Tensor, "n k h w"]:
-        return _blur(torch.stack([_halve(product) for product in products], dim=1), window / 2)
+    def plane(values: Frames) -> Float[Tensor, "n k h w"]:
+        """Coefficients of the plane fitted to every Gaussian window, on an orthonormal basis.
+
+        The slope of the fit is the slope of the blurred values (by parts, for Gaussians).
+        """
+        mean = windowed(values)
+        dx, dy = _gradient(mean)
+        return torch.cat([mean, dx.mul_(sigma), dy.mul_(sigma)], dim=1)
+
+    def moments(
+        pairs: list[tuple[Frames, Frames]], planes: list[tuple[Tensor, Tensor]]
+    ) -> Float[Tensor, "n k h w"]:
+        """Mean product over every window of what the planes leave over."""
+        products = windowed(torch.stack([_dot(a, b) for a, b in pairs], dim=1))
+        return products - torch.stack([_dot(a, b) for a, b in planes], dim=1)
 
     def residual(flow: Float[Tensor, "n 2 h w"]) -> Frames:
-        return warp(second, _double(flow)).sub_(first)
+        return warp(second, 2 * _double(flow)).sub_(first)
 
     dx, dy = _gradient(first)
-    xx, xy, yy = windowed(_dot(dx, dx), _dot(dx, dy), _dot(dy, dy)).split(1, dim=1)
+    px, py = plane(dx), plane(dy)
+    hessian = moments([(dx, dx), (dx, dy), (dy, dy)], [(px, px), (px, py), (py, py)])
+    xx, xy, yy = hessian.split(1, dim=1)
+    xx, yy = xx.clamp(min=0), yy.clamp(min=0)  # the sums are not quite exact
     energy = xx + yy
     pull = PULL * energy / 2 + NOISE
     xx, yy = xx + pull, yy + pull
     determinant = xx * yy - xy * xy
     xx, xy, yy = xx / determinant, xy / determinant, yy / determinant
-    # Weights by texture of the mean over neighbours. Far from all texture they sum to less than 1,
-    # so that the flow fades to 0.
-    weight = energy / (_blur(energy, window / 2) + NOISE)
+    texture = _blur(energy, sigma) + NOISE
     start = flow
     for step in range(ITERATIONS[final]):
+        if step == 1:
+            flow = _best(coarse_first, coarse_second, flow, _neighbours(flow, DISTANCES), sigma=1.0)
         error = residual(flow)
+        pe = plane(error)
         if step == 0 and not final:
-            before = windowed(_dot(error, error))
-        right = windowed(_dot(dx, error), _dot(dy, error))
-        right += pull * (flow - _blur(flow * weight, window / 2))
+            before = moments([(error, error)], [(pe, pe)])
+        right = moments([(dx, error), (dy, error)], [(px, pe), (py, pe)])
+        right += 2 * pull * (flow - _blur(flow * energy, sigma) / texture)
         x, y = right.split(1, dim=1)
         change = torch.cat([yy * x - xy * y, xx * y - xy * x], dim=1)
-        flow = flow - change.clamp_(-LARGEST_STEP, LARGEST_STEP)
+        flow = flow - change.clamp_(-LARGEST_STEP, LARGEST_STEP) / 2
+        flow = _best(coarse_first, coarse_second, _median(flow), [flow], sigma=1.0)
     if final:
         return flow
     # A wrong match on a coarse level can put the true one out of reach of the finer levels: keep
     # the change only where it lowers the residual.
     error = residual(flow)
-    return torch.where(windowed(_dot(error, error)) <= GAIN * before, flow, start)
+    pe = plane(error)
+    return torch.where(moments([(error, error)], [(pe, pe)]) <= GAIN * before, flow, start)
+
+
+def _best(
+    first: Frames, second: Frames, flow: Flow, candidates: Iterable[Flow], sigma: float
+) -> Flow:
+    """Replace `flow` wherever a candidate fits much better, in a window of `sigma` pixels.
+
+    The measure is the variance of the residual, on which an even change of light has no effect.
+    """
+
+    def misfit(flow: Flow) -> Float[Tensor, "n 1 H W"]:
+        error = warp(second, flow).sub_(first)
+        mean = _blur(error, sigma)
+        return (_blur(_dot(error, error)[:, None], sigma)[:, 0] - _dot(mean, mean))[:, None]
+
+    least = misfit(flow)
+    for candidate in candidates:
+        fit = misfit(candidate)
+        better = fit < GAIN * least - TIE
+        flow = torch.where(better, candidate, flow)
+        least = torch.where(better, fit, least)
+    return flow
+
+
+def _neighbours(flow: Flow, distances: Sequence[int]) -> Iterator[Flow]:
+    """The flow of the pixels to the left, right, top and bottom, at each of `distances`."""
+    height, width = flow.shape[-2:]
+    for distance in distances:
+        padded = F.pad(flow, (distance,) * 4, mode="replicate")
+        for down, right in ((1, 2), (1, 0), (2, 1), (0, 1)):
+            candidate = padded.narrow(-2, down * distance, height)
+            yield candidate.narrow(-1, right * distance, width)
 
 
 # --- filters ---------------------------------------------------------------------------------
@@ -216,6 +289,23 @@ def _blur(values: Frames, sigma: float) -> Frames:
 @lru_cache(maxsize=8)
 def _taps(sigma: float) -> tuple[float, ...]:
     return tuple(get_gaussian_kernel1d(2 * round(2 * sigma) + 1, sigma)[0].tolist())
+
+
+# Pairs of a sorting network whose fifth output is the median of nine (Paeth 1990).
+_MEDIAN_OF_9 = (
+    (1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8), (0, 3),
+    (5, 8), (4, 7), (3, 6), (1, 4), (2, 5), (4, 7), (4, 2), (6, 4), (4, 2),
+)  # fmt: skip
+
+
+def _median(values: Frames) -> Frames:
+    """Median of 3x3 pixels that are two pixels apart."""
+    height, width = values.shape[-2:]
+    padded = F.pad(values, (2, 2, 2, 2), mode="replicate")
+    taps = [padded[..., y : y + height, x : x + width] for y in (0, 2, 4) for x in (0, 2, 4)]
+    for i, j in _MEDIAN_OF_9:
+        taps[i], taps[j] = torch.minimum(taps[i], taps[j]), torch.maximum(taps[i], taps[j])
+    return taps[4]
 
 
 def _halve(values: Float[Tensor, "*n H W"]) -> Float[Tensor, "*n h w"]:
