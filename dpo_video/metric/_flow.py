@@ -23,10 +23,10 @@ Flow = Float[Tensor, "n 2 H W"]
 COARSEST = 12  # pixels: least shorter side of the coarsest pyramid level
 ITERATIONS = (3, 2)  # on the coarser levels and on the finest
 LARGEST_STEP = 2.0  # pixels of a level per iteration: the linearisation does not hold beyond it
-NOISE = 3e-6  # squared pixel value per pixel: gradient energy at which noise dominates
+NOISE = 4e-6  # squared pixel value per pixel: gradient energy at which noise dominates
 PULL = 0.1  # weight of the neighbouring flow, as a share of the window's gradient energy
-GAIN = 0.85  # another flow is preferred where it lowers the squared residual to this share
-TIE = 1e-5  # squared pixel value: a smaller difference of residuals says nothing
+GAIN = 0.8  # another flow is preferred where it lowers the squared residual to this share
+TIE = 1e-5  # squared pixel value: smaller differences between residuals are noise
 DISTANCES = (6, 3)  # pixels: a flow can be replaced by that of a pixel so far away
 CHUNK = 1 << 18  # pixels per chunk on a CPU: twice as fast when a chunk fits in its cache
 GROUP = 1 << 24  # pixels of the frames whose pyramids are in memory together
@@ -143,7 +143,7 @@ def _coarse_to_fine(first: Frames, second: Frames, start: Flow, window: float, f
         ])  # fmt: skip
         flow = 2 * _double(flow)
     flow = torch.cat([
-        _best(a, b, guess, _neighbours(guess, DISTANCES[1:]), sigma=0.7)
+        _best(a, b, guess, _neighbours(guess, DISTANCES[1:]), sigma=0.7, tie=1e-4)
         for a, b, guess in _chunks(*pyramid[finest], flow)
     ])  # fmt: skip
     for _ in range(finest):
@@ -221,7 +221,13 @@ def _refine(
 
 
 def _best(
-    first: Frames, second: Frames, flow: Flow, candidates: Iterable[Flow], sigma: float
+    first: Frames,
+    second: Frames,
+    flow: Flow,
+    candidates: Iterable[Flow],
+    *,
+    sigma: float,
+    tie: float = TIE,
 ) -> Flow:
     """Replace `flow` wherever a candidate fits much better, in a window of `sigma` pixels.
 
@@ -236,7 +242,7 @@ def _best(
     least = misfit(flow)
     for candidate in candidates:
         fit = misfit(candidate)
-        better = fit < GAIN * least - TIE
+        better = fit < GAIN * least - tie
         flow = torch.where(better, candidate, flow)
         least = torch.where(better, fit, least)
     return flow

@@ -39,28 +39,28 @@ def test_correct_direction_is_below_no_warp_and_published_direction_above() -> N
     still, corrected = unwarped(videos), WarpError()(videos, [])
     assert (corrected < 0.02 * still).all()
     for variant in ("videodpo_lk", "videodpo_farneback"):
-        assert (WarpError(variant=variant)(videos, []) > 1.5 * still).all()
+        assert (WarpError(flow=variant)(videos, []) > 1.5 * still).all()
 
 
 def test_correct_direction_on_shapes(scenes: Tensor) -> None:
     still, corrected = unwarped(scenes), WarpError()(scenes, [])
     assert (corrected < 0.25 * still).all()
     assert corrected.mean() < 0.1 * still.mean()
-    assert (WarpError(variant="videodpo_lk")(scenes, []) > still).all()
+    assert (WarpError(flow="videodpo_lk")(scenes, []) > still).all()
 
 
 def test_the_published_direction_doubles_a_motion() -> None:
     # The per-pixel flow of a ramp is exact; the wrong direction is off by twice the motion.
     ramp = (torch.arange(64.0) / 128).expand(3, 64, 64)
     videos = torch.stack([ramp, ramp - 1 / 128], dim=1)[None]  # one pixel to the right
-    wrong = WarpError(variant="videodpo_lk")(videos, [])
+    wrong = WarpError(flow="videodpo_lk")(videos, [])
     assert torch.allclose(wrong, 4 * unwarped(videos), rtol=0.1)
 
 
 def test_frozen_video_scores_zero(scenes: Tensor) -> None:
     frozen = scenes[:, :, :1].repeat(1, 1, 4, 1, 1)
     for variant in ("lucas_kanade", "videodpo_lk", "videodpo_farneback"):
-        assert WarpError(variant=variant)(frozen, []).max() < 0.01
+        assert WarpError(flow=variant)(frozen, []).max() < 0.01
 
 
 def test_flow_does_not_hide_flicker_of_colour() -> None:
@@ -101,7 +101,7 @@ def test_pair_without_any_match_counts_in_full() -> None:
 
 def test_batch_equals_single_videos(scenes: Tensor) -> None:
     for variant in ("lucas_kanade", "videodpo_lk", "videodpo_farneback"):
-        metric = WarpError(variant=variant)
+        metric = WarpError(flow=variant)
         alone = torch.cat([metric(video[None], []) for video in scenes])
         assert torch.allclose(metric(scenes, []), alone, rtol=1e-3)
 
@@ -131,4 +131,4 @@ def test_published_variant_without_opencv_names_the_package(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UserError, match="pip install opencv-python-headless"):
-        WarpError(variant="videodpo_farneback")(sliding(1), [])
+        WarpError(flow="videodpo_farneback")(sliding(1), [])
