@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dpo_video.errors import UserError
 from dpo_video.metric._flow import dense_flow, warp
+from dpo_video.metric._flow_methods import FlowMethod, flow_between
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 
@@ -62,6 +63,10 @@ class DynamicDegree(Metric):
     """Significance level of the test that a pixel moves: the false positive rate of flicker."""
     size: int = Field(default=128, ge=16)
     """Shorter side, in pixels, that larger videos are resized to."""
+    flow: FlowMethod = "lucas_kanade"
+    """Optical flow; `dis`, `farneback` (OpenCV) and `raft` (torchvision) are second opinions."""
+    raft_weights: str = ""
+    """Path of torchvision's RAFT weights, for `raft`."""
 
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
         """One value per video; UserError for videos of a single frame."""
@@ -135,7 +140,12 @@ class DynamicDegree(Metric):
                     frame, other
                 )
                 start = torch.where(follows, guess, 0)
-            found[offset] = dense_flow(frame, other, start=start, finest=1)
+            if self.flow == "lucas_kanade":
+                found[offset] = dense_flow(frame, other, start=start, finest=1)
+            else:
+                found[offset] = flow_between(
+                    self.flow, frame, other, raft_weights=self.raft_weights
+                )
         return {offset: flow[..., ::2, ::2] for offset, flow in found.items()}
 
     def _fit(
