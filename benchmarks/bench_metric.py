@@ -197,10 +197,10 @@ def test_flow(measure: Measure, candidate: str, quick: bool) -> None:
     )
 
 
-VARIANTS = ("lucas_kanade", "videodpo_lk", "videodpo_farneback")
+FLOWS = ("lucas_kanade", "videodpo_lk", "videodpo_farneback")
 
 
-@pytest.mark.candidates(*VARIANTS)
+@pytest.mark.candidates(*FLOWS)
 def test_warp_error(measure: Measure, candidate: Any, quick: bool) -> None:
     """The complete metric: flows in both directions, occlusion and warp; variants use one flow."""
     frames, size = clip_size(quick)
@@ -208,7 +208,7 @@ def test_warp_error(measure: Measure, candidate: Any, quick: bool) -> None:
     if candidate == "videodpo_farneback":
         needs(group, candidate, "cv2", "metric")
     video = clip(frames, size)[0].movedim(0, 1)[None]
-    metric = WarpError(variant=candidate)
+    metric = WarpError(flow=candidate)
     measure(
         group, lambda: metric(video, [""]), unit="frame pair", work=frames - 1,
         baseline="videodpo_farneback",

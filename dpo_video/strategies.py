@@ -242,7 +242,7 @@ class LabelerFactory(AnyLabeler, ABC):
     """
 
     options: dict[str, dict[str, Any]] = {}
-    """Options of the metrics by name: `--set labeler.options.warp_error.variant=videodpo_lk`."""
+    """Options of the metrics by name: `--set labeler.options.warp_error.flow=videodpo_lk`."""
 
     @property
     @abstractmethod

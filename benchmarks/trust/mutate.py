@@ -210,7 +210,7 @@ def assignment(random: Random) -> str:
     """An argument for `--set`; some are valid."""
     names = ["loss", "pairs", "train", "memory", "metric", "run", "labeler", "backbone", "nothing",
              "build", "evaluate", "reference", "versions", "", "loss ", "tier"]  # fmt: skip
-    options = ["beta", "name", "steps", "learning_rate", "betas", "store", "warp_error.variant",
+    options = ["beta", "name", "steps", "learning_rate", "betas", "store", "warp_error.flow",
                "seed", "", "a.b.c.d", "rank", "labels", "region", "region.blobs", "device", "count",
                "x" * 5000, "model", "frames"]  # fmt: skip
     values = ["5", "500", "1e-4", "-1", "0", "nan", "inf", "-inf", "true", '"x"', "'", '"', "[",
@@ -231,7 +231,7 @@ def assignment(random: Random) -> str:
         "pairs.guidance_scale",
         "memory.backward",
         "evaluate.tolerance",
-        "metric.warp_error.variant",
+        "metric.warp_error.flow",
     ]
     path = f"{random.choice(names)}.{random.choice(options)}"
     if random.random() < 0.7:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpo_video.errors import UserError
@@ -104,7 +105,10 @@ def _load_raft(weights: str) -> nn.Module:
             f"The optical flow 'raft' needs torchvision's RAFT weights, and '{weights}' is no "
             "file. Download raft_large or raft_small and set raft_weights=PATH, or use flow=dis."
         )
-    state = torch.load(weights, map_location="cpu", weights_only=True)
+    if weights.endswith(".safetensors"):
+        state = load_file(weights)
+    else:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
     small = state["feature_encoder.convnormrelu.0.weight"].shape[0] == 32
     network: nn.Module = (raft_small if small else raft_large)(weights=None)
     network.load_state_dict(state)

@@ -128,13 +128,14 @@ def test_metrics_are_found_by_name_and_their_options_kept() -> None:
     config = resolve(
         choices={"labeler": "metric"},
         assignments=["labeler.weights.warp_error=1", "labeler.weights.sharpness=0.5",
-                     "labeler.options.warp_error.variant=videodpo_lk"],
+                     "labeler.options.warp_error.flow=videodpo_lk"],
     )  # fmt: skip
     assert isinstance(config.labeler, Measuring)
     assert list(config.labeler.metrics) == ["warp_error", "sharpness", "dynamic_degree"]
     table = config.tables["labeler"]
     assert table["name"] == "metric" and table["options"]["warp_error"] == {
-        "variant": "videodpo_lk"
+        "flow": "videodpo_lk",
+        "raft_weights": "",
     }
     assert table["options"]["dynamic_degree"]["share"] == 0.05
 
