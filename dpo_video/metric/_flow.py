@@ -40,6 +40,7 @@ def dense_flow(
     start: Flow | None = None,
     window: float = 2.5,
     finest: int = 0,
+    levels: int | None = None,
 ) -> Flow:
     """Optical flow from `first` to `second`, insensitive to changes of light.
 
@@ -59,6 +60,7 @@ def dense_flow(
         second: frames in [0, 1], one for each of `first`.
         start: initial flow, in pixels; 0 by default.
         window: standard deviation of the Gaussian window, in pixels of a pyramid level.
+        levels: pyramid levels to start at: fewer than the picture allows where `start` is close.
         finest: pyramid level to stop at. 1 is half the resolution: four times faster and less
             sensitive to noise; the flow stays in full-resolution pixels.
 
@@ -68,7 +70,9 @@ def dense_flow(
     if start is None:
         start = first.new_zeros(len(first), 2, *first.shape[-2:])
     groups = _groups(GROUP, first, second, start)
-    return torch.cat([_coarse_to_fine(a, b, guess, window, finest) for a, b, guess in groups])
+    return torch.cat(
+        [_coarse_to_fine(a, b, guess, window, finest, levels) for a, b, guess in groups]
+    )
 
 
 def warp(frames: Float[Tensor, "n c H W"], flow: Flow) -> Frames:
@@ -118,9 +122,12 @@ def _chunks(*values: Tensor) -> list[tuple[Tensor, ...]]:
     return _groups(CHUNK, *values) if values[0].device.type == "cpu" else [values]
 
 
-def _coarse_to_fine(first: Frames, second: Frames, start: Flow, window: float, finest: int) -> Flow:
+def _coarse_to_fine(
+    first: Frames, second: Frames, start: Flow, window: float, finest: int, most: int | None
+) -> Flow:
     height, width = first.shape[-2:]
     levels = max(1, int(math.log2(min(height, width) / COARSEST)) + 1)
+    levels = min(levels, most or levels)
     finest = min(finest, levels - 1)
     # Pad to a multiple, so that every pixel of a level is exactly four of the next finer one.
     multiple = 2**levels
@@ -129,7 +136,7 @@ def _coarse_to_fine(first: Frames, second: Frames, start: Flow, window: float, f
     pyramid = [(first, second)]
     for _ in range(levels):
         first, second = (
-            torch.cat([_halve(_blur(part, 1.0)) for (part,) in _chunks(frames)])
+            torch.cat([halve(blur(part, 1.0)) for (part,) in _chunks(frames)])
             for frames in pyramid[-1]
         )
         pyramid.append((first, second))
@@ -165,7 +172,7 @@ def _refine(
     sigma = window / 2
 
     def windowed(values: Frames) -> Float[Tensor, "n k h w"]:
-        return _blur(_halve(values), sigma)
+        return blur(halve(values), sigma)
 
     def plane(values: Frames) -> Float[Tensor, "n k h w"]:
         """Coefficients of the plane fitted to every Gaussian window, on an orthonormal basis.
@@ -196,7 +203,7 @@ def _refine(
     xx, yy = xx + pull, yy + pull
     determinant = xx * yy - xy * xy
     xx, xy, yy = xx / determinant, xy / determinant, yy / determinant
-    texture = _blur(energy, sigma) + NOISE
+    texture = blur(energy, sigma) + NOISE
     start = flow
     for step in range(ITERATIONS[final]):
         if step == 1:
@@ -206,7 +213,7 @@ def _refine(
         if step == 0 and not final:
             before = moments([(error, error)], [(pe, pe)])
         right = moments([(dx, error), (dy, error)], [(px, pe), (py, pe)])
-        right += 2 * pull * (flow - _blur(flow * energy, sigma) / texture)
+        right += 2 * pull * (flow - blur(flow * energy, sigma) / texture)
         x, y = right.split(1, dim=1)
         change = torch.cat([yy * x - xy * y, xx * y - xy * x], dim=1)
         flow = flow - change.clamp_(-LARGEST_STEP, LARGEST_STEP) / 2
@@ -236,8 +243,8 @@ def _best(
 
     def misfit(flow: Flow) -> Float[Tensor, "n 1 H W"]:
         error = warp(second, flow).sub_(first)
-        mean = _blur(error, sigma)
-        return (_blur(_dot(error, error)[:, None], sigma)[:, 0] - _dot(mean, mean))[:, None]
+        mean = blur(error, sigma)
+        return (blur(_dot(error, error)[:, None], sigma)[:, 0] - _dot(mean, mean))[:, None]
 
     least = misfit(flow)
     for candidate in candidates:
@@ -279,7 +286,7 @@ def _gradient(frames: Frames) -> tuple[Frames, Frames]:
     return dx.mul_(0.5), dy.mul_(0.5)
 
 
-def _blur(values: Frames, sigma: float) -> Frames:
+def blur(values: Frames, sigma: float) -> Frames:
     """Gaussian blur with replicated borders."""
     taps = _taps(sigma)
     reach = len(taps) // 2
@@ -314,7 +321,7 @@ def _median(values: Frames) -> Frames:
     return taps[4]
 
 
-def _halve(values: Float[Tensor, "*n H W"]) -> Float[Tensor, "*n h w"]:
+def halve(values: Float[Tensor, "*n H W"]) -> Float[Tensor, "*n h w"]:
     """Mean of every 2x2 pixels."""
     rows = values[..., ::2, :] + values[..., 1::2, :]
     return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)

@@ -9,12 +9,11 @@ from typing import ClassVar, Literal, final
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from kornia.filters import gaussian_blur2d
 from pydantic import Field
 from torch import Tensor
 
 from dpo_video.errors import UserError
-from dpo_video.metric._flow import dense_flow, warp
+from dpo_video.metric._flow import blur, dense_flow, halve, warp
 from dpo_video.metric._flow_methods import FlowMethod, flow_between
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
@@ -77,16 +76,18 @@ class DynamicDegree(Metric):
                 "one. Use videos of 2 frames or more."
             )
         videos = self._reduce(videos.float())
-        count = math.ceil(frames / self.radius)
-        squared = [
-            self._squared_speed(videos, int((index + 0.5) * frames / count))
-            for index in range(count)
-        ]
-        fastest = max(1, round(self.share * squared[0][0].numel()))
-        pooled = torch.stack([
-            values.flatten(1).topk(fastest, dim=1).values.mean(1) for values in squared
-        ]).mean(0)  # fmt: skip
-        return pooled.sqrt() * (100 / math.hypot(*videos.shape[-2:]))
+        back, forth = self._flows(videos)
+        half = halve(videos[..., : videos.shape[-2] // 2 * 2, : videos.shape[-1] // 2 * 2])
+        anchors = range(0, frames, SHORT) if frames > SHORT else [0]
+        speeds = []
+        for anchor in anchors:
+            path = _paths(back, forth, anchor, self.radius)
+            if self.flow == "lucas_kanade":
+                path = {k: _rematch(videos, anchor, k, p) for k, p in path.items()}
+            squared = self._squared_speed(half, path, anchor)
+            fastest = max(1, round(self.share * squared[0].numel()))
+            speeds.append(squared.flatten(1).topk(fastest, dim=1).values.mean(1).sqrt())
+        return torch.stack(speeds).mean(0) * (100 / math.hypot(*videos.shape[-2:]))
 
     def _reduce(self, videos: Videos) -> Float[Tensor, "b 3 F h w"]:
         """Shrink to `size`: enough resolution for tracking, and less noise."""
@@ -102,62 +103,47 @@ class DynamicDegree(Metric):
         )
         return small.unflatten(0, (len(videos), -1)).transpose(1, 2)
 
+    def _flows(
+        self, videos: Float[Tensor, "b 3 F H W"]
+    ) -> tuple[Float[Tensor, "b t 2 h w"], Float[Tensor, "b t 2 h w"]]:
+        """Flows of every frame but the first to the previous, and of all but the last to the next.
+
+        In pixels, at half the resolution, which is enough over several frames.
+        """
+        frames = videos.transpose(1, 2)
+        before, after = frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1)
+        flows = []
+        for first, second in ((after, before), (before, after)):
+            if self.flow == "lucas_kanade":
+                flow = dense_flow(first, second, finest=1)
+            else:
+                flow = flow_between(self.flow, first, second, raft_weights=self.raft_weights)
+            height, width = (side // 2 * 2 for side in flow.shape[-2:])
+            flows.append(halve(flow[..., :height, :width]).unflatten(0, (len(videos), -1)))
+        return flows[0], flows[1]
+
     def _squared_speed(
-        self, videos: Float[Tensor, "b 3 F H W"], anchor: int
+        self, videos: Float[Tensor, "b 3 F h w"], path: dict[int, Tensor], anchor: int
     ) -> Float[Tensor, "b h w"]:
         """Squared speed of the pixels of one frame, in pixels per frame; 0 for still ones."""
-        frames = videos.shape[2]
-        reach = range(max(-self.radius, -anchor), min(self.radius, frames - 1 - anchor) + 1)
-        path = self._track(videos, anchor, [k for k in reach if k])
-        squared = torch.zeros_like(next(iter(path.values()))[:, 0])
-        for near in (list(reach), [k for k in reach if abs(k) <= SHORT]):
-            speed, value = self._fit(path, near)
+        squared = torch.zeros_like(path[0][:, 0])
+        for near in ([k for k in path if abs(k) <= SHORT], list(path)):
+            # Few points, and a second test: it takes more to convince.
+            chance = self.significance if near == list(path) else self.significance**1.5
+            speed, value = self._fit(path, near, chance)
             if len(near) > 2:
-                value = torch.where(_explains(speed, videos, anchor, near), value, 0)
+                value = torch.where(_explains(speed / 2, videos, anchor, near), value, 0)
             squared = torch.where(squared > 0, squared, value)
         return squared
 
-    def _track(
-        self, videos: Float[Tensor, "b 3 F H W"], anchor: int, offsets: list[int]
-    ) -> dict[int, Float[Tensor, "b 2 h w"]]:
-        """Displacement of each pixel of the anchor frame after `offsets` frames, in pixels.
-
-        Every offset is matched with the anchor frame directly, so that errors do not accumulate;
-        the path up to there only gives the initial flow. Half the resolution is enough over several
-        frames.
-        """
-        frame = videos[:, :, anchor]
-        found: dict[int, Tensor] = {}
-        for offset in sorted(offsets, key=abs):
-            other = videos[:, :, anchor + offset]
-            previous = found.get(offset - (1 if offset > 0 else -1))
-            start = None
-            if previous is not None:
-                # Extrapolate the path only where that explains this frame: the error of a pixel
-                # without texture would accumulate and look like motion.
-                guess = previous * (abs(offset) / (abs(offset) - 1))
-                follows = _mismatch(frame, warp(other, guess)) < ACCEPTANCE * _mismatch(
-                    frame, other
-                )
-                start = torch.where(follows, guess, 0)
-            if self.flow == "lucas_kanade":
-                found[offset] = dense_flow(frame, other, start=start, finest=1)
-            else:
-                found[offset] = flow_between(
-                    self.flow, frame, other, raft_weights=self.raft_weights
-                )
-        return {offset: flow[..., ::2, ::2] for offset, flow in found.items()}
-
     def _fit(
-        self, path: dict[int, Float[Tensor, "b 2 h w"]], offsets: list[int]
+        self, path: dict[int, Float[Tensor, "b 2 h w"]], offsets: list[int], chance: float
     ) -> tuple[Float[Tensor, "b 2 h w"], Float[Tensor, "b h w"]]:
         """Speed of each pixel along a straight line, and its square minus the variance by noise.
 
-        In pixels per frame; the square is 0 where the fit is not significant. `offsets` contain the
-        anchor frame's own, 0.
+        In pixels per frame; the square is 0 where the fit is not significant.
         """
-        origin = torch.zeros_like(next(iter(path.values())))
-        points = torch.stack([path.get(offset, origin) for offset in offsets], dim=1)
+        points = torch.stack([path[offset] for offset in offsets], dim=1)
         time = points.new_tensor(offsets)
         time = time - time.mean()
         spread = time.square().sum()
@@ -170,44 +156,71 @@ class DynamicDegree(Metric):
         variance = residual / spread  # of the speed of a pixel that does not move
         # Quantile of the F distribution with 2 and `freedom` degrees, in closed form.
         freedom = 2 * (len(offsets) - 2)
-        critical = freedom / 2 * (self.significance ** (-2 / freedom) - 1)
+        critical = freedom / 2 * (chance ** (-2 / freedom) - 1)
         return speed, torch.where(squared > critical * variance, squared - variance, 0)
+
+
+def _paths(
+    back: Float[Tensor, "b t 2 h w"], forth: Float[Tensor, "b t 2 h w"], anchor: int, radius: int
+) -> dict[int, Float[Tensor, "b 2 h w"]]:
+    """Displacement of each pixel of the anchor frame in the frames around it, in pixels.
+
+    Flows are followed from frame to frame. What flicker moves in one frame it takes back in the
+    next, so that errors by flicker do not accumulate.
+    """
+    origin = torch.zeros_like(forth[:, 0])
+    path = {0: origin}
+    for step, flows in ((-1, back), (1, forth)):
+        for offset in range(step, step * (radius + 1), step):
+            index = anchor + offset - (step > 0)
+            if not 0 <= index < flows.shape[1]:
+                break
+            # `back` has the flow of frame t at t - 1, `forth` at t.
+            last = path[offset - step]
+            path[offset] = last + warp(flows[:, index], last / 2)
+    return dict(sorted(path.items()))
+
+
+def _rematch(
+    videos: Float[Tensor, "b 3 F H W"], anchor: int, offset: int, path: Float[Tensor, "b 2 h w"]
+) -> Float[Tensor, "b 2 h w"]:
+    """`path` after matching the anchor frame with the other one directly."""
+    if offset == 0:
+        return path
+    frame, other = videos[:, :, anchor], videos[:, :, anchor + offset]
+    start = F.interpolate(path, size=frame.shape[-2:], mode="bilinear")
+    flow = dense_flow(frame, other, start=start, levels=2, finest=1)
+    height, width = (2 * side for side in path.shape[-2:])
+    return halve(flow[..., :height, :width])
 
 
 def _explains(
     speed: Float[Tensor, "b 2 h w"],
-    videos: Float[Tensor, "b 3 F H W"],
+    videos: Float[Tensor, "b 3 F h w"],
     anchor: int,
     offsets: list[int],
 ) -> Bool[Tensor, "b h w"]:
     """Whether `speed` predicts both the frames before the anchor and those after it.
 
-    No constant speed predicts both sides of a leap.
+    No constant speed predicts both sides of a leap. Here `speed` is in pixels of `videos`.
     """
     frame = videos[:, :, anchor]
-    full = F.interpolate(speed, size=frame.shape[-2:])
     accepted = torch.ones_like(frame[:, 0], dtype=torch.bool)
     for side in ([k for k in offsets if k < 0], [k for k in offsets if k > 0]):
         moving = still = torch.zeros_like(frame[:, :1])
         for offset in side:
             other = videos[:, :, anchor + offset]
-            moving = moving + _mismatch(frame, warp(other, full * offset))
+            moving = moving + _mismatch(frame, warp(other, speed * offset))
             still = still + _mismatch(frame, other)
         if side:
             accepted &= (moving < ACCEPTANCE * still)[:, 0]
-    return accepted[:, ::2, ::2]
+    return accepted
 
 
 def _mismatch(
-    first: Float[Tensor, "b 3 H W"], second: Float[Tensor, "b 3 H W"]
-) -> Float[Tensor, "b 1 H W"]:
+    first: Float[Tensor, "b 3 h w"], second: Float[Tensor, "b 3 h w"]
+) -> Float[Tensor, "b 1 h w"]:
     """Variance of the difference around each pixel, to which an even change of light adds none."""
     error = first - second
-    return _around(error.square().mean(1, keepdim=True)) - _around(error).square().mean(
-        1, keepdim=True
-    )
-
-
-def _around(image: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]:
-    """Gaussian mean around each pixel."""
-    return gaussian_blur2d(image, (13, 13), (3.0, 3.0), border_type="replicate")
+    squares = blur(error.square().mean(1, keepdim=True), 1.5)
+    return squares - blur(error, 1.5).square().mean(1, keepdim=True)

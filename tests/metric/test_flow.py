@@ -17,7 +17,7 @@ from kornia.geometry import remap
 from torch import Tensor
 
 from dpo_video.data.video import read_video
-from dpo_video.metric._flow import _blur, _double, _halve, dense_flow, visible, warp
+from dpo_video.metric._flow import blur, _double, halve, dense_flow, visible, warp
 
 CLIPS = Path(__file__).parents[1] / "clips"
 MARGIN = 20  # pixels at the border, whose content enters or leaves the picture
@@ -123,12 +123,12 @@ def test_no_texture_no_flow() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 6, 10), (3, 2, 34, 16)])
 def test_filters_equal_torchs_and_kornias(shape: tuple[int, ...]) -> None:
     values = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(_halve(values), F.avg_pool2d(values, 2), atol=1e-6)
+    assert torch.allclose(halve(values), F.avg_pool2d(values, 2), atol=1e-6)
     double = F.interpolate(values, scale_factor=2, mode="bilinear", align_corners=False)
     assert torch.allclose(_double(values), double, atol=1e-6)
     for sigma, taps in ((1.0, 5), (1.25, 5), (2.5, 11)):
         blurred = gaussian_blur2d(values, (taps, taps), (sigma, sigma), border_type="replicate")
-        assert torch.allclose(_blur(values, sigma), blurred, atol=1e-6)
+        assert torch.allclose(blur(values, sigma), blurred, atol=1e-6)
     flow = 3 * torch.rand(shape[0], 2, *shape[2:], generator=torch.Generator().manual_seed(1))
     y, x = torch.meshgrid(*(torch.arange(float(n)) for n in shape[2:]), indexing="ij")
     sampled = remap(
