@@ -18,7 +18,7 @@ from dpo_video.metric._flow_methods import FlowMethod, flow_between
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 
-ACCEPTANCE = 0.7  # a path is accepted if it lowers the mismatch to this share
+ACCEPTANCE = 0.6  # a path is accepted if it lowers the mismatch to this share
 SHORT = 2  # frames before and after the anchor of the shorter window
 
 
@@ -78,9 +78,10 @@ class DynamicDegree(Metric):
         videos = self._reduce(videos.float())
         back, forth = self._flows(videos)
         half = halve(videos[..., : videos.shape[-2] // 2 * 2, : videos.shape[-1] // 2 * 2])
-        anchors = range(0, frames, SHORT) if frames > SHORT else [0]
+        count = math.ceil(frames / SHORT)
         speeds = []
-        for anchor in anchors:
+        for index in range(count):
+            anchor = int((index + 0.5) * frames / count)
             path = _paths(back, forth, anchor, self.radius)
             if self.flow == "lucas_kanade":
                 path = {k: _rematch(videos, anchor, k, p) for k, p in path.items()}

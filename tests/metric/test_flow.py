@@ -17,7 +17,7 @@ from kornia.geometry import remap
 from torch import Tensor
 
 from dpo_video.data.video import read_video
-from dpo_video.metric._flow import blur, _double, halve, dense_flow, visible, warp
+from dpo_video.metric._flow import _double, blur, dense_flow, halve, visible, warp
 
 CLIPS = Path(__file__).parents[1] / "clips"
 MARGIN = 20  # pixels at the border, whose content enters or leaves the picture
