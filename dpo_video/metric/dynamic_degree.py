@@ -129,38 +129,42 @@ class DynamicDegree(Metric):
     ) -> Float[Tensor, "b h w"]:
         """Squared speed of the pixels of one frame, in pixels per frame; 0 for still ones."""
         squared = torch.zeros_like(path[0][:, 0])
-        for near in ([k for k in path if abs(k) <= SHORT], list(path)):
-            # Few points, and a second test: it takes more to convince.
-            chance = self.significance if near == list(path) else self.significance**1.5
-            chance = chance if videos.shape[2] >= TESTABLE else 1
-            speed, value = self._fit(path, near, chance)
-            if videos.shape[2] >= TESTABLE:
-                value = torch.where(_explains(speed / 2, videos, anchor, near), value, 0)
+        short = {offset: value for offset, value in path.items() if abs(offset) <= SHORT}
+        # The more closely a curve can follow noise, the more it takes to convince.
+        for points, degree, exponent in ((short, 1, 1.5), (path, 2, 1.5), (path, 1, 1.0)):
+            if videos.shape[2] < TESTABLE:
+                return _fit(path, 1, 1.0)[1]
+            if len(points) < degree + 2:
+                continue
+            curve, value = _fit(points, degree, self.significance**exponent)
+            value = torch.where(_explains(curve, videos, anchor), value, 0)
             squared = torch.where(squared > 0, squared, value)
         return squared
 
-    def _fit(
-        self, path: dict[int, Float[Tensor, "b 2 h w"]], offsets: list[int], chance: float
-    ) -> tuple[Float[Tensor, "b 2 h w"], Float[Tensor, "b h w"]]:
-        """Speed of each pixel along a straight line, and its square minus the variance by noise.
 
-        In pixels per frame; the square is 0 where the fit is not significant.
-        """
-        points = torch.stack([path[offset] for offset in offsets], dim=1)
-        time = points.new_tensor(offsets)
-        time = time - time.mean()
-        spread = time.square().sum()
-        speed = torch.einsum("nkchw,k->nchw", points, time) / spread
-        squared = speed.square().sum(1)
-        if chance == 1:
-            return speed, squared
-        line = points.mean(1, keepdim=True) + speed[:, None] * time[:, None, None, None]
-        residual = (points - line).square().sum(dim=(1, 2)) / (len(offsets) - 2)
-        variance = residual / spread  # of the speed of a pixel that does not move
-        # Quantile of the F distribution with 2 and `freedom` degrees, in closed form.
-        freedom = 2 * (len(offsets) - 2)
-        critical = freedom / 2 * (chance ** (-2 / freedom) - 1)
-        return speed, torch.where(squared > critical * variance, squared - variance, 0)
+def _fit(
+    path: dict[int, Float[Tensor, "b 2 h w"]], degree: int, chance: float
+) -> tuple[dict[int, Float[Tensor, "b 2 h w"]], Float[Tensor, "b h w"]]:
+    """Polynomials in time fitted to paths, and the squared speed at the anchor minus its variance.
+
+    In pixels, and pixels per frame; the square is 0 where the speed is not significant.
+    """
+    points = torch.stack(list(path.values()), dim=1)
+    time = points.new_tensor(list(path))
+    design = torch.stack([time**power for power in range(degree + 1)], dim=1)
+    inverse = (design.T @ design).inverse()
+    coefficients = torch.einsum("pk,nkchw->npchw", inverse @ design.T, points)
+    fitted = torch.einsum("kp,npchw->nkchw", design, coefficients)
+    curve = {k: fitted[:, i] - coefficients[:, 0] for i, k in enumerate(path)}
+    squared = coefficients[:, 1].square().sum(1)
+    freedom = 2 * (len(path) - degree - 1)
+    if chance == 1:
+        return curve, squared
+    residual = (points - fitted).square().sum(dim=(1, 2)) / (freedom / 2)
+    variance = residual * inverse[1, 1]  # of the speed of a pixel that does not move
+    # Quantile of the F distribution with 2 and `freedom` degrees, in closed form.
+    critical = freedom / 2 * (chance ** (-2 / freedom) - 1)
+    return curve, torch.where(squared > critical * variance, squared - variance, 0)
 
 
 def _paths(
@@ -198,22 +202,19 @@ def _rematch(
 
 
 def _explains(
-    speed: Float[Tensor, "b 2 h w"],
-    videos: Float[Tensor, "b 3 F h w"],
-    anchor: int,
-    offsets: list[int],
+    curve: dict[int, Float[Tensor, "b 2 h w"]], videos: Float[Tensor, "b 3 F h w"], anchor: int
 ) -> Bool[Tensor, "b h w"]:
-    """Whether `speed` predicts both the frames before the anchor and those after it.
+    """Whether a curve predicts both the frames before the anchor and those after it.
 
-    No constant speed predicts both sides of a leap. Here `speed` is in pixels of `videos`.
+    No smooth curve predicts both sides of a leap.
     """
     frame = videos[:, :, anchor]
     accepted = torch.ones_like(frame[:, 0], dtype=torch.bool)
-    for side in ([k for k in offsets if k < 0], [k for k in offsets if k > 0]):
+    for side in ([k for k in curve if k < 0], [k for k in curve if k > 0]):
         moving = still = torch.zeros_like(frame[:, :1])
         for offset in side:
             other = videos[:, :, anchor + offset]
-            moving = moving + _mismatch(frame, warp(other, speed * offset))
+            moving = moving + _mismatch(frame, warp(other, curve[offset] / 2))
             still = still + _mismatch(frame, other)
         if side:
             accepted &= (moving < ACCEPTANCE * still)[:, 0]
