@@ -20,6 +20,9 @@ from dpo_video.types import PerPair, Videos
 
 ACCEPTANCE = 0.6  # a path is accepted if it lowers the mismatch to this share
 TESTABLE = 5  # frames: the paths of shorter videos are too short for the tests
+EDGE = (
+    1.5  # pixels at half the resolution: nearer to the edge, half of the flow's window is outside
+)
 SHORT = 2  # frames before and after the anchor of the shorter window
 
 
@@ -33,10 +36,10 @@ class DynamicDegree(Metric):
     anchor frames is tracked directly to each of the surrounding frames, by a flow on which changes
     of light have no effect, and a line is fitted to its path. The slope of the line is motion; its
     residual is flicker. Pixels whose slope is not significant against the residual (an F-test)
-    count as still, and the variance that noise adds is subtracted from the squared speed of the
-    others:
+    count as still, and twice the variance that noise adds is subtracted from the squared speed of
+    the others (twice, because the largest of many equal speeds are those with the largest errors):
 
-    `100 / diagonal * sqrt(mean over anchors and the fastest pixels of |speed|^2 - variance)`
+    `100 / diagonal * sqrt(mean over anchors and the fastest pixels of |speed|^2 - 2 variance)`
 
     A line must also predict the frames on both sides of the anchor much better than no motion does;
     no line does so across a leap from one place to another. Where the line over the whole window
@@ -137,7 +140,7 @@ class DynamicDegree(Metric):
             if len(points) < degree + 2:
                 continue
             curve, value = _fit(points, degree, self.significance**exponent)
-            value = torch.where(_explains(curve, videos, anchor), value, 0)
+            value = torch.where(_explains(curve, videos, anchor) & _inside(curve), value, 0)
             squared = torch.where(squared > 0, squared, value)
         return squared
 
@@ -164,7 +167,9 @@ def _fit(
     variance = residual * inverse[1, 1]  # of the speed of a pixel that does not move
     # Quantile of the F distribution with 2 and `freedom` degrees, in closed form.
     critical = freedom / 2 * (chance ** (-2 / freedom) - 1)
-    return curve, torch.where(squared > critical * variance, squared - variance, 0)
+    return curve, torch.where(
+        squared > critical * variance, squared - 2 * variance, 0
+    )  # twice: see the class
 
 
 def _paths(
@@ -199,6 +204,16 @@ def _rematch(
     flow = dense_flow(frame, other, start=start, levels=2, finest=1)
     height, width = (2 * side for side in path.shape[-2:])
     return halve(flow[..., :height, :width])
+
+
+def _inside(curve: dict[int, Float[Tensor, "b 2 h w"]]) -> Bool[Tensor, "b h w"]:
+    """Whether a curve stays inside the picture, where the flow is more than a guess."""
+    displacement = torch.stack(list(curve.values()), dim=1) / 2
+    height, width = displacement.shape[-2:]
+    x = torch.arange(width).to(displacement) + displacement[:, :, 0]
+    y = torch.arange(height).to(displacement)[:, None] + displacement[:, :, 1]
+    inside = (x >= EDGE) & (x <= width - 1 - EDGE) & (y >= EDGE) & (y <= height - 1 - EDGE)
+    return inside.all(dim=1)
 
 
 def _explains(
