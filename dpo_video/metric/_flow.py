@@ -145,7 +145,7 @@ def _coarse_to_fine(
     flow = F.avg_pool2d(start, multiple) / multiple
     for level in range(levels - 1, finest - 1, -1):
         flow = torch.cat([
-            _refine(*parts, window, final=level == finest)
+            _refine(*parts, window=window, final=level == finest)
             for parts in _chunks(*pyramid[level], *pyramid[level + 1], flow)
         ])  # fmt: skip
         flow = 2 * _double(flow)
@@ -164,8 +164,8 @@ def _refine(
     coarse_first: Float[Tensor, "n c h w"],
     coarse_second: Float[Tensor, "n c h w"],
     flow: Float[Tensor, "n 2 h w"],
-    window: float,
     *,
+    window: float,
     final: bool,
 ) -> Float[Tensor, "n 2 h w"]:
     """Lucas-Kanade iterations on one pyramid level."""

@@ -57,7 +57,7 @@ def opencv_flow(
     flows = []
     for before, after in zip(_bytes(first), _bytes(second), strict=True):
         if method == "dis":
-            solver = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+            solver = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
             flow = solver.calc(before, after, None)
         else:
             flow = cv2.calcOpticalFlowFarneback(before, after, None, *farneback)
