@@ -197,15 +197,12 @@ def test_flow(measure: Measure, candidate: str, quick: bool) -> None:
     )
 
 
-FLOWS = ("lucas_kanade", "videodpo_lk", "videodpo_farneback")
-
-
-@pytest.mark.candidates(*FLOWS)
+@pytest.mark.candidates("lucas_kanade", "dis", "videodpo_lk", "videodpo_farneback")
 def test_warp_error(measure: Measure, candidate: Any, quick: bool) -> None:
     """The complete metric: flows in both directions, occlusion and warp; variants use one flow."""
     frames, size = clip_size(quick)
     group = f"warp_error, {frames} frames of {size}x{size}"
-    if candidate == "videodpo_farneback":
+    if candidate in ("dis", "videodpo_farneback"):
         needs(group, candidate, "cv2", "metric")
     video = clip(frames, size)[0].movedim(0, 1)[None]
     metric = WarpError(flow=candidate)

@@ -370,6 +370,13 @@ class Metric(Strategy, ABC):
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
         """One number per video."""
 
+    def witness(self) -> tuple[str, Metric] | None:
+        """Name of a second method and the same metric by it, in the same unit; None without one.
+
+        An evaluation measures it as well, and says where the two disagree.
+        """
+        return None
+
 
 class Backbone(Strategy, ABC):
     """A family of video diffusion models."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import RunError, UserError
+from dpo_video.evaluation.change import Witness
 from dpo_video.evaluation.verdict import MetricResult, Role
 from dpo_video.memory.packed_weights import frozen_weights
 from dpo_video.registry.attribution import plugin_of, sentence
@@ -41,6 +43,13 @@ class Measurement:
     tuned: Videos
     metrics: tuple[MetricResult, ...]
     left_out: tuple[LeftOut, ...] = ()
+
+
+class _Second(TypedDict, total=False):
+    """Fields of a `MetricResult` on its second measurement."""
+
+    witness: Witness
+    no_witness: str
 
 
 def merge_adapter(model: VideoModel, adapter: Path) -> nn.Module:
@@ -76,6 +85,7 @@ def measure(
     """Sample videos of the base model, merge the adapter, sample again, and measure both sets.
 
     A metric that gives a value that is not finite, and a plugin's metric that fails, is left out.
+    A metric with a witness (`Metric.witness`) is measured by it as well.
 
     Args:
         model: The base model; the adapter is merged into its denoiser.
@@ -146,7 +156,30 @@ def _measure(
         prompts=prompts,
         min_effect=settings.min_effects.get(name, settings.min_effect),
         tolerance=settings.tolerance,
+        **_witness(metric, base, tuned, prompts, settings),
     )
+
+
+def _witness(
+    metric: Metric, base: Videos, tuned: Videos, prompts: Sequence[str], settings: EvaluateSettings
+) -> _Second:
+    """The second measurement of a metric, or the reason why it failed."""
+    try:
+        if (second := metric.witness()) is None:
+            return {}
+        name, other = second
+        before, after = (
+            metric_values(other, videos, prompts, settings.batch_size) for videos in (base, tuned)
+        )
+    except UserError as error:
+        return {"no_witness": str(error)}
+    except Exception as error:
+        if (plugin := plugin_of(metric)) is None:
+            raise
+        return {"no_witness": sentence(plugin, error)}
+    if not all(map(math.isfinite, (*before, *after))):
+        return {"no_witness": f"A value by {name} is not finite."}
+    return {"witness": Witness.measured(name, before, after, prompts)}
 
 
 def sample_videos(

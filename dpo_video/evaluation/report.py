@@ -53,6 +53,7 @@ def page_context(
         "img-src data:; media-src data:; base-uri 'none'; form-action 'none'",
         "style": asset("evaluation.css"),
         "script": script,
+        "witnesses": list(dict.fromkeys(m.witness.name for m in metrics if m.witness)),
         "rows": [_row(metric, reach) for metric in metrics],
         "reach": reach,
         "cards": cards,

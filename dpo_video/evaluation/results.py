@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_video.errors import UserError, first_fault, unknown
+from dpo_video.evaluation.change import Change
 from dpo_video.evaluation.rendering import templates
 from dpo_video.evaluation.report import page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, rules
-from dpo_video.support.formatting import apart, brief, html_table, percent
+from dpo_video.support.formatting import apart, html_table
 from dpo_video.support.statistics import Record
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.training.report import StepReport
@@ -63,8 +64,11 @@ class Evaluation(Record):
     def _lengths_agree(self) -> Self:
         videos = len(self.prompts)
         lengths = [len(self.seeds)]
+        witnesses = [metric.witness for metric in self.metrics if metric.witness is not None]
         lengths += [
-            len(values) for metric in self.metrics for values in (metric.base, metric.tuned)
+            len(values)
+            for each in (*self.metrics, *witnesses)
+            for values in (each.base, each.tuned)
         ]
         if any(length != videos for length in lengths):
             raise ValueError(f"{videos} prompts, but {sorted(set(lengths))} seeds and values")
@@ -171,11 +175,10 @@ class Evaluation(Record):
         )
         for i, header in enumerate(_HEADER):
             table.add_column(header, justify="right" if 2 <= i < 6 else "left", no_wrap=True)
-        styles = {"better": "green", "worse": "red", "kept": "green"}
-        for metric, cells in zip(self.metrics, self._cells(), strict=True):
-            table.add_row(
-                *map(Text, cells[:-1]), Text(cells[-1], style=styles.get(metric.mark[1], "dim"))
-            )
+        styles = {"better": "green", "worse": "red", "kept": "green", "disagrees": "yellow"}
+        for cells in self._cells():
+            style = styles.get(cells[-1].split()[-1], "dim")
+            table.add_row(*map(Text, cells[:-1]), Text(cells[-1], style=style))
         return table
 
     def page(self, path: Path | str) -> Path:
@@ -212,22 +215,20 @@ class Evaluation(Record):
     def _cells(self) -> list[list[str]]:
         cells = []
         for metric in self.metrics:
-            change = metric.difference
             sign, word = metric.mark
-            relative = change.relative is not None
-            before, after = apart(change.base_mean, change.tuned_mean)
-            cells.append(
-                [
-                    metric.label,
-                    "higher" if metric.higher_is_better else "lower",
-                    before,
-                    after,
-                    percent(change.relative) if relative else brief(change.difference),
-                    metric.interval_text,
-                    f"{sign} {_SHORT.get(word, word)}",
-                ]
-            )
+            wanted = "higher" if metric.higher_is_better else "lower"
+            result = f"{sign} {_SHORT.get(word, word)}"
+            cells.append([metric.label, wanted, *_numbers(metric), result])
+            if metric.witness is not None:
+                result = "disagrees" if metric.disagreement else "agrees"
+                cells.append([f"  by {metric.witness.name}", "", *_numbers(metric.witness), result])
         return cells
+
+
+def _numbers(change: Change) -> tuple[str, str, str, str]:
+    """Base, tuned, change and interval as text."""
+    base, tuned = apart(change.difference.base_mean, change.difference.tuned_mean)
+    return base, tuned, change.change_text, change.interval_text
 
 
 def _video_paths(folder: Path, index: int) -> tuple[Path, Path]:

@@ -48,6 +48,8 @@ class Cell(Record):
                     update={
                         "min_effect": settings.min_effects.get(metric.name, settings.min_effect),
                         "tolerance": settings.tolerance,
+                        "witness": None,  # a comparison shows the first measurement only
+                        "no_witness": "",
                     }
                 )
                 for metric in evaluation.metrics

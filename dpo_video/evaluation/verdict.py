@@ -7,8 +7,9 @@ from enum import StrEnum
 
 import numpy as np
 
-from dpo_video.support.formatting import apart, brief, limit, percent
-from dpo_video.support.statistics import PairedDifference, Record, paired_difference
+from dpo_video.evaluation.change import Change, Witness
+from dpo_video.support.formatting import apart, limit, percent
+from dpo_video.support.statistics import Record, paired_difference
 
 MIN_PROMPTS = 8
 """Number of prompts below which there is no verdict."""
@@ -36,22 +37,21 @@ class Role(StrEnum):
     """A quality that must be kept."""
 
 
-class MetricResult(Record):
+class MetricResult(Change):
     """One metric on every video of the base model and of the tuned model."""
 
     name: str
     unit: str
     higher_is_better: bool
     role: Role
-    base: tuple[float, ...]
-    """One value per video, in the order of the prompts."""
-    tuned: tuple[float, ...]
-    """The mean over the training runs, if there are several."""
-    difference: PairedDifference
     min_effect: float = MIN_EFFECT
     """Relative change below which a target counts as unchanged."""
     tolerance: float = TOLERANCE
     """Relative loss of motion or of a guard that still counts as keeping it."""
+    witness: Witness | None = None
+    """The same metric by a second method, if the metric has one."""
+    no_witness: str = ""
+    """Why the second measurement failed, as a sentence."""
 
     @classmethod
     def measured(
@@ -65,6 +65,8 @@ class MetricResult(Record):
         prompts: Sequence[str] | None = None,
         min_effect: float = MIN_EFFECT,
         tolerance: float = TOLERANCE,
+        witness: Witness | None = None,
+        no_witness: str = "",
     ) -> MetricResult:
         """Compare the base's values with those of the tuned model, video by video.
 
@@ -78,6 +80,8 @@ class MetricResult(Record):
             prompts: The prompt of each video; all different if None.
             min_effect: See the field.
             tolerance: See the field.
+            witness: See the field.
+            no_witness: See the field.
         """
         return cls(
             name=name,
@@ -89,6 +93,8 @@ class MetricResult(Record):
             difference=paired_difference(base, runs, prompts=prompts),
             min_effect=min_effect,
             tolerance=tolerance,
+            witness=witness,
+            no_witness=no_witness,
         )
 
     @property
@@ -97,28 +103,17 @@ class MetricResult(Record):
         return self.name.replace("_", " ")
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """95% interval of the mean difference, tuned minus base, in the metric's unit."""
-        return self.difference.low, self.difference.high
+    def conflict(self) -> str:
+        """How the witness differs, in words; empty if it agrees or there is none."""
+        return "" if self.witness is None else self.witness.conflict(self)
 
     @property
-    def relative_interval(self) -> tuple[float, float] | None:
-        """The same relative to the base's mean; None if that is 0."""
-        low, high = self.difference.relative_low, self.difference.relative_high
-        return None if low is None or high is None else (low, high)
-
-    @property
-    def change_text(self) -> str:
-        """The relative change as text, or the absolute one if there is none."""
-        relative = self.difference.relative
-        return brief(self.difference.difference) if relative is None else percent(relative)
-
-    @property
-    def interval_text(self) -> str:
-        """The relative interval as text, or the absolute one if there is none."""
-        text = brief if self.relative_interval is None else percent
-        low, high = self.relative_interval or self.interval
-        return f"{text(low)} to {text(high)}"
+    def disagreement(self) -> str:
+        """The same as a sentence."""
+        if self.witness is None or not self.conflict:
+            return ""
+        size = f"{self.witness.change_text}, 95% interval {self.witness.interval_text}"
+        return f"{self.witness.name} disagrees on {self.label} ({size}): {self.conflict}."
 
     @property
     def improved(self) -> bool:
@@ -194,6 +189,8 @@ def judge_evaluation(
 ) -> EvaluationVerdict:
     """Judge the metrics together.
 
+    Witnesses take no part in the outcome; the details say where one disagrees.
+
     The outcome is "improved" only if three conditions hold: a target's 95% interval excludes zero
     on the better side, its relative change is at least `min_effect`, and no other target is worse
     in the same sense; every motion metric is kept; and every guard is kept. "Kept" is a test of
@@ -254,6 +251,11 @@ def judge_evaluation(
         outcome = Outcome.WORSE if fallen else Outcome.NO_CLEAR_CHANGE
         headline = f"Worse: {_moves(fallen)}." if fallen else "No target metric changed clearly."
     details = [_describe(metric) for metric in (*targets, *motions, *guards)]
+    details += [metric.disagreement for metric in metrics if metric.disagreement]
+    for reason in dict.fromkeys(metric.no_witness for metric in metrics if metric.no_witness):
+        once = [metric for metric in metrics if metric.no_witness == reason]
+        verb = "was" if len(once) == 1 else "were"
+        details.append(f"{_names(once).capitalize()} {verb} not measured a second time. {reason}")
     if min_prompts <= fewest < FEW:
         details.append(f"With {fewest} prompts the intervals are rough; evaluate more (--seeds).")
     if (runs := metrics[0].difference.runs) > 1:
@@ -355,6 +357,6 @@ def _target_word(metric: MetricResult) -> str:
     ends = metric.relative_interval
     if ends is not None and max(map(abs, ends)) < metric.min_effect:
         return f"no effect of at least {limit(metric.min_effect)}"
-    if metric.difference.low > 0 or metric.difference.high < 0:
+    if metric.clear:
         return f"smaller than the least effect of {limit(metric.min_effect)}"
     return metric.mark[1]

@@ -14,10 +14,11 @@ import tomli_w
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dpo_video.evaluation.change import Change
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.exporting.lora_formats import DIFFUSERS_FILE, load_options, precision, subfolder
 from dpo_video.strategies import VideoModel
-from dpo_video.support.formatting import apart, brief, percent
+from dpo_video.support.formatting import apart
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.types import ExportSpec
 
@@ -236,21 +237,22 @@ def _quantization(kind: str) -> list[tuple[str, str]]:
 def _scores(evaluation: Evaluation) -> list[dict[str, str]]:
     rows = []
     for metric in evaluation.metrics:
-        change = metric.difference
-        before, after = apart(change.base_mean, change.tuned_mean)
-        relative = change.relative is not None
-        rows.append(
-            {
-                "metric": metric.label,
-                "wanted": "higher" if metric.higher_is_better else "lower",
-                "base": before,
-                "tuned": after,
-                "interval": f"{percent(change.relative_low)} to {percent(change.relative_high)}"
-                if relative
-                else f"{brief(change.low)} to {brief(change.high)}",
-            }
-        )
+        wanted = "higher" if metric.higher_is_better else "lower"
+        rows.append(_score(metric.label, wanted, metric))
+        if metric.witness is not None:
+            rows.append(_score(f"by {metric.witness.name}", "", metric.witness))
     return rows
+
+
+def _score(label: str, wanted: str, change: Change) -> dict[str, str]:
+    base, tuned = apart(change.difference.base_mean, change.difference.tuned_mean)
+    return {
+        "metric": label,
+        "wanted": wanted,
+        "base": base,
+        "tuned": tuned,
+        "interval": change.interval_text,
+    }
 
 
 def _measured(summary: RunSummary) -> str:

@@ -19,6 +19,11 @@ RAFT_MULTIPLE = 8  # RAFT's input sides are multiples of it
 RAFT_LEAST = 128  # pixels: its correlation pyramid needs as much
 
 
+def second_flow(first: str) -> tuple[str, FlowMethod]:
+    """Name and key of the flow that checks another one: DIS, or Lucas-Kanade for DIS itself."""
+    return ("Lucas-Kanade", "lucas_kanade") if first == "dis" else ("DIS", "dis")
+
+
 def flow_between(
     method: FlowMethod, first: Frames, second: Frames, *, raft_weights: str = ""
 ) -> Flow:
@@ -52,7 +57,7 @@ def opencv_flow(
     except ImportError as error:
         raise UserError(
             f"The optical flow '{method}' needs OpenCV. Install it (pip install "
-            "opencv-python-headless), or use flow=lucas_kanade."
+            "opencv-python-headless); flow=lucas_kanade works without it."
         ) from error
     flows = []
     for before, after in zip(_bytes(first), _bytes(second), strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_video.errors import UserError
 from dpo_video.metric._flow import blur, dense_flow, halve, warp
-from dpo_video.metric._flow_methods import FlowMethod, flow_between
+from dpo_video.metric._flow_methods import FlowMethod, flow_between, second_flow
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 
@@ -70,6 +70,11 @@ class DynamicDegree(Metric):
     """Optical flow; `dis`, `farneback` (OpenCV) and `raft` (torchvision) are second opinions."""
     raft_weights: str = ""
     """Path of torchvision's RAFT weights, for `raft`."""
+
+    def witness(self) -> tuple[str, Metric]:
+        """The same metric by a second optical flow."""
+        name, flow = second_flow(self.flow)
+        return name, self.model_copy(update={"flow": flow})
 
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
         """One value per video; UserError for videos of a single frame."""

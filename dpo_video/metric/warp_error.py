@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from dpo_video.errors import UserError
 from dpo_video.metric._flow import Flow, Frames, visible, warp
-from dpo_video.metric._flow_methods import flow_between, luma, opencv_flow
+from dpo_video.metric._flow_methods import flow_between, luma, opencv_flow, second_flow
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 
@@ -38,6 +38,11 @@ class WarpError(Metric):
     to 111.62); `videodpo_lk` uses each pixel's gradient alone, here on the 0-255 scale."""
     raft_weights: str = ""
     """Path of torchvision's RAFT weights, for `raft`."""
+
+    def witness(self) -> tuple[str, Metric]:
+        """The same metric by a second optical flow."""
+        name, flow = second_flow(self.flow)
+        return name, self.model_copy(update={"flow": flow})
 
     def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
         """One value per video; UserError for videos of a single frame."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_evaluation import an_evaluation, with_witness
 from torch import nn
 
 from dpo_video.exporting.model_card import RunSummary, model_card
@@ -86,6 +87,18 @@ def test_absolute_paths_are_left_out_and_cells_are_escaped() -> None:
 def test_a_missing_log_and_evaluation_are_stated() -> None:
     text = card()
     assert "The training log is missing." in text and "It has not been evaluated." in text
+
+
+def test_the_card_shows_the_second_measurement() -> None:
+    evaluation = an_evaluation(["a", "b", "c"])
+    warp = with_witness(evaluation.metrics[0], 3.0)
+    assert warp.witness is not None and warp.disagreement
+    evaluation = evaluation.model_copy(update={"metrics": (warp,)})
+    summary = replace(SUMMARY, evaluation=evaluation)
+    text = model_card(summary, SPEC, format="diffusers", script="", change=0.5, difference=0.0)
+    (line,) = (line for line in text.splitlines() if line.startswith("| by DIS |"))
+    assert line.endswith(f"| {warp.witness.interval_text} |")
+    assert f"\n\n{warp.disagreement}\n\nThe export" in text
 
 
 def test_the_card_tells_the_files_of_two_networks_apart() -> None:

@@ -11,6 +11,7 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from dpo_video.errors import UserError
+from dpo_video.metric.dynamic_degree import DynamicDegree
 from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.metric.warp_error import WarpError
 from dpo_video.tiny.scenes import draw_scenes, render
@@ -132,3 +133,19 @@ def test_published_variant_without_opencv_names_the_package(
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UserError, match="pip install opencv-python-headless"):
         WarpError(flow="videodpo_farneback")(sliding(1), [])
+
+
+@pytest.mark.parametrize("metric", [WarpError, DynamicDegree])
+def test_the_witness_differs_in_the_flow_only(
+    metric: type[WarpError] | type[DynamicDegree],
+) -> None:
+    for flow, name, second in (
+        ("lucas_kanade", "DIS", "dis"),
+        ("farneback", "DIS", "dis"),
+        ("raft", "DIS", "dis"),
+        ("dis", "Lucas-Kanade", "lucas_kanade"),
+    ):
+        first = metric(flow=flow, raft_weights="w")  # type: ignore[arg-type]
+        found = first.witness()
+        assert found == (name, metric(flow=second, raft_weights="w"))  # type: ignore[arg-type]
+    assert FrameDifference().witness() is None

@@ -1,0 +1,93 @@
+"""The change of one measured quantity from the base model to the tuned one. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+from dpo_video.support.formatting import brief, percent
+from dpo_video.support.statistics import PairedDifference, Record, paired_difference
+
+
+class Change(Record):
+    """Values of every video of the base model and of the tuned model, and their difference."""
+
+    base: tuple[float, ...]
+    """One value per video, in the order of the prompts."""
+    tuned: tuple[float, ...]
+    """The mean over the training runs, if there are several."""
+    difference: PairedDifference
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the mean difference, tuned minus base, in the metric's unit."""
+        return self.difference.low, self.difference.high
+
+    @property
+    def relative_interval(self) -> tuple[float, float] | None:
+        """The same relative to the base's mean; None if that is 0."""
+        low, high = self.difference.relative_low, self.difference.relative_high
+        return None if low is None or high is None else (low, high)
+
+    @property
+    def change_text(self) -> str:
+        """The relative change as text, or the absolute one if there is none."""
+        relative = self.difference.relative
+        return brief(self.difference.difference) if relative is None else percent(relative)
+
+    @property
+    def interval_text(self) -> str:
+        """The relative interval as text, or the absolute one if there is none."""
+        text = brief if self.relative_interval is None else percent
+        low, high = self.relative_interval or self.interval
+        return f"{text(low)} to {text(high)}"
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.difference.low > 0 or self.difference.high < 0
+
+
+class Witness(Change):
+    """A second measurement of a metric, by another method. It takes no part in the verdict."""
+
+    name: str
+    """Name of the method, for example DIS."""
+
+    @classmethod
+    def measured(
+        cls,
+        name: str,
+        base: Sequence[float],
+        tuned: Sequence[float],
+        prompts: Sequence[str] | None = None,
+    ) -> Self:
+        """Compare the base's values with those of the tuned model (see `MetricResult.measured`)."""
+        difference = paired_difference(base, tuned, prompts=prompts)
+        return cls(name=name, base=tuple(base), tuned=tuple(tuned), difference=difference)
+
+    @property
+    def text(self) -> str:
+        """The change and its interval on one line."""
+        return f"by {self.name}: {self.change_text} ({self.interval_text})"
+
+    def conflict(self, first: Change) -> str:
+        """How it differs from the first measurement, in words; empty if the two agree.
+
+        They disagree if the changes have different signs, if one interval excludes zero and the
+        other does not, or if the intervals do not overlap.
+        """
+        reasons = []
+        if self.difference.difference * first.difference.difference < 0:
+            rose = self.difference.difference > 0
+            instead = "it rose instead of falling" if rose else "it fell instead of rising"
+            neither = "" if self.clear or first.clear else ", but neither interval excludes zero"
+            reasons.append(instead + neither)
+        if self.clear != first.clear:
+            reasons.append(f"its interval {'excludes' if self.clear else 'includes'} zero")
+        ours, others = self.relative_interval, first.relative_interval
+        if ours is None or others is None:
+            ours, others = self.interval, first.interval
+        if ours[0] > others[1] or ours[1] < others[0]:
+            reasons.append("the intervals do not overlap")
+        return " and ".join(reasons)
