@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, TypedDict
+
+import numpy as np
 
 from dpo_video.support.formatting import brief, percent
 from dpo_video.support.statistics import PairedDifference, Record, paired_difference
@@ -48,6 +50,23 @@ class Change(Record):
         return self.difference.low > 0 or self.difference.high < 0
 
 
+class _Compared(TypedDict):
+    base: tuple[float, ...]
+    tuned: tuple[float, ...]
+    difference: PairedDifference
+
+
+def compared(
+    base: Sequence[float], *runs: Sequence[float], prompts: Sequence[str] | None = None
+) -> _Compared:
+    """The fields of a `Change`; see `MetricResult.measured` for the arguments."""
+    return {
+        "base": tuple(base),
+        "tuned": tuple(np.mean(runs, axis=0).tolist()),
+        "difference": paired_difference(base, runs, prompts=prompts),
+    }
+
+
 class Witness(Change):
     """A second measurement of a metric, by another method. It takes no part in the verdict."""
 
@@ -59,12 +78,11 @@ class Witness(Change):
         cls,
         name: str,
         base: Sequence[float],
-        tuned: Sequence[float],
+        *runs: Sequence[float],
         prompts: Sequence[str] | None = None,
     ) -> Self:
         """Compare the base's values with those of the tuned model (see `MetricResult.measured`)."""
-        difference = paired_difference(base, tuned, prompts=prompts)
-        return cls(name=name, base=tuple(base), tuned=tuple(tuned), difference=difference)
+        return cls(name=name, **compared(base, *runs, prompts=prompts))
 
     @property
     def text(self) -> str:

@@ -179,7 +179,7 @@ def _witness(
         return {"no_witness": sentence(plugin, error)}
     if not all(map(math.isfinite, (*before, *after))):
         return {"no_witness": f"A value by {name} is not finite."}
-    return {"witness": Witness.measured(name, before, after, prompts)}
+    return {"witness": Witness.measured(name, before, after, prompts=prompts)}
 
 
 def sample_videos(

@@ -9,11 +9,12 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field
 
+from dpo_video.evaluation.change import Witness, compared
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, Role, judge_evaluation
 from dpo_video.settings import EvaluateSettings
 from dpo_video.support.formatting import percent
-from dpo_video.support.statistics import Record, paired_difference
+from dpo_video.support.statistics import Record
 
 
 class Cell(Record):
@@ -48,8 +49,6 @@ class Cell(Record):
                     update={
                         "min_effect": settings.min_effects.get(metric.name, settings.min_effect),
                         "tolerance": settings.tolerance,
-                        "witness": None,  # a comparison shows the first measurement only
-                        "no_witness": "",
                     }
                 )
                 for metric in evaluation.metrics
@@ -147,23 +146,17 @@ def _part(cell: Cell, count: int, first: bool) -> Cell:
         return tuple(compress(values, keep))
 
     prompts = kept(cell.prompts)
-    return cell.model_copy(
-        update={
-            "prompts": prompts,
-            "metrics": tuple(
-                metric.model_copy(
-                    update={
-                        "base": kept(metric.base),
-                        "tuned": kept(metric.tuned),
-                        "difference": paired_difference(
-                            kept(metric.base), kept(metric.tuned), prompts=prompts
-                        ),
-                    }
-                )
-                for metric in cell.metrics
-            ),
+    metrics = []
+    for metric in cell.metrics:
+        update: dict[str, Any] = {
+            **compared(kept(metric.base), kept(metric.tuned), prompts=prompts)
         }
-    )
+        if (second := metric.witness) is not None:
+            update["witness"] = Witness.measured(
+                second.name, kept(second.base), kept(second.tuned), prompts=prompts
+            )
+        metrics.append(metric.model_copy(update=update))
+    return cell.model_copy(update={"prompts": prompts, "metrics": tuple(metrics)})
 
 
 def pool(cells: Sequence[Cell]) -> tuple[Row, ...]:
@@ -194,6 +187,7 @@ def _row(cells: Sequence[Cell]) -> Row:
                 prompts=cells[0].prompts,
                 min_effect=first.min_effect,
                 tolerance=first.tolerance,
+                witness=_witness(results, cells[0].prompts),
             )
         )
     by_seed = {
@@ -207,6 +201,11 @@ def _row(cells: Sequence[Cell]) -> Row:
         for metric, changes in zip(pooled, by_seed.values(), strict=True)
         if len(cells) > 1 and metric.role is Role.TARGET
     ]
+    again = [
+        f"{metric.label.capitalize()} {metric.witness.text}."
+        for metric in pooled
+        if metric.witness is not None
+    ]
     return Row(
         recipe=cells[0].recipe,
         seeds=tuple(cell.seed for cell in cells),
@@ -215,7 +214,19 @@ def _row(cells: Sequence[Cell]) -> Row:
         training=tuple(cell.training for cell in cells),
         metrics=tuple(pooled),
         by_seed=by_seed,
-        verdict=verdict.model_copy(update={"details": (*verdict.details, *seeds)}),
+        verdict=verdict.model_copy(update={"details": (*verdict.details, *again, *seeds)}),
+    )
+
+
+def _witness(results: Sequence[MetricResult], prompts: Sequence[str]) -> Witness | None:
+    """The second measurement over all runs; None if one of them lacks it."""
+    found = [result.witness for result in results if result.witness is not None]
+    if len(found) < len(results) or any(
+        (each.name, each.base) != (found[0].name, found[0].base) for each in found
+    ):
+        return None
+    return Witness.measured(
+        found[0].name, found[0].base, *(each.tuned for each in found), prompts=prompts
     )
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-import numpy as np
-
-from dpo_video.evaluation.change import Change, Witness
+from dpo_video.evaluation.change import Change, Witness, compared
 from dpo_video.support.formatting import apart, limit, percent
-from dpo_video.support.statistics import Record, paired_difference
+from dpo_video.support.statistics import Record
 
 MIN_PROMPTS = 8
 """Number of prompts below which there is no verdict."""
@@ -88,9 +86,7 @@ class MetricResult(Change):
             unit=unit,
             higher_is_better=higher_is_better,
             role=role,
-            base=tuple(base),
-            tuned=tuple(np.mean(runs, axis=0).tolist()),
-            difference=paired_difference(base, runs, prompts=prompts),
+            **compared(base, *runs, prompts=prompts),
             min_effect=min_effect,
             tolerance=tolerance,
             witness=witness,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from small_evaluation import an_evaluation
+from small_evaluation import an_evaluation, with_witness
 from typer.testing import CliRunner
 
 from dpo_video.cli import app
@@ -62,6 +62,25 @@ def test_a_row_is_the_mean_over_the_seeds_and_lists_each() -> None:
     assert one.metrics[0].improved and one.metrics[0].difference.runs == 2
     assert two.metrics[0].worsened
     assert Comparison.model_validate_json(found.model_dump_json()) == found
+
+
+def test_second_measurements_are_pooled_on_the_reported_prompts(tmp_path: Path) -> None:
+    cells = [cell("one", seed, factor) for seed, factor in ((0, 0.71), (1, 0.69))]
+    seen = [
+        each.model_copy(
+            update={"metrics": (with_witness(each.metrics[0], factor), *each.metrics[1:])}
+        )
+        for each, factor in zip(cells, (1.0, 1.2), strict=True)
+    ]
+    found = Comparison.of(seen, machine="", versions={}, selection_prompts=4)
+    (row,) = found.rows
+    witness = row.metrics[0].witness
+    assert witness is not None and len(witness.base) == len(BASE) - 4
+    assert witness.difference.runs == 2
+    assert witness.difference.relative == pytest.approx((0.71 + 1.2 * 0.69) / 2 - 1, abs=0.01)
+    assert f"Warp error {witness.text}." in row.verdict.details
+    assert f"Warp error {witness.text}." in found.page(tmp_path / "page.html").read_text()
+    assert comparison(seen[0], cells[1]).rows[0].metrics[0].witness is None
 
 
 def test_cells_with_other_base_videos_are_not_pooled() -> None:
