@@ -33,7 +33,7 @@ DOCUMENTS = [
 NAMED = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 OPTION = re.compile(rf"(?:{'|'.join((*config.ENGINES, *registry.KINDS))})(?:\.[a-z_0-9]+)+")
 # Tables whose keys are names of metrics.
-ANY_KEY = ("labeler.weights", "labeler.options", "evaluate.min_effects")
+ANY_KEY = ("labeler.weights", "labeler.guards", "labeler.options", "evaluate.min_effects")
 # Pages that exist only in the site (docs/_hooks.py).
 GENERATED = re.compile(r"(\.\./)?options/[a-z]+\.md")
 

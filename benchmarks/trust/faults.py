@@ -103,7 +103,7 @@ def arguments(stage: str, checkpoint: Path, resume: bool) -> list[str]:
             "work/pairs",
             "--labeler=metric",
             "--set=labeler.weights={frame_difference=1}",
-            "--set=labeler.motion=",
+            "--set=labeler.guards={}",
         ],
         "train": resumed
         if resume

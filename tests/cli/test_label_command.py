@@ -16,7 +16,7 @@ from dpo_video.data.labels import LabelSet
 from dpo_video.data.store import Manifest
 from dpo_video.errors import UserError
 
-METRIC = ["--labeler=metric", "--set=labeler.weights.frame_difference=1", "--set=labeler.motion="]
+METRIC = ["--labeler=metric", "--set=labeler.weights.frame_difference=1", "--set=labeler.guards={}"]
 SEGMENTS = f"--seconds={2 / SHAPE.fps}"
 TRAIN = [
     "train",

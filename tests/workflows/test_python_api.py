@@ -231,10 +231,11 @@ def test_check_finds_the_same(pairs: PairStore) -> None:
 
 
 def test_label_labels_the_same(pairs: PairStore) -> None:
-    labeler = dv.labeler.ByMetric(weights={"frame_difference": 1.0}, motion="")
+    labeler = dv.labeler.ByMetric(weights={"frame_difference": 1.0}, guards={})
     summary = dv.label(pairs, labeler, name="python", device="cpu").to_dict()
     text = cli("label", "python-pairs", "--labeler=metric", "--as=cli", "--device=cpu", "--json",
-               "--set=labeler.weights={frame_difference=1.0}", "--set=labeler.motion=")  # fmt: skip
+               "--set=labeler.weights={frame_difference=1.0}",
+               "--set=labeler.guards={}")  # fmt: skip
     found = json.loads(text)
     assert found.pop("labels").endswith("cli.jsonl") and found.pop("name") == "cli"
     agreement = found.pop("agreement")["cli and python"]
