@@ -95,17 +95,19 @@ class Witness(Change):
         They disagree if the changes have different signs, if one interval excludes zero and the
         other does not, or if the intervals do not overlap.
         """
+        ours, others = self.relative_interval, first.relative_interval
+        if ours is None or others is None:
+            ours, others = self.interval, first.interval
+        # Of the intervals that are shown; relative and absolute ones can differ near zero.
+        clear, first_clear = (low > 0 or high < 0 for low, high in (ours, others))
         reasons = []
         if self.difference.difference * first.difference.difference < 0:
             rose = self.difference.difference > 0
             instead = "it rose instead of falling" if rose else "it fell instead of rising"
-            neither = "" if self.clear or first.clear else ", but neither interval excludes zero"
+            neither = "" if clear or first_clear else ", but neither interval excludes zero"
             reasons.append(instead + neither)
-        if self.clear != first.clear:
-            reasons.append(f"its interval {'excludes' if self.clear else 'includes'} zero")
-        ours, others = self.relative_interval, first.relative_interval
-        if ours is None or others is None:
-            ours, others = self.interval, first.interval
+        if clear != first_clear:
+            reasons.append(f"its interval {'excludes' if clear else 'includes'} zero")
         if ours[0] > others[1] or ours[1] < others[0]:
             reasons.append("the intervals do not overlap")
         return " and ".join(reasons)
