@@ -136,10 +136,10 @@ class VideoModel(ABC):
         """
 
     def strength_at(self, sigma: float, num_inference_steps: int | None = None) -> float:
-        """The largest `strength` of `sample` whose starting noise is at most `sigma`.
+        """The largest `strength` of `sample` that starts from no more noise than `sigma`.
 
-        It equals `sigma` on a schedule with uniformly spaced timesteps (t / T in (0, 1]); a shifted
-        schedule overrides it.
+        `sigma` is a share: signal to noise is `(1 - sigma) : sigma`, as in flow matching. `sigma`
+        itself is right for flow matching with evenly spaced timesteps; other schedules override it.
         """
         return sigma
 

@@ -57,6 +57,16 @@ class DDIMModel(PretrainedModel):
             "epsilon or v_prediction."
         )
 
+    def strength_at(self, sigma: float, num_inference_steps: int | None = None) -> float:
+        """Share of the steps with `sqrt(1 - abar) / (sqrt(abar) + sqrt(1 - abar)) <= sigma`.
+
+        At least one step.
+        """
+        steps = num_inference_steps or self.sampling.num_inference_steps
+        alphas = self._alphas[self._schedule(steps).timesteps.long().to(self.device)]
+        noise = (1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
+        return max(1, int((noise <= sigma).sum())) / steps
+
     def _alpha(self, timestep: PerPair, like: Tensor) -> Tensor:
         alpha = self._alphas[timestep.to(self.device).long()]
         return alpha.view(-1, *(1,) * (like.ndim - 1)).to(like.dtype)

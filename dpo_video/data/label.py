@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from dpo_video.data.labels import Agreement, LabelRecipe, LabelSet, agreement, names
-from dpo_video.data.segments import SECONDS, check_labels, split
+from dpo_video.data.segments import SECONDS, check_labels, latent_parts, split
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import (
     Labeler,
@@ -84,7 +84,7 @@ def recipe(
 ) -> LabelRecipe:
     """The recipe of labels on a store; `labeler` is its table without the incidental options."""
     segments = split(model.shape, seconds)
-    latents = [model.latent_frames(segment) for segment in segments]
+    latents = latent_parts(model, segments)
     return LabelRecipe(
         labeler=dict(labeler),
         pairs=store.manifest.key,

@@ -29,13 +29,27 @@ def broadcast(
 ) -> Float[Tensor, " f"]:
     """Expand labels per segment to labels per latent frame.
 
-    `latents` holds the latent frames of each segment. A latent frame that two segments share takes
-    the label of the later one.
+    `latents` holds the latent frames of each segment (`latent_parts`).
     """
     preference = torch.zeros(frames)
     for label, part in zip(labels.tolist(), latents, strict=True):
         preference[part] = label
     return preference
+
+
+def latent_parts(model: VideoModel, segments: Sequence[slice]) -> list[slice]:
+    """The latent frames of each segment, without overlap.
+
+    A latent frame of several pixel frames belongs to the segment that has most of them, and to the
+    earlier one of two with equally many. A segment shorter than half a latent frame may have none.
+    """
+    counts = torch.zeros(model.latent_shape[1], len(segments))
+    for index, segment in enumerate(segments):
+        for frame in range(segment.start, segment.stop):
+            counts[model.latent_frames(slice(frame, frame + 1)), index] += 1
+    owners = [row.index(max(row)) for row in counts.tolist()]
+    bounds = [sum(owner < index for owner in owners) for index in range(len(segments) + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def check_labels(labeler: Labeler, labels: Tensor, segments: int) -> Float[Tensor, "1 s"]:
@@ -66,5 +80,5 @@ def preference(
     videos = model.decode_videos(both).cpu()
     segments = split(model.shape, seconds)
     labels = labeler([prompt], videos[:1], videos[1:], segments)
-    parts = [model.latent_frames(segment) for segment in segments]
+    parts = latent_parts(model, segments)
     return broadcast(check_labels(labeler, labels, len(segments))[0], parts, first.shape[1])

@@ -38,19 +38,21 @@ class Region(Loss):
     region_sft_weight: float = Field(default=0.1, ge=0)
     """Weight of the policy's error on the chosen video, inside the region."""
     scale_by_strength: bool = True
-    """Multiply the region's slope by `1 + (strength - 0.75) / 0.15`, as the authors do for
-    strengths of 0.75 and more; below that it is `beta` (the formula turns negative at 0.6)."""
+    """Multiply the region's slope and `region_sft_weight` by `1 + (strength - 0.75) / 0.15`, as the
+    authors do for strengths of 0.75 and more; below that by 1 (the formula turns negative at
+    0.6)."""
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         """Loss of every pair."""
         everywhere = clip_loss(errors, self.beta)
+        scale = self._scale(errors.strength)
         inside = sigmoid_loss(
             masked_mean(errors.change_first, errors.region),
             masked_mean(errors.change_second, errors.region),
             errors.label,
-            self.beta * self._scale(errors.strength),
+            self.beta * scale,
         )
-        pull = chosen_error(errors, errors.majority, errors.region)
+        pull = scale * chosen_error(errors, errors.majority, errors.region)
         loss = (
             self.global_weight * everywhere.loss
             + self.region_weight * inside.loss

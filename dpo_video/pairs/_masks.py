@@ -39,7 +39,9 @@ class RegionOptions(BaseModel):
     min_size: float = Field(default=1 / 3, gt=0, lt=1)
     """Smallest height and width of a blob's box, as a share of the picture's."""
     shrink_share: float = Field(default=0.7, ge=0, le=1)
-    """Probability that n blobs are scaled by 1/sqrt(n), so that more blobs do not cover more."""
+    """Probability that all n blobs are scaled by 1/sqrt(n), so that more do not cover more."""
+    shrink_each_share: float = Field(default=0.5, ge=0, le=1)
+    """Otherwise, the probability of each blob to be scaled so."""
     moving_share: float = Field(default=0.5, ge=0, le=1)
     """Probability that a blob moves."""
     max_speed: float = Field(default=3.0, gt=0)
@@ -92,10 +94,11 @@ def _draw_blobs(
     frames, *cells = latent_shape
     blobs = _integer(1, options.max_blobs, generator)
     shrunk = _uniform(0.0, 1.0, generator) < options.shrink_share
-    scale = 1 / math.sqrt(blobs) if shrunk else 1.0
     region = torch.zeros(latent_shape, dtype=torch.bool)
     cell = torch.tensor([pixels[1] / cells[1], pixels[0] / cells[0]])
     for _ in range(blobs):
+        small = shrunk or _uniform(0.0, 1.0, generator) < options.shrink_each_share
+        scale = 1 / math.sqrt(blobs) if small else 1.0
         outline = draw_outline(generator) * scale * _draw_box(pixels, generator, options)
         moving = _uniform(0.0, 1.0, generator) < options.moving_share
         path = _move(outline, frames if moving else 1, pixels, generator, options)

@@ -23,14 +23,15 @@ class Dense(PairBuilder):
     unlabelled (preference 0), to be labelled by `dpo-video label`. The clip itself is not part of
     the pair: compared with it every sample is worse, and nothing is learnt (their finding).
 
-    Of N sampling steps those with a noise level of at most eta are run: the last round(eta N) of an
-    epsilon or v model; those from the first sigma <= eta on of a flow model, whose schedule is
-    shifted. The clip is noised to the level that the first of them expects
-    (`VideoModel.strength_at` and `sample`).
+    The clip is noised to a ratio of signal to noise of `(1 - eta) : eta`, as in flow matching, for
+    every family: sampling starts at the first step with no more noise than that, and the clip is
+    noised to the level that this step expects (`VideoModel.strength_at` and `sample`). An epsilon
+    or v model has that ratio at an earlier timestep than `eta T`: for eta 0.75 at 569 of 1000
+    (AnimateDiff) or 492 (CogVideoX-2B).
     """
 
     eta: tuple[float, float] = (0.65, 0.8)
-    """Range of a pair's noise level, as a share of pure noise."""
+    """Range of a pair's noise level: signal to noise is `(1 - eta) : eta`."""
     num_inference_steps: int | None = Field(default=None, ge=1)
     """Steps of the full schedule, of which those up to eta are run; the backbone's default if unset
     (the paper uses 40)."""

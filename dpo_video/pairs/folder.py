@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Generator, Tensor
 
-from dpo_video.data.segments import SECONDS, broadcast, split
+from dpo_video.data.segments import SECONDS, broadcast, latent_parts, split
 from dpo_video.errors import UserError
 from dpo_video.pairs._formats import LatentPair, VideoPair, list_pairs
 from dpo_video.strategies import Labeler, SuppliedPairs, VideoModel
@@ -84,8 +84,7 @@ class Folder(SuppliedPairs):
             chosen, rejected = model.encode_videos(torch.stack([clip.video, clip.rejected])).cpu()
             if clip.labels is not None:
                 segments = split(model.shape, self.seconds)
-                parts = [model.latent_frames(segment) for segment in segments]
-                preference = broadcast(clip.labels, parts, frames)
+                preference = broadcast(clip.labels, latent_parts(model, segments), frames)
             if clip.mask is not None:
                 region = latent_region(clip.mask, model)
                 rejected = torch.where(region > 0, rejected, chosen)

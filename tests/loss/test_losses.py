@@ -126,7 +126,7 @@ def test_region_by_hand() -> None:
     # d(second) = (0, 0.2, 0.6): over all m = 0.8/3 + 0.4/3 = 0.4, inside m = 0.1 + 0.2 = 0.3.
     # At strength 0.9 the region's slope is twice beta = ln 3 / 0.6, so inside z = ln 3, and outside
     # z = 2/3 ln 3, where sigmoid(-z) = 1 / (1 + 3^(2/3)). The policy's errors are 1 everywhere, so
-    # each SFT term adds 0.1.
+    # the SFT terms add 0.1 and, at that strength, 2 * 0.1 inside.
     beta, q = math.log(3) / 0.6, 1 / (1 + 3 ** (2 / 3))
     errors = replace(
         errors_of([-0.1, -0.3, 0.0], [0.0, 0.2, 0.6], [1.0, 1.0, 1.0]),
@@ -134,13 +134,13 @@ def test_region_by_hand() -> None:
         strength=torch.tensor([0.9]),
     )
     loss = Region(beta=beta)
-    assert loss(errors).loss.item() == pytest.approx(-math.log(1 - q) + math.log(4 / 3) + 0.2)
+    assert loss(errors).loss.item() == pytest.approx(-math.log(1 - q) + math.log(4 / 3) + 0.3)
     # Per element: the global term gives beta q / 3, the region's 2 beta / 4 / 2 inside the mask,
-    # the SFT terms 0.1 / 3 and 0.1 / 2 to the chosen video.
+    # the SFT terms 0.1 / 3 and 2 * 0.1 / 2 to the chosen video.
     everywhere, inside = beta * q / 3, beta / 4
     first, second = gradients(loss, errors)
     assert first.flatten().tolist() == pytest.approx(
-        [everywhere + inside + 0.1 / 3 + 0.1 / 2] * 2 + [everywhere + 0.1 / 3]
+        [everywhere + inside + 0.1 / 3 + 0.1] * 2 + [everywhere + 0.1 / 3]
     )
     assert second.flatten().tolist() == pytest.approx([-everywhere - inside] * 2 + [-everywhere])
 

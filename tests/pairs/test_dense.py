@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from conftest import load_small
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
 from pydantic import ValidationError
+from small_cogvideox import load_small_cogvideox, save_small_cogvideox
+from small_wan import load_small_wan, save_small_wan
 from test_contracts import Brighter
 from torch import Generator, Tensor, nn
 
@@ -17,7 +21,7 @@ from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.segments import preference
 from dpo_video.errors import UserError
 from dpo_video.pairs.dense import Dense
-from dpo_video.strategies import Labeler
+from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.testing import check_pairs
 from dpo_video.types import Clip, Pair
 
@@ -63,7 +67,7 @@ def test_both_videos_share_clip_and_eta_but_not_the_noise(
     assert clip.video is not None
     encoded = small_model.encode_videos(clip.video[None])[0]
     assert torch.equal(call["clean"][0], encoded) and torch.equal(call["clean"][1], encoded)
-    assert call["strength"] == pair.strength
+    assert call["strength"] == small_model.strength_at(pair.strength)
     one, other = call["noise"].flatten(1)
     assert torch.corrcoef(torch.stack([one, other]))[0, 1].abs() < 0.2
     assert (pair.region == 1).all()
@@ -83,6 +87,68 @@ def test_options_reach_the_sampler(small_model: AnimateDiffModel, clip: Clip) ->
     with calls(small_model) as seen:
         made(small_model, clip, num_inference_steps=5, guidance_scale=1.5)
     assert seen[0]["num_inference_steps"] == 5 and seen[0]["guidance_scale"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "starts"),
+    [
+        (
+            DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="linear"),
+            (445, 569, 638),
+        ),
+        (
+            CogVideoXDDIMScheduler(snr_shift_scale=3.0, rescale_betas_zero_snr=True),
+            (358, 492, 567),
+        ),
+    ],
+    ids=["AnimateDiff", "CogVideoX-2B"],
+)
+def test_eta_is_matched_by_signal_and_noise(
+    small_folder: Path, scheduler: Any, starts: tuple[int, ...]
+) -> None:
+    model = load_small(small_folder)
+    model.scheduler, model._alphas = scheduler, scheduler.alphas_cumprod
+    counts = [round(1000 * model.strength_at(eta, 1000)) for eta in (0.65, 0.75, 0.8)]
+    assert [count - 1 for count in counts] == list(starts)
+
+
+@pytest.mark.parametrize("family", ["animatediff", "cogvideox", "wan"])
+def test_the_clip_is_noised_to_eta_in_every_family(
+    family: str, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: VideoModel
+    if family == "animatediff":
+        model = load_small(small_folder)
+    elif family == "cogvideox":
+        model = load_small_cogvideox(save_small_cogvideox(tmp_path))
+    else:
+        model = load_small_wan(save_small_wan(tmp_path))
+    noised = model.add_noise
+    levels: list[float] = []
+
+    def level(timestep: Tensor) -> float:
+        """Share of noise: signal to noise is `(1 - level) : level`."""
+        one = torch.ones(1, *model.latent_shape)
+        signal, noise = (
+            noised(*both, timestep[:1]).mean().item() for both in ((one, 0 * one), (0 * one, one))
+        )
+        return noise / (signal + noise)
+
+    def spy(clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        levels.append(level(timestep))
+        return noised(clean, noise, timestep)
+
+    monkeypatch.setattr(model, "add_noise", spy)
+    shape = model.shape
+    video = torch.rand(3, shape.frames, shape.height, shape.width)
+    clip = Clip(name="clip", caption="a red square", video=video)
+    steps = 40
+    for eta in (0.65, 0.8):
+        levels.clear()
+        Dense(eta=(eta, eta), num_inference_steps=steps, guidance_scale=1)(
+            clip, model, None, Generator().manual_seed(0)
+        )
+        assert eta - 0.06 < levels[0] <= eta  # the first step with no more noise
 
 
 def test_a_higher_eta_leaves_less_of_the_clip(small_model: AnimateDiffModel, clip: Clip) -> None:

@@ -51,14 +51,16 @@ def test_a_region_is_binary_and_never_empty_or_full(
 
 
 def test_a_region_covers_what_the_published_generator_covers() -> None:
-    # Drawn with the plotting library that the public generator uses, 2370 masks give a median of
-    # 8.0% and 4.8% .. 23.6% for the first and last tenth.
+    # 700 masks of the authors' generator: mean 9.0%; 4.8, 7.8 and 15.8% at the first, fifth and
+    # ninth tenth; 4.6% of them cover more than a fifth.
     generator = seeded()
-    areas = torch.stack([draw_region(*PAPER, generator).mean() for _ in range(500)])
+    areas = torch.stack([draw_region(*PAPER, generator).mean() for _ in range(1000)])
     low, median, high = areas.quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
     assert 0.043 < low < 0.054
-    assert 0.070 < median < 0.090
-    assert 0.19 < high < 0.28
+    assert 0.070 < median < 0.086
+    assert 0.14 < high < 0.18
+    assert areas.mean().item() == pytest.approx(0.090, rel=0.1)
+    assert 0.02 < (areas > 0.2).float().mean() < 0.08
 
 
 def test_shrinking_keeps_many_blobs_as_small_as_one() -> None:
@@ -71,7 +73,7 @@ def test_shrinking_keeps_many_blobs_as_small_as_one() -> None:
 
     one = mean_area(max_blobs=1)
     assert mean_area(shrink_share=1) == pytest.approx(one, rel=0.15)
-    assert mean_area(shrink_share=0) > 2 * one
+    assert mean_area(shrink_share=0, shrink_each_share=0) > 2 * one
 
 
 def test_the_generator_determines_the_region() -> None:
