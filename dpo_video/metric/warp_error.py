@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dpo_video.errors import UserError
-from dpo_video.metric._flow import Flow, Frames, visible, warp
+from dpo_video.metric._flow import Flow, Frames, visible, warp, without_doubtful_motion
 from dpo_video.metric._flow_methods import flow_between, luma, opencv_flow, second_flow
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
@@ -63,6 +63,9 @@ class WarpError(Metric):
                 flow_between(self.flow, *pair, raft_weights=self.raft_weights)
                 for pair in ((after, before), (before, after))
             )
+            if self.flow == "lucas_kanade":
+                back = without_doubtful_motion(after, before, back)
+                forth = without_doubtful_motion(before, after, forth)
             mask = visible(back, forth).float()
             mask = torch.where(mask.any(dim=-1).any(dim=-1)[..., None, None], mask, 1.0)
         squared = (warp(before, back) - after).square().mean(1, keepdim=True)
