@@ -7,6 +7,7 @@ whether the law of the trap holds. Seconds are of one core.
 
 - still: textures that do not move under a light that changes, or under grain. The warping error is
   compared with that of the true flow, 0.
+- flat: still scenes of `tiny`, which have no texture, under the flicker that `tiny` learned.
 - motion: textures that shift, turn and grow under the same light; endpoint error in pixels.
 - uncovered: a textured square moves over a texture; share of what it uncovers that is masked.
 - stereo: a pair of photographs with true disparities. FOLDER holds `motorcycle_left.png`,
@@ -31,11 +32,13 @@ import torch.nn.functional as F
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
+from benchmarks.tiny.recipe import flicker
 from dpo_video.data.video import read_video
 from dpo_video.metric._flow import visible, warp
 from dpo_video.metric._flow_methods import FlowMethod, flow_between
 from dpo_video.metric.dynamic_degree import DynamicDegree
 from dpo_video.metric.warp_error import WarpError
+from dpo_video.tiny.scenes import draw_scenes, render
 
 LIGHTS = ("global", "white", "coloured", "grain")
 SIZES = (64, 128, 256)
@@ -96,6 +99,16 @@ def still(size: int, light: str, count: int = 4) -> tuple[Tensor, Tensor]:
     """Textures in two lights: `[n 3 size size]` each."""
     frames = torch.cat([texture(size, seed) for seed in range(count)])
     return relight(frames, light, seed=11), relight(frames, light, seed=12)
+
+
+def flat(count: int = 16) -> tuple[Tensor, Tensor]:
+    """Scenes of `tiny` in two lights of its flicker: `[n 3 64 64]` each."""
+    scenes = render(draw_scenes(count, torch.Generator().manual_seed(0)))[:, 0]
+    gains = flicker(count, torch.Generator().manual_seed(1))
+    middle = gains.shape[1] // 2
+    first, second = ((scenes * gains[:, t]).clamp(0, 1) for t in (middle, middle + 1))
+    lit = (first - second).square().mean(dim=(1, 2, 3)) > 1e-4  # flicker comes and goes
+    return first[lit], second[lit]
 
 
 def moving(size: int, light: str, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,6 +211,10 @@ def flow_rows(flow: FlowMethod, raft: str, folder: Path | None) -> Iterator[Row]
                 f"still, {light}, {size} px: warp_error / true", 1, low, 1.05,
                 lambda pair=pair: float(warp_error_ratio(flow, *pair, raft).mean()),
             )  # fmt: skip
+    yield row(
+        "flat, flicker, 64 px: warp_error / true", 1, 0.95, 1.05,
+        lambda: float(warp_error_ratio(flow, *flat(), raft).mean()),
+    )  # fmt: skip
     for size in SIZES:
         first, second, truth = moving(size, "none")
         clean = endpoint_error(estimate(first, second), truth)
