@@ -107,7 +107,7 @@ def test_the_file_is_a_plain_safetensors_file(tmp_path: Path) -> None:
 
 
 def test_no_pickle_is_read_or_written_anywhere() -> None:
-    """Loading a pickle runs what is in it. The published pairs alone are files of `torch.save`."""
+    """Loading a pickle runs what is in it. Published pairs and RAFT's weights are imported."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -115,7 +115,7 @@ def test_no_pickle_is_read_or_written_anywhere() -> None:
                 assert not {"pickle", "dill", "joblib", "shelve"} & set(names), path
             call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             if call in ("torch.load", "torch.save", "np.load", "np.save"):
-                assert path.name == "videodpo.py", path
+                assert path.name in ("videodpo.py", "_flow_methods.py"), path
                 assert call != "torch.load" or "weights_only=True" in ast.unparse(node), path
 
 
