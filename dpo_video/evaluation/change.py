@@ -32,6 +32,14 @@ class Change(Record):
         return None if low is None or high is None else (low, high)
 
     @property
+    def deciding(self) -> tuple[float, float]:
+        """The interval that is shown and that verdicts use: relative, or absolute without a base.
+
+        The two can differ in whether they include zero, where the base's values are very uneven.
+        """
+        return self.relative_interval or self.interval
+
+    @property
     def change_text(self) -> str:
         """The relative change as text, or the absolute one if there is none."""
         relative = self.difference.relative
@@ -41,13 +49,14 @@ class Change(Record):
     def interval_text(self) -> str:
         """The relative interval as text, or the absolute one if there is none."""
         text = brief if self.relative_interval is None else percent
-        low, high = self.relative_interval or self.interval
+        low, high = self.deciding
         return f"{text(low)} to {text(high)}"
 
     @property
     def clear(self) -> bool:
         """Whether the interval excludes zero."""
-        return self.difference.low > 0 or self.difference.high < 0
+        low, high = self.deciding
+        return low > 0 or high < 0
 
 
 class _Compared(TypedDict):
@@ -98,7 +107,6 @@ class Witness(Change):
         ours, others = self.relative_interval, first.relative_interval
         if ours is None or others is None:
             ours, others = self.interval, first.interval
-        # Of the intervals that are shown; relative and absolute ones can differ near zero.
         clear, first_clear = (low > 0 or high < 0 for low, high in (ours, others))
         reasons = []
         if self.difference.difference * first.difference.difference < 0:

@@ -114,30 +114,28 @@ class MetricResult(Change):
     @property
     def improved(self) -> bool:
         """Whether the interval is on the better side of zero and the change is large enough."""
-        low = self.difference.low if self.higher_is_better else -self.difference.high
-        return low > 0 and self._large
+        return self._better[0] > 0 and self._large
 
     @property
     def worsened(self) -> bool:
         """Whether the interval is on the worse side of zero and the change is large enough."""
-        high = self.difference.high if self.higher_is_better else -self.difference.low
-        return high < 0 and self._large
+        return self._better[1] < 0 and self._large
 
     @property
     def kept(self) -> bool:
         """Whether a loss larger than the tolerance is excluded (non-inferiority)."""
-        if (interval := self.relative_interval) is None:
-            return self.difference.low >= 0 if self.higher_is_better else self.difference.high <= 0
-        return (interval[0] if self.higher_is_better else -interval[1]) > -self.tolerance
+        if self.relative_interval is None:
+            return self._better[0] >= 0
+        return self._better[0] > -self.tolerance
 
     @property
     def lost(self) -> bool:
         """Whether it is worse by more than the tolerance, and the interval excludes zero."""
-        high = self.difference.high if self.higher_is_better else -self.difference.low
         relative = self.difference.relative
         if relative is None:
-            return high < 0
-        return high < 0 and (relative if self.higher_is_better else -relative) < -self.tolerance
+            return self._better[1] < 0
+        change = relative if self.higher_is_better else -relative
+        return self._better[1] < 0 and change < -self.tolerance
 
     @property
     def mark(self) -> tuple[str, str]:
@@ -145,6 +143,12 @@ class MetricResult(Change):
         if self.role is not Role.TARGET:
             return WORSE if self.lost else KEPT if self.kept else NOT_SHOWN
         return BETTER if self.improved else WORSE if self.worsened else UNCLEAR
+
+    @property
+    def _better(self) -> tuple[float, float]:
+        """The deciding interval, with better as positive."""
+        low, high = self.deciding
+        return (low, high) if self.higher_is_better else (-high, -low)
 
     @property
     def _large(self) -> bool:
@@ -187,10 +191,10 @@ def judge_evaluation(
 
     Witnesses take no part in the outcome; the details say where one disagrees.
 
-    The outcome is "improved" only if three conditions hold: a target's 95% interval excludes zero
-    on the better side, its relative change is at least `min_effect`, and no other target is worse
-    in the same sense; every motion metric is kept; and every guard is kept. "Kept" is a test of
-    non-inferiority: the interval excludes a loss larger than `tolerance`.
+    The outcome is "improved" only if three conditions hold: a target's 95% interval (the one that
+    is shown) excludes zero on the better side, its relative change is at least `min_effect`, and no
+    other target is worse in the same sense; every motion metric is kept; and every guard is kept.
+    "Kept" is a test of non-inferiority: the interval excludes a loss larger than `tolerance`.
 
     Args:
         metrics: At least one with the role of a target.
@@ -237,7 +241,7 @@ def judge_evaluation(
     elif better:
         outcome = Outcome.IMPROVED
         more = any(
-            metric.difference.low > 0 and (metric.difference.relative or 0) > metric.tolerance
+            metric.deciding[0] > 0 and (metric.difference.relative or 0) > metric.tolerance
             for metric in motions
         )
         motion = "more than" if more else "as much as"

@@ -239,3 +239,15 @@ def test_the_details_give_the_numbers() -> None:
 def test_a_verdict_needs_a_target() -> None:
     with pytest.raises(ValueError, match="target"):
         judge_evaluation([metric("dynamic_degree", Role.MOTION, 0.0)])
+
+
+def test_the_interval_that_is_shown_decides() -> None:
+    """One base value of a hundred times the others: the relative change is unknown."""
+    base = [100.0, *(1.0 + 0.1 * i for i in range(11))]
+    tuned = [value - 0.5 - 0.01 * i for i, value in enumerate(base)]
+    metric = MetricResult.measured(
+        "warp_error", base, tuned, unit="", higher_is_better=False, role=Role.TARGET, min_effect=0
+    )
+    assert metric.interval[1] < 0 < metric.deciding[1]
+    assert not metric.clear and not metric.improved
+    assert "better" not in judge_evaluation([metric]).details[0]
