@@ -197,7 +197,7 @@ class Step:
             estimates.append(estimate)
             gradients.append(_take_gradients(parameters))
         errors, slopes = pair.slopes(self.loss, signed[0], signed[1])
-        if any(not torch.equal(slope, slope.flatten()[0].expand_as(slope)) for slope in slopes):
+        if any(not _constant(slope) for slope in slopes if slope.isfinite().all()):
             raise TrainingError(
                 f"{type(self.loss).__name__} declares linear_in_mean_error, but its gradient "
                 "differs between the errors of a video. Set memory.backward=split."
@@ -247,6 +247,10 @@ class _Pair:
             materialize_grads=True,
         )
         return errors, (of_first, of_second)
+
+
+def _constant(values: Tensor) -> bool:
+    return torch.equal(values, values.flatten()[0].expand_as(values))
 
 
 def _take_gradients(parameters: list[nn.Parameter]) -> list[Tensor | None]:

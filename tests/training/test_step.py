@@ -122,6 +122,18 @@ def test_under_autocast_the_gradient_reaches_the_adapter(bench: Bench, mode: Mem
     assert torch.cosine_similarity(found["joint"], found[mode], dim=0) > 0.9
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("mode", ["joint", "split", "linear"])
+def test_a_pair_that_is_not_finite_shows_in_the_figures_and_the_gradient(
+    bench: Bench, mode: MemoryMode, value: float
+) -> None:
+    batch = a_batch(bench.model, FIRST, SECOND)
+    batch.first[1, 0, 0, 0, 0] = value
+    bench.policy.zero_grad()
+    assert bench.step(mode, batch, Global()).loss.isfinite().tolist() == [True, False]
+    assert not bench.flat().isfinite().all()  # so that the loop skips the step
+
+
 def test_linear_refuses_a_loss_that_is_not_linear_in_mean_errors(
     bench: Bench, small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
