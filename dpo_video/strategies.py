@@ -337,6 +337,9 @@ class Loss(Strategy, ABC):
     kind: ClassVar[str] = "loss"
     needs_region: ClassVar[bool] = False
     """Whether it needs pairs whose videos are equal outside a region."""
+    compares: ClassVar[bool] = True
+    """Whether it compares the two videos of a pair. False for supervised fine-tuning: its gradient
+    reaches the errors of the chosen video only."""
     linear_in_mean_error: ClassVar[bool] = False
     """Whether the loss depends on a video's errors by their mean only, so its gradient is the
     same for all of them. Such a loss can be trained with `memory.backward = linear`."""

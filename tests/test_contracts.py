@@ -208,6 +208,25 @@ class OneSided(Loss):
         return Global()(replace(errors, policy_second=errors.policy_second.detach()))
 
 
+class Comparing(Loss):
+    """Declares that it does not compare, and does."""
+
+    compares: ClassVar[bool] = False
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        return Global()(errors)
+
+
+class Referring(Loss):
+    """Declares that it does not compare, and subtracts the reference's error."""
+
+    compares: ClassVar[bool] = False
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, loss=errors.label.abs() * output.chosen_change)
+
+
 class Infinite(Loss):
     """Returns an infinite loss."""
 
@@ -243,6 +262,8 @@ class Nameless(Loss):
         (Reversed, "does not raise the margin"),
         (OneSided, "reaches the policy's errors of the second"),
         (NotLinear, "declares linear_in_mean_error"),
+        (Comparing, "reaches the errors of the rejected video"),
+        (Referring, "depends on the reference's errors"),
         (Infinite, "loss that is not finite"),
         (Undocumented, "Undocumented.beta has no docstring"),
         (Nameless, "Nameless has no docstring"),

@@ -16,5 +16,6 @@ if TYPE_CHECKING:
     from dpo_video.loss.robust import Robust as Robust
     from dpo_video.loss.sdpo import SDPO as SDPO
     from dpo_video.loss.segment import Segment as Segment
+    from dpo_video.loss.sft import SFT as SFT
 
 __getattr__, __dir__ = lazy("loss")

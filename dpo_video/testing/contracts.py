@@ -156,6 +156,8 @@ def _check_margin(loss: Loss, errors: PairErrors) -> None:
         loss(replace(one, policy_second=policy)).margin.requires_grad,
         f"{name}'s margin has no gradient. Compute it from the policy's errors without detach.",
     )
+    if not loss.compares:  # without a slope on the margin there are no logits
+        return
     unit = figures(loss, moved(SMALL_CHANGE)).logits.item() / SMALL_CHANGE
     law(
         unit > 0,
@@ -181,25 +183,37 @@ def _check_gradients(loss: Loss, errors: PairErrors) -> None:
         value.clone().requires_grad_() for value in (decided.policy_first, decided.policy_second)
     ]
     output = loss(replace(decided, policy_first=policy[0], policy_second=policy[1]))
-    output.loss.sum().backward()
-    for which, value in zip(("first", "second"), policy, strict=True):
-        reached = value.grad is not None and (value.grad != 0).flatten(1).any(dim=1).all()
+    found = torch.autograd.grad(output.loss.sum(), policy, materialize_grads=True)
+    for which, gradient in zip(("first", "second"), found, strict=True):
+        reached = (gradient != 0).flatten(1).any(dim=1)
+        chosen = (decided.label > 0) == (which == "first")
         law(
-            reached,
+            reached[chosen].all() and (reached.all() or not loss.compares),
             f"No gradient of {name} reaches the policy's errors of the {which} video of "
             "some pair. Do not detach, round or compare them.",
         )
         law(
-            value.grad is not None and value.grad.isfinite().all(),
+            loss.compares or not reached[~chosen].any(),
+            f"{name} declares compares False, but its gradient reaches the errors of the rejected "
+            "video. Leave compares True.",
+        )
+        law(
+            gradient.isfinite().all(),
             f"{name}'s gradient on the policy's errors of the {which} video is not finite.",
         )
-        if loss.linear_in_mean_error and value.grad is not None:
-            one = value.grad[:, :1, :1, :1, :1]
+        if loss.linear_in_mean_error:
+            one = gradient[:, :1, :1, :1, :1]
             law(
-                torch.equal(value.grad, one.expand_as(value.grad)),
+                torch.equal(gradient, one.expand_as(gradient)),
                 f"{name} declares linear_in_mean_error, but its gradient differs between the "
                 f"errors of the {which} video. Leave linear_in_mean_error False.",
             )
+    moved = loss(replace(decided, reference_first=decided.reference_second))
+    law(
+        loss.compares or torch.equal(moved.loss, loss(decided).loss),
+        f"{name} declares compares False, but depends on the reference's errors. Leave compares "
+        "True.",
+    )
     for value in (decided.reference_first, decided.reference_second):
         law(
             not value.requires_grad and value.grad is None,

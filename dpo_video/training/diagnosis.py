@@ -122,6 +122,8 @@ class Diagnosis:
         # Warm-up and the first steps are flat in every run, and slow settings stay so for long.
         planned = self._steps or self._count
         patient = self._count < min(planned, max(2 * WINDOW, planned // 4))
+        if view.slope == 0:
+            return _fine_tuning(view, patient=patient)
         if view.chosen_is_worse:
             return _rejected_dominant(view)
         if view.factor < DEAD:
@@ -132,7 +134,10 @@ class Diagnosis:
 
     @property
     def _slope(self) -> float:
-        """Logits per margin: twice the loss's slope at margin 0, `beta` for a sigmoid loss."""
+        """Logits per margin: twice the loss's slope at margin 0, `beta` for a sigmoid loss.
+
+        It is 0 for a loss that does not compare the videos.
+        """
         return float(self._logits / self._margins) if self._margins else 1.0
 
     @property
@@ -144,7 +149,9 @@ class Diagnosis:
         if not _is_finite(report):
             return math.inf
         rise = max(report.chosen_change, report.rejected_change)
-        return max(report.loss / (EXPLODED_LOSS * self._initial_loss), rise / EXPLODED_CHANGE)
+        # The loss of fine-tuning is an error itself, which follows the timesteps that were drawn.
+        loss = report.loss if self._slope else 0.0
+        return max(loss / (EXPLODED_LOSS * self._initial_loss), rise / EXPLODED_CHANGE)
 
     @property
     def _exceeds(self) -> bool:
@@ -272,6 +279,31 @@ class _View:
             and self.slope * self.chosen.mean >= self.least
             and self.chosen.mean >= CHOSEN_SHARE * self.margin
         )
+
+
+def _fine_tuning(view: _View, *, patient: bool) -> TrainingVerdict:
+    """Judge by the chosen error alone, since the loss does not compare the videos."""
+    changes = (
+        f"chosen error {_signed(view.chosen.mean)}, rejected {_signed(view.rejected)} against the "
+        "reference"
+    )
+    falls = view.chosen.mean <= -LEARNED and view.chosen.mean < -CLEAR * view.chosen.error
+    if falls or patient:
+        return TrainingVerdict(
+            state=TrainingState.HEALTHY,
+            step=view.step,
+            seen=f"Fine-tuning on the chosen videos: {changes}.",
+            change="No change needed.",
+        )
+    way = f"Lower train.learning_rate ({_less(view.lr)}"
+    if not view.chosen.is_clearly_positive:
+        way = f"Raise train.steps or train.learning_rate ({_more(view.lr)}"
+    return TrainingVerdict(
+        state=TrainingState.NOT_MOVING,
+        step=view.step,
+        seen=f"Fine-tuning on the chosen videos does not lower their error: {changes}.",
+        change=f"{way} instead of {option(view.lr)}).",
+    )
 
 
 def _rejected_dominant(view: _View) -> TrainingVerdict:

@@ -18,6 +18,7 @@ from dpo_video.loss.region import Region
 from dpo_video.loss.robust import Robust
 from dpo_video.loss.sdpo import SDPO
 from dpo_video.loss.segment import Segment
+from dpo_video.loss.sft import SFT
 from dpo_video.strategies import Loss
 from dpo_video.testing import PREFERENCES, random_errors, swapped
 from dpo_video.training.objective import figures
@@ -95,6 +96,34 @@ def test_sdpo_by_hand() -> None:
     assert SDPO().rejected_scale(errors).item() == pytest.approx(0.2)
     each = BETA / 4 / 2
     check(SDPO(beta=BETA), errors, LN4_3, [each, each], [-0.2 * each, -0.2 * each])
+
+
+def test_sft_by_hand() -> None:
+    # The chosen video's errors are 0.5 and 1.5, of mean 1: 3 times that, and 3 / 2 an element.
+    errors = errors_of(*CHANGES)
+    errors = replace(errors, policy_first=torch.tensor([0.5, 1.5]).view(1, 1, 2, 1, 1))
+    check(SFT(sft_weight=3), errors, 3.0, [1.5, 1.5], [0.0, 0.0])
+    mirrored = replace(swapped(errors), preference=-errors.preference)
+    check(SFT(sft_weight=3), mirrored, 3.0, [0.0, 0.0], [1.5, 1.5])
+    even = replace(errors, preference=torch.tensor([[1.0, -1.0]]))
+    check(SFT(sft_weight=3), even, 0.0, [0.0, 0.0], [0.0, 0.0])
+
+
+def test_sft_is_the_term_of_the_other_losses_and_reports_what_global_does() -> None:
+    errors = replace(random_errors(pairs=5, change=1e-3), preference=PREFERENCES)
+    alone = Region(global_weight=0, region_weight=0, sft_weight=7, region_sft_weight=0)
+    found, plain = SFT(sft_weight=7)(errors), Global()(errors)
+    assert torch.equal(found.loss, alone(errors).loss)
+    for one, other in zip(
+        gradients(SFT(sft_weight=7), errors), gradients(alone, errors), strict=True
+    ):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(found.loss, Global(sft_weight=7)(errors).loss - plain.loss)
+    for figure in ("margin", "chosen_change", "rejected_change"):
+        assert torch.equal(vars(found)[figure], vars(plain)[figure])
+    # The loss does not depend on the margin.
+    derived = figures(SFT(), errors)
+    assert (derived.logits == 0).all() and (derived.gradient_factor == 0.5).all()
 
 
 # --- the formulas, written again -------------------------------------------------------------

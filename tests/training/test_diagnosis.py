@@ -222,6 +222,27 @@ def test_a_loss_with_a_target_is_saturated_when_it_is_there(kind: Kind, done: fl
         assert judge_training(same).state is TrainingState.HEALTHY
 
 
+@pytest.mark.parametrize(
+    ("curves", "state", "words"),
+    [
+        ((grow(-1.0), grow(-1.0)), TrainingState.HEALTHY, "No change needed"),
+        ((flat, grow(1.0)), TrainingState.NOT_MOVING, "(3e-4 instead of 1e-4)"),
+        ((grow(1.0), grow(1.0)), TrainingState.NOT_MOVING, "(3e-5 instead of 1e-4)"),
+        ((grow(2000.0), grow(2000.0)), TrainingState.DIVERGED, "train.learning_rate"),
+    ],
+)
+def test_fine_tuning_is_judged_by_the_chosen_error(
+    curves: tuple[Curve, Curve], state: TrainingState, words: str
+) -> None:
+    # Its logits are 0 whatever the margin, and its loss is 100 times larger at some timesteps.
+    reports = [
+        report.model_copy(update={"logits": 0.0, "loss": 1.0 if report.step < 5 else 100.0})
+        for report in run(*curves)
+    ]
+    verdict = judge_training(reports)
+    assert verdict.state is state and words in verdict.change, verdict
+
+
 def test_noise_around_nothing_is_no_progress_and_no_harm() -> None:
     states = []
     for seed in range(100):
