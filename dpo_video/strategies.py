@@ -126,6 +126,8 @@ class VideoModel(ABC):
         per_frame: bool = False,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        dynamic_guidance: bool | None = None,
     ) -> Latents:
         """Sample latents of videos, deterministically given `noise`.
 
@@ -133,6 +135,9 @@ class VideoModel(ABC):
         to `strength`, a share in (0, 1] of the schedule (as in img2img). With `region` as well,
         only the region is regenerated, and everything outside equals `clean` to the bit.
         `per_frame` samples every frame as a video of its own.
+
+        An option that is None is the backbone's. A backbone outside this package need not take
+        `negative_prompt` and `dynamic_guidance`: they are passed where an option sets them.
         """
 
     def strength_at(self, sigma: float, num_inference_steps: int | None = None) -> float:

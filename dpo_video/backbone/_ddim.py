@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from dpo_video.backbone._pretrained import PretrainedModel
+from dpo_video.backbone._pretrained import PretrainedModel, refuse_dynamic
 from dpo_video.diffusion.pretrained import Checkpoint
 from dpo_video.diffusion.sampling import Schedule, denoise, first_step
 from dpo_video.errors import UserError
@@ -82,10 +82,12 @@ class DDIMModel(PretrainedModel):
         region: Region | None,
         steps: int,
         guidance_scale: float | None,
+        negative_prompt: str,
+        dynamic_guidance: bool | None,
     ) -> Latents:
         """DDIM (Song et al. 2021, eta 0)."""
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
-        scales = self._guidance_scales(scale, steps)
+        scales = self._guidance_scales(scale, steps, dynamic_guidance)
         guided = any(scale != 1 for scale in scales)
         return denoise(
             self,
@@ -93,15 +95,16 @@ class DDIMModel(PretrainedModel):
             self._schedule(steps),
             context,
             noise,
-            empty=self._negative_context(len(noise)) if guided else None,
+            empty=self._negative_context(negative_prompt, len(noise)) if guided else None,
             guidance_scale=scales,
             first=first_step(strength, steps),
             clean=clean,
             region=region,
         )
 
-    def _guidance_scales(self, scale: float, steps: int) -> Sequence[float]:
+    def _guidance_scales(self, scale: float, steps: int, dynamic: bool | None) -> Sequence[float]:
         """The guidance scale of each step."""
+        refuse_dynamic(dynamic)
         return [scale] * steps
 
     def _schedule(self, steps: int) -> Schedule:

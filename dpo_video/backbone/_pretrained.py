@@ -12,6 +12,7 @@ from torch import nn
 
 from dpo_video.diffusion.pretrained import Checkpoint, Lazy, free
 from dpo_video.diffusion.sampling import frame_by_frame
+from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import Clip, Context, Latents, Region, VideoShape
 
@@ -51,7 +52,7 @@ class PretrainedModel(VideoModel):
         vae: Loaded on first use.
         vae_config: Complete with defaults.
         text_encoder: Loaded on first use.
-        negative_prompt: Sampling is guided away from it.
+        negative_prompt: Sampling is guided away from it where `sample` is given no other.
     """
 
     attention: ClassVar[re.Pattern[str]]
@@ -73,7 +74,7 @@ class PretrainedModel(VideoModel):
         self._checkpoint = checkpoint
         self._vae, self._vae_config, self._text_encoder = vae, vae_config, text_encoder
         self._negative_prompt = negative_prompt
-        self._negative: Context | None = None
+        self._negatives: dict[str, Context] = {}
 
     @property
     def vae(self) -> Any:
@@ -86,7 +87,7 @@ class PretrainedModel(VideoModel):
         return self._text_encoder.get()
 
     def release(self) -> None:
-        """Free the VAE and the text encoder; the encoded negative prompt is kept."""
+        """Free the VAE and the text encoder; encoded negative prompts are kept."""
         free(self._vae, self._text_encoder)
 
     def lora_targets(self) -> list[str]:
@@ -105,6 +106,8 @@ class PretrainedModel(VideoModel):
         per_frame: bool = False,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        dynamic_guidance: bool | None = None,
     ) -> Latents:
         """Sample with the family's scheduler and classifier-free guidance."""
         steps = num_inference_steps
@@ -115,6 +118,10 @@ class PretrainedModel(VideoModel):
             "strength": strength,
             "steps": self.sampling.num_inference_steps if steps is None else steps,
             "guidance_scale": guidance_scale,
+            "negative_prompt": self._negative_prompt
+            if negative_prompt is None
+            else negative_prompt,
+            "dynamic_guidance": dynamic_guidance,
         }
         if per_frame:
             return frame_by_frame(self._sample, context, noise, size=self._smallest, **options)
@@ -132,19 +139,23 @@ class PretrainedModel(VideoModel):
         region: Region | None,
         steps: int,
         guidance_scale: float | None,
+        negative_prompt: str,
+        dynamic_guidance: bool | None,
     ) -> Latents:
-        """As `sample`, of whole videos; a guidance scale of None is the family's default."""
+        """As `sample`, of whole videos; guidance that is None is the backbone's."""
 
     @property
     def _smallest(self) -> int:
         """Latent frames of the smallest video."""
         return 1
 
-    def _negative_context(self, count: int) -> Context:
-        """The encoded negative prompt, repeated."""
-        if self._negative is None:
-            self._negative = self.encode_prompts([self._negative_prompt])
-        return {name: value.expand(count, -1, -1) for name, value in self._negative.items()}
+    def _negative_context(self, prompt: str, count: int) -> Context:
+        """An encoded negative prompt, repeated."""
+        if prompt not in self._negatives:
+            self._negatives[prompt] = self.encode_prompts([prompt])
+        return {
+            name: value.expand(count, -1, -1) for name, value in self._negatives[prompt].items()
+        }
 
     def _tokens(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
         """Token ids and mask of prompts, cut and padded to `length`, on the model's device."""
@@ -155,6 +166,15 @@ class PretrainedModel(VideoModel):
             max_length=length,
             return_tensors="pt",
         ).to(self.device)
+
+
+def refuse_dynamic(dynamic: bool | None) -> None:
+    """A UserError for dynamic guidance on a family that has none."""
+    if dynamic:
+        raise UserError(
+            "Only CogVideoX has dynamic guidance. Leave it out (--set "
+            "pairs.dynamic_guidance=false), or use --backbone cogvideox."
+        )
 
 
 def to_pixels(decoded: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,8 @@ class AnimateDiff(PretrainedBackbone):
     """Pixels."""
     fps: float = Field(default=8.0, gt=0)
     """Frames per second that clips are resampled to."""
+    negative_prompt: str = ""
+    """Negative prompt of classifier-free guidance."""
     timestep_spacing: Literal["trailing", "linspace", "leading"] = "trailing"
     """Spacing of the sampling steps, as in diffusers' DDIMScheduler. With "linspace", as in its
     AnimateDiff examples, a step does not end where the next one begins, which leaves noise in the
@@ -94,6 +96,7 @@ class AnimateDiff(PretrainedBackbone):
                 placement=placement,
             ),
             timestep_spacing=self.timestep_spacing,
+            negative_prompt=self.negative_prompt,
         )
 
 
@@ -104,6 +107,7 @@ def load_checkpoint(
     sampling: Sampling,
     motion_adapter: Checkpoint | None = None,
     timestep_spacing: str | None = None,
+    negative_prompt: str = "",
 ) -> VideoModel:
     """Load a checkpoint in diffusers' layout.
 
@@ -138,6 +142,7 @@ def load_checkpoint(
         shape=shape,
         sampling=sampling,
         identity=identity(*digests, dtype=dtype),
+        negative_prompt=negative_prompt,
     )
 
 
@@ -159,6 +164,7 @@ class AnimateDiffModel(DDIMModel):
         shape: VideoShape,
         sampling: Sampling,
         identity: str,
+        negative_prompt: str = "",
     ) -> None:
         super().__init__(
             checkpoint,
@@ -168,6 +174,7 @@ class AnimateDiffModel(DDIMModel):
             vae=checkpoint.lazy(AutoencoderKL, "vae"),
             vae_config=checkpoint.full_config(AutoencoderKL, "vae"),
             text_encoder=checkpoint.lazy(CLIPTextModel, "text_encoder"),
+            negative_prompt=negative_prompt,
         )
         self.denoiser: nn.Module = place_denoiser(unet, checkpoint.placement)
         self.identity, self._motion_adapter = identity, motion_adapter
@@ -257,6 +264,7 @@ class AnimateDiffModel(DDIMModel):
             comfy_usage="For AnimateDiff-Evolved in ComfyUI: put the .safetensors file into "
             "`models/animatediff_motion_lora` and choose it in the node Load AnimateDiff LoRA.",
             arguments=arguments,
+            call={"negative_prompt": self._negative_prompt} if self._negative_prompt else {},
         )
 
 

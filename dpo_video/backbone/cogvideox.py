@@ -73,6 +73,8 @@ class CogVideoX(PretrainedBackbone):
     """Frames per second that clips are resampled to."""
     dynamic_guidance: bool = False
     """Change the guidance scale from step to step, as diffusers' use_dynamic_cfg does."""
+    negative_prompt: str = ""
+    """Negative prompt of classifier-free guidance."""
     tiling: bool = False
     """Encode and decode videos in tiles: less memory, slightly different pixels."""
 
@@ -91,6 +93,7 @@ class CogVideoX(PretrainedBackbone):
                 frames=self.frames, height=self.height, width=self.width, fps=self.fps
             ),
             dynamic_guidance=self.dynamic_guidance,
+            negative_prompt=self.negative_prompt,
             tiling=self.tiling,
         )
 
@@ -109,6 +112,7 @@ class CogVideoXModel(DDIMModel):
         *,
         shape: VideoShape,
         dynamic_guidance: bool = False,
+        negative_prompt: str = "",
         tiling: bool = False,
     ) -> None:
         scheduler: Any = checkpoint.load(CogVideoXDDIMScheduler, "scheduler")
@@ -120,6 +124,7 @@ class CogVideoXModel(DDIMModel):
             vae=Lazy(lambda: _load_vae(checkpoint, tiling)),
             vae_config=checkpoint.full_config(AutoencoderKLCogVideoX, "vae"),
             text_encoder=checkpoint.lazy(T5EncoderModel, "text_encoder"),
+            negative_prompt=negative_prompt,
         )
         self._config = checkpoint.full_config(CogVideoXTransformer3DModel, "transformer")
         self._dynamic = dynamic_guidance
@@ -256,9 +261,10 @@ class CogVideoXModel(DDIMModel):
         )
         return cos, sin
 
-    def _guidance_scales(self, scale: float, steps: int) -> Sequence[float]:
-        if not self._dynamic:
-            return super()._guidance_scales(scale, steps)
+    def _guidance_scales(self, scale: float, steps: int, dynamic: bool | None) -> Sequence[float]:
+        if not (self._dynamic if dynamic is None else dynamic):
+            return [scale] * steps
+        # diffusers' formula, which subtracts a timestep (0 to 999) from a number of steps.
         return [
             1 + scale * (1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5.0)) / 2
             for timestep in self._schedule(steps).timesteps.tolist()
@@ -271,6 +277,8 @@ class CogVideoXModel(DDIMModel):
     def export_spec(self) -> ExportSpec:
         """Names in diffusers' CogVideoXPipeline and ComfyUI."""
         call: dict[str, Any] = {"use_dynamic_cfg": True} if self._dynamic else {}
+        if self._negative_prompt:
+            call["negative_prompt"] = self._negative_prompt
         if (length := self._config["max_text_seq_length"]) != _PIPELINE_TEXT_LENGTH:
             call["max_sequence_length"] = length
         return ExportSpec(

@@ -29,6 +29,8 @@ class Tiny(Backbone):
 
     model: Path | None = None
     """Folder written by the recipe; the package's weights when not set."""
+    negative_prompt: str = ""
+    """Negative prompt of classifier-free guidance."""
 
     def load(self, placement: Placement) -> VideoModel:
         """Load the denoiser."""
@@ -38,6 +40,7 @@ class Tiny(Backbone):
                 frames=scenes.FRAMES, height=scenes.SIZE, width=scenes.SIZE, fps=scenes.FPS
             ),
             sampling=Sampling(num_inference_steps=20, guidance_scale=2.5),
+            negative_prompt=self.negative_prompt,
         )
 
     def clips(self, seed: int) -> Iterator[Clip]:

@@ -24,7 +24,12 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from dpo_video.backbone import _causal_vae, _comfy
 from dpo_video.backbone._causal_vae import STRIDE
 from dpo_video.backbone._flow import SigmaDistribution, TimestepSampling
-from dpo_video.backbone._pretrained import PretrainedBackbone, PretrainedModel, to_pixels
+from dpo_video.backbone._pretrained import (
+    PretrainedBackbone,
+    PretrainedModel,
+    refuse_dynamic,
+    to_pixels,
+)
 from dpo_video.diffusion.experts import Experts
 from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place_denoiser
 from dpo_video.diffusion.sampling import Schedule, denoise, first_step
@@ -348,6 +353,8 @@ class WanModel(PretrainedModel):
         region: Region | None,
         steps: int,
         guidance_scale: float | None,
+        negative_prompt: str,
+        dynamic_guidance: bool | None,
     ) -> Latents:
         """As diffusers' WanPipeline with the checkpoint's scheduler and shift.
 
@@ -355,6 +362,7 @@ class WanModel(PretrainedModel):
         sigma on the shifted schedule. A multistep solver works elementwise, so that with `region`
         nothing from outside the region enters it.
         """
+        refuse_dynamic(dynamic_guidance)
         scheduler = self._scheduler_with(steps)
         timesteps = scheduler.timesteps.float()
         exact = scheduler.sigmas * self._timesteps  # UniPC rounds its timesteps
@@ -379,7 +387,7 @@ class WanModel(PretrainedModel):
             ),
             context,
             noise.float(),
-            empty=self._negative_context(len(noise)) if high > 1 else None,
+            empty=self._negative_context(negative_prompt, len(noise)) if high > 1 else None,
             guidance_scale=[low if timestep < boundary else high for timestep in timesteps],
             first=first,
             clean=clean,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, final
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from pydantic import Field
@@ -31,6 +31,15 @@ class Local(PairBuilder):
     (the paper uses 50)."""
     guidance_scale: float | None = Field(default=None, ge=0)
     """Classifier-free guidance; the backbone's default if unset (the paper uses 6.0)."""
+    prompt_prefix: str = ""
+    """Put before the caption that the region is repainted by; the pair keeps the caption alone (the
+    authors use "highly detailed, perfect without deformations, ultra HD, ")."""
+    negative_prompt: str | None = None
+    """Negative prompt of the repainting; the backbone's own if unset (the authors use "blurring,
+    dirty, messy, low quality, cartoon, drawing, anime")."""
+    dynamic_guidance: bool | None = None
+    """Change the guidance scale from step to step; the backbone's own if unset (the authors do on
+    CogVideoX, the only family that has it)."""
     mask: RegionOptions = RegionOptions()
     """Options of the regions."""
 
@@ -50,14 +59,19 @@ class Local(PairBuilder):
         alpha = self.alphas[int(torch.randint(len(self.alphas), (), generator=generator))]
         noise = torch.randn(model.latent_shape, generator=generator)
         chosen = model.encode_videos(clip.video[None])
+        guidance: dict[str, Any] = {
+            "negative_prompt": self.negative_prompt,
+            "dynamic_guidance": self.dynamic_guidance,
+        }
         rejected = model.sample(
-            model.encode_prompts([clip.caption]),
+            model.encode_prompts([self.prompt_prefix + clip.caption]),
             noise[None].to(chosen),
             clean=chosen,
             strength=alpha,
             region=region[None].to(chosen),
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            **{name: value for name, value in guidance.items() if value is not None},
         )
         return Pair(
             first=chosen[0].cpu(),

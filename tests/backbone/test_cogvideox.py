@@ -123,6 +123,28 @@ def test_dynamic_guidance_and_pixels_equal_the_pipeline(bench: Bench) -> None:
         bench.model, model.encode_prompts([PROMPT]), noise, num_inference_steps=3
     )
     assert not torch.allclose(plain, ours, atol=1e-2)
+    asked = bench.model.sample(
+        model.encode_prompts([PROMPT]), noise, num_inference_steps=3, guidance_scale=3.0,
+        dynamic_guidance=True,
+    )  # fmt: skip
+    assert torch.equal(asked, ours)
+
+
+@pytest.mark.parametrize("steps", [3, 50])
+def test_the_dynamic_scale_of_each_step_is_the_pipelines(bench: Bench, steps: int) -> None:
+    scales: list[float] = []
+
+    def keep(pipeline: Any, step: int, timestep: int, values: dict[str, Any]) -> dict[str, Any]:
+        scales.append(pipeline.guidance_scale)
+        return values
+
+    theirs(
+        bench, drawn(bench.model), num_inference_steps=steps, guidance_scale=6.0,
+        use_dynamic_cfg=True, callback_on_step_end=keep, output_type="latent",
+    )  # fmt: skip
+    assert len(set(scales)) > 1
+    assert bench.model._guidance_scales(6.0, steps, True) == scales
+    assert bench.model._guidance_scales(6.0, steps, None) == [6.0] * steps
 
 
 def test_prompts_are_encoded_as_in_the_pipeline(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,19 @@ def test_mask_options_reach_the_region(small_model: AnimateDiffModel, clip: Clip
     still = [made(small_model, clip, seed, mask={"moving_share": 0}) for seed in range(5)]
     for pair in still:
         assert torch.equal(pair.region, pair.region[:, :1].expand_as(pair.region))
+
+
+def test_the_prefix_is_sampled_with_and_not_stored(
+    small_model: AnimateDiffModel, clip: Clip
+) -> None:
+    prefix = "a blue star "
+    prefixed = made(small_model, clip, prompt_prefix=prefix)
+    renamed = made(small_model, replace(clip, caption=prefix + clip.caption))
+    assert torch.equal(prefixed.second, renamed.second)
+    assert prefixed.prompt == clip.caption
+    plain = made(small_model, clip)
+    assert not torch.equal(prefixed.second, plain.second)
+    assert torch.equal(prefixed.first, plain.first)
 
 
 @pytest.mark.parametrize("options", [{"alphas": (0.0,)}, {"alphas": (1.1,)}, {"mask": {"x": 1}}])
