@@ -63,6 +63,9 @@ class TrainSettings(Settings):
     is three times the size of its adapter."""
     validation_videos: int = Field(default=2, ge=0)
     """Number of validation videos generated at every checkpoint, with fixed prompts and seeds."""
+    min_decided: float = Field(default=0.0, ge=0, lt=1)
+    """Train only on pairs that prefer a video in more than this share of their one-second segments.
+    DenseDPO uses 0.2."""
     labels: tuple[str, ...] = ()
     """Names of label sets to train on instead of the labels of the pairs; several are combined by
     vote. A started run records NAME@HASH, and changed labels of that name are refused."""

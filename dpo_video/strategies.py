@@ -29,6 +29,7 @@ from dpo_video.types import (
     PairSource,
     PerPair,
     Placement,
+    Preference,
     Region,
     SegmentLabel,
     Video,
@@ -348,6 +349,14 @@ class Loss(Strategy, ABC):
     linear_in_mean_error: ClassVar[bool] = False
     """Whether the loss depends on a video's errors by their mean only, so its gradient is the
     same for all of them. Such a loss can be trained with `memory.backward = linear`."""
+
+    def pair_weights(self, preference: Preference) -> PerPair:
+        """Weights of the pairs in the mean loss of an optimizer step; equal by default.
+
+        Only their ratios count: they are divided by their mean over all pairs of the step, on all
+        processes.
+        """
+        return torch.ones(len(preference))
 
     @abstractmethod
     def __call__(self, errors: PairErrors) -> LossOutput:

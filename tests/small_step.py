@@ -68,6 +68,7 @@ class Bench:
         loss: Loss,
         *,
         backward: Callable[[Tensor], None] = Tensor.backward,
+        weight: Tensor | None = None,
     ) -> PairFigures:
         run = Step(
             model=self.model,
@@ -77,7 +78,7 @@ class Bench:
             mode=mode,
             backward=backward,
         )
-        return run(batch, *self.draw(len(batch.first)), loss_scale=SHARE)
+        return run(batch, *self.draw(len(batch.first)), weight=weight, loss_scale=SHARE)
 
     def plain(self, batch: PairBatch, loss: Loss) -> PairFigures:
         """All graphs alive and one backward pass, by the textbook; one video a forward pass."""

@@ -18,18 +18,19 @@ class Segment(Loss):
     """DenseDPO: compares the two videos frame by frame, each frame by its own label.
 
     Errors are averaged over channels and space, and `-logsigmoid(beta * l * (d(second) -
-    d(first)))` over the frames whose label `l` is not 0 (Wu et al. 2025, arXiv 2506.03517). A pair
-    whose frames are all ties has no gradient; a pair judged as a whole has the same label in every
-    frame.
+    d(first)))` over all frames of a step's pairs whose label `l` is not 0 (Wu et al. 2025, arXiv
+    2506.03517). A pair whose frames are all ties has no gradient; a pair judged as a whole has the
+    same label in every frame.
     """
 
     beta: float = Field(default=250.0, gt=0)
     """Slope on a frame's margin of mean squared errors. The paper multiplies by a hidden 0.5: its
     500 is 250 here."""
     per: Literal["frame", "clip"] = "frame"
-    """One sigmoid per "frame" (the paper's appendix E, which its experiments use), or one per
-    "clip" over the sum of the frames' margins (its Eq. 7) divided by the number of all frames, so
-    that `beta` does not depend on a video's length. With equal labels everywhere, "clip" is the
+    """One sigmoid per "frame" (the paper's appendix E, which its experiments use), so that a pair
+    counts by the number of its frames with a preference. Or one per "clip" over the sum of the
+    frames' margins (its Eq. 7) divided by the number of all frames, so that `beta` does not depend
+    on a video's length; all pairs then count equally. With equal labels everywhere, "clip" is the
     loss `global` of the same beta."""
     sft_weight: float = Field(default=0.0, ge=0)
     """Weight of the policy's error on the video that each frame's label prefers, added to the
@@ -57,6 +58,12 @@ class Segment(Loss):
             rejected_change=summed(torch.where(labels >= 0, second, first)),
         )
         return with_sft(output, errors, self.sft_weight, labels)
+
+    def pair_weights(self, preference: Preference) -> PerPair:
+        """With `per = "frame"`, a pair counts by the number of its frames with a preference."""
+        if self.per == "clip":
+            return super().pair_weights(preference)
+        return (preference != 0).sum(dim=1).float()
 
     def _frame_weights(self, labels: Preference) -> Preference:
         """Weight of each frame: equal for those with a preference, 0 for ties."""

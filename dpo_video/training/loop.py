@@ -93,6 +93,7 @@ def optimize(
                         pairs.noise,
                         pairs.timestep,
                         reference_prediction=pairs.reference_prediction,
+                        weight=pairs.weight,
                         loss_scale=1 / passes,
                     )
                 )

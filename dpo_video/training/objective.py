@@ -142,6 +142,10 @@ class PairFigures:
     chosen_change: PerPair
     rejected_change: PerPair
 
+    def weighted(self, weight: PerPair) -> PairFigures:
+        """The same figures with every loss times its pair's weight."""
+        return replace(self, loss=self.loss * weight)
+
     @staticmethod
     def cat(parts: Sequence[PairFigures]) -> PairFigures:
         """The figures of several batches in one."""

@@ -86,7 +86,7 @@ def train(
         store = store.beginning(count)  # another run may have added pairs since
     check_backward(loss, memory)
     check_compile(memory, accelerator.device)
-    pairs = trainable_pairs(store, loss)
+    pairs = trainable_pairs(store, loss, model, settings)
     model.release()  # the encoders
     policy = adapt(model, settings, seed)
     fingerprint = RunFingerprint.of(model, store, policy, accelerator.mixed_precision)
@@ -130,7 +130,7 @@ def train(
     if resume:
         run.state = restore(out, policy, optimizer, fingerprint, accelerator.scaler)
     sampler = PairSampler(
-        model, store, pairs, settings, seed=seed, accelerator=accelerator, state=run.state,
+        model, store, pairs, loss, settings, seed=seed, accelerator=accelerator, state=run.state,
         noise_draws=reference_model.noise_draws, cache=cache,
     )  # fmt: skip
     if run.state.step < settings.steps and not sampler.fill_cache(

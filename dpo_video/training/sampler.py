@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
+from dpo_video.data.segments import latent_parts, split
 from dpo_video.data.store import PairStore
 from dpo_video.errors import TrainingError
 from dpo_video.settings import TrainSettings
@@ -35,20 +36,26 @@ class StepInputs:
     timestep: PerPair
     reference_prediction: Float[Tensor, "2*b c f h w"] | None = None
     """Cached predictions of the reference; None if the reference is to run."""
+    weight: PerPair | None = None
+    """Weights of the pairs in their optimizer step, 1 on average over all its pairs; None if all
+    are 1."""
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> StepInputs:
         """The inputs with every tensor changed."""
-        prediction = self.reference_prediction
+        prediction, weight = self.reference_prediction, self.weight
         return StepInputs(
             batch=self.batch.mapped(change),
             noise=change(self.noise),
             timestep=change(self.timestep),
             reference_prediction=None if prediction is None else change(prediction),
+            weight=None if weight is None else change(weight),
         )
 
 
-def trainable_pairs(store: PairStore, loss: Loss) -> list[int]:
-    """Indices of the pairs to draw from: all but those that are ties in every frame.
+def trainable_pairs(
+    store: PairStore, loss: Loss, model: VideoModel, settings: TrainSettings
+) -> list[int]:
+    """Indices of the pairs to draw from: all but ties, and those that `min_decided` leaves out.
 
     Raises:
         TrainingError: if there are none, or they lack the regions that the loss needs.
@@ -61,13 +68,30 @@ def trainable_pairs(store: PairStore, loss: Loss) -> list[int]:
             "everywhere. Train them with --loss global, or build pairs that have regions "
             "(--pairs local)."
         )
-    if pairs := store.decided():
+    decided = store.decided()
+    segments = [part for part in latent_parts(model, split(model.shape)) if part.start < part.stop]
+    pairs = [
+        index for index in decided
+        if not settings.min_decided
+        or decided_share(store.preference(index), segments) > settings.min_decided
+    ]  # fmt: skip
+    if pairs:
         return pairs
+    if decided:
+        raise TrainingError(
+            f"No pair in '{store.where}' prefers a video in more than {settings.min_decided:.0%} "
+            "of its one-second segments. Lower train.min_decided, or label the pairs again."
+        )
     raise TrainingError(
         f"All {len(store)} pairs in '{store.where}' are ties, from which there is nothing to "
         f"learn. Label them (dpo-video label {store.where} --labeler NAME, then train with "
         "--labels NAME), or build them with a --labeler."
     )
+
+
+def decided_share(preference: Float[Tensor, " f"], segments: Sequence[slice]) -> float:
+    """Share of the segments, given as latent frames, that prefer one of the videos."""
+    return sum(bool(preference[segment].any()) for segment in segments) / len(segments)
 
 
 class PairSampler:
@@ -78,6 +102,7 @@ class PairSampler:
         model: VideoModel,
         store: PairStore,
         pairs: Sequence[int],
+        loss: Loss,
         settings: TrainSettings,
         *,
         seed: int,
@@ -92,6 +117,7 @@ class PairSampler:
             model: Draws the timesteps.
             store: The pairs.
             pairs: Indices of those to draw from.
+            loss: Weighs the pairs of a step.
             settings: Batch size, accumulation and number of steps.
             seed: Seed of all draws.
             accelerator: Number of processes, and the device.
@@ -101,7 +127,7 @@ class PairSampler:
             state: Where the run starts.
         """
         self._model, self._store, self._pairs, self._settings = model, store, pairs, settings
-        self._seed, self._accelerator = seed, accelerator
+        self._seed, self._accelerator, self._loss = seed, accelerator, loss
         self.noise_draws, self._cache, self._start = noise_draws, cache, state
         # A step does not wait for the disk or the network.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pairs")
@@ -160,11 +186,25 @@ class PairSampler:
         size = self._settings.batch_size
         first = self.position(step) + (part * world + rank) * size
         draws = [self.draw_at(position) for position in range(first, first + size)]
-        inputs = self._load(draws)
+        inputs = replace(self._load(draws), weight=self._weights(step, first))
         if self._cache is not None:
             inputs = replace(inputs, reference_prediction=self._cache.read(draws))
         on_gpu = self._accelerator.device.type == "cuda"
         return inputs.mapped(Tensor.pin_memory) if on_gpu else inputs
+
+    def _weights(self, step: int, first: int) -> PerPair | None:
+        """Weights of the pairs of one forward pass, which starts at the position `first`."""
+        if type(self._loss).pair_weights is Loss.pair_weights:
+            return None
+        start = self.position(step)
+        preference = torch.stack(
+            [
+                self._store.preference(self.draw_at(position).pair)
+                for position in range(start, self.position(step + 1))
+            ]
+        )
+        weights = self._loss.pair_weights(preference)
+        return (weights / weights.mean())[first - start :][: self._settings.batch_size]
 
     def _load(self, draws: Sequence[PairDraw]) -> StepInputs:
         batch = self._store.batch([draw.pair for draw in draws])

@@ -70,20 +70,27 @@ class Step:
         timestep: PerPair,
         *,
         reference_prediction: Float[Tensor, "2*b c f h w"] | None = None,
+        weight: PerPair | None = None,
         loss_scale: float = 1.0,
     ) -> PairFigures:
         """Add the gradient of `loss_scale` times the mean loss to the policy's gradients.
+
+        The `loss` of the figures is multiplied by the weights.
 
         Args:
             batch: The pairs.
             noise: One draw per pair, for both videos.
             timestep: One draw per pair, for both videos.
             reference_prediction: Cached predictions of the reference, made by `reference`.
+            weight: Weights of the pairs in the mean; None for equal ones.
             loss_scale: Weight of this batch in its optimizer step.
         """
         count = len(batch.first)
+        if weight is None:
+            weight = torch.ones(count, device=noise.device)
         if self.mode == "joint":
-            return self._joint(batch, noise, timestep, reference_prediction, loss_scale)
+            errors = self._joint(batch, noise, timestep, reference_prediction, weight * loss_scale)
+            return figures(self.loss, errors).weighted(weight)
         one_pair = self._split if self.mode == "split" else self._linear
         parts = []
         for pair in range(count):
@@ -101,8 +108,9 @@ class Step:
             reference = (
                 signed_errors(predicted[0], inputs[0]), signed_errors(predicted[1], inputs[1])
             )  # fmt: skip
-            parts.append(one_pair(_Pair(mine, inputs, reference, loss_scale / count)))
-        return PairFigures.cat(parts)
+            scale = weight[pair] * loss_scale / count
+            parts.append(one_pair(_Pair(mine, inputs, reference, scale)))
+        return PairFigures.cat(parts).weighted(weight)
 
     def reference(
         self, batch: PairBatch, noise: Latents, timestep: PerPair
@@ -145,8 +153,8 @@ class Step:
         noise: Latents,
         timestep: PerPair,
         reference_prediction: Float[Tensor, "2*b c f h w"] | None,
-        loss_scale: float,
-    ) -> PairFigures:
+        scale: PerPair,
+    ) -> PairErrors:
         with self.autocast():
             errors = pair_errors(
                 self.model,
@@ -157,8 +165,8 @@ class Step:
                 timestep,
                 reference_prediction=reference_prediction,
             )
-        self.backward(loss_of(self.loss, errors).loss.mean() * loss_scale)
-        return figures(self.loss, errors)
+        self.backward((loss_of(self.loss, errors).loss * scale).mean())
+        return errors
 
     def _split(self, pair: _Pair) -> PairFigures:
         """The first video's errors without a graph, then each video's with one, in turn.
@@ -224,7 +232,7 @@ class _Pair:
     inputs: tuple[Inputs, Inputs]
     reference: tuple[Latents, Latents]
     """The signed errors of the reference."""
-    loss_scale: float
+    loss_scale: Tensor
     """Weight of the pair in its optimizer step."""
 
     def slopes(

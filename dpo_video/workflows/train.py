@@ -13,6 +13,7 @@ from dpo_video.data.build import Worker
 from dpo_video.data.store import PairStore
 from dpo_video.errors import RunError, UserError
 from dpo_video.memory.compile import check_compile
+from dpo_video.settings import TrainSettings
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.training.diagnosis import Diagnosis
@@ -20,6 +21,7 @@ from dpo_video.training.listeners import Listener
 from dpo_video.training.reference_cache import ReferenceCacheReport
 from dpo_video.training.report import StepReport
 from dpo_video.training.run import train as train_loop
+from dpo_video.training.sampler import trainable_pairs
 from dpo_video.training.step import check_backward
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
@@ -162,7 +164,7 @@ def run_training(
     """Train on prepared pairs with a loaded model; the loop of `train` and of `compare`."""
     settings = config.train
     _announce(config, folder, accelerator, progress)
-    for note in _left_out(store):
+    for note in _left_out(store, trainable_pairs(store, config.loss, model, settings), settings):
         progress.note(note)
     reports: list[StepReport] = []
     diagnosis = Diagnosis(settings.steps)
@@ -209,15 +211,20 @@ def _announce(config: Config, folder: Path, accelerator: Accelerator, progress: 
         progress.note("The first step compiles the blocks, which may take minutes.")
 
 
-def _left_out(store: PairStore) -> list[str]:
-    """Notes on pairs that teach nothing."""
+def _left_out(store: PairStore, pairs: Sequence[int], settings: TrainSettings) -> list[str]:
+    """Notes on pairs that are not trained on, or teach some losses nothing."""
     notes, decided = [], store.decided()
+    if left_out := len(decided) - len(pairs):
+        notes.append(
+            f"{left_out} of {len(store)} pairs are left out: they prefer a video in no more than "
+            f"{settings.min_decided:.0%} of their one-second segments (train.min_decided)."
+        )
     if left_out := len(store) - len(decided):
         notes.append(
             f"{left_out} of {len(store)} pairs are left out: they prefer neither video in any "
             "frame."
         )
-    if even := sum(not store.preference(index).sum() for index in decided):
+    if even := sum(not store.preference(index).sum() for index in pairs):
         notes.append(
             f"{even} of {len(store)} pairs are even, with as many frames for one video as for the "
             "other: only a loss that looks at frames (segment) learns from them."

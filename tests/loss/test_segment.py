@@ -79,6 +79,20 @@ def test_it_follows_the_formula(per: str) -> None:
     assert loss(errors).loss.tolist() == pytest.approx(by_loops(errors, 250, per), rel=1e-4)
 
 
+def test_weighted_pairs_are_the_mean_over_all_decided_frames() -> None:
+    errors, loss = replace(random_errors(change=2e-2), preference=LABELS), Segment()
+    weights = loss.pair_weights(LABELS)
+    assert weights.tolist() == [3, 1, 4]
+    frames = []
+    for pair, frame in LABELS.nonzero().tolist():
+        only = torch.zeros_like(LABELS)
+        only[pair, frame] = LABELS[pair, frame]
+        frames.append(loss(replace(errors, preference=only)).loss[pair].item())
+    mean = (weights * loss(errors).loss).sum() / weights.sum()
+    assert mean.item() == pytest.approx(sum(frames) / len(frames))
+    assert Segment(per="clip").pair_weights(LABELS).tolist() == [1, 1, 1]
+
+
 def test_one_labelled_frame_is_the_global_loss_of_that_frame() -> None:
     errors = replace(random_errors(change=1e-2), preference=torch.tensor([[0.0, 0, -1, 0]] * 3))
     alone = PairErrors(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ from dpo_video.data.store import PairStore
 from dpo_video.errors import RunError, StoreError, TrainingError
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
+from dpo_video.loss.segment import Segment
 from dpo_video.reference.toggle import Toggle
+from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss
 from dpo_video.support.tensor_tree import save_state
 from dpo_video.training.checkpoint import (
@@ -35,7 +39,7 @@ from dpo_video.training.loop import Run
 from dpo_video.training.report import StepEvent, StepReport
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log
-from dpo_video.training.sampler import PairSampler
+from dpo_video.training.sampler import PairSampler, trainable_pairs
 from dpo_video.types import LossOutput, Pair, PairErrors
 
 
@@ -160,7 +164,7 @@ def test_the_pointer_is_valid_when_a_save_is_cut_off(
 def test_every_pair_is_seen_once_per_epoch(small_model: AnimateDiffModel, tmp_path: Path) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=5)
     sampler = PairSampler(
-        small_model, store, [0, 2, 3], SETTINGS, seed=0, accelerator=Accelerator(cpu=True)
+        small_model, store, [0, 2, 3], Global(), SETTINGS, seed=0, accelerator=Accelerator(cpu=True)
     )
     epochs = [[sampler.draw_at(3 * epoch + i) for i in range(3)] for epoch in range(4)]
     pairs = [[drawn.pair for drawn in epoch] for epoch in epochs]
@@ -170,6 +174,61 @@ def test_every_pair_is_seen_once_per_epoch(small_model: AnimateDiffModel, tmp_pa
     sampler.noise_draws = 2
     again = [{sampler.draw_at(3 * epoch + i).draw for i in range(3)} for epoch in range(4)]
     assert again == [{0}, {1}, {0}, {1}]
+
+
+def test_pairs_weigh_by_their_decided_frames_over_a_whole_step(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    frames = small_model.latent_shape[1]
+    labels = {index: torch.ones(frames) for index in range(4)}
+    labels[1][1:] = 0
+    labels[3][:1] = 0
+    store = make_store(tmp_path / "pairs", small_model, pairs=4).relabelled(labels)
+    settings = TrainSettings(batch_size=1, gradient_accumulation_steps=2, steps=3)
+
+    def weights(loss: Loss, processes: int, rank: int) -> list[tuple[str, float]]:
+        accelerator = create_autospec(Accelerator, instance=True)
+        accelerator.num_processes, accelerator.process_index = processes, rank
+        accelerator.device = torch.device("cpu")
+        sampler = PairSampler(
+            small_model, store, range(4), loss, settings, seed=0, accelerator=accelerator
+        )
+        found = []
+        for step in range(4 // processes):
+            for inputs in sampler.inputs(step):
+                weight = torch.ones(1) if inputs.weight is None else inputs.weight
+                found.append((inputs.batch.keys[0], weight.item()))
+        return found
+
+    assert {weight for _, weight in weights(Global(), 2, 0)} == {1.0}
+    both = [weights(Segment(), 2, rank) for rank in range(2)]
+    for epoch in range(2):  # a step of two processes with two passes sees each pair once
+        seen = dict(both[0][2 * epoch : 2 * epoch + 2] + both[1][2 * epoch : 2 * epoch + 2])
+        counts = {f"{index:05d}": int(labels[index].sum()) for index in range(4)}
+        mean = sum(counts.values()) / 4
+        assert seen == pytest.approx({key: count / mean for key, count in counts.items()})
+    alone = weights(Segment(), 1, 0)
+    for step in range(4):
+        assert sum(weight for _, weight in alone[2 * step : 2 * step + 2]) == pytest.approx(2)
+
+
+def test_pairs_with_few_decided_segments_are_left_out(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    model = copy.copy(small_model)
+    model.shape = replace(model.shape, frames=20, fps=4)  # five segments of four frames
+    store = make_store(tmp_path / "pairs", model, pairs=3)
+    one, two = torch.zeros(20), torch.zeros(20)
+    one[:4], two[3:5] = 1, -1  # two: a frame of the first segment and one of the second
+    view = store.relabelled({0: one, 1: two, 2: torch.zeros(20)})
+
+    def kept(share: float) -> list[int]:
+        return trainable_pairs(view, Segment(), model, TrainSettings(min_decided=share))
+
+    assert kept(0) == [0, 1]
+    assert kept(0.2) == [1]  # a fifth is not more than 20%
+    with pytest.raises(TrainingError, match="Lower train"):
+        kept(0.5)
 
 
 def test_ties_are_never_drawn_and_change_nothing_else(

@@ -80,6 +80,16 @@ def test_all_modes_give_the_same_gradient_and_figures(
             assert torch.allclose(value, expected[name], **rounding), (mode, name)
 
 
+@pytest.mark.parametrize("mode", ["joint", "split", "linear"])
+def test_pairs_count_by_their_weights(bench: Bench, mode: MemoryMode) -> None:
+    weights, pairs = torch.tensor([1.5, 0.5]), a_batch(bench.model, FIRST, MIXED)
+    found = bench.gradient(mode, pairs, Global(), weight=weights)
+    equal = bench.gradient(mode, pairs, Global())
+    first = bench.gradient(mode, pairs, Global(), weight=torch.tensor([2.0, 0]))
+    assert apart(found, equal + first / 4 - (equal - first / 2) / 2) < 1e-5
+    assert apart(found, equal) > 0.1
+
+
 @pytest.mark.parametrize("mode", ["split", "linear"])
 def test_pairs_without_a_preference_add_no_gradient(bench: Bench, mode: MemoryMode) -> None:
     batch = a_batch(bench.model, TIES, EVEN)

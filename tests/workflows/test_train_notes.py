@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from dpo_video.data.store import Manifest, PairStore
+from dpo_video.settings import TrainSettings
 from dpo_video.types import Pair
 from dpo_video.workflows.train import _left_out
 
@@ -27,7 +28,10 @@ def store_of(folder: Path, *labels: list[float]) -> PairStore:
 
 def test_ties_and_even_pairs_are_counted(tmp_path: Path) -> None:
     won, tied, even = [1.0, 1.0, 0.0, 0.0], [0.0] * 4, [1.0, -1.0, 0.0, 0.0]
-    first, second = _left_out(store_of(tmp_path / "some", won, tied, even, tied))
+    some = store_of(tmp_path / "some", won, tied, even, tied)
+    first, second = _left_out(some, [0, 2], TrainSettings())
     assert first == "2 of 4 pairs are left out: they prefer neither video in any frame."
     assert second.startswith("1 of 4 pairs are even") and "(segment)" in second
-    assert _left_out(store_of(tmp_path / "all", won, won)) == []
+    assert _left_out(store_of(tmp_path / "all", won, won), [0, 1], TrainSettings()) == []
+    few = _left_out(some, [0], TrainSettings(min_decided=0.2))
+    assert few[0].startswith("1 of 4 pairs are left out: they prefer a video in no more than 20%")
