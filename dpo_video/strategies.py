@@ -135,7 +135,8 @@ class VideoModel(ABC):
         Without `clean` it samples text-to-video. With `clean`, sampling starts from `clean` noised
         to `strength`, a share in (0, 1] of the schedule (as in img2img). With `region` as well,
         only the region is regenerated, and everything outside equals `clean` to the bit.
-        `per_frame` samples every frame as a video of its own.
+        `per_frame` samples every frame on its own: by the image model that the video model extends
+        (AnimateDiff) or, in a family without one, every latent frame as the smallest video.
 
         An option that is None is the backbone's. A backbone outside this package need not take
         `negative_prompt` and `dynamic_guidance`: they are passed where an option sets them.
@@ -312,6 +313,9 @@ class PairBuilder(Strategy, ABC):
     """False if the construction of a pair determines which video is better."""
     needs_labeler: ClassVar[bool] = False
     """True if a pair cannot be built without a labeler."""
+    pairs_version: ClassVar[int] = 1
+    """Increased when the same options make other pairs, so that pairs of an earlier version are not
+    taken for them."""
 
     @property
     def needs_video(self) -> bool:

@@ -124,7 +124,7 @@ class PretrainedModel(VideoModel):
             "dynamic_guidance": dynamic_guidance,
         }
         if per_frame:
-            return frame_by_frame(self._sample, context, noise, size=self._smallest, **options)
+            return self._sample_frames(context, noise, **options)
         return self._sample(context, noise, **options)
 
     @abstractmethod
@@ -143,6 +143,10 @@ class PretrainedModel(VideoModel):
         dynamic_guidance: bool | None,
     ) -> Latents:
         """As `sample`, of whole videos; guidance that is None is the backbone's."""
+
+    def _sample_frames(self, context: Context, noise: Latents, **options: Any) -> Latents:
+        """As `_sample`, of every frame on its own: as the smallest video of the family."""
+        return frame_by_frame(self._sample, context, noise, size=self._smallest, **options)
 
     @property
     def _smallest(self) -> int:

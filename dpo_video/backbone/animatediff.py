@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal, final
 
 import torch
@@ -20,7 +21,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from dpo_video.backbone import _comfy
 from dpo_video.backbone._ddim import DDIMModel
-from dpo_video.backbone._pretrained import PretrainedBackbone, to_pixels
+from dpo_video.backbone._image_model import ImageModel, image_scheduler
+from dpo_video.backbone._pretrained import PretrainedBackbone, refuse_dynamic, to_pixels
 from dpo_video.diffusion.pretrained import Checkpoint, identity, place_denoiser
 from dpo_video.errors import UserError
 from dpo_video.strategies import Sampling, VideoModel
@@ -48,7 +50,9 @@ _MOTION_SCHEDULE: Mapping[str, Any] = {
 class AnimateDiff(PretrainedBackbone):
     """AnimateDiff: Stable Diffusion 1.5 with a motion adapter (Guo et al. 2023, arXiv 2307.04725).
 
-    The LoRA goes on the attention of the motion modules.
+    The LoRA goes on the attention of the motion modules. `img2img` pairs bypass the motion modules
+    and use the scheduler of `model`; a folder whose UNet already has motion modules has one
+    schedule for both.
     """
 
     efficiency: ClassVar[float] = 0.15  # measured: 0.13 to 0.17 on an H200
@@ -239,6 +243,24 @@ class AnimateDiffModel(DDIMModel):
             noisy.to(self.dtype), timestep.to(noisy.device), text, return_dict=False
         )[0]
         return prediction
+
+    @cached_property
+    def _image_scheduler(self) -> Any:
+        return image_scheduler(self._checkpoint)
+
+    def _sample_frames(self, context: Context, noise: Latents, **options: Any) -> Latents:
+        """Every frame by the image model that the motion modules extend."""
+        refuse_dynamic(options.pop("dynamic_guidance"))
+        scale, negative = options.pop("guidance_scale"), options.pop("negative_prompt")
+        if scale is None:
+            scale = self.sampling.guidance_scale
+        return ImageModel(self, self._image_scheduler).sample(
+            context,
+            noise,
+            guidance_scale=scale,
+            empty=None if scale == 1 else self._negative_context(negative, len(noise)),
+            **options,
+        )
 
     def latent_frames(self, segment: slice) -> slice:
         """The same frames: the VAE has no temporal stride."""

@@ -45,8 +45,9 @@ class CogVideoX(PretrainedBackbone):
     """CogVideoX 2B, 5B and 1.5-5B: text-to-video transformers (Yang et al. 2024, arXiv 2408.06072).
 
     Its published checkpoints need sentencepiece (pip install 'dpo-video[cogvideox]'). For 1.5-5B
-    set frames 81, height 768, width 1360 and fps 16. `img2img` pairs treat every latent
-    frame as a video of one frame (in 1.5-5B, every two: its smallest patch in time).
+    set frames 81, height 768, width 1360 and fps 16. There is no image model: `img2img`
+    pairs re-noise every latent frame as a video of one frame (in 1.5-5B, every two: its smallest
+    patch in time), which is an adaptation of Video-DPO's method.
     """
 
     # LocalDPO's table (arXiv 2601.04068).

@@ -59,8 +59,9 @@ class Wan(PretrainedBackbone):
 
     Any checkpoint of `WanPipeline`: 2.1 T2V 1.3B and 14B, 2.2 TI2V-5B, and 2.2 T2V-A14B with a
     high-noise and a low-noise expert. Defaults are LocalDPO's for Wan2.1-1.3B (Huang et al. 2026,
-    arXiv 2601.04068): LoRA of rank 64 on all attention projections. `img2img` pairs treat every
-    latent frame as a video of one frame.
+    arXiv 2601.04068): LoRA of rank 64 on all attention projections. There is no image model:
+    `img2img` pairs re-noise every latent frame as a video of one frame, which is an adaptation of
+    Video-DPO's method.
     """
 
     # LocalDPO's table, and its authors' train_wanx_base.sh.

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dpo_video.errors import UserError
-from dpo_video.strategies import VideoModel
-from dpo_video.types import Context, Latents, Region, Videos
+from dpo_video.types import Context, Latents, PerPair, Region, Videos
 
 
 def check_finite(latents: Latents, videos: Videos, prompts: Sequence[str]) -> None:
@@ -32,6 +31,21 @@ def check_finite(latents: Latents, videos: Videos, prompts: Sequence[str]) -> No
                 "its training has diverged: use an earlier checkpoint, or lower "
                 "train.learning_rate."
             )
+
+
+@runtime_checkable
+class Denoises(Protocol):
+    """What `denoise` needs of a model; see `VideoModel`, which has it."""
+
+    device: torch.device
+
+    def add_noise(self, clean: Latents, noise: Latents, timestep: PerPair) -> Latents:
+        """Forward process at `timestep`."""
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Latents, timestep: PerPair, context: Context
+    ) -> Latents:
+        """Prediction of a denoiser."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +72,7 @@ def first_step(strength: float, num_inference_steps: int) -> int:
 
 @torch.no_grad()
 def denoise(
-    model: VideoModel,
+    model: Denoises,
     denoiser: nn.Module,
     schedule: Schedule,
     context: Context,
@@ -73,7 +87,7 @@ def denoise(
     """Run a schedule from its step `first` on.
 
     Args:
-        model: Its `predict` and `add_noise` are used.
+        model: Predicts and adds noise.
         denoiser: The network to run.
         schedule: The steps.
         context: Encoded prompts, one per video.

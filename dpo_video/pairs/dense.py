@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self, final
+from typing import ClassVar, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -29,6 +29,8 @@ class Dense(PairBuilder):
     or v model has that ratio at an earlier timestep than `eta T`: for eta 0.75 at 569 of 1000
     (AnimateDiff) or 492 (CogVideoX-2B).
     """
+
+    pairs_version: ClassVar[int] = 2
 
     eta: tuple[float, float] = (0.65, 0.8)
     """Range of a pair's noise level: signal to noise is `(1 - eta) : eta`."""

@@ -203,8 +203,9 @@ def open_store(
         tables["train"] = {"mixed_precision": precision}
     if config.memory.quantization != "native":  # it changes the model's samples
         tables["memory"] = {"quantization": config.memory.quantization}
+    version = {"pairs_version": builder.pairs_version} if builder.pairs_version > 1 else {}
     manifest = Manifest(
-        recipe={**tables, "seed": config.run.seed, "clips": clips},
+        recipe={**tables, **version, "seed": config.run.seed, "clips": clips},
         identity=model.identity,
         latent_shape=model.latent_shape,
         fps=model.shape.fps,

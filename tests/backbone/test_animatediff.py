@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,17 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     MotionAdapter,
+    PNDMScheduler,
+    StableDiffusionImg2ImgPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dpo_video.backbone._image_model import without_motion
 from dpo_video.backbone.animatediff import AnimateDiff, AnimateDiffModel
 from dpo_video.errors import UserError
 from dpo_video.strategies import Sampling
@@ -67,6 +75,10 @@ def base_folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False
     ).save_pretrained(folder / "scheduler")
     return folder
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def load_base(base: Path, adapter: Path, **options: Any) -> AnimateDiffModel:
@@ -142,6 +154,132 @@ def test_a_base_with_a_motion_adapter_equals_diffusers_pipeline(
         model.encode_prompts([PROMPT]), noise, num_inference_steps=4, guidance_scale=2.0
     )
     torch.testing.assert_close(ours, stock_sample(pipeline, noise, 4), rtol=1e-4, atol=1e-4)
+
+
+# --- single frames by the image model ---------------------------------------------------------
+
+SD15 = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+
+
+# diffusers' Euler schedulers make an array of a tensor as NumPy 1 did.
+OLD_NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def with_scheduler(base: Path, folder: Path, name: str, **options: Any) -> Path:
+    """The checkpoint with another scheduler."""
+    shutil.copytree(base, folder)
+    config = {"_class_name": name, **SD15, **options}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@OLD_NUMPY
+@pytest.mark.filterwarnings("ignore:The configuration file of this scheduler:FutureWarning")
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize(
+    ("scheduler", "options"),
+    [
+        (PNDMScheduler, {}),  # as in Stable Diffusion 1.5
+        (DDIMScheduler, {"steps_offset": 0, "clip_sample": True}),  # corrected by the pipeline
+        (EulerDiscreteScheduler, {}),  # scales the network's input
+    ],
+)
+def test_single_frames_equal_those_of_stable_diffusions_img2img(
+    base_folder: Path,
+    adapter_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    scheduler: Any,
+    options: dict[str, Any],
+    guidance_scale: float,
+) -> None:
+    folder = with_scheduler(base_folder, tmp_path / "sd", scheduler.__name__, **options)
+    model = load_base(folder, adapter_folder)
+    pipeline = StableDiffusionImg2ImgPipeline(
+        unet=UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        scheduler=scheduler.from_pretrained(folder, subfolder="scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    clean, noise = torch.randn(2, 1, *model.latent_shape, generator=seeded(0))
+    monkeypatch.setattr(
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img.randn_tensor",
+        lambda *_, **__: noise[0].transpose(0, 1),
+    )
+    theirs = pipeline(
+        [PROMPT] * SHAPE.frames,
+        image=clean[0].transpose(0, 1),
+        strength=0.15,
+        num_inference_steps=20,
+        guidance_scale=guidance_scale,
+        negative_prompt=["blurred"] * SHAPE.frames,
+        output_type="latent",
+    ).images
+    sample = partial(model.sample, model.encode_prompts([PROMPT]), noise, guidance_scale=2.0)
+    before = sample(num_inference_steps=2)
+    ours = sample(
+        clean=clean,
+        strength=0.15,
+        per_frame=True,
+        num_inference_steps=20,
+        guidance_scale=guidance_scale,
+        negative_prompt="blurred",
+    )
+    torch.testing.assert_close(ours[0].transpose(0, 1), theirs, rtol=1e-4, atol=1e-4)
+    assert (ours - clean).abs().max() > 0.1
+    # The motion modules are back.
+    assert torch.equal(sample(num_inference_steps=2), before)
+
+
+@OLD_NUMPY
+def test_a_schedule_that_draws_noise_draws_the_same_again(
+    base_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    name = EulerAncestralDiscreteScheduler.__name__
+    model = load_base(with_scheduler(base_folder, tmp_path / "sd", name), adapter_folder)
+    clean, noise = torch.randn(2, 1, *model.latent_shape, generator=seeded(0))
+    state = torch.get_rng_state()
+    one, two = (
+        model.sample(model.encode_prompts([PROMPT]), noise, clean=clean, strength=0.5,
+                     per_frame=True, num_inference_steps=4)
+        for _ in range(2)
+    )  # fmt: skip
+    assert torch.equal(one, two) and torch.equal(state, torch.get_rng_state())
+
+
+def test_frames_of_an_unknown_schedule_are_refused(
+    base_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    folder = with_scheduler(base_folder, tmp_path / "sd", "TomorrowScheduler")
+    model = load_base(folder, adapter_folder)  # its videos have AnimateDiff's schedule
+    noise = torch.zeros(1, *model.latent_shape)
+    with pytest.raises(UserError, match=r"'TomorrowScheduler'.*--pairs jitter"):
+        model.sample(model.encode_prompts([PROMPT]), noise, per_frame=True)
+
+
+def test_the_motion_modules_are_restored_after_an_error(
+    base_folder: Path, adapter_folder: Path
+) -> None:
+    denoiser = load_base(base_folder, adapter_folder).denoiser
+    modules = [m for n, m in denoiser.named_modules() if re.fullmatch(r".*motion_modules\.\d+", n)]
+    with pytest.raises(ValueError, match="stop"), without_motion(denoiser):
+        hidden = torch.randn(SHAPE.frames, 16, 4, 4)
+        assert all(module(hidden, num_frames=SHAPE.frames) is hidden for module in modules)
+        raise ValueError("stop")
+    assert modules and not any("forward" in vars(module) for module in modules)
 
 
 def test_the_identity_depends_on_the_motion_adapter(

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.errors import UserError
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
+from dpo_video.pairs.jitter import Jitter
 from dpo_video.workflows.config import Config, resolve
+from dpo_video.workflows.session import open_store
 
 METRIC = ("frame_difference",)
 
@@ -247,3 +250,17 @@ def test_alpha_follows_a_rank_that_is_set_alone(backbone: str) -> None:
 def test_a_rank_out_of_range_is_refused(rank: int) -> None:
     with pytest.raises(UserError, match=r"^train\.rank = "):
         resolve(assignments=[f"train.rank={rank}"])
+
+
+def test_pairs_that_an_earlier_version_built_are_not_reused(
+    small_model: AnimateDiffModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolved(choices={"pairs": "jitter"})
+
+    def folder() -> Path:
+        return open_store(config, Jitter(), small_model, "clips", tmp_path, exact=False).folder
+
+    first = folder()
+    assert folder() == first
+    monkeypatch.setattr(Jitter, "pairs_version", 2)
+    assert folder() != first
