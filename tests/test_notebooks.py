@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_video.backbone import tiny
+from dpo_video.strategies import Sampling
+
 NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 
 
@@ -15,6 +18,8 @@ def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     for name, value in {"COUNT": 2, "STEPS": 2, "SEEDS": 2}.items():
         monkeypatch.setenv(name, str(value))
+    short = Sampling(num_inference_steps=2, guidance_scale=2.5)
+    monkeypatch.setattr(tiny, "Sampling", lambda **_: short)
     found = runpy.run_path(str(notebook))
     for name in ("pairs", "run", "evaluation", "video", "own"):
         assert "<" in found[name]._repr_html_()

@@ -119,17 +119,15 @@ def test_plugins_of_three_kinds_mix(installed: Path, small_folder: Path, tmp_pat
     assert all(value > 0 for value in metrics["wavelet_flicker"]["tuned"])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_its_own_tests_pass(
-    name: str, installed: Path, tmp_path: Path, pytestconfig: pytest.Config
-) -> None:
-    own = shutil.copytree(PLUGINS / name / "tests", tmp_path / "tests")
+def test_their_own_tests_pass(installed: Path, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    own = [shutil.copytree(PLUGINS / name / "tests", tmp_path / name) for name in NAMES]
     filters = (pytestconfig.getoption("pythonwarnings") or ["error"])[-1]
     done = program(
-        "-q", "-W", filters, "-p", "no:cacheprovider", own,
+        "-v", "-W", filters, "-p", "no:cacheprovider", "--import-mode=importlib", *own,
         path=installed, cwd=tmp_path, module="pytest",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
+    assert all(f"{name}/" in done.stdout for name in NAMES)
 
 
 def fake(place: Path, distribution: str, source: str, entry: str) -> None:

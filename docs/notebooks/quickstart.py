@@ -90,5 +90,11 @@ class Steeper(Loss):
         return dv.loss.Global(beta=self.beta)(errors)
 
 
-own = dv.train(pairs, loss=Steeper(beta=4000), steps=STEPS, validation_videos=0)
+own = dv.train(
+    pairs,
+    loss=Steeper(beta=4000),
+    steps=STEPS,
+    gradient_accumulation_steps=1,
+    validation_videos=0,
+)
 own

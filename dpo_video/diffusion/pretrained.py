@@ -288,15 +288,16 @@ class Lazy(Generic[Loaded]):
             self._loaded = self._load()
         return self._loaded
 
-    def free(self) -> None:
-        """Drop it; the next `get` loads it again."""
-        self._loaded = None
+    def free(self) -> bool:
+        """Drop it; the next `get` loads it again. Returns whether it was loaded."""
+        loaded, self._loaded = self._loaded is not None, None
+        return loaded
 
 
 def free(*parts: Lazy[Any]) -> None:
     """Free parts, and return their memory to the device."""
-    for part in parts:
-        part.free()
+    if not any([part.free() for part in parts]):
+        return
     gc.collect()  # networks contain reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

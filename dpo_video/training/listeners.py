@@ -134,7 +134,7 @@ class ValidationVideos(Listener):
 
     def on_step_end(self, event: StepEvent) -> None:
         """Sample after a checkpoint."""
-        if event.checkpoint is not None:
+        if event.checkpoint is not None and self._count:
             self._sample(event.report.step)
 
     def _folder(self, step: int) -> Path:
