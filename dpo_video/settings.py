@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+LARGEST_SEED = (1 << 63) - 1  # TOML's largest number
 LARGEST_RANK = 1 << 16  # more than the width of any layer
 
 
@@ -161,7 +162,7 @@ class EvaluateSettings(Settings):
     prompts: str | None = None
     """Text file of evaluation prompts, one per line; cycled if there are fewer than `seeds`.
     Default: the backbone's."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """First seed of the initial noise; independent of run.seed, so that runs with other seeds
     are evaluated on the same noise."""
     batch_size: int = Field(default=4, ge=1)
@@ -184,7 +185,7 @@ class EvaluateSettings(Settings):
 class RunSettings(Settings):
     """[run]: options of the whole run."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of all random draws."""
     device: str = "auto"
     """cuda, cuda:N, mps or cpu; "auto" chooses the best available device."""

@@ -96,6 +96,10 @@ class VideoModel(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Context:
         """Encode prompts to the denoiser's conditioning."""
 
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that the text encoder cuts off; empty, as by default, if none is."""
+        return ""
+
     @abstractmethod
     def sample_timesteps(self, n: int, generator: Generator) -> PerPair:
         """Draw `n` training timesteps from the family's distribution, on the CPU."""
@@ -295,6 +299,9 @@ class LabelTask(ABC):
 
         They replace that rater's earlier labels of the pair, for relabelling and undoing.
         """
+
+    def remark(self, text: str) -> None:  # noqa: B027 # optional
+        """Tell the user something about the labels; ignored by default."""
 
 
 class StoreLabeler(AnyLabeler, ABC):

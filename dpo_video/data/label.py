@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import combinations
@@ -45,7 +45,14 @@ class LabelReport:
 class StoreTask(LabelTask):
     """A pair store and a label set, for a `StoreLabeler`."""
 
-    def __init__(self, store: PairStore, model: VideoModel, label_set: LabelSet) -> None:
+    def __init__(
+        self,
+        store: PairStore,
+        model: VideoModel,
+        label_set: LabelSet,
+        on_remark: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._on_remark = on_remark
         self.store, self.model, self.label_set = store, model, label_set
         self.pairs = range(len(store))
         self.segments = [slice(start, stop) for start, stop in label_set.recipe.segments]
@@ -78,6 +85,10 @@ class StoreTask(LabelTask):
         now = datetime.now(UTC).replace(microsecond=0)
         self.label_set.record(pair, labels, rater=rater, note=note, time=now)
 
+    def remark(self, text: str) -> None:
+        """Pass it on."""
+        self._on_remark(text)
+
 
 def recipe(
     store: PairStore, model: VideoModel, labeler: Mapping[str, Any], seconds: float = SECONDS
@@ -96,14 +107,19 @@ def recipe(
 
 
 def label(
-    store: PairStore, model: VideoModel, labeler: Labeler | StoreLabeler, label_set: LabelSet
+    store: PairStore,
+    model: VideoModel,
+    labeler: Labeler | StoreLabeler,
+    label_set: LabelSet,
+    on_remark: Callable[[str], None] = lambda text: None,
 ) -> Iterator[LabelReport]:
     """Label the pairs that have no label yet, one report per pair.
 
-    A `StoreLabeler` labels the store by itself and yields no report.
+    A `StoreLabeler` labels the store by itself and yields no report; what it has to say about the
+    labels goes to `on_remark`.
     """
     store.check_fits(model)
-    task = StoreTask(store, model, label_set)
+    task = StoreTask(store, model, label_set, on_remark)
     if isinstance(labeler, StoreLabeler):
         labeler.label_store(task)
         return

@@ -25,10 +25,12 @@ from torch import Tensor
 from dpo_video.data.segments import broadcast
 from dpo_video.errors import StoreError, UserError, first_fault, unknown
 from dpo_video.support.atomic import append_line, write_text, writing
+from dpo_video.support.reading import read_bytes
 from dpo_video.support.statistics import cohen_kappa
 from dpo_video.types import SegmentLabel
 
 FOLDER = "labels"
+MAX_LABELS = 1 << 30  # bytes of a set
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -105,10 +107,11 @@ class LabelSet:
         if not recipe.is_file():
             raise unknown(f"set of labels in '{store}'", name, names(store))
         try:
-            self.recipe = LabelRecipe.model_validate_json(recipe.read_bytes())
-        except ValidationError as error:
+            self.recipe = LabelRecipe.model_validate_json(read_bytes(recipe))
+        except (OSError, ValidationError) as error:
+            reason = error.strerror if isinstance(error, OSError) else first_fault(error)
             raise StoreError(
-                f"'{recipe}' cannot be read ({first_fault(error)}). Label under another name "
+                f"'{recipe}' cannot be read ({reason}). Label under another name "
                 "(--as), or update dpo-video if a newer version wrote it."
             ) from error
         self.lines = self._read()
@@ -195,7 +198,14 @@ class LabelSet:
             return []
         # What follows the last line break is torn, or another process is writing it.
         lines = []
-        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            data = read_bytes(self.path, MAX_LABELS)
+        except OSError as error:
+            raise StoreError(
+                f"'{self.path}' cannot be read: {error.strerror}. Restore it, or label under "
+                "another name (--as)."
+            ) from error
+        for number, text in enumerate(data.split(b"\n")[:-1], start=1):
             try:
                 line = LabelLine.model_validate_json(text)
             except ValidationError as error:

@@ -17,6 +17,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from dpo_video.errors import StoreError
+from dpo_video.support.reading import open_regular
 
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each retry of a remote read
 MAPPED = 1 << 20  # bytes; larger files are memory-mapped
@@ -68,18 +69,21 @@ class LocalStorage(Storage):
 
     def read(self, name: str, start: int = 0) -> bytes:
         """See `Storage`."""
-        with (self._folder / name).open("rb") as file:
+        with open_regular(self._folder / name) as file:
             file.seek(start)
             return file.read()
 
     def load(self, name: str) -> dict[str, Tensor]:
         """See `Storage`. Large files are memory-mapped; small ones are faster to copy."""
         path = self._folder / name
-        return load(path.read_bytes()) if path.stat().st_size < MAPPED else load_file(path)
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size < MAPPED:
+                return load(file.read())
+        return load_file(path)
 
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
         """See `Storage`."""
-        with (self._folder / name).open("rb", buffering=0) as file:
+        with open_regular(self._folder / name) as file:
             size = file.seek(0, os.SEEK_END)
             if any(not 0 <= start <= stop <= size for start, stop in spans):
                 raise OSError("it is shorter than its header says")  # before memory is allocated

@@ -18,7 +18,9 @@ from torch import Tensor
 from dpo_video.data.store import PairStore
 from dpo_video.errors import StoreError, UserError
 from dpo_video.support.atomic import publishing, write_text, writing
+from dpo_video.support.reading import open_regular
 
+_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _KEYS = ("latents_w", "latents_l", "prompt_embeds")
 
 
@@ -51,15 +53,22 @@ def read_videodpo_pair(path: Path) -> VideoDPOPair:
         UserError: if it is damaged or holds other tensors.
     """
     try:
-        _check_archive(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            _check_archive(path)
+            held = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file may raise anything
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path} cannot be read ({reason}). Remove or replace it.") from error
     values = [held.get(key) for key in _KEYS] if isinstance(held, dict) else []
-    tensors = [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    tensors = [x for x in values if isinstance(x, Tensor)]
     if len(tensors) != len(_KEYS):
         raise UserError(f"{path} does not hold the tensors {', '.join(_KEYS)}. Remove it.")
+    for key, tensor in zip(_KEYS, tensors, strict=True):
+        if odd := _oddity(tensor, path.stat().st_size):
+            raise UserError(
+                f"{path} holds {key} as {odd}. Save plain tensors in fp32, fp16 or bf16."
+            )
+    tensors = [tensor.detach() for tensor in tensors]
     chosen, rejected, prompt = tensors
     chosen, rejected = (x[0] if x.ndim == 5 and len(x) == 1 else x for x in (chosen, rejected))
     prompt = prompt[None] if prompt.ndim == 2 else prompt
@@ -70,6 +79,19 @@ def read_videodpo_pair(path: Path) -> VideoDPOPair:
             "of [1 tokens channels]. Remove or replace it."
         )
     return VideoDPOPair(chosen=chosen, rejected=rejected, prompt_embeds=prompt)
+
+
+def _oddity(tensor: Tensor, size: int) -> str | None:
+    """Why a tensor of a file of `size` bytes cannot be computed with; None for a plain one."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return "a nested or sparse tensor"
+    if tensor.device.type != "cpu":  # meta: a shape without numbers
+        return f"a tensor on the device {tensor.device.type}"
+    if tensor.is_quantized or tensor.dtype not in _DTYPES:
+        return f"a tensor of type {tensor.dtype}"
+    if tensor.numel() * tensor.element_size() > size:
+        return "a tensor that repeats numbers, larger than the file"
+    return None
 
 
 def _check_archive(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import importlib.util
@@ -19,17 +20,20 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from transformers import PreTrainedModel
 
 from dpo_video.diffusion.known_models import find_model
 from dpo_video.errors import UserError
 from dpo_video.support.hashing import file_digest
+from dpo_video.support.reading import parse_json, read_bytes
 from dpo_video.types import Placement
 
 Loaded = TypeVar("Loaded")
@@ -68,20 +72,22 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         model = find_model(self.source)
-        if model and not self._local.is_dir() and self.source.lower() == model.name:
+        if model and self._local is None and self.source.lower() == model.name:
             object.__setattr__(self, "source", model.hub[0])
 
     @property
-    def _local(self) -> Path:
-        return Path(self.source).expanduser()
+    def _local(self) -> Path | None:
+        """The source as a folder; None if there is none, or no folder can have that name."""
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # RuntimeError: ~nobody
+            folder = Path(self.source).expanduser()
+            if folder.is_dir():
+                return folder
+        return None
 
     def folder(self, part: str = "") -> Path:
         """The part's local folder, downloaded if need be; a UserError if there is none."""
         model = find_model(self.source) if self.placement.on_meta else None
-        if self._local.is_dir():
-            root = self._local
-        else:
-            root = model.folder if model else self._download(part)
+        root = self._local or (model.folder if model else self._download(part))
         folder = root / part
         if not folder.is_dir():
             raise self._missing(part, f"it has no folder '{part}'")
@@ -91,11 +97,13 @@ class Checkpoint:
         """A part's configuration."""
         path = self.folder(part) / file
         try:
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            config = parse_json(read_bytes(path))
         except FileNotFoundError as error:
             raise self._missing(part, f"it has no '{Path(part) / file}'") from error
         except (OSError, ValueError) as error:
             raise self._missing(part, f"'{Path(part) / file}' cannot be read ({error})") from error
+        if not isinstance(config, dict):
+            raise self._missing(part, f"'{Path(part) / file}' is no table")
         return config
 
     def full_config(self, network: type[Any], part: str = "") -> Mapping[str, Any]:
@@ -203,7 +211,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _download(self, part: str) -> Path:
-        if not _HUB_ID.fullmatch(self.source):
+        if not _is_hub_id(self.source):
             raise self._missing(part, "there is no such folder")
         try:
             if self.placement.on_meta:
@@ -254,6 +262,15 @@ class Checkpoint:
             f"Cannot load the {_named(part)}'{self.source}': {reason}. Name a folder or hub id in "
             f"diffusers' layout (--set {self.option}=...)."
         )
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether a name may be on the hub; the name of a folder, such as `./model`, may not."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from pydantic import ConfigDict, Field, field_validator
 from dpo_video.errors import UserError
 from dpo_video.strategies import Strategy
 from dpo_video.support.atomic import write_text, writing
+from dpo_video.support.reading import parse_json, read_bytes
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -171,8 +172,8 @@ class Chat:
         usage = completion.usage
         return _Reply(
             text=text,
-            input_tokens=usage.prompt_tokens if usage else 0,
-            output_tokens=usage.completion_tokens if usage else 0,
+            input_tokens=_count(usage, "prompt_tokens"),
+            output_tokens=_count(usage, "completion_tokens"),
         )
 
     def _refused(self, status: int, message: str) -> UserError:
@@ -223,10 +224,16 @@ class _Reply:
 def _cached(path: Path) -> str | None:
     """The text of a cached answer; None if it is missing or damaged."""
     try:
-        answer = json.loads(path.read_text(encoding="utf-8"))["answer"]
+        answer = parse_json(read_bytes(path), storable=False)["answer"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return answer if isinstance(answer, str) else None
+
+
+def _count(usage: Any, name: str) -> int:
+    """A number of tokens that the server reports; 0 if it reports something else."""
+    found = getattr(usage, name, None)
+    return found if isinstance(found, int) else 0
 
 
 def _seconds(header: str | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, final
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpo_video.errors import UserError, first_fault
 from dpo_video.strategies import LabelTask, StoreLabeler
+from dpo_video.support.reading import composed, one_spaced, parse_json, read_lines
 from dpo_video.types import SegmentLabel
 
 _WORDS: Mapping[str, float] = {"first": 1.0, "second": -1.0, "tie": 0.0}
@@ -20,7 +20,7 @@ _Label = Annotated[float, Field(ge=-1, le=1)] | Literal["first", "second", "tie"
 class _Line(BaseModel):
     """One line of the file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     pair: int | None = Field(default=None, ge=0)
     prompt: str | None = None
@@ -66,7 +66,7 @@ class Recorded(StoreLabeler):
     def label_store(self, task: LabelTask) -> None:
         """Record the labels that differ from the recorded ones; none if any line is invalid."""
         final: dict[tuple[str, int], tuple[tuple[SegmentLabel, ...], str]] = {}
-        for number, line in self._lines():
+        for number, line in self._lines(task):
             labels = line.by_segment(len(task.segments))
             if len(labels) != len(task.segments):
                 raise self._error(
@@ -77,30 +77,33 @@ class Recorded(StoreLabeler):
             if task.labels_by(rater).get(pair) != labels:
                 task.record(pair, labels, rater=rater, note=note)
 
-    def _lines(self) -> Iterator[tuple[int, _Line]]:
+    def _lines(self, task: LabelTask) -> Iterator[tuple[int, _Line]]:
+        columns: set[str] = set()
         try:
-            texts = Path(self.file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            for number, text in read_lines(Path(self.file)):
+                try:
+                    entry = parse_json(text)
+                    line = _Line.model_validate(entry)
+                except ValueError as error:
+                    raise self._error(number, f"is not a label ({_reason(error)})") from error
+                columns |= entry.keys() - _Line.model_fields.keys()
+                yield number, line
+        except OSError as error:
             raise UserError(
-                f"Cannot read '{self.file}': {reason}. Name a JSONL file: "
+                f"Cannot read '{self.file}': {error.strerror}. Name a JSONL file: "
                 "--set labeler.file=labels.jsonl"
             ) from error
-        for number, text in enumerate(texts, start=1):
-            if text.strip():
-                try:
-                    line = _Line.model_validate(json.loads(text))
-                    f"{line.prompt} {line.rater} {line.note}".encode()  # refuses lone surrogates
-                except (ValueError, RecursionError) as error:
-                    raise self._error(number, f"is not a label ({_reason(error)})") from error
-                yield number, line
+        if columns:
+            names = ", ".join(sorted(columns))
+            task.remark(f"Columns that are not read: {self.file} ({names}).")
 
     def _pair(self, number: int, line: _Line, task: LabelTask) -> int:
         if line.pair is not None:
             if line.pair not in task.pairs:
                 raise self._error(number, f"names pair {line.pair} of {len(task.pairs)}")
             return line.pair
-        found = [pair for pair in task.pairs if task.prompt(pair) == line.prompt]
+        wanted = _plain(line.prompt or "")
+        found = [pair for pair in task.pairs if _plain(task.prompt(pair)) == wanted]
         if len(found) != 1:
             raise self._error(number, f"names a prompt that {len(found)} pairs have")
         return found[0]
@@ -112,13 +115,16 @@ class Recorded(StoreLabeler):
         )
 
 
+def _plain(prompt: str) -> str:
+    """A prompt as `build` stores it, in one form of Unicode."""
+    return composed(one_spaced(prompt))
+
+
 def _number(label: Any) -> SegmentLabel:
     return "skip" if label == "skip" else _WORDS.get(label, label)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return error.msg
     if not isinstance(error, ValidationError):
         return str(error)
     return first_fault(error)

@@ -16,8 +16,10 @@ from pydantic import Field
 
 from dpo_video.labeler._chat import Answer, Endpoint, FailedError, open_chat
 from dpo_video.strategies import LabelResult, ReasonedLabeler
+from dpo_video.support.reading import one_spaced, parse_json
 from dpo_video.types import Video, Videos
 
+LONGEST_REASON = 2000  # characters kept in a note
 _SIGNS = {"first": 1, "second": -1, "tie": 0}
 _QUESTION = (
     "Below are frames, in order, of two short videos, first those of the first video, then those "
@@ -154,12 +156,15 @@ def _read(text: str) -> _Verdict:
     """The JSON object in an answer, ignoring any text around it."""
     start, end = text.find("{"), text.rfind("}")
     try:
-        found = json.loads(text[start : end + 1])
+        found = parse_json(text[start : end + 1], storable=False)
     except ValueError as error:
-        raise FailedError("an answer that is not JSON") from error
+        raise FailedError(f"an answer that is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise FailedError("an answer that is no JSON object")
     better = found.get("better")
     word = better.strip().lower() if isinstance(better, str) else ""
     if word not in _SIGNS:
         raise FailedError("an answer other than first, second and tie")
-    reason = " ".join(str(found.get("reason") or "no reason given").split())
+    reason = one_spaced(str(found.get("reason") or "no reason given"))[:LONGEST_REASON]
+    reason = reason.encode(errors="replace").decode()  # a lone surrogate cannot be stored
     return _Verdict(sign=_SIGNS[word], better=word, reason=reason)

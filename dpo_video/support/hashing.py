@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpo_video.support.reading import open_regular
+
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, 64 hex digits. Raises OSError if it cannot be read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_video.support.atomic import write_tensors
+from dpo_video.support.reading import require_regular
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
 
@@ -33,6 +34,7 @@ def load_state(path: Path) -> Any:
         ValueError: if the file does not hold such a state.
         OSError, SafetensorError: if the file cannot be read.
     """
+    require_regular(path)
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("state")
     if text is None:

@@ -9,7 +9,6 @@ A checkpoint whose files differ from its manifest is damaged, even if they load.
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,10 @@ from dpo_video.errors import RunError
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import sync, write_text
 from dpo_video.support.hashing import file_digest, tensors_digest
+from dpo_video.support.reading import read_bytes
 from dpo_video.support.rng import global_states, set_global_states
 from dpo_video.support.tensor_tree import load_state, save_state
+from dpo_video.training.adapter_config import read_lora_config
 from dpo_video.training.run_dir import LATEST, checkpoints, latest_checkpoint
 
 MANIFEST = "checkpoint.json"
@@ -107,7 +108,7 @@ def check_manifest(folder: Path, fingerprint: RunFingerprint | None = None) -> N
         RunError: if it is damaged, or if something has changed since it was written.
     """
     try:
-        found = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
+        found = CheckpointManifest.model_validate_json(read_bytes(folder / MANIFEST))
     except (OSError, ValidationError) as error:
         raise damaged(folder, f"its {MANIFEST} is missing or invalid") from error
     for file, digest in found.files.items():
@@ -132,7 +133,7 @@ def check_manifest(folder: Path, fingerprint: RunFingerprint | None = None) -> N
 def manifest_count(folder: Path) -> int | None:
     """Number of pairs of a checkpoint's run; None if its manifest is missing or invalid."""
     try:
-        data = (folder / MANIFEST).read_bytes()
+        data = read_bytes(folder / MANIFEST)
         return CheckpointManifest.model_validate_json(data).fingerprint.count
     except (OSError, ValidationError):
         return None  # `check_manifest` raises the error
@@ -241,21 +242,26 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
     Raises:
         RunError: if it is damaged, no LoRA, or does not fit.
     """
-    expected: tuple[type[Exception], ...] = (Exception,)
-    if (folder.parent / MANIFEST).exists():
+    ours = (folder.parent / MANIFEST).exists()
+    if ours:
         check_manifest(folder.parent)
-        expected = (ValueError, RuntimeError)  # no such modules; weights of another shape
+
+    def misfit(error: Exception) -> RunError:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return RunError(
+            f"The adapter in '{folder}' does not fit this backbone ({reason}). {instead}"
+        )
+
     try:
-        config = json.loads((folder / "adapter_config.json").read_bytes())
-        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            raise ValueError("adapter_config.json describes no LoRA")
-        if config.get("lora_bias"):  # a layer without a bias cannot merge one
-            raise ValueError("its LoRA has biases, which dpo-video does not support")
+        config = read_lora_config(folder / "adapter_config.json")
         if not (folder / "adapter_model.safetensors").is_file():
             raise ValueError("it has no adapter_model.safetensors")
-        return PeftModel.from_pretrained(network, str(folder))
-    except expected as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(
-            f"The adapter in '{folder}' does not fit this backbone ({reason}). {instead}"
-        ) from error
+    except (OSError, ValueError) as error:
+        if ours:
+            raise
+        raise misfit(error) from error
+    expected = (ValueError, RuntimeError) if ours else (Exception,)
+    try:
+        return PeftModel.from_pretrained(network, str(folder), config=config)
+    except expected as error:  # no such modules; weights of another shape
+        raise misfit(error) from error

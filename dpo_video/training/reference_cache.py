@@ -30,6 +30,7 @@ from dpo_video.errors import StoreError
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import write_tensors, write_text, writing
 from dpo_video.support.hashing import tensors_digest
+from dpo_video.support.reading import read_bytes, require_regular
 from dpo_video.support.statistics import Record
 from dpo_video.types import Latents
 
@@ -126,8 +127,8 @@ class ReferenceCache:
                 with locked(self.folder):
                     write_text(path, manifest.model_dump_json(indent=2) + "\n")
         try:
-            found = ReferenceCacheManifest.model_validate_json(path.read_bytes())
-        except ValidationError:
+            found = ReferenceCacheManifest.model_validate_json(read_bytes(path))
+        except (OSError, ValidationError):
             found = None
         if found != manifest:
             raise self._stale(f"'{path}' does not describe this run")
@@ -207,6 +208,7 @@ class ReferenceCache:
         if not path.exists():
             return False
         try:
+            require_regular(path)
             with safe_open(path, framework="pt") as file:
                 made_for = (file.metadata() or {}).get("pair")
         except (OSError, SafetensorError) as error:

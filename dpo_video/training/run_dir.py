@@ -9,8 +9,10 @@ from pydantic import ValidationError
 
 from dpo_video.errors import RunError, first_fault
 from dpo_video.support.atomic import write_bytes
+from dpo_video.support.reading import read_bytes
 from dpo_video.training.report import StepReport
 
+MAX_LOG = 1 << 30  # bytes
 LATEST, LOG = "latest", "log.jsonl"
 _STEP = re.compile(r"step_[0-9]{6,12}")  # no path to another folder
 
@@ -77,13 +79,13 @@ def read_log(out: Path) -> list[StepReport]:
     if not path.exists():
         return []
     # What follows the last line break was not written completely.
-    lines = path.read_bytes().split(b"\n")[:-1]
     try:
+        lines = read_bytes(path, MAX_LOG).split(b"\n")[:-1]
         return [StepReport.model_validate_json(line) for line in lines]
-    except ValidationError as error:
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_fault(error)
         raise RunError(
-            f"'{path}' cannot be read ({first_fault(error)}). Delete it to continue without "
-            "training curves."
+            f"'{path}' cannot be read ({reason}). Delete it to continue without training curves."
         ) from error
 
 

@@ -22,6 +22,7 @@ from dpo_video.evaluation.evaluate import sample_videos
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.rows import Cell
 from dpo_video.support.atomic import write_text, writing
+from dpo_video.support.reading import read_toml
 from dpo_video.support.tensor_tree import load_state, save_state
 from dpo_video.types import Videos
 from dpo_video.workflows import config as configs
@@ -215,10 +216,10 @@ def _read(paths: Sequence[Path | str] | None) -> _Recipes:
     selection: dict[str, Any] = {}
     for path in map(Path, paths or [str(files("dpo_video.workflows") / "recipes.toml")]):
         try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+            tables = read_toml(path)
         except OSError as error:
             raise UserError(f"Cannot read '{path}': {error.strerror}. Name a TOML file.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise UserError(f"'{path}' is not valid TOML: {error}. Correct it.") from error
         if tables.keys() & {*configs.ENGINES, *registry.KINDS}:
             found.append(_Recipe(name=path.stem, file=path, table=None))
@@ -234,6 +235,7 @@ def _read(paths: Sequence[Path | str] | None) -> _Recipes:
                     f"{', '.join(sorted(_KEYS))}; options go into set = "
                     '["train.learning_rate=1e-4"].'
                 )
+            _check_types(name, path, table)
             found.append(_Recipe(name=name, file=path, table=table))
     names = [recipe.name for recipe in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -241,6 +243,17 @@ def _read(paths: Sequence[Path | str] | None) -> _Recipes:
     if not found:
         raise UserError('The files name no recipe. Write one: [NAME] and pairs = "local".')
     return _Recipes(recipes=found, **selection)
+
+
+def _check_types(name: str, path: Path, table: Mapping[str, Any]) -> None:
+    """A UserError unless strategies are names and `set` is a list of texts."""
+    wrong = next((kind for kind in _KINDS if not isinstance(table.get(kind, ""), str)), None)
+    options = table.get("set", [])
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        wrong = "set"
+    if wrong:
+        form = 'set = ["train.learning_rate=1e-4"]' if wrong == "set" else f'{wrong} = "NAME"'
+        raise UserError(f"Recipe '{name}' of '{path}': {wrong} has another form. Write {form}.")
 
 
 def _selection(table: Any, path: Path) -> dict[str, Any]:

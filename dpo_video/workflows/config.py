@@ -39,6 +39,7 @@ from dpo_video.strategies import (
     StoreLabeler,
     Strategy,
 )
+from dpo_video.support.reading import read_toml
 
 Model = TypeVar("Model", bound=BaseModel)
 Tables = dict[str, dict[str, Any]]
@@ -198,12 +199,12 @@ def _with_family_defaults(given: Any, defaults: Mapping[str, Any]) -> Any:
 
 def _read(file: Path) -> Tables:
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        tables = read_toml(file)
     except OSError as error:
         raise UserError(
             f"Cannot read '{file}': {error.strerror}. Name an existing TOML file."
         ) from error
-    except (ValueError, RecursionError) as error:  # also overlong numbers and too deep tables
+    except ValueError as error:
         raise UserError(
             f"'{file}' is not valid TOML: {error}. Correct it and run again."
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
@@ -17,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from dpo_video.errors import UserError
+from dpo_video.support.reading import parse_json, read_bytes
 
 _ZERO = "ACCELERATE_DEEPSPEED_"
 _PREFIXES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "FSDP_", _ZERO)
@@ -69,7 +69,7 @@ def _zero_of_variables(given: Mapping[str, str]) -> Mapping[str, Any]:
 
 def _zero_of_file(file: Path) -> Mapping[str, Any]:
     try:
-        zero: dict[str, Any] = json.loads(file.read_bytes())["zero_optimization"]
+        zero: dict[str, Any] = parse_json(read_bytes(file))["zero_optimization"]
         parts = [part for name, part in zero.items() if name.startswith("offload_")]
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError("an offload entry is not a table")

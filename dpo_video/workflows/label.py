@@ -62,7 +62,7 @@ def label(
     figures: Counter[str] = Counter()
     if isinstance(config.labeler, StoreLabeler):
         with suppress(KeyboardInterrupt):
-            list(label_pairs(store, model, config.labeler, labels))
+            list(label_pairs(store, model, config.labeler, labels, progress.note))
     else:
         progress.update("pairs", len(labels.done()), len(store))
         for report in label_pairs(store, model, config.labeler, labels):

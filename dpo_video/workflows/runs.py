@@ -20,6 +20,7 @@ from dpo_video.evaluation.report import training_context
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.support.atomic import write_text
 from dpo_video.support.formatting import html_table, plain_table
+from dpo_video.support.reading import read_bytes
 from dpo_video.training.diagnosis import TrainingVerdict, judge_training
 from dpo_video.training.report import StepReport
 from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log
@@ -82,7 +83,7 @@ class Run:
         """
         path = self.folder / PROMPTS
         try:
-            return _TEXTS.validate_json(path.read_bytes())
+            return _TEXTS.validate_json(read_bytes(path))
         except (OSError, ValidationError) as error:
             reason = error.strerror if isinstance(error, OSError) else first_fault(error)
             raise RunError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from small_pairs import MANIFEST, random_pair
+from torch import Tensor
 
 from dpo_video.data.store import PairStore
 from dpo_video.data.videodpo import (
@@ -79,7 +82,7 @@ def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
     ("tensors", "complaint"),
     [
         ({"latents_w": None}, "does not hold the tensors latents_w"),
-        ({"prompt_embeds": torch.zeros(1, 5, 3, dtype=torch.long)}, "does not hold the tensors"),
+        ({"prompt_embeds": torch.zeros(1, 5, 3, dtype=torch.long)}, "of type torch.int64"),
         ({"latents_l": LATENTS[:, :1]}, "holds shapes"),
         ({"latents_w": LATENTS[0], "latents_l": LATENTS[0]}, "holds shapes"),
         ({"prompt_embeds": EMBEDS.repeat(2, 1, 1)}, "holds shapes"),
@@ -90,6 +93,39 @@ def test_other_contents_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=complaint):
         read_videodpo_pair(written(tmp_path / "one.pt", **tensors))
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated)")
+@pytest.mark.parametrize(
+    ("odd", "complaint"),
+    [
+        (lambda x: x.to(torch.float8_e4m3fn), "of type torch.float8_e4m3fn"),
+        (lambda x: x.to(torch.complex64), "of type torch.complex64"),
+        (lambda x: x.to("meta"), "on the device meta"),
+        (lambda x: x.to_sparse(), "a nested or sparse tensor"),
+        (lambda x: x[0, 0].to_sparse_csr(), "a nested or sparse tensor"),
+        (lambda x: torch.nested.nested_tensor([x, x]), "a nested or sparse tensor"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "of type torch.qint8"),
+        (lambda x: x[:1, :1, :1, :1].expand(4, 4, 512, 512), "larger than the file"),
+    ],
+)
+def test_tensors_without_plain_numbers_are_refused(
+    tmp_path: Path, odd: Callable[[Tensor], Tensor], complaint: str
+) -> None:
+    path = written(tmp_path / "one.pt", latents_w=odd(LATENTS))
+    with pytest.raises(UserError, match=rf"one\.pt holds latents_w as .*{complaint}"):
+        read_videodpo_pair(path)
+
+
+def test_a_parameter_is_read_as_plain_numbers(tmp_path: Path) -> None:
+    path = written(tmp_path / "one.pt", latents_w=torch.nn.Parameter(LATENTS))
+    assert not read_videodpo_pair(path).chosen.requires_grad
+
+
+def test_a_pipe_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "one.pt")
+    with pytest.raises(UserError, match=r"cannot be read \(.*it is a named pipe"):
+        read_videodpo_pair(tmp_path / "one.pt")
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

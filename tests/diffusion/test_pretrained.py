@@ -257,8 +257,14 @@ def test_a_part_without_weights_and_a_missing_folder_are_named(tmp_path: Path) -
         at(tmp_path).digest("vae")
     with pytest.raises(UserError, match="Cannot load the vae"):
         at(tmp_path).load(AutoencoderKL, "vae")
-    with pytest.raises(UserError, match="there is no such folder"):
-        at(tmp_path / "missing").folder("vae")
+    for missing in (tmp_path / "missing", "nosuch", "./nosuch", "../a/b", "~/nosuch", "a/b.git",
+                    ".hidden/model", "a--b/c", "a\\b", "a/b/c", "x" * 5000):  # fmt: skip
+        with pytest.raises(UserError, match="there is no such folder"):
+            Checkpoint(source=str(missing)).folder("vae")
+    for hostile in ("[" * 5000, "[1]", '{"a": 1, "a": 2}'):
+        (tmp_path / "vae" / "config.json").write_text(hostile)
+        with pytest.raises(UserError, match=r"'vae/config\.json'"):
+            at(tmp_path).config("vae")
 
 
 def test_a_tokenizer_names_its_missing_package(

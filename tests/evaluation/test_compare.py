@@ -260,6 +260,17 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
         ("[one]\npairs = 'local'\n[selection]\nother = 1", [], "takes prompts and seeds only"),
         ("selection = 1\n[one]\npairs = 'local'", [], "takes prompts and seeds only"),
         ("[one]\npairs = 'local'\nseeds = ['0']", [], "seeds is a list"),
+        ("[one]\npairs = 3", [], r"Recipe 'one' .*: pairs has another form\. Write pairs = "),
+        ("[one]\nbackbone = ['tiny']", [], "backbone has another form"),
+        ("[one]\nlabeler = {a = 1}", [], "labeler has another form"),
+        ("[one]\nset = 'loss.beta=3'", [], r"set has another form\. Write set = "),
+        ("[one]\nset = [3]", [], "set has another form"),
+        ("[one]\nset = {a = 1}", [], "set has another form"),
+        ("one = 3", [], "has no table"),
+        ("a = " + "[" * 5000, [], "not valid TOML: it is nested too deeply"),
+        ("a = " + "9" * 5000, [], "not valid TOML: Exceeds the limit"),
+        ("[one]\nseeds = [" + "9" * 400 + "]", [], "run.seed"),
+        ("selection = 3\n[one]\npairs = 'local'", [], "takes prompts and seeds only"),
     ],
 )
 def test_a_wrong_recipe_is_an_error_before_anything_runs(

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ from dpo_video.data.label import StoreTask, recipe
 from dpo_video.data.labels import LabelSet
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import UserError
+from dpo_video.labeler._page import server
 from dpo_video.labeler._page.server import application, listen, serve
 from dpo_video.labeler._page.session import IDLE, Answer, LabelSession
 from dpo_video.labeler._page.sheets import SpriteSheets, columns, eight_bits, sheet
@@ -468,6 +470,43 @@ def test_a_missing_extra_is_one_sentence(task: StoreTask, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match=r"needs uvicorn\. .* pip install 'dpo-video\[page\]'"):
         PageLabeler().label_store(task)
+
+
+def test_a_path_that_is_no_path_is_refused(task: StoreTask) -> None:
+    """A request `GET *` has the path `*`."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    for path in ("*", "", "http:", f"/{TOKEN}/sheet/{'9' * 5000}/0/left.png"):
+        scope = {
+            "type": "http",
+            "path": path,
+            "method": "GET",
+            "headers": [(b"host", HOST.encode())],
+        }
+        asyncio.run(app_of(task)(scope, receive, send))
+        assert sent[-2]["status"] == 403
+
+
+@pytest.mark.parametrize("half", [b"", b"GET / HTTP/1.1\r\nhost: x", b"x" * 4000,
+                                  b"POST /{token}/end HTTP/1.1\r\nhost: {host}\r\ncontent-type: "
+                                  b"application/json\r\ncontent-length: 9\r\n\r\n{"])  # fmt: skip
+def test_a_request_that_is_never_completed_is_closed(
+    link: str, half: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PATIENCE", 0.3)
+    host = link.split("/")[2]
+    with socket.create_connection(("127.0.0.1", int(host.split(":")[1])), timeout=10) as client:
+        client.sendall(half.replace(b"{token}", TOKEN.encode()).replace(b"{host}", host.encode()))
+        while client.recv(1000):  # an answer may come before the end
+            pass
+    with urllib.request.urlopen(link, timeout=10) as page:  # others are served as before
+        assert page.status == 200
 
 
 def test_a_port_in_use_is_one_sentence() -> None:

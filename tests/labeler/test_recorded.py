@@ -21,6 +21,7 @@ class Notebook(LabelTask):
     def __init__(self) -> None:
         self.pairs, self.segments, self.fps = range(3), [slice(0, 2), slice(2, 4)], 8.0
         self.written: list[tuple[int, Sequence[SegmentLabel], str, str]] = []
+        self.remarks: list[str] = []
 
     def prompt(self, pair: int) -> str:
         return ("a cat", "a cat", "a dog")[pair]
@@ -39,6 +40,9 @@ class Notebook(LabelTask):
         self, pair: int, marks: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
     ) -> None:
         self.written.append((pair, marks, rater, note))
+
+    def remark(self, text: str) -> None:
+        self.remarks.append(text)
 
 
 def labels(folder: Path, *lines: Any) -> Notebook:
@@ -94,7 +98,11 @@ def test_reading_again_records_changes_only(tmp_path: Path) -> None:
         ({"pair": 0, "label": "left"}, "is not a label .label"),
         ({"pair": 0}, 'is not a label .give either "label" or "labels"'),
         ({"label": 1}, 'is not a label .give either "pair" or "prompt"'),
-        ({"pair": 0, "label": 1, "lable": 1}, "is not a label .lable"),
+        ({"pair": 0, "lable": 1}, 'is not a label .give either "label" or "labels"'),
+        ('{"pair": 0, "label": 1, "label": -1}', "is not a label .it names 'label' twice"),
+        ('{"pair": 0, "label": 1, "note": "\\ud800"}', "is not a label .it holds half a character"),
+        ('{"pair": 0, "label": 1, "x": ' + "[" * 5000, "is not a label .it is nested too deeply"),
+        ("7", "is not a label"),
     ],
 )
 def test_a_wrong_line_is_named_and_nothing_is_recorded(
@@ -103,6 +111,19 @@ def test_a_wrong_line_is_named_and_nothing_is_recorded(
     with pytest.raises(UserError, match=f"Line 2 of '.*' {sentence}") as caught:
         labels(tmp_path, {"pair": 0, "label": 1}, line)
     assert "\n" not in str(caught.value)
+
+
+def test_lines_of_other_tools_are_read(tmp_path: Path) -> None:
+    """A byte order mark, Windows' line ends, U+2028 in a note, and further columns."""
+    file = tmp_path / "labels.jsonl"
+    text = (
+        '\ufeff{"pair": 0, "label": 1, "note": "a\u2028b", "id": 7}\r\n{"pair": 1, "label": 0}\r\n'
+    )
+    file.write_bytes(text.encode())
+    task = Notebook()
+    Recorded(file=str(file)).label_store(task)
+    assert [(pair, note) for pair, _, _, note in task.written] == [(0, "a\u2028b"), (1, "")]
+    assert task.remarks == [f"Columns that are not read: {file} (id)."]
 
 
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:

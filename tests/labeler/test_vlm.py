@@ -155,6 +155,7 @@ FAULTS = {
     "no answer in time": Reply(delay=3 * PATIENCE),
     "no JSON inside": Reply(text="The first one, I think."),
     "a wrong word": Reply(text='{"better": "left", "reason": "sharper"}'),
+    "nested too deeply": Reply(text='{"better":' * 5000 + "}" * 5000),
     "no word": Reply(text='{"better": null}'),
     "half an answer": Reply(text='{"better": "fir'),
     "no text": Reply(text=None),
@@ -178,6 +179,8 @@ def test_a_transient_failure_is_retried(fault: str, server: Server, tmp_path: Pa
     [
         '```json\n{"better": "First", "reason": "ok"}\n```',
         'Well: {"reason": "", "better":"first "}',
+        r'{"better": "first", "reason": "half \ud83d"}',
+        '{"better": "first", "reason": "half \ud83d"}',
     ],
 )
 def test_text_around_the_json_is_ignored(text: str, tmp_path: Path) -> None:
@@ -185,7 +188,12 @@ def test_text_around_the_json_is_ignored(text: str, tmp_path: Path) -> None:
         judgement = labeler(server, tmp_path, retries=0).judge(
             ["a"], videos((0.9, 0.9)), videos((0.1, 0.1)), SEGMENTS
         )
+        again = labeler(server, tmp_path, retries=0).judge(
+            ["a"], videos((0.9, 0.9)), videos((0.1, 0.1)), SEGMENTS
+        )
     assert "1: first (" in judgement.notes[0]
+    judgement.notes[0].encode()  # can be stored
+    assert again.figures["requests"] == 0
 
 
 @pytest.mark.parametrize(

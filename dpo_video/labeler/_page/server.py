@@ -7,22 +7,25 @@ sends one, is the page itself. No other origin is allowed.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import socket
 from collections.abc import Callable
 from typing import Annotated, TypeVar
 from urllib.parse import urlsplit
 
+import h11
 import uvicorn
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dpo_video.errors import UserError
 from dpo_video.labeler._page.session import Answer, LabelSession, Side
@@ -30,6 +33,9 @@ from dpo_video.labeler._page.sheets import SpriteSheets
 
 LOOPBACK = "127.0.0.1"
 NAMES = {LOOPBACK, "localhost", "::1"}
+PATIENCE = 10.0  # seconds until a request has to be complete
+CONNECTIONS = 64  # at once; a browser opens six
+LONGEST_PATH = 200  # characters
 BODY = 4096  # bytes; the page's messages are far smaller
 HEADERS = {
     "cache-control": "no-store",
@@ -188,14 +194,47 @@ class Gate:
             await refusal(scope, receive, send_guarded)
 
     def _may_pass(self, scope: Scope) -> bool:
-        given = scope["path"].split("/")[1]
+        given = (scope["path"].split("/", 2)[1:] or [""])[0]  # the path of OPTIONS * is "*"
         # The token is compared in constant time, and always, so that timing reveals nothing.
         valid = secrets.compare_digest(given.encode("utf-8", "surrogateescape"), self._token)
         headers = Headers(scope=scope)
         hosts, origins = headers.getlist("host"), headers.getlist("origin")
         local = len(hosts) == 1 and _hostname(f"http://{hosts[0]}") in NAMES
         own = all(local and origin == f"http://{hosts[0]}" for origin in origins)
-        return valid and local and own
+        return valid and local and own and len(scope["path"]) <= LONGEST_PATH
+
+
+class Impatient(H11Protocol):
+    """A connection that closes if a request is not complete in time: uvicorn waits for ever."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the clock if this completes a request."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the clock."""
+        self._stop()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        receiving = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if not receiving:
+            self._stop()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(PATIENCE, self.transport.close)
+
+    def _stop(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 def listen(port: int) -> socket.socket:
@@ -235,8 +274,9 @@ def serve(
         uvicorn.Config(
             app,
             access_log=False,
-            http="h11",
+            http=Impatient,
             lifespan="off",
+            limit_concurrency=CONNECTIONS,
             loop="asyncio",
             log_level="warning",
             server_header=False,
@@ -284,10 +324,13 @@ async def _body(request: Request, expected: type[_R]) -> _R:
     if request.headers.get("content-type") != "application/json":
         raise HTTPException(415, "send application/json")
     data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > BODY:
-            raise HTTPException(413, "too long")
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > BODY:
+                raise HTTPException(413, "too long")
+    except ClientDisconnect as error:
+        raise HTTPException(408, "the request was not completed") from error
     try:
         return expected.model_validate_json(data)
     except ValidationError as error:
