@@ -75,6 +75,17 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Remark:
+    """Something to know about a file that is used."""
+
+    what: str
+    """The same for all files of which it is true, such as "HDR (HLG), converted to SDR"."""
+    name: str
+    """The file."""
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairSource:
     """Clips of a pair builder that has its own source."""
 
@@ -86,6 +97,8 @@ class PairSource:
     """Hash of the clips."""
     skipped: Sequence[Skipped]
     """Skipped files; grows while `clips` is iterated."""
+    remarks: Sequence[Remark] = ()
+    """On files that are used; grows while `clips` is iterated."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -161,10 +162,35 @@ class PretrainedModel(VideoModel):
             name: value.expand(count, -1, -1) for name, value in self._negatives[prompt].items()
         }
 
-    def _tokens(self, tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
-        """Token ids and mask of prompts, cut and padded to `length`, on the model's device."""
+    @property
+    @abstractmethod
+    def _reader(self) -> tuple[Any, int]:
+        """The tokenizer, and the most tokens that the text encoder reads, the special ones too."""
+
+    def _cleaned(self, prompt: str) -> str:
+        """The prompt as it is tokenized."""
+        return prompt
+
+    def unread(self, prompt: str) -> str:
+        """The words behind the last one that the text encoder reads completely."""
+        tokenizer, length = self._reader
+        room = length - tokenizer.num_special_tokens_to_add()
+        words = prompt.split()
+
+        def tokens(count: int) -> int:
+            text = self._cleaned(" ".join(words[:count]))
+            return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+        if tokens(len(words)) <= room:
+            return ""
+        read = bisect_right(range(len(words)), room, key=tokens) - 1
+        return " ".join(words[read:])
+
+    def _tokens(self, prompts: Sequence[str]) -> Any:
+        """Token ids and mask of prompts, cut and padded, on the model's device."""
+        tokenizer, length = self._reader
         return tokenizer(
-            list(prompts),
+            [self._cleaned(prompt) for prompt in prompts],
             padding="max_length",
             truncation=True,
             max_length=length,

@@ -227,10 +227,14 @@ class AnimateDiffModel(DDIMModel):
         pixels = to_pixels(torch.cat([self.vae.decode(part).sample for part in parts]))
         return pixels.unflatten(0, (len(latents), -1)).transpose(1, 2)
 
+    @property
+    def _reader(self) -> tuple[Any, int]:
+        return self.tokenizer, self.tokenizer.model_max_length
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Context:
         """The text encoder's last hidden states, `[b, tokens, channels]`."""
-        tokens = self._tokens(self.tokenizer, prompts, self.tokenizer.model_max_length)
+        tokens = self._tokens(prompts)
         hidden = self.text_encoder(tokens["input_ids"]).last_hidden_state
         return {"prompt_embeds": hidden}
 

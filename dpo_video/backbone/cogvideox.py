@@ -211,10 +211,14 @@ class CogVideoXModel(DDIMModel):
         parts = scaled.to(self.device, self.dtype).split(1)
         return to_pixels(torch.cat([self.vae.decode(part).sample for part in parts]))
 
+    @property
+    def _reader(self) -> tuple[Any, int]:
+        return self.tokenizer, self._config["max_text_seq_length"]
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Context:
         """The text encoder's last hidden states, `[b, tokens, channels]`, padding included."""
-        tokens = self._tokens(self.tokenizer, prompts, self._config["max_text_seq_length"])
+        tokens = self._tokens(prompts)
         hidden = self.text_encoder(tokens["input_ids"]).last_hidden_state
         return {"prompt_embeds": hidden}
 

@@ -279,11 +279,17 @@ class WanModel(PretrainedModel):
         )
         return mean, deviation
 
+    @property
+    def _reader(self) -> tuple[Any, int]:
+        return self._tokenizer.get(), self._options.text_length
+
+    def _cleaned(self, prompt: str) -> str:
+        return cleaned(prompt)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Context:
         """UMT5's last hidden states `[b, tokens, channels]`, zero behind the end of the prompt."""
-        cleaned_prompts = [cleaned(prompt) for prompt in prompts]
-        tokens = self._tokens(self._tokenizer.get(), cleaned_prompts, self._options.text_length)
+        tokens = self._tokens(prompts)
         mask = tokens["attention_mask"]
         hidden = self.text_encoder(tokens["input_ids"], mask).last_hidden_state
         return {"prompt_embeds": hidden.masked_fill(mask[..., None] == 0, 0.0)}

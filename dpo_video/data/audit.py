@@ -116,6 +116,7 @@ def audit(
         *(checks.motion(name, values) for name, values in moved.items()),
         checks.shortcut(finite),
         checks.prompts(texts),
+        checks.length(texts, model.unread),
         checks.leakage(texts, prompts),
     ]
     return Audit(store=store.where, pairs=len(store), findings=tuple(findings))

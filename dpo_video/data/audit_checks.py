@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import partialmethod
 
@@ -15,6 +15,7 @@ from pydantic import Field
 from dpo_video.data.audit_stats import PairSummary, held_out_accuracy, statistic_names
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import VideoModel, weights_of
+from dpo_video.support.reading import composed, one_spaced
 from dpo_video.support.statistics import Record, paired_difference
 
 NEAR = 0.01
@@ -31,6 +32,8 @@ DECIDED = 0.2
 """Share of frames that must not be ties for a pair to be worth training on (DenseDPO, Sec. 4.1)."""
 FEWEST = 12
 """Smallest number of pairs for a statistic."""
+SHOWN = 60
+"""Characters of a prompt in a message."""
 FLIPS = 200
 """Number of random orders that estimate the chance level of a classifier."""
 
@@ -337,6 +340,49 @@ def prompts(texts: Sequence[str]) -> Finding:
     return check.fine(message)
 
 
+def length(texts: Sequence[str], unread: Callable[[str], str]) -> Finding:
+    """Check that the text encoder reads the prompts to their ends.
+
+    Args:
+        texts: The prompts.
+        unread: `VideoModel.unread`.
+    """
+    distinct = sorted(set(texts))
+    ends = {text: end for text in distinct if (end := unread(text))}
+    check = _Check("length", cut=float(len(ends)))
+    message = cut_prompts(distinct, ends.get)
+    if message is None:
+        return check.fine("The text encoder reads every prompt to its end.")
+    kept = Counter(
+        _plain(text).removesuffix(_plain(ends.get(text, ""))).strip() for text in distinct
+    )
+    alike = sum(count for count in kept.values() if count > 1)
+    if alike:
+        message += f" {alike} different prompts are read alike."
+    return check.notice(
+        message,
+        "Shorten them, and put what matters first.",
+        [index for index, text in enumerate(texts) if text in ends],
+    )
+
+
+def cut_prompts(prompts: Iterable[str], unread: Callable[[str], str | None]) -> str | None:
+    """A sentence on the prompts that the text encoder cuts off; None if there are none."""
+    distinct = sorted(set(prompts))
+    cut = [(text, end) for text in distinct if (end := unread(text))]
+    if not cut:
+        return None
+    text, end = cut[0]
+    return (
+        f"{len(cut)} of {len(distinct)} prompts are longer than the text encoder reads. Of "
+        f"'{_short(text)}' the end is not read: '{_short(end)}'."
+    )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def leakage(texts: Sequence[str], evaluation: Sequence[str]) -> Finding:
     """Check that the evaluation's prompts are not trained on."""
     trained = {_plain(text) for text in texts}
@@ -359,7 +405,7 @@ def leakage(texts: Sequence[str], evaluation: Sequence[str]) -> Finding:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+    return one_spaced(composed(text).lower())
 
 
 def _count(some: Sequence[int], pairs: Sequence[PairSummary]) -> str:

@@ -456,6 +456,18 @@ def test_released_parts_load_again_unchanged(small_model: AnimateDiffModel) -> N
     assert torch.equal(again["prompt_embeds"], before[1]["prompt_embeds"])
 
 
+def test_the_end_that_is_not_read_is_named(small_model: AnimateDiffModel) -> None:
+    prompt = "a red square " * 40 + "moving left"
+    end = small_model.unread(prompt)
+    kept = prompt.removesuffix(end)
+    assert end.endswith("moving left") and kept != prompt
+    both = [
+        small_model.encode_prompts([text])["prompt_embeds"] for text in (prompt, kept + "a star")
+    ]
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+    assert small_model.unread(kept) == small_model.unread("a red square") == ""
+
+
 def test_without_guidance_no_empty_prompt_is_encoded(small_model: AnimateDiffModel) -> None:
     noise = torch.randn(1, *small_model.latent_shape, generator=torch.Generator().manual_seed(0))
     context = small_model.encode_prompts([PROMPT])

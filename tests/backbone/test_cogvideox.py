@@ -155,6 +155,18 @@ def test_prompts_are_encoded_as_in_the_pipeline(bench: Bench) -> None:
     torch.testing.assert_close(ours, expected)
 
 
+def test_the_end_that_is_not_read_is_named(bench: Bench) -> None:
+    prompt = "a red square " * 80 + "moving left"
+    end = bench.model.unread(prompt)
+    kept = prompt.removesuffix(end)
+    assert end.endswith("moving left") and kept != prompt
+    both = [
+        bench.model.encode_prompts([text])["prompt_embeds"] for text in (prompt, kept + "a star")
+    ]
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+    assert bench.model.unread(kept) == bench.model.unread("a red square") == ""
+
+
 def test_noise_and_target_equal_the_schedulers(bench: Bench) -> None:
     model, scheduler = bench.model, bench.pipeline.scheduler
     clean, noise = drawn(model, 3, seed=1), drawn(model, 3, seed=2)

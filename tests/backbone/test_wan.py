@@ -235,6 +235,16 @@ def test_prompts_are_encoded_as_in_the_pipeline(
     assert ours[1, :4].any(dim=1).all() and not ours[1, 4:].any()
 
 
+def test_the_end_that_is_not_read_is_named(model: WanModel) -> None:
+    prompt = "a red square " * 40 + "moving left"
+    end = model.unread(prompt)
+    kept = prompt.removesuffix(end)
+    assert end.endswith("moving left") and kept != prompt
+    both = [model.encode_prompts([text])["prompt_embeds"] for text in (prompt, kept + "a star")]
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+    assert model.unread(kept) == model.unread("a red square") == ""
+
+
 # --- levels ----------------------------------------------------------------------------------
 
 
