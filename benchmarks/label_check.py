@@ -28,7 +28,8 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from benchmarks.rulers import relit_clip
-from dpo_video.data.video import fit_video, read_video
+from dpo_video.data.fitting import fit_video
+from dpo_video.data.video import read_video
 from dpo_video.labeler.metric import ByMetric, Measuring
 from dpo_video.metric.dynamic_degree import DynamicDegree
 from dpo_video.metric.sharpness import Sharpness

@@ -5,29 +5,41 @@ Opening it counts frames and decodes one frame per file; clips are decoded on de
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
+from dpo_video.data.fitting import fit_video, fits, too_short
+from dpo_video.data.folders import find_videos, not_read
 from dpo_video.data.video import (
     VIDEO_SUFFIXES,
     VideoError,
-    fit_video,
-    fits,
+    VideoInfo,
     frame_files,
-    natural_key,
     probe_video,
     read_video,
-    too_short,
 )
 from dpo_video.errors import UserError
-from dpo_video.types import Clip, Skipped, Video, VideoShape
+from dpo_video.support.reading import (
+    Names,
+    composed,
+    decomposed,
+    one_spaced,
+    parse_json,
+    read_lines,
+    read_text,
+)
+from dpo_video.types import Clip, Remark, Skipped, Video, VideoShape
 
 METADATA = "metadata.jsonl"
 WINDOWS = 8  # most clips cut from one file, so that a long film does not dominate
+NOTICED = 1.02  # times; a smaller change of speed is not reported
+SLOWED = "Slowed down, because it is shorter than the clip"
+COLUMNS = "Columns that are not read"
 CAPTIONING = (
     f"Caption it by a line in {METADATA} ({{file_name, text}}), "
     "by a text file of the same name beside it, or caption all clips with --prompt."
@@ -47,20 +59,27 @@ class _Window:
     only: bool
     """Whether it is the file's only clip."""
     spread: bool
-    """Whether the file is sped up, because it is too short at the backbone's frame rate."""
+    """Whether the file is slowed down, because it is shorter than a clip."""
 
 
 class ClipFolder(Sequence[Clip]):
     """The clips of a folder by index; the order depends on names alone."""
 
     def __init__(
-        self, root: Path, shape: VideoShape, windows: Sequence[_Window], skipped: list[Skipped]
+        self,
+        root: Path,
+        shape: VideoShape,
+        windows: Sequence[_Window],
+        skipped: list[Skipped],
+        remarks: Sequence[Remark],
     ) -> None:
         """Use `open_clips`."""
         self.root = root
         self.shape = shape
         self.skipped = skipped
         """Files without a usable clip; grows when `cycle` or iteration finds a damaged one."""
+        self.remarks = remarks
+        """On files that are shown otherwise than they were filmed, and on metadata.jsonl."""
         self._windows = tuple(windows)
 
     def __len__(self) -> int:
@@ -146,27 +165,28 @@ def open_clips(
     if not folder.exists():
         raise UserError(f"There is no folder {folder}. Check the path after --clips.")
     single = folder.is_file()
+    if not single and not folder.is_dir():
+        raise UserError(f"{folder} is neither a folder nor a file. Name a folder of videos.")
     if single and folder.suffix.lower() not in VIDEO_SUFFIXES:
         raise UserError(
             f"{folder} is not a readable video. Name a folder of videos, or a file of type "
             f"{', '.join(sorted(VIDEO_SUFFIXES))}."
         )
     root = folder.parent if single else folder
-    captions = _read_metadata(root / METADATA)
-    names = [folder.name] if single else find_videos(root)
-    skipped = [
-        Skipped(name=name, reason=f"{METADATA} names it, but there is no such video")
-        for name in captions or ()
-        if name not in names and not single
-    ]
+    skipped: list[Skipped] = []
+    remarks: list[Remark] = []
+    captions = _read_metadata(root / METADATA, remarks)
+    names = [folder.name] if single else find_videos(root, skipped)
+    if captions is not None and not single:
+        skipped += _missing(root, captions, names, skipped)
     found: list[_Window] = []
     for name in names:
         try:
-            starts, spread = _cut(root / name, shape, windows)
+            starts, spread, info = _cut(root / name, shape, windows)
         except VideoError as error:
             skipped.append(Skipped(name=name, reason=str(error)))
             continue
-        caption = (captions or {}).get(name) or read_caption(root / name) or prompt
+        caption = (captions or {}).get(composed(name)) or read_caption(root / name) or prompt
         if not caption:
             if captions is None or single:
                 raise UserError(f"{root / name} has no caption. {CAPTIONING}")
@@ -178,25 +198,70 @@ def open_clips(
             _Window(file=name, caption=caption, size=size, start=start, only=only, spread=spread)
             for start in starts
         ]
+        remarks += _remarks(name, info, _slower(info, shape) if spread else 1.0)
     if not found:
         why = f" For example {skipped[0].name}: {skipped[0].reason}" if skipped else ""
         raise UserError(
             f"{folder} has no usable clip: all {len(names)} videos are skipped.{why}"
             if names
-            else f"{folder} holds no videos. Put some there, or folders of png or jpg frames."
+            else f"{folder} holds no videos. Put some there, or folders of png or jpg frames.{why}"
         )
-    return ClipFolder(root, shape, found, skipped)
+    return ClipFolder(root, shape, found, skipped, remarks)
 
 
-def read_beginning(path: Path, shape: VideoShape) -> Video:
-    """The beginning of a video or of a folder of frames, at a backbone's shape.
+def _missing(
+    root: Path, captions: dict[str, str], names: Sequence[str], skipped: Sequence[Skipped]
+) -> list[Skipped]:
+    """Files that the metadata names and that are no videos, unless they are named already."""
+    known = {composed(name) for name in names} | {composed(each.name) for each in skipped}
+    files = Names(root)
+    return [
+        Skipped(
+            name=name,
+            reason=f"{METADATA} names it, but there is no such video"
+            if (path := files.find(name)) is None
+            else f"{METADATA} names it, but {not_read(path)}",
+        )
+        for name in captions
+        if name not in known
+    ]
+
+
+class Beginning(NamedTuple):
+    """The beginning of a video at a backbone's shape."""
+
+    video: Video
+    slower: float
+    """How many times slower than it was filmed: 1 unless it is shorter than the clip."""
+    remarks: list[Remark]
+
+
+def read_beginning(path: Path, shape: VideoShape) -> Beginning:
+    """Read the beginning of a video or of a folder of frames.
 
     Raises:
-        UserError: If there is no such file.
-        VideoError: If it is damaged or too short.
+        VideoError: If there is no such file, or it is damaged or too short.
     """
-    _, spread = _cut(path, shape, 1)
-    return _decode(path, shape, 0.0, spread)
+    _, spread, info = _cut(path, shape, 1)
+    slower = _slower(info, shape) if spread else 1.0
+    remarks = _remarks(f"{path.parent.name}/{path.name}", info, slower)
+    return Beginning(_decode(path, shape, 0.0, spread), slower, remarks)
+
+
+def _slower(info: VideoInfo, shape: VideoShape) -> float:
+    return shape.frames / shape.fps / info.seconds
+
+
+def _remarks(name: str, info: VideoInfo, slower: float) -> list[Remark]:
+    """What is to be known about a file that is used."""
+    found = [Remark(what=what, name=name) for what in info.treatments]
+    if slower > NOTICED:
+        detail = (
+            f"{info.seconds:.2f} s is stretched to {info.seconds * slower:.2f} s, "
+            f"{slower:.3g} times slower"
+        )
+        found.append(Remark(what=SLOWED, name=name, detail=detail))
+    return found
 
 
 def _decode(path: Path, shape: VideoShape, start: float, spread: bool) -> Video:
@@ -214,26 +279,8 @@ def _decode(path: Path, shape: VideoShape, start: float, spread: bool) -> Video:
         raise VideoError(f"{path.name}: {error}") from error
 
 
-def find_videos(root: Path) -> list[str]:
-    """Videos and folders of frames under `root`, as relative POSIX paths in natural order."""
-    names = []
-    for parent, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        here = Path(parent)
-        videos = [
-            (here / name).relative_to(root).as_posix()
-            for name in files
-            if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith(".")
-        ]
-        # A single picture is a thumbnail; pictures beside videos are stills of them.
-        if not videos and len(frame_files(here)) > 1:
-            videos = [here.relative_to(root).as_posix()]
-        names += videos
-    return sorted(names, key=natural_key)
-
-
-def _cut(path: Path, shape: VideoShape, windows: int) -> tuple[list[float], bool]:
-    """Start times of a file's clips in seconds, and whether it is sped up.
+def _cut(path: Path, shape: VideoShape, windows: int) -> tuple[list[float], bool, VideoInfo]:
+    """Start times of a file's clips in seconds, whether it is slowed down, and its length.
 
     Raises:
         VideoError: If it is damaged or too short.
@@ -247,55 +294,79 @@ def _cut(path: Path, shape: VideoShape, windows: int) -> tuple[list[float], bool
         if k == 0 or info.seconds >= (k + 1) * length - 0.5 / shape.fps
     ]
     if fits(info.frames, info.fps, shape):
-        return starts, False
+        return starts, False, info
     if info.frames >= shape.frames:
-        return [0.0], True
+        return [0.0], True, info
     raise VideoError(f"too short: {too_short(info.frames, info.fps, shape)}.")
 
 
 def stored_bytes(path: Path) -> int:
-    """Size of a file or of a folder of frames."""
-    files = frame_files(path) if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
+    """Size of a file or of a folder of frames; a link to nothing has none."""
+    total = 0
+    for file in frame_files(path) if path.is_dir() else [path]:
+        with contextlib.suppress(OSError):
+            total += file.stat().st_size
+    return total
 
 
 def read_caption(path: Path) -> str | None:
     """The caption in a text file beside a video, if there is one."""
-    file = path.parent / f"{path.name if path.is_dir() else path.stem}.txt"
-    if not file.is_file():
+    name = f"{path.name if path.is_dir() else path.stem}.txt"
+    file = next(
+        (
+            path.parent / form
+            for form in dict.fromkeys((name, composed(name), decomposed(name)))
+            if (path.parent / form).is_file()
+        ),
+        None,
+    )
+    if file is None:
         return None
     try:
-        return " ".join(file.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text. Save it as UTF-8.") from error
+        return one_spaced(read_text(file))
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read: {error.strerror}. Save it as UTF-8 text."
+        ) from error
 
 
-def _read_metadata(path: Path) -> dict[str, str] | None:
-    """Captions by relative path; None without a file."""
-    if not path.is_file():
+def _read_metadata(path: Path, remarks: list[Remark]) -> dict[str, str] | None:
+    """Captions by relative path, in Unicode's composed form; None without a file."""
+    if not path.exists():
         return None
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.") from error
     captions: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, text = _read_line(line, f"Line {number} of {path}")
-        if name in captions:
-            raise UserError(f"Line {number} of {path} names {name} again. Remove one of the two.")
-        captions[name] = text
+    columns: set[str] = set()
+    try:
+        for number, line in read_lines(path):
+            name, text, others = _read_line(line, f"Line {number} of {path}")
+            if name in captions:
+                raise UserError(
+                    f"Line {number} of {path} names {name} again. Remove one of the two."
+                )
+            captions[name] = text
+            columns |= others
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}. Save it as UTF-8 text."
+        ) from error
+    remarks += unread_columns(path.name, columns)
     return captions
 
 
-def _read_line(line: str, where: str) -> tuple[str, str]:
+def unread_columns(name: str, columns: set[str]) -> list[Remark]:
+    """The remark on columns of a list that nothing reads."""
+    if not columns:
+        return []
+    return [Remark(what=COLUMNS, name=name, detail=", ".join(sorted(columns)))]
+
+
+def _read_line(line: str, where: str) -> tuple[str, str, set[str]]:
+    """File, caption and the names of other columns."""
     wanted = 'Write it as {"file_name": "clip.mp4", "text": "its caption"}.'
     try:
-        entry = json.loads(line)
-        json.dumps(entry, ensure_ascii=False).encode()  # refuses lone surrogates
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON. {wanted}") from error
+        entry = parse_json(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}). {wanted}") from error
     name, text = (
         (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
     )
@@ -307,4 +378,4 @@ def _read_line(line: str, where: str) -> tuple[str, str]:
             f"{where} names {name}, which is outside the folder. "
             "Move the file into it, and name it relative to the folder."
         )
-    return relative.as_posix(), " ".join(text.split())
+    return composed(relative.as_posix()), one_spaced(text), entry.keys() - {"file_name", "text"}

@@ -1,49 +1,48 @@
-"""Read video files and resample them to a backbone's shape.
+"""Read video files and folders of frames.
 
 Memory is bounded: frames are sampled and shrunk while they are decoded, and a read that would take
-more than `MAX_BYTES` stops with an error.
+more than `MAX_BYTES` stops with an error. Whatever a file holds, it is either read as a player
+shows it, or refused with a VideoError that says why.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import av
-import numpy as np
 import torch
-import torch.nn.functional as F
-from av.video.reformatter import Interpolation
-from jaxtyping import Float, UInt8
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
 from torch import Tensor
 
+from dpo_video.data import films
+from dpo_video.data.films import MissedError, Shot, format_of, open_film
+from dpo_video.data.fitting import EPSILON
+from dpo_video.data.pictures import (
+    FRAME_SUFFIXES,
+    Picture,
+    Size,
+    VideoError,
+    animation_times,
+    load_picture,
+    read_animation,
+    shrink,
+)
 from dpo_video.errors import UserError
-from dpo_video.types import Video, VideoShape
+from dpo_video.support.reading import composed
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".webm", ".avi", ".mov", ".mkv", ".gif"})
-FRAME_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+__all__ = ["FRAME_SUFFIXES", "VideoError"]
+
+VIDEO_SUFFIXES = films.SUFFIXES | {".webp"}
 FOLDER_FPS = 8.0  # assumed for a folder of frames
 MAX_BYTES = 1 << 30  # decoded frames of one read
-MAX_PIXELS = 1 << 26  # one frame: twice 8K
+MAX_FRAMES = 1 << 16  # of one read: two hours at the rate of most backbones
 SEEK_FROM = 1.0  # seconds; decoding a shorter stretch is faster than seeking
-EPSILON = 1e-6  # seconds; tolerates the rounding of time stamps
-
-Picture = NDArray[np.uint8]
-Size = tuple[int, int]
-
-
-class VideoError(UserError):
-    """A file that is no video, is damaged, or holds no frames."""
 
 
 class Footage(NamedTuple):
@@ -60,6 +59,8 @@ class VideoInfo:
     frames: int
     fps: float
     """The mean rate."""
+    treatments: tuple[str, ...] = ()
+    """What is done to its frames, such as "HDR (HLG), converted to SDR"."""
 
     @property
     def seconds(self) -> float:
@@ -67,30 +68,21 @@ class VideoInfo:
         return self.frames / self.fps
 
 
-# --- reading ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Shot:
-    """A decoded frame before its conversion to RGB."""
-
-    time: float
-    picture: Callable[[Size | None], Picture]
-
-
 def natural_key(name: str) -> tuple[list[int | str], str]:
     """Sort key that orders frame 9 before frame 10."""
-    parts = re.split(r"(\d+)", name.casefold())
+    parts = re.split(r"(\d+)", composed(name).casefold())
     return [int(part) if part.isdecimal() else part for part in parts], name
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The pictures of a folder of frames, in natural order."""
-    files = [
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in FRAME_SUFFIXES and not file.name.startswith(".")
-    ]
+    """The pictures of a folder of frames, in natural order; none of one that cannot be read."""
+    files: list[Path] = []
+    with contextlib.suppress(OSError):
+        files = [
+            file
+            for file in folder.iterdir()
+            if file.suffix.lower() in FRAME_SUFFIXES and not file.name.startswith(".")
+        ]
     return sorted(files, key=lambda file: natural_key(file.name))
 
 
@@ -106,7 +98,7 @@ def read_video(
     """Read a video file, or a folder of frames.
 
     Args:
-        path: An mp4, webm, avi, mov, mkv or gif; or a folder of png or jpg files.
+        path: A file with one of `VIDEO_SUFFIXES`, or a folder of png or jpg files.
         fps: Take the frame nearest to every time `start + k / fps`, by the file's own time stamps;
             None takes all stored frames, at their mean rate.
         start: First time, in seconds.
@@ -116,11 +108,12 @@ def read_video(
         folder_fps: Rate of a folder of frames.
 
     Raises:
-        VideoError: If the file is damaged, or has no frames from `start` on.
-        UserError: If there is no such file, or the frames would take more than `MAX_BYTES`.
+        VideoError: If there is no such file, it is damaged or of a kind that is not read, or it has
+            no frames from `start` on.
+        UserError: If the frames would take more than `MAX_BYTES`.
     """
     shots = _shots(path, start, folder_fps)
-    chosen: Iterator[_Shot] = (shot for shot in shots if shot.time >= start - EPSILON)
+    chosen: Iterator[Shot] = (shot for shot in shots if shot.time >= start - EPSILON)
     if fps is not None:
         chosen = _nearest(shots, fps, start)
     pictures: list[Picture] = []
@@ -137,10 +130,10 @@ def read_video(
         pictures.append(picture)
         times.append(shot.time)
         used += picture.nbytes
-        if used > MAX_BYTES:
+        if used > MAX_BYTES or len(pictures) > MAX_FRAMES:
             raise UserError(
-                f"{path} takes more than {MAX_BYTES >> 20} MiB at its frame {len(pictures)}. "
-                "Request fewer frames or a smaller size."
+                f"{path} takes more than {MAX_BYTES >> 20} MiB or {MAX_FRAMES} frames at its frame "
+                f"{len(pictures)}. Request fewer frames or a smaller size."
             )
     if not pictures:
         raise VideoError(f"{path} has no frames after {start:g} s. Remove or replace it.")
@@ -155,13 +148,13 @@ def read_video(
 
 def read_picture(path: Path) -> UInt8[Tensor, "3 y x"]:
     """Read a png or a jpg; a VideoError if it is damaged."""
-    return torch.tensor(_load(path, None)).permute(2, 0, 1)
+    return torch.tensor(load_picture(path).pixels).permute(2, 0, 1)
 
 
 def probe_video(
     path: Path, *, seconds: float | None = None, folder_fps: float = FOLDER_FPS
 ) -> VideoInfo:
-    """Count a video's frames by their time stamps; only the first frame is decoded.
+    """Count the frames that a player would show; only the first one is decoded.
 
     Args:
         path: See `read_video`.
@@ -169,40 +162,61 @@ def probe_video(
         folder_fps: Rate of a folder of frames.
 
     Raises:
-        VideoError: If the file is not a video, or its first frame cannot be decoded.
-        UserError: If there is no such file.
+        VideoError: If there is no such file, it is not a video, or its first frame cannot be
+            decoded.
     """
-    _must_exist(path)
     if path.is_dir():
-        files = frame_files(path)
-        if not files:
-            raise VideoError(f"{path} holds no png or jpg frames. Remove it or fill it.")
-        _load(files[0], (1, 1))
-        return VideoInfo(frames=len(files), fps=folder_fps)
-    times: list[float] = []
+        files = _frames_of(path)
+        transparent = load_picture(files[0], (1, 1)).transparent
+        return VideoInfo(frames=len(files), fps=folder_fps, treatments=_over_black(transparent))
+    kind = format_of(path)
+    if kind == "webp":
+        first = next(read_animation(path, (1, 1)))
+        times = animation_times(path)
+        return VideoInfo(
+            frames=max(len(times) - 1, 1),
+            fps=(len(times) - 1) / times[-1] if times[-1] else FOLDER_FPS,
+            treatments=_over_black(first.transparent),
+        )
+    times = []
     decoded = False
-    with _opened(path) as (container, stream):
-        for packet in container.demux(stream):
-            if not decoded:
-                decoded = bool(packet.decode())
-            stamp = packet.dts if packet.pts is None else packet.pts
-            if stamp is not None and packet.size:
-                times.append(float(stamp * packet.time_base))
+    with open_film(path, kind) as film:
+        for time, decoded in film.packets():
+            if time is not None:
+                times.append(time)
             if decoded and seconds is not None and times and times[-1] - times[0] > seconds:
                 break
-        rate = float(stream.average_rate or stream.guessed_rate or 0)
-    if not decoded or not times:
-        raise VideoError(f"{path} holds no frames. Remove or replace it.")
-    span = max(times) - min(times)
-    if span > 0:
-        rate = (len(times) - 1) / span
-    return VideoInfo(frames=len(times), fps=rate or FOLDER_FPS)
+        rate = float(film.stream.average_rate or film.stream.guessed_rate or 0)
+        if not decoded or not times:
+            raise VideoError(f"{path} holds no frames. Remove or replace it.")
+        span = max(times) - min(times)
+        if span > 0:
+            rate = (len(times) - 1) / span
+        return VideoInfo(frames=len(times), fps=rate or FOLDER_FPS, treatments=film.treatments)
 
 
-def _nearest(shots: Iterator[_Shot], fps: float, start: float) -> Iterator[_Shot]:
+def _over_black(transparent: bool) -> tuple[str, ...]:
+    return (films.TRANSPARENT,) if transparent else ()
+
+
+def _frames_of(folder: Path) -> list[Path]:
+    """The pictures of a folder of frames, which must be of one kind."""
+    files = frame_files(folder)
+    if not files:
+        raise VideoError(f"{folder} holds no png or jpg frames. Remove it or fill it.")
+    kinds = {file.suffix.lower().replace("jpeg", "jpg") for file in files}
+    if len(kinds) > 1:
+        raise VideoError(
+            f"{folder} holds png and jpg pictures, so it is unclear which are its frames. Move the "
+            "others elsewhere."
+        )
+    return files
+
+
+def _nearest(shots: Iterator[Shot], fps: float, start: float) -> Iterator[Shot]:
     """The shots nearest to the times `start + k / fps`, up to the end of the last shot."""
     k, gap = 0, 1 / fps
-    last: _Shot | None = None
+    last: Shot | None = None
     for shot in shots:
         if last is not None:
             gap = shot.time - last.time
@@ -215,169 +229,40 @@ def _nearest(shots: Iterator[_Shot], fps: float, start: float) -> Iterator[_Shot
         k += 1
 
 
-def _shots(path: Path, start: float, folder_fps: float) -> Iterator[_Shot]:
+def _shots(path: Path, start: float, folder_fps: float) -> Iterator[Shot]:
     """A file's frames in order, from `start` or earlier; times in seconds since its beginning."""
-    _must_exist(path)
     if path.is_dir():
-        for index, file in enumerate(frame_files(path)):
-            yield _Shot(time=index / folder_fps, picture=partial(_load, file))
+        for index, file in enumerate(_frames_of(path)):
+            yield Shot(time=index / folder_fps, picture=partial(_still, file))
         return
-    for seek in (True, False) if start > SEEK_FROM else (False,):
-        with _opened(path) as (container, stream):
-            origin = None if stream.start_time is None else stream.start_time * stream.time_base
-            if seek:
-                with contextlib.suppress(av.FFmpegError):
-                    container.seek(int(((origin or 0) + Fraction(start)) / stream.time_base),
-                                   stream=stream)  # fmt: skip
-            missed = False
-            for index, frame in enumerate(container.decode(stream)):
-                if frame.pts is None:  # raw streams have no time stamps and no seeking
-                    time = Fraction(index) / (stream.average_rate or Fraction(FOLDER_FPS))
-                    missed = seek
-                else:
-                    time = frame.pts * frame.time_base
-                    origin = time if origin is None else origin
-                    time -= origin
-                    missed = missed or (seek and index == 0 and time > start)
-                if missed:
-                    break
-                if frame.is_corrupt:
-                    raise VideoError(_damaged(path, f"after {float(time):.1f} s"))
-                yield _Shot(time=float(time), picture=_renderer(frame, stream))
-            if not missed:
+    kind = format_of(path)
+    if kind == "webp":
+        yield from _animated(path)
+        return
+    if start > SEEK_FROM:
+        try:
+            with open_film(path, kind) as film:
+                yield from film.shots(start)
                 return
+        except MissedError:
+            pass
+    with open_film(path, kind) as film:
+        yield from film.shots(0)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """A file's container and first video stream."""
-    try:
-        with av.open(str(path), metadata_errors="ignore") as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video. Remove or replace it.")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise VideoError(_damaged(path, "(no installed decoder reads it)"))
-            # A frame's header may declare a larger size than the file's header.
-            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            yield container, stream
-    except av.FFmpegError as error:
-        raise VideoError(_damaged(path, f"({error.strerror})")) from error
+def _still(file: Path, cover: Size | None) -> Picture:
+    return load_picture(file, cover).pixels
 
 
-def _damaged(path: Path, where: str) -> str:
-    return f"{path} is damaged or not a video {where}. Remove, replace or re-encode it."
-
-
-def _must_exist(path: Path) -> None:
-    if not path.exists():
-        raise UserError(f"There is no file {path}. Check the path.")
-
-
-def _renderer(frame: Any, stream: Any) -> Callable[[Size | None], Picture]:
-    def render(cover: Size | None) -> Picture:
-        turns = round(frame.rotation / 90) % 4  # phones store their orientation
-        aspect = float(stream.sample_aspect_ratio or 1)  # DV and DVD pixels are not square
-        width = max(round(frame.width * aspect), 1)
-        upright = (width, frame.height) if turns % 2 else (frame.height, width)
-        height, width = _shrunk(*upright, cover)
-        if turns % 2:
-            height, width = width, height
-        rgb = frame.reformat(
-            width=width, height=height, format="rgb24",
-            interpolation=Interpolation.AREA,
-        ).to_ndarray()  # fmt: skip
-        return np.ascontiguousarray(np.rot90(rgb, turns))
-
-    return render
-
-
-def _load(file: Path, cover: Size | None) -> Picture:
-    try:
-        with Image.open(file) as stored:
-            image = ImageOps.exif_transpose(stored).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{file} is damaged or not a picture. Remove or replace it.") from error
-    height, width = _shrunk(image.height, image.width, cover)
-    if (height, width) != (image.height, image.width):
-        image = image.resize((width, height), Image.Resampling.BOX)
-    return np.asarray(image)
-
-
-def _shrunk(height: int, width: int, cover: Size | None) -> Size:
-    """The smallest size at the same aspect that covers `cover`; never larger than the picture."""
-    if cover is None:
-        return height, width
-    scale = max(cover[0] / height, cover[1] / width)
-    if scale >= 1:
-        return height, width
-    return max(round(height * scale), cover[0]), max(round(width * scale), cover[1])
+def _animated(path: Path) -> Iterator[Shot]:
+    """The frames of an animated WebP, decoded in order, each once and whole."""
+    budget = films.MAX_DECODED
+    for time, still in zip([*animation_times(path), 0.0], read_animation(path), strict=False):
+        budget -= still.pixels.size // 3
+        if budget < 0:
+            raise VideoError(f"{path} takes too long to decode. Cut or shrink it.")
+        yield Shot(time=time, picture=partial(shrink, still.pixels))
 
 
 def _size(picture: Picture) -> str:
     return f"{picture.shape[1]}x{picture.shape[0]}"
-
-
-# --- fitting ---------------------------------------------------------------------------------
-
-
-def fit_video(
-    frames: UInt8[Tensor, "3 n y x"] | Float[Tensor, "3 n y x"],
-    fps: float,
-    shape: VideoShape,
-    start: float = 0.0,
-) -> Video:
-    """Resample in time, resize to cover the shape and crop the centre.
-
-    Takes the frames nearest to the times `start + k / shape.fps`. A video that is too short for
-    that, but has at least `shape.frames` frames, is sped up: evenly spaced frames are taken.
-
-    Args:
-        frames: Bytes, or floats in [0, 1].
-        fps: Rate of `frames`.
-        shape: Shape and rate of the result.
-        start: First time, in seconds.
-
-    Raises:
-        UserError: If the video is too short.
-    """
-    picked = frames[:, _pick(frames.shape[1], fps, shape, start)]
-    pixels = picked / 255.0 if picked.dtype == torch.uint8 else picked.float()
-    height, width = pixels.shape[2:]
-    scale = max(shape.height / height, shape.width / width)
-    size = (max(round(height * scale), shape.height), max(round(width * scale), shape.width))
-    if size != (height, width):
-        pixels = F.interpolate(
-            pixels.transpose(0, 1), size, mode="bilinear", antialias=True, align_corners=False
-        ).transpose(0, 1)
-    top, left = (size[0] - shape.height) // 2, (size[1] - shape.width) // 2
-    cut = pixels[:, :, top : top + shape.height, left : left + shape.width]
-    return cut.clamp(0, 1).contiguous()
-
-
-def fits(frames: int, fps: float, shape: VideoShape) -> bool:
-    """Whether this many frames at `fps` last until the last frame of `shape` is due."""
-    return (shape.frames - 1) / shape.fps < frames / fps - EPSILON
-
-
-def too_short(frames: int, fps: float, shape: VideoShape) -> str:
-    """A clause with a video's actual and required length."""
-    return (
-        f"it has {frames / fps:.2f} s ({frames} frames), "
-        f"and {shape.frames / shape.fps:.2f} s or {shape.frames} frames are needed"
-    )
-
-
-def _pick(available: int, fps: float, shape: VideoShape, start: float) -> Tensor:
-    """Indices of the frames to take."""
-    first = math.floor(start * fps + 0.5 + EPSILON)
-    left = max(available - first, 0)
-    if fits(left, fps, shape):
-        instants = start + torch.arange(shape.frames, dtype=torch.float64) / shape.fps
-        return (instants * fps + 0.5 + EPSILON).floor().long().clamp(max=available - 1)
-    if left >= shape.frames:
-        return first + torch.linspace(0, left - 1, shape.frames, dtype=torch.float64).round().long()
-    raise UserError(
-        f"The video is too short: {too_short(left, fps, shape)}. "
-        "Use a longer one, or a backbone with fewer frames."
-    )

@@ -17,13 +17,22 @@ from jaxtyping import Float
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from dpo_video.data.clips import find_videos, read_beginning, read_caption, stored_bytes
+from dpo_video.data.clips import (
+    NOTICED,
+    read_beginning,
+    read_caption,
+    stored_bytes,
+    unread_columns,
+)
+from dpo_video.data.fitting import fit_video
+from dpo_video.data.folders import find_videos, not_read, storable
 from dpo_video.data.segments import split
-from dpo_video.data.video import FRAME_SUFFIXES, fit_video, natural_key, read_picture
+from dpo_video.data.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, natural_key, read_picture
 from dpo_video.data.videodpo import read_videodpo_pair
 from dpo_video.errors import UserError, first_fault
 from dpo_video.strategies import VideoModel
-from dpo_video.types import Clip, Context, Skipped, Video, VideoShape
+from dpo_video.support.reading import Names, composed, one_spaced, parse_json, read_lines
+from dpo_video.types import Clip, Context, Remark, Skipped, Video, VideoShape
 
 FOLDERS = (("chosen", "rejected"), ("win", "lose"))
 """Names of the two folders; the second are those of Video-DPO."""
@@ -31,6 +40,8 @@ FORMATS = (
     "Name a folder that has the folders chosen and rejected, a .jsonl file, or a folder of "
     "pair_*.pt files; `dpo-video show pairs folder` explains all three"
 )
+MASK_SUFFIXES = VIDEO_SUFFIXES | FRAME_SUFFIXES
+UNEQUAL = "Pairs whose two videos are shown at different speeds, which a policy learns first"
 PROMPTING = "write it to a text file of the same name beside it, or prompt all pairs with --prompt"
 
 
@@ -76,17 +87,22 @@ class VideoFiles:
         """All files of the pair."""
         return [path for path in (self.chosen, self.rejected, self.mask) if path is not None]
 
-    def read(self, model: VideoModel) -> VideoPair:
-        """Decode the pair; a UserError if that fails."""
-        chosen, rejected = (
-            read_beginning(path, model.shape) for path in (self.chosen, self.rejected)
-        )
+    def read(self, model: VideoModel, remarks: list[Remark]) -> VideoPair:
+        """Decode the pair, and add what is to be known about its files; a UserError if it fails."""
+        both = [read_beginning(path, model.shape) for path in (self.chosen, self.rejected)]
+        chosen, rejected = (each.video for each in both)
         if torch.equal(chosen, rejected):
             raise UserError("both files hold the same video")
-        mask = None if self.mask is None else _read_mask(self.mask, model.shape)
+        found = [remark for each in both for remark in each.remarks]
+        mask = None if self.mask is None else _read_mask(self.mask, model.shape, found)
         if mask is not None and not (mask * (chosen - rejected).abs().sum(dim=0)).any():
             raise UserError(f"the two videos do not differ where {self.mask} is white")
         labels = None if self.labels is None else torch.tensor(self.labels)
+        slow, fast = sorted((each.slower for each in both), reverse=True)
+        if slow > NOTICED * fast:
+            detail = f"one is {slow / fast:.3g} times slower than the other"
+            found.append(Remark(what=UNEQUAL, name=self.name, detail=detail))
+        remarks += found
         return VideoPair(
             name=self.name,
             caption=self.prompt,
@@ -112,7 +128,7 @@ class LatentFile:
         """The file."""
         return [self.file]
 
-    def read(self, model: VideoModel) -> LatentPair:
+    def read(self, model: VideoModel, remarks: list[Remark]) -> LatentPair:
         """Read the pair; a UserError if the file is damaged or of another model."""
         stored, dtype = read_videodpo_pair(self.file), self.encoded.dtype
         for what, found, expected in (
@@ -144,6 +160,8 @@ class Listing:
     pairs: Sequence[VideoFiles | LatentFile] = ()
     skipped: list[Skipped] = field(default_factory=list)
     """Files that give no pair; grows while pairs are read."""
+    remarks: list[Remark] = field(default_factory=list)
+    """On files that are used; grows while pairs are read."""
 
     def read(self, model: VideoModel) -> Iterator[Clip]:
         """Every pair that can be read; the others are added to `skipped`.
@@ -154,7 +172,7 @@ class Listing:
         usable = False
         for pair in self.pairs:
             try:
-                clip = pair.read(model)
+                clip = pair.read(model, self.remarks)
             except UserError as error:
                 self.skipped.append(Skipped(name=pair.name, reason=str(error)))
                 continue
@@ -210,8 +228,9 @@ def list_pairs(path: Path, model: VideoModel, prompt: str | None, seconds: float
 
 def _list_folders(root: Path, folders: tuple[str, str], prompt: str | None) -> Listing:
     """Videos of the same name in two folders."""
-    pairs, skipped = [], []
-    chosen, rejected = (_by_stem(root / folder) for folder in folders)
+    pairs: list[VideoFiles] = []
+    skipped: list[Skipped] = []
+    chosen, rejected = (_by_stem(root, folder, skipped) for folder in folders)
     for stem in sorted(chosen.keys() | rejected.keys(), key=natural_key):
         files = [*chosen.get(stem, []), *rejected.get(stem, [])]
         name = files[0].relative_to(root).as_posix()
@@ -231,13 +250,18 @@ def _list_folders(root: Path, folders: tuple[str, str], prompt: str | None) -> L
     return Listing(pairs=pairs, skipped=skipped)
 
 
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    """Videos and folders of frames at any depth, by their path without suffix."""
+def _by_stem(root: Path, folder: str, skipped: list[Skipped]) -> dict[str, list[Path]]:
+    """Videos and folders of frames at any depth, by their path without suffix.
+
+    Paths are in Unicode's composed form, so that names from macOS and from Linux meet.
+    """
     found: dict[str, list[Path]] = {}
-    for name in find_videos(folder):
-        path = folder / name
+    left: list[Skipped] = []
+    for name in find_videos(root / folder, left):
+        path = root / folder / name
         stem = name if path.is_dir() else PurePosixPath(name).with_suffix("").as_posix()
-        found.setdefault(stem, []).append(path)
+        found.setdefault(composed(stem), []).append(path)
+    skipped += [Skipped(name=f"{folder}/{each.name}", reason=each.reason) for each in left]
     return found
 
 
@@ -247,52 +271,74 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
 class _Line(BaseModel):
     """One line of a JSONL file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    chosen: Path = Field(validation_alias=AliasChoices("chosen", "win"))
-    rejected: Path = Field(validation_alias=AliasChoices("rejected", "lose"))
+    chosen: str = Field(validation_alias=AliasChoices("chosen", "win"))
+    rejected: str = Field(validation_alias=AliasChoices("rejected", "lose"))
     prompt: str | None = Field(default=None, min_length=1)
-    mask: Path | None = None
+    mask: str | None = None
     labels: tuple[Annotated[float, Field(ge=-1, le=1)], ...] | None = None
 
 
+_COLUMNS = _Line.model_fields.keys() | {"win", "lose"}
+
+
 def _list_lines(file: Path, prompt: str | None, segments: int) -> Listing:
+    listing = Listing()
+    pairs: list[VideoFiles] = []
+    columns: set[str] = set()
+    files = Names(file.parent)
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{file}' cannot be read as text ({error}). {FORMATS}.") from error
-    pairs, skipped = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name = f"{file.name}:{number}"
-        try:
-            pairs.append(_read_line(line, name, file.parent, prompt, segments))
-        except UserError as error:
-            skipped.append(Skipped(name=name, reason=str(error)))
-    return Listing(pairs=pairs, skipped=skipped)
+        for number, line in read_lines(file):
+            name = f"{file.name}:{number}"
+            try:
+                pairs.append(_read_line(line, name, files, prompt, segments, columns))
+            except UserError as error:
+                listing.skipped.append(Skipped(name=name, reason=str(error)))
+    except OSError as error:
+        raise UserError(f"'{file}' cannot be read: {error.strerror}. {FORMATS}.") from error
+    listing.pairs = pairs
+    listing.remarks += unread_columns(file.name, columns)
+    return listing
 
 
-def _read_line(line: str, name: str, root: Path, prompt: str | None, segments: int) -> VideoFiles:
+def _read_line(
+    line: str, name: str, files: Names, prompt: str | None, segments: int, columns: set[str]
+) -> VideoFiles:
+    """The pair of a line; columns that are not read are added to `columns`."""
     try:
-        read = _Line.model_validate_json(line)
+        entry = parse_json(line)
+        if isinstance(entry, dict):
+            columns |= entry.keys() - _COLUMNS
+            for twin in (("chosen", "win"), ("rejected", "lose")):
+                if entry.keys() >= set(twin):
+                    raise ValueError(f"it names both {twin[0]} and {twin[1]}")
+        read = _Line.model_validate(entry)
     except ValidationError as error:
         raise UserError(first_fault(error)) from error
+    except ValueError as error:
+        raise UserError(f"it is not a pair in JSON: {error}") from error
     if read.labels is not None and len(read.labels) != segments:
         raise UserError(f"it has {len(read.labels)} labels for {segments} segments")
-    chosen, rejected = root / read.chosen, root / read.rejected
-    mask = None if read.mask is None else root / read.mask
-    for path in (chosen, rejected, mask):
-        if path is not None and not _exists(path):
-            raise UserError(f"there is no file {path}")
+    chosen, rejected = _found(files, read.chosen), _found(files, read.rejected)
     return VideoFiles(
         name=name,
-        prompt=read.prompt or _prompt_beside([chosen, rejected], prompt),
+        prompt=one_spaced(read.prompt or "") or _prompt_beside([chosen, rejected], prompt),
         chosen=chosen,
         rejected=rejected,
-        mask=mask,
+        mask=None if read.mask is None else _found(files, read.mask, MASK_SUFFIXES),
         labels=read.labels,
     )
+
+
+def _found(files: Names, name: str, suffixes: frozenset[str] = VIDEO_SUFFIXES) -> Path:
+    """The video, mask or folder of frames that a line names."""
+    path = files.find(name)
+    if path is None:
+        raise UserError(f"there is no file {name}")
+    if not path.is_dir() and path.suffix.lower() not in suffixes:
+        raise UserError(f"{name} is no video: {not_read(path)}")
+    return path
 
 
 # --- Video-DPO's latents ---------------------------------------------------------------------
@@ -308,6 +354,10 @@ def _list_latents(root: Path, model: VideoModel, prompt: str | None) -> Listing:
         )
     pairs, skipped = [], []
     for file in sorted(root.glob("*.pt"), key=lambda file: natural_key(file.name)):
+        if not storable(file.name):
+            reason = "its name is not UTF-8. Rename it"
+            skipped.append(Skipped(name=ascii(file.name), reason=reason))
+            continue
         try:
             text = _prompt_beside([file], prompt or f"(the prompt of {file.name})")
         except UserError as error:
@@ -319,13 +369,6 @@ def _list_latents(root: Path, model: VideoModel, prompt: str | None) -> Listing:
     return Listing(pairs=pairs, skipped=skipped)
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long
-        return False
-
-
 def _prompt_beside(paths: Sequence[Path], prompt: str | None) -> str:
     """The text beside the first path that has one, else `prompt`."""
     found = next((text for path in paths if (text := read_caption(path))), prompt)
@@ -334,11 +377,12 @@ def _prompt_beside(paths: Sequence[Path], prompt: str | None) -> str:
     return found
 
 
-def _read_mask(path: Path, shape: VideoShape) -> Float[Tensor, "F H W"]:
+def _read_mask(path: Path, shape: VideoShape, remarks: list[Remark]) -> Float[Tensor, "F H W"]:
     """1 where a picture or a video is closer to white than to black."""
     if path.suffix.lower() in FRAME_SUFFIXES:
         still = read_picture(path)[:, None].expand(-1, shape.frames, -1, -1)
         video = fit_video(still, shape.fps, shape)
     else:
-        video = read_beginning(path, shape)
+        video, _, found = read_beginning(path, shape)
+        remarks += found
     return (video.mean(dim=0) >= 0.5).float()

@@ -44,7 +44,8 @@ class Folder(SuppliedPairs):
     `latents_l` [c f h w] and `prompt_embeds` [1 tokens channels]. The same backbone must have
     encoded them; only shapes can be checked. `dpo-video export-pairs` writes this format.
 
-    Videos are mp4, webm, avi, mov, mkv, gif, or folders of png or jpg frames. The beginning of each
+    Videos are mp4, webm, avi, mov, mkv, gif, webp and others, or folders of png or jpg frames; what
+    is transparent is shown over black, in masks as well. The beginning of each
     is resampled, resized and cropped to the backbone's shape. Encode both videos alike, because the
     model learns any difference between the files first. Files that cannot be read or have no
     counterpart are reported and skipped. No labeler is asked.
@@ -70,6 +71,7 @@ class Folder(SuppliedPairs):
             count=len(listing.pairs),
             fingerprint=listing.fingerprint(model.shape),
             skipped=listing.skipped,
+            remarks=listing.remarks,
         )
 
     def __call__(

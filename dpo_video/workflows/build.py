@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
+from dpo_video.data.audit_checks import cut_prompts
 from dpo_video.data.build import Worker, wanted
 from dpo_video.data.build import build as build_engine
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
 from dpo_video.strategies import PairBuilder, VideoModel
+from dpo_video.types import Remark
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import BuildOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
@@ -23,6 +26,7 @@ from dpo_video.workflows.session import (
 )
 
 PAIRS = Path("runs/pairs")
+REMARKS_SHOWN = 3  # files by name
 SKIPPED_SHOWN = 20  # by name; the rest are counted
 
 
@@ -93,6 +97,7 @@ def obtain_pairs(
     progress.note(f"Building {total} pairs ({before}in {store.folder})")
     progress.update("pairs", present, total)
     made = undecided = 0
+    prompts: set[str] = set()
     for report in build_engine(
         store,
         source.clips,
@@ -106,11 +111,16 @@ def obtain_pairs(
     ):
         made += 1
         undecided += not report.decided
+        prompts.add(report.prompt)
         progress.update("pairs", report.done, total)
     for skipped in source.skipped[:SKIPPED_SHOWN]:
         progress.note(f"Skipped {skipped.name}: {skipped.reason}", warning=True)
     if source.skipped:
         progress.note(f"Files skipped in total: {len(source.skipped)}")
+    for line in _summarized(source.remarks):
+        progress.note(line, warning=True)
+    if cut := cut_prompts(prompts, model.unread):
+        progress.note(cut, warning=True)
     if undecided:
         progress.note(
             f"{undecided} of {made} pairs prefer neither video, so nothing is learned from them. "
@@ -122,6 +132,19 @@ def obtain_pairs(
             "workers make. If a worker has stopped, run its command again."
         )
     return store
+
+
+def _summarized(remarks: Sequence[Remark]) -> list[str]:
+    """One sentence for all files of which a remark is true, with a few of them by name."""
+    groups: dict[str, list[Remark]] = {}
+    for remark in remarks:
+        groups.setdefault(remark.what, []).append(remark)
+    lines = []
+    for what, group in groups.items():
+        shown = [f"{r.name} ({r.detail})" if r.detail else r.name for r in group[:REMARKS_SHOWN]]
+        more = f" and {len(group) - len(shown)} more" if len(group) > len(shown) else ""
+        lines.append(f"{what}: {', '.join(shown)}{more}.")
+    return lines
 
 
 def _worker(given: str | None) -> Worker:

@@ -29,8 +29,9 @@ from dpo_video.strategies import (
     SuppliedPairs,
     VideoModel,
 )
+from dpo_video.support.reading import one_spaced, read_lines
 from dpo_video.support.reproducibility import settle
-from dpo_video.types import Placement, Skipped
+from dpo_video.types import Placement, Remark, Skipped
 from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config, Tables
 from dpo_video.workflows.distributed import launcher_request
@@ -48,12 +49,11 @@ def evaluation_prompts(config: Config) -> list[str]:
     if file is None:
         return config.backbone.prompts(count)
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        prompts = [one_spaced(line) for _, line in read_lines(Path(file))]
+    except OSError as error:
         raise UserError(
-            f"Cannot read the prompts in '{file}': {error}. Name a UTF-8 text file."
+            f"Cannot read the prompts in '{file}': {error.strerror}. Name a UTF-8 text file."
         ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"'{file}' holds no prompt. Write one per line.")
     return [prompts[i % len(prompts)] for i in range(count)]
@@ -122,6 +122,8 @@ class OpenedSource:
     """Largest number of clips; None if they are endless."""
     skipped: Sequence[Skipped] = ()
     """Files without a usable clip; grows while clips are read."""
+    remarks: Sequence[Remark] = ()
+    """On files that are used; grows while clips are read."""
 
 
 def builder_labeler(config: Config) -> Labeler | None:
@@ -167,11 +169,15 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
             fingerprint=own.fingerprint,
             count=own.count,
             skipped=own.skipped,
+            remarks=own.remarks,
         )
     if run.clips is not None:
         folder = open_clips(Path(run.clips), model.shape, run.prompt)
         return OpenedSource(
-            clips=folder.cycle, fingerprint=folder.fingerprint, skipped=folder.skipped
+            clips=folder.cycle,
+            fingerprint=folder.fingerprint,
+            skipped=folder.skipped,
+            remarks=folder.remarks,
         )
     backbone = config.tables["backbone"]["name"]
     drawn = config.backbone.clips(run.seed)

@@ -105,11 +105,15 @@ def test_long_files_are_cut_into_windows_that_do_not_overlap(tmp_path: Path) -> 
     assert len(open_clips(tmp_path, SHAPE, "a test", windows=2)) == 3
 
 
-def test_short_files_with_enough_frames_are_sped_up(tmp_path: Path) -> None:
-    add(tmp_path, "a.mp4", count=8, fps=25)
+def test_short_files_with_enough_frames_are_slowed_down_and_named(tmp_path: Path) -> None:
+    add(tmp_path, "a.mp4", count=8, fps=20)
+    add(tmp_path, "b.mp4")
     clips = open_clips(tmp_path, SHAPE, "a test")
     assert clips[0].video is not None
     assert stamps(clips[0].video) == list(range(8))
+    (remark,) = clips.remarks
+    assert "Slowed down" in remark.what and remark.name == "a.mp4"
+    assert remark.detail == "0.40 s is stretched to 1.00 s, 2.5 times slower"
 
 
 # --- captions --------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) ->
 def test_text_that_is_not_utf8_is_named(tmp_path: Path, name: str) -> None:
     add(tmp_path, "a.mp4")
     (tmp_path / name).write_bytes(b"\xff\xfe\x00caf\xe9")
-    with pytest.raises(UserError, match=f"{name} is not UTF-8"):
+    with pytest.raises(UserError, match=f"{name} cannot be read: it is not UTF-8"):
         open_clips(tmp_path, SHAPE)
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dpo_video.data import video as module
-from dpo_video.data.video import VideoError, fit_video, natural_key, probe_video, read_video
+from dpo_video.data.fitting import fit_video
+from dpo_video.data.video import VideoError, natural_key, probe_video, read_video
 from dpo_video.data.video_writer import gif_bytes, video_bytes, write_video
 from dpo_video.errors import UserError
 from dpo_video.types import VideoShape
@@ -301,7 +302,7 @@ def test_fitting_starts_at_the_given_time() -> None:
     assert stamps(fit_video(stamped(30), 10.0, shape, start=1.0)) == [10, 12, 14, 16]
 
 
-def test_a_short_video_is_sped_up_only_if_it_has_enough_frames() -> None:
+def test_a_short_video_is_slowed_down_only_if_it_has_enough_frames() -> None:
     shape = VideoShape(frames=16, height=48, width=64, fps=8.0)
     assert stamps(fit_video(stamped(16), 25.0, shape)) == list(range(16))
     spread = stamps(fit_video(stamped(30), 25.0, shape))
@@ -326,7 +327,7 @@ def test_a_file_that_is_no_video_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"There is no file .*gone.mp4"):
         read_video(tmp_path / "gone.mp4")
     (tmp_path / "none").mkdir()
-    with pytest.raises(VideoError, match="no frames"):
+    with pytest.raises(VideoError, match="no png or jpg frames"):
         read_video(tmp_path / "none")
 
 
@@ -410,10 +411,10 @@ def test_a_frame_that_is_too_large_is_not_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_video(tmp_path / "a.mp4", stamped(2, 32, 48), fps=8.0)
-    monkeypatch.setattr("dpo_video.data.video.MAX_PIXELS", 32 * 48 - 1)
+    monkeypatch.setattr("dpo_video.data.films.MAX_PIXELS", 32 * 48 - 1)
     with pytest.raises(UserError, match="is damaged or not a video"):
         read_video(tmp_path / "a.mp4")
-    monkeypatch.setattr("dpo_video.data.video.MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr("dpo_video.data.films.MAX_PIXELS", 64 * 64)
     assert read_video(tmp_path / "a.mp4").frames.shape == (3, 2, 32, 48)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,7 @@ def test_videos_of_the_same_name_are_a_pair_whatever_their_suffixes(
     assert [pair.prompt for pair in pairs] == [f"the prompt of {name}" for name in "abc"]
     for pair, rejected in zip(pairs, ("a.mp4", "b.gif", "c.mp4"), strict=True):
         videos = [root / "chosen" / f"{pair.source}.mp4", root / "rejected" / rejected]
-        both = torch.stack([read_beginning(path, small_model.shape) for path in videos])
+        both = torch.stack([read_beginning(path, small_model.shape).video for path in videos])
         first, second = small_model.encode_videos(both)  # one call: the same path for both
         assert torch.equal(pair.first, first) and torch.equal(pair.second, second)
         assert (pair.preference == 1).all() and (pair.region == 1).all() and pair.context is None
@@ -244,6 +246,56 @@ def test_files_without_prompt_text_keep_their_own_encodings(
     assert "pair_00000.pt" in made(small_model, tmp_path / "out")[0].prompt
 
 
+# --- lists of other tools ---------------------------------------------------------------------
+
+
+def test_lists_of_other_tools_are_read_alike(small_model: AnimateDiffModel, tmp_path: Path) -> None:
+    """Windows' paths and line ends, U+2028 in a prompt, macOS' names, further columns."""
+    root = folders(tmp_path, ["caf\u00e9"])
+    stored = unicodedata.normalize("NFD", "caf\u00e9")
+    for path in [*root.glob("*/*")]:
+        path.rename(path.with_name(stored + path.suffix))
+    entry = {"id": 7, "win": "chosen\\caf\u00e9.mp4", "lose": "rejected/caf\u00e9.mp4",
+             "prompt": "a\u2028dog", "score_win": float("nan")}  # fmt: skip
+    text = "\ufeff" + json.dumps(entry, ensure_ascii=False) + "\r\n"
+    (root / "pairs.jsonl").write_bytes(text.encode())
+    source = opened(small_model, root / "pairs.jsonl")
+    assert [clip.caption for clip in source.clips] == ["a dog"] and not source.skipped
+    (remark,) = source.remarks
+    assert (remark.name, remark.detail) == ("pairs.jsonl", "id, score_win")
+
+
+def test_names_of_two_systems_are_a_pair(small_model: AnimateDiffModel, tmp_path: Path) -> None:
+    root = folders(tmp_path, ["caf\u00e9"])
+    for path in [*root.glob("rejected/*")]:
+        path.rename(path.with_name(unicodedata.normalize("NFD", path.name)))
+    assert [pair.source for pair in made(small_model, root)] == ["caf\u00e9"]
+
+
+def test_videos_that_are_slowed_down_are_named(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    root = folders(tmp_path, ["a", "b"])
+    write(root / "rejected" / "b.mp4", 3, fps=3 * SHAPE.fps)
+    source = opened(small_model, root)
+    list(source.clips)
+    slowed, unequal = source.remarks
+    assert (slowed.name, slowed.detail) == (
+        "rejected/b.mp4", "0.17 s is stretched to 0.50 s, 3 times slower"
+    )  # fmt: skip
+    assert (unequal.name, unequal.detail) == ("b", "one is 3 times slower than the other")
+
+
+def test_a_folder_of_what_is_not_read_says_so(
+    small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    for side in ("chosen", "rejected"):
+        (tmp_path / side).mkdir()
+        (tmp_path / side / "a.rm").touch()
+    with pytest.raises(UserError, match=r"chosen/a\.rm: files of type \.rm are not read"):
+        opened(small_model, tmp_path)
+
+
 # --- how many --------------------------------------------------------------------------------
 
 
@@ -319,13 +371,19 @@ def test_files_without_a_counterpart_or_damaged_are_reported(
     [
         ("not json", "JSON"),
         ('{"chosen": "chosen/a.mp4"}', "rejected"),
-        ({"label": [1]}, "label: Extra inputs"),
+        ("7", "valid dictionary"),
+        ({"win": "rejected/a.mp4"}, "names both chosen and win"),
+        ('{"chosen": "a", "chosen": "b"}', "names 'chosen' twice"),
+        ({"prompt": "half \ud800"}, "half a character"),
+        ("[" * 5000, "nested too deeply"),
         ({"labels": [2]}, "labels.0"),
         ({"labels": [1, 1]}, "2 labels for 1 segments"),
         ({"chosen": "gone.mp4"}, "there is no file"),
         ({"mask": "gone.png"}, "there is no file"),
         ({"mask": "black.png"}, "do not differ where"),
-        ({"mask": "chosen/a.txt"}, "damaged or not a video"),
+        ({"mask": "chosen/a.txt"}, "files of type .txt are not read"),
+        ({"mask": "hidden.png"}, "do not differ where"),
+        ({"chosen": "pipe.mp4"}, "it is a named pipe"),
         ({"prompt": None, "chosen": "rejected/a.mp4", "rejected": "bare.mp4"}, "has no prompt"),
     ],
 )
@@ -333,7 +391,9 @@ def test_an_invalid_line_is_reported(
     small_model: AnimateDiffModel, tmp_path: Path, entry: Any, reason: str
 ) -> None:
     Image.new("L", (SHAPE.width, SHAPE.height)).save(tmp_path / "black.png")
+    Image.new("RGBA", (SHAPE.width, SHAPE.height), (255, 255, 255, 0)).save(tmp_path / "hidden.png")
     write(tmp_path / "bare.mp4", 8)
+    os.mkfifo(tmp_path / "pipe.mp4")
     source = opened(small_model, lines(tmp_path, {}, entry))
     found = reasons(source)
     assert found.keys() == {"pairs.jsonl:2"} and reason in found["pairs.jsonl:2"]
@@ -386,7 +446,7 @@ def test_no_usable_pair_is_an_error_with_an_example(
     with pytest.raises(UserError, match=r"No file gives a pair\. For example a: .*a\.mp4"):
         next(source.clips)
     (tmp_path / "text.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read as text"):
+    with pytest.raises(UserError, match="cannot be read: it is not UTF-8 text"):
         opened(small_model, tmp_path / "text.jsonl")
 
 
