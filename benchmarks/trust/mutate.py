@@ -8,8 +8,12 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
+import socket
 import zipfile
+import zlib
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -18,7 +22,9 @@ import tomli_w
 BYTES = [b"\x00", b"\xff", b"\n", b"\r", b'"', b"{", b"}", b"[", b"]", b"\\", b"\xef\xbb\xbf",
          b"\xe2\x80\xa8", b"NaN", b"-1", b"1e999", b"\\ud800", b"\x1b[31m", b"../", b"\x00" * 64,
          b"9" * 5000, b"[" * 3000, b'{"a":' * 3000]  # fmt: skip
+REGEXES = ["(a+)+$", "(.*a){25}x", "(\\w+\\w+)+:", ".*to_q", "[", "(?R)", "all-linear"]
 VALUES: list[Any] = [
+    *REGEXES, "./nosuch", "caf\u00e9", "cafe\u0301", "a\\b", "a\x85b", "\ufeff", "[/b]",
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, -0.0, 0.5,
     float("nan"), float("inf"), "", " ", "x" * 100_000, "\x00", "\ud800", "../../etc/passwd",
     "/etc/passwd", "..", "a/b", "[red]", "[/]", "<script>alert(1)</script>", "\n", "\u2028",
@@ -100,6 +106,119 @@ def damage_tree(random: Random, tree: Any) -> Any:
 def _copied(node: Any, key: Any) -> Any:
     exists = key in node if isinstance(node, dict) else key < len(node)
     return copy.deepcopy(node[key]) if exists else None
+
+
+SPECIAL = {
+    b"\x00a pipe": lambda path: os.mkfifo(path),
+    b"\x00a folder": lambda path: path.mkdir(),
+    b"\x00a link to nothing": lambda path: path.symlink_to("nowhere"),
+    b"\x00a link to itself": lambda path: path.symlink_to(path.name),
+    b"\x00a device": lambda path: path.symlink_to("/dev/zero"),
+    b"\x00a socket": lambda path: _socket(path),
+}
+"""Contents that `place` turns into something that is no regular file."""
+
+
+def _socket(path: Path) -> None:
+    before = Path.cwd()
+    os.chdir(path.parent)  # the address of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path.name)
+    finally:
+        os.chdir(before)
+
+
+def place(path: Path, data: bytes) -> None:
+    """Put a case where its reader looks for it: as a file, or as one of `SPECIAL`."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    elif path.is_symlink() or (path.exists() and not path.is_file()):
+        path.unlink()
+    if data not in SPECIAL:
+        path.write_bytes(data)
+        return
+    path.unlink(missing_ok=True)
+    SPECIAL[data](path)
+
+
+def damage_png(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    """Change a PNG's chunks, with right checksums: a decoder sees the damage, not its checksum."""
+    if not data.startswith(b"\x89PNG") or random.random() < 0.3:
+        return damage(random, data, others)
+    chunks, at = [], 8
+    while at + 12 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
+        at += 12 + size
+    for _ in range(random.choice((1, 1, 2))):
+        number = random.randrange(len(chunks))
+        kind, content = chunks[number]
+        match random.randrange(6):
+            case 0 if kind == b"IHDR":
+                field = random.choice((0, 4))
+                value = random.choice((0, 1, 1 << 13, 1 << 16, 1 << 20, (1 << 31) - 1))
+                content = content[:field] + value.to_bytes(4, "big") + content[field + 4 :]
+            case 1:
+                content = damage(random, content, [content])
+            case 2:
+                kind = random.choice((b"tRNS", b"PLTE", b"iCCP", b"eXIf", b"cICP", b"acTL", b"fcTL",
+                                      b"fdAT", b"gAMA", b"zTXt", b"iTXt", b"IEND"))  # fmt: skip
+            case 3:
+                chunks.insert(number, random.choice(chunks))
+            case 4:
+                content = random.randbytes(random.choice((0, 1, 2, 4, 26, 300)))
+            case _:
+                bomb = zlib.compress(bytes(1 << 24))
+                chunks.insert(1, (b"zTXt", b"x\0\0" + bomb))
+        chunks[number] = kind, content
+    made = data[:8]
+    for kind, content in chunks:
+        body = kind + content
+        made += len(content).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    return made
+
+
+NUMBERS = (0, 1, 2, 255, 1 << 15, 1 << 16, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
+ATOMS = (b"tkhd", b"mdhd", b"mvhd", b"elst", b"stsd", b"stts", b"ctts", b"stsz", b"stco", b"stsc",
+         b"stss", b"colr", b"avcC", b"pasp", b"hdlr", b"covr", b"moov", b"trak", b"mdat",
+         b"ANMF", b"VP8X", b"VP8L", b"avih", b"strh", b"strf", b"idx1")  # fmt: skip
+
+
+def damage_film(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    """Put extreme numbers into the boxes of a film: sizes, counts, times and matrices."""
+    found = [at for atom in ATOMS for at in [data.find(atom)] if at >= 4]
+    if not found or random.random() < 0.4:
+        return damage(random, data, others)
+    changed = bytearray(data)
+    for _ in range(random.choice((1, 1, 2, 4))):
+        at = random.choice(found) + random.choice((-4, 4, 8, 12, 16, 20, 24, 40, 44, 60, 76, 80))
+        order = random.choice(("big", "little"))
+        changed[at : at + 4] = random.choice(NUMBERS).to_bytes(4, order)  # type: ignore[arg-type]
+    return bytes(changed)
+
+
+def damage_request(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    """Damage an HTTP request: its target, its headers, its body, or any bytes."""
+    head, _, rest = data.partition(b" ")
+    target, _, rest = rest.partition(b" ")
+    match random.randrange(5):
+        case 0:
+            target = random.choice((b"*", b"", b"/", b"//", b"http:", b"/%ff", b"/" + b"9" * 5000,
+                                    target + b"?rater=%ud800", b"\xff", b"/../x"))  # fmt: skip
+        case 1:
+            target = damage(random, target, [target])
+        case 2:
+            head = random.choice((b"OPTIONS", b"HEAD", b"PUT", b"CONNECT", b"get", b"POST", b"\0"))
+        case 3:
+            more = random.choice((b"content-length: 99999\r\n", b"transfer-encoding: chunked\r\n",
+                                  b"upgrade: websocket\r\nconnection: upgrade\r\n",
+                                  b"expect: 100-continue\r\n", b"x: " + b"y" * 70000 + b"\r\n",
+                                  b"content-length: -1\r\n", b"host: [\r\n"))  # fmt: skip
+            rest = rest.replace(b"\r\n", b"\r\n" + more, 1)
+        case _:
+            return damage(random, data, others)
+    return head + b" " + target + b" " + rest
 
 
 def json_text(tree: Any) -> bytes:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,49 +15,12 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from benchmarks.trust import mutate
-from dpo_video.data.video_writer import gif_bytes, video_bytes
+from benchmarks.trust.media_readers import captions, coloured, pictures, stills, video, wrong_names
+from benchmarks.trust.mutate import place
+from benchmarks.trust.reading import Bench, Damage, Reading, json_lines
+from dpo_video.data.video_writer import gif_bytes
 from dpo_video.errors import UserError
-from dpo_video.types import Pair
 from tests.small_animatediff import SHAPE, load_small
-
-Damage = Callable[[Random, bytes, list[bytes]], bytes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A reader, valid inputs, and how to damage them."""
-
-    seeds: list[bytes]
-    damage: Damage
-    read: Callable[[bytes], object]
-
-
-class Bench:
-    """A folder, a small model and a store of its pairs, which the readers need."""
-
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
-        from dpo_video.data.store import Manifest, PairStore
-
-        self.folder = folder
-        self.checkpoint = checkpoint
-        self.model = load_small(checkpoint)
-        manifest = Manifest(
-            recipe={"pairs": {"name": "local"}, "seed": 0},
-            identity=self.model.identity,
-            latent_shape=self.model.latent_shape,
-            fps=SHAPE.fps,
-        )
-        self.store = PairStore.create(folder / "store", manifest)
-        generator = torch.Generator().manual_seed(0)
-        for i in range(3):
-            first, second = torch.randn(2, *self.model.latent_shape, generator=generator)
-            pair = Pair(
-                first=first, second=second, preference=torch.ones(self.model.latent_shape[1]),
-                region=torch.ones(1, *self.model.latent_shape[1:]), prompt=f"a square {i}",
-                source=f"clip {i}", strength=0.8,
-            )  # fmt: skip
-            self.store.append(pair, self.model.encode_prompts([pair.prompt]))
-        self.video = torch.rand(3, SHAPE.frames, SHAPE.height, SHAPE.width, generator=generator)
 
 
 def run_toml(bench: Bench) -> Reading:
@@ -67,7 +29,7 @@ def run_toml(bench: Bench) -> Reading:
     path = bench.folder / "run.toml"
 
     def read(data: bytes) -> object:
-        path.write_bytes(data)
+        place(path, data)
         return config.resolve(file=path).toml()
 
     texts = [
@@ -88,7 +50,7 @@ def assignments(bench: Bench) -> Reading:
     def draw(random: Random, data: bytes, others: list[bytes]) -> bytes:
         return mutate.assignment(random).encode("utf-8", "surrogateescape")
 
-    return Reading(seeds=[b"loss.beta=500"], damage=_surrogates(draw), read=read)
+    return Reading(seeds=[b"loss.beta=500"], damage=_surrogates(draw), read=read, file=False)
 
 
 def _surrogates(draw: Damage) -> Damage:
@@ -120,7 +82,7 @@ def command_line(bench: Bench) -> Reading:
         return None
 
     inner = assignments(bench)
-    return Reading(seeds=inner.seeds, damage=inner.damage, read=read)
+    return Reading(seeds=inner.seeds, damage=inner.damage, read=read, file=False)
 
 
 def store_file(name: str, damage: Damage) -> Callable[[Bench], Reading]:
@@ -135,7 +97,7 @@ def store_file(name: str, damage: Damage) -> Callable[[Bench], Reading]:
 
         def read(data: bytes) -> object:
             (bench.store.folder / "pairs.jsonl").write_bytes(rows)
-            path.write_bytes(data)
+            place(path, data)
             try:
                 store = PairStore(bench.store.folder)
                 store.check_fits(bench.model)
@@ -143,7 +105,7 @@ def store_file(name: str, damage: Damage) -> Callable[[Bench], Reading]:
                     store.batch([index])
                 return store.batch(range(len(store))) if len(store) else None
             finally:
-                path.write_bytes(original)
+                place(path, original)
 
         return Reading(seeds=[original], damage=damage, read=read)
 
@@ -165,7 +127,7 @@ def packed_file(name: str, damage: Damage, elsewhere: bool = False) -> Callable[
         list(pack(bench.store, folder, 1))  # a shard a pair
         path = next(folder.glob(name))
         location: Path | str = folder
-        put: Callable[[bytes], object] = path.write_bytes
+        put: Callable[[bytes], object] = partial(place, path)
         if elsewhere:
             files = fsspec.filesystem("memory")
             files.put(str(folder), "/fuzzed", recursive=True)
@@ -188,7 +150,7 @@ def packed_file(name: str, damage: Damage, elsewhere: bool = False) -> Callable[
             finally:
                 put(original)
 
-        return Reading(seeds=[original], damage=damage, read=read)
+        return Reading(seeds=[original], damage=damage, read=read, file=not elsewhere)
 
     return make
 
@@ -216,7 +178,7 @@ def pairs_url(bench: Bench) -> Reading:
         )
 
     seeds = [b"memory://fuzzed", b"memory:///fuzzed/", b"nonsense://fuzzed", b"file:///nowhere"]
-    return Reading(seeds=seeds, damage=draw, read=read)
+    return Reading(seeds=seeds, damage=draw, read=read, file=False)
 
 
 def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
@@ -236,13 +198,13 @@ def label_file(suffix: str, damage: Damage) -> Callable[[Bench], Reading]:
         original = path.read_bytes()
 
         def read(data: bytes) -> object:
-            path.write_bytes(data)
+            place(path, data)
             try:
                 label_sets = open_label_sets(folder, ["fuzzed"])
                 assert label_sets[0].pinned
                 return preferences(label_sets, bench.model.latent_shape[1])
             finally:
-                path.write_bytes(original)
+                place(path, original)
 
         return Reading(seeds=[original], damage=damage, read=read)
 
@@ -258,7 +220,7 @@ def recorded(bench: Bench) -> Reading:
     made = recipe(bench.store, bench.model, {"name": "recorded"}, 0.25)
 
     def read(data: bytes) -> object:
-        path.write_bytes(data)
+        place(path, data)
         label_set = LabelSet.open_or_create(bench.store.folder, "copied", made)
         try:
             Recorded(file=str(path)).label_store(StoreTask(bench.store, bench.model, label_set))
@@ -271,7 +233,7 @@ def recorded(bench: Bench) -> Reading:
         {"pair": 1, "label": -1, "rater": "ann", "note": "it tears"},
         {"prompt": "a square 2", "label": "second"},
     ]
-    return Reading(seeds=[_lines(lines)], damage=mutate.damage_lines, read=read)
+    return Reading(seeds=[json_lines(lines)], damage=mutate.damage_lines, read=read)
 
 
 def folder_lines(bench: Bench) -> Reading:
@@ -285,7 +247,7 @@ def folder_lines(bench: Bench) -> Reading:
     path = root / "pairs.jsonl"
 
     def read(data: bytes) -> object:
-        path.write_bytes(data)
+        place(path, data)
         listing = list_pairs(path, bench.model, "a prompt", 0.25)
         listing.fingerprint(SHAPE)
         return list(listing.read(bench.model))
@@ -294,7 +256,7 @@ def folder_lines(bench: Bench) -> Reading:
         {"win": "a.gif", "lose": "b.gif", "prompt": "a dog runs"},
         {"win": "b.gif", "lose": "a.gif", "mask": "mask.png", "labels": [1, 0]},
     ]
-    return Reading(seeds=[_lines(lines)], damage=mutate.damage_lines, read=read)
+    return Reading(seeds=[json_lines(lines)], damage=mutate.damage_lines, read=read)
 
 
 def videodpo_pair(bench: Bench) -> Reading:
@@ -307,16 +269,33 @@ def videodpo_pair(bench: Bench) -> Reading:
     prompt = bench.model.encode_prompts(["a square"])["prompt_embeds"]
     tensors = {"latents_w": first, "latents_l": second, "prompt_embeds": prompt}
     seeds = []
-    for zipped in (True, False):
+    for zipped, odd in [
+        (True, first),
+        (False, first),
+        *((True, odd) for odd in _odd(first.clone())),
+    ]:
         file = io.BytesIO()
-        torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+        torch.save({**tensors, "latents_w": odd}, file, _use_new_zipfile_serialization=zipped)
         seeds.append(file.getvalue())
 
     def read(data: bytes) -> object:
-        path.write_bytes(data)
+        place(path, data)
         return list(list_pairs(root, bench.model, "a prompt", 0.25).read(bench.model))
 
     return Reading(seeds=seeds, damage=_zipped_or_not, read=read)
+
+
+def _odd(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors that a file may hold and that cannot be computed with."""
+    return [
+        tensor.to("meta"), tensor.to_sparse(), tensor.reshape(-1, 4).to_sparse_csr(),
+        torch.nested.nested_tensor([tensor, tensor]), tensor.to(torch.float8_e4m3fn),
+        tensor.to(torch.complex64), torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        tensor > 0, torch.nn.Parameter(tensor), torch.zeros(()).expand(1 << 20, 4, 4, 4),
+        torch.zeros(1).expand(tensor.shape), tensor.flip(0)[::2], tensor[:0],
+        torch.view_as_complex(tensor.clone().reshape(-1, 2)).conj(),
+        torch.full_like(tensor, torch.nan),
+    ]  # fmt: skip
 
 
 def _zipped_or_not(random: Random, data: bytes, others: list[bytes]) -> bytes:
@@ -366,7 +345,7 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         fingerprint = RunFingerprint.of(model, bench.store, policy, "no")
 
         def read(data: bytes) -> object:
-            path.write_bytes(data)
+            place(path, data)
             try:
                 if len(data) % 2 and path.suffix == ".safetensors":
                     _read_state(path)
@@ -378,7 +357,7 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
                 optimizer.step()
                 return torch.randn(1), random.random()
             finally:
-                path.write_bytes(original)
+                place(path, original)
 
         return Reading(seeds=[original], damage=damage, read=read)
 
@@ -424,12 +403,12 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         bare = model.denoiser
 
         def read(data: bytes) -> object:
-            path.write_bytes(data)
+            place(path, data)
             try:
                 merge_adapter(model, folder)
             finally:
                 _bare(model, bare)
-                path.write_bytes(original)
+                place(path, original)
             return None
 
         return Reading(seeds=[original], damage=damage, read=read)
@@ -446,12 +425,12 @@ def log(bench: Bench) -> Reading:
     line = path.read_bytes()
 
     def read(data: bytes) -> object:
-        path.write_bytes(data)
+        place(path, data)
         try:
             reports = read_log(path.parent)
             return judge_training(reports) if reports else None
         finally:
-            path.write_bytes(line)
+            place(path, line)
 
     return Reading(seeds=[line * 3], damage=mutate.damage_lines, read=read)
 
@@ -460,7 +439,7 @@ def run_prompts(bench: Bench) -> Reading:
     from dpo_video.workflows.runs import PROMPTS, Run
 
     def read(data: bytes) -> object:
-        (bench.folder / PROMPTS).write_bytes(data)
+        place(bench.folder / PROMPTS, data)
         return Run(folder=bench.folder).prompts
 
     return Reading(seeds=[b'["a square", "a circle"]', b"[]"], damage=mutate.damage_json, read=read)
@@ -474,7 +453,7 @@ def evaluation_prompts(bench: Bench) -> Reading:
     config = resolve(flags={"evaluate.prompts": str(path)})
 
     def read(data: bytes) -> object:
-        path.write_bytes(data)
+        place(path, data)
         return session.evaluation_prompts(config)
 
     return Reading(
@@ -482,80 +461,128 @@ def evaluation_prompts(bench: Bench) -> Reading:
     )
 
 
-def video(suffix: str) -> Callable[[Bench], Reading]:
-    """A video file, read as clips."""
+def recipes(bench: Bench) -> Reading:
+    """The recipes of `compare`, up to the configuration of each."""
+    from dpo_video.workflows import compare
 
-    def make(bench: Bench) -> Reading:
-        import av
-
-        from dpo_video.data.clips import open_clips
-
-        root = bench.folder / f"clips{suffix}"
-        root.mkdir(exist_ok=True)
-        path = root / f"clip{suffix}"
-        encoders: dict[str, Callable[[], bytes]] = {
-            ".mp4": lambda: video_bytes(bench.video, SHAPE.fps),
-            ".gif": lambda: gif_bytes(bench.video, SHAPE.fps),
-        }
-        if suffix in encoders:
-            original = encoders[suffix]()
-        else:
-            codec = {".webm": "libvpx", ".avi": "mpeg4", ".mkv": "libx264", ".mov": "mpeg4"}[suffix]
-            with av.open(str(path), "w") as container:
-                stream = container.add_stream(codec, rate=8)
-                stream.width = stream.height = 16
-                stream.pix_fmt = "yuv420p"
-                for frame in (bench.video * 255).byte().permute(1, 2, 3, 0).numpy():
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-                container.mux(stream.encode())
-            original = path.read_bytes()
-
-        def read(data: bytes) -> object:
-            path.write_bytes(data)
-            return [clip.video for clip in open_clips(root, SHAPE, "a prompt")]
-
-        return Reading(seeds=[original], damage=mutate.damage, read=read)
-
-    return make
-
-
-def pictures(bench: Bench) -> Reading:
-    from dpo_video.data.clips import open_clips
-
-    root = bench.folder / "frames" / "one"
-    root.mkdir(parents=True, exist_ok=True)
-    images = []
-    for name in ("PNG", "JPEG"):
-        buffer = io.BytesIO()
-        Image.fromarray((bench.video[:, 0] * 255).byte().permute(1, 2, 0).numpy()).save(
-            buffer, name
-        )
-        images.append(buffer.getvalue())
-    for i in range(SHAPE.frames):
-        (root / f"{i}.png").write_bytes(images[0])
+    path = bench.folder / "recipes.toml"
+    text = (
+        "[selection]\nprompts = 16\nseeds = [0]\n\n[one]\npairs = 'local'\nloss = 'region'\n"
+        "set = ['train.learning_rate=1e-4', 'train.steps=3']\nseeds = [0, 1]\n\n[two]\n"
+        "pairs = 'dense'\nloss = 'segment'\nlabeler = 'metric'\nbackbone = 'tiny'\n"
+    )
 
     def read(data: bytes) -> object:
-        (root / "2.png").write_bytes(data)
-        return [clip.video for clip in open_clips(root.parent, SHAPE, "a prompt")]
+        place(path, data)
+        found = compare._read([path])
+        return [(each.seeds, each.resolve({"run.seed": 1}).toml()) for each in found.recipes]
 
-    return Reading(seeds=images, damage=mutate.damage, read=read)
+    return Reading(seeds=[text.encode()], damage=mutate.damage_toml, read=read)
 
 
-def captions(bench: Bench) -> Reading:
-    from dpo_video.data.clips import open_clips
+def answers(bench: Bench) -> Reading:
+    """Answers of a vision-language model, new and cached, and the note that keeps their reason."""
+    from dpo_video.data.label import recipe
+    from dpo_video.data.labels import LabelSet
+    from dpo_video.labeler import _chat, vlm
 
-    root = bench.folder / "captioned"
-    root.mkdir(exist_ok=True)
-    for i in range(3):
-        (root / f"{i}.gif").write_bytes(gif_bytes(bench.video, SHAPE.fps))
+    made = recipe(bench.store, bench.model, {"name": "vlm"}, 0.25)
+    label_set = LabelSet.open_or_create(bench.store.folder, "answers", made)
+    path = bench.folder / "answer.json"
 
     def read(data: bytes) -> object:
-        (root / "metadata.jsonl").write_bytes(data)
-        clips = open_clips(root, SHAPE)
-        return clips.fingerprint, list(clips)
+        place(path, data)
+        text = _chat._cached(path)
+        if text is None:
+            text = data.decode("utf-8", "surrogatepass" if len(data) % 2 else "replace")
+        try:
+            verdict = vlm._read(text)
+        except (_chat.FailedError, UnicodeDecodeError) as error:
+            raise UserError(f"the answer is asked for again: {error}") from error
+        label_set.record(0, [1.0] * len(made.segments), note=verdict.reason)
+        label_set.path.unlink()
+        return None
 
-    lines = [{"file_name": f"{i}.gif", "text": f"a square {i}"} for i in range(3)]
-    return Reading(seeds=[_lines(lines)], damage=mutate.damage_lines, read=read)
+    seeds = [b'{"better": "first", "reason": "sharper \xe2\x80\xa8"}',
+             b'Well: {"better": "tie"} ok', rb'{"answer": "{\"better\": \"second\"}"}',
+             rb'{"better": "second", "reason": "\ud83d"}']  # fmt: skip
+    return Reading(seeds=seeds, damage=_decodable, read=read)
+
+
+def _decodable(random: Random, data: bytes, others: list[bytes]) -> bytes:
+    damaged = mutate.damage_json(random, data, others) if data.startswith(b"{") else (
+        mutate.damage(random, data, others))  # fmt: skip
+    return damaged.decode("utf-8", "replace").encode("utf-8", "surrogatepass")
+
+
+def model_config(bench: Bench) -> Reading:
+    """config.json of a checkpoint."""
+    from dpo_video.diffusion.pretrained import Checkpoint
+
+    folder = bench.folder / "model" / "vae"
+    folder.mkdir(parents=True, exist_ok=True)
+    original = (bench.checkpoint / "vae" / "config.json").read_bytes()
+
+    def read(data: bytes) -> object:
+        place(folder / "config.json", data)
+        return Checkpoint(source=str(folder.parent)).config("vae")
+
+    return Reading(seeds=[original], damage=mutate.damage_json, read=read)
+
+
+def model_names(bench: Bench) -> Reading:
+    """Texts for backbone.model that name no folder."""
+    from dpo_video.diffusion.pretrained import Checkpoint
+
+    def read(data: bytes) -> object:
+        source = data.decode("utf-8", "surrogateescape")
+        return Checkpoint(source=source).folder("vae")
+
+    seeds = [b"./nosuch", b"models/sd15", b"someone/model", b"~/nosuch", b"/nosuch", b"C:\\models"]
+    return Reading(seeds=seeds, damage=mutate.damage, read=read, file=False)
+
+
+def page_requests(bench: Bench) -> Reading:
+    """Requests to the labelling page over a connection, complete and not."""
+    import socket
+    import threading
+
+    from dpo_video.data.label import StoreTask, recipe
+    from dpo_video.data.labels import LabelSet
+    from dpo_video.labeler._page import server
+    from dpo_video.labeler._page.session import LabelSession
+
+    server.PATIENCE = 0.2
+    made = recipe(bench.store, bench.model, {"name": "page"}, 0.25)
+    label_set = LabelSet.open_or_create(bench.store.folder, "asked", made)
+    session = LabelSession(StoreTask(bench.store, bench.model, label_set), seed=0)
+    listener = server.listen(0)
+    port = listener.getsockname()[1]
+    threading.Thread(target=server.serve, args=(session, listener, "t"), daemon=True).start()
+
+    def request(target: str, body: str = "") -> bytes:
+        head = f"{'POST' if body else 'GET'} {target} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\n"
+        if body:
+            head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        return f"{head}connection: close\r\n\r\n{body}".encode()
+
+    def read(data: bytes) -> object:
+        answer = b""
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as client:
+            client.sendall(data)
+            while part := client.recv(1 << 16):
+                answer += part
+        status = answer.split(b" ")[1] if answer.startswith(b"HTTP/1.1 ") else b"closed"
+        assert status not in (b"500", b"503"), status
+        if status != b"200":
+            raise UserError(f"refused with {status.decode(errors='replace')}")
+        return answer
+
+    answer = '{"rater": "ann", "pair": 0, "segment": 0, "answer": "left"}'
+    seeds = [request("/t/"), request("/t/view?rater=ann"), request("/t/summary?rater=ann"),
+             request("/t/answer", answer), request("/t/undo", '{"rater": "ann", "revision": 1}'),
+             request("/t/sheet/0/0/left.png?rater=ann")]  # fmt: skip
+    return Reading(seeds=seeds, damage=mutate.damage_request, read=read, file=False)
 
 
 def reference_cache(name: str, damage: Damage) -> Callable[[Bench], Reading]:
@@ -580,21 +607,17 @@ def reference_cache(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         original = path.read_bytes()
 
         def read(data: bytes) -> object:
-            path.write_bytes(data)
+            place(path, data)
             try:
                 opened = ReferenceCache(bench.store, manifest)
                 opened.fill(draws, predict)
                 return opened.read(draws)
             finally:
-                path.write_bytes(original)
+                place(path, original)
 
         return Reading(seeds=[original], damage=damage, read=read)
 
     return make
-
-
-def _lines(lines: Sequence[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 READERS: dict[str, Callable[[Bench], Reading]] = {
@@ -630,7 +653,20 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "webm": video(".webm"),
     "avi": video(".avi"),
     "mkv": video(".mkv"),
+    "mpg": video(".mpg"),
+    "ts": video(".ts"),
+    "flv": video(".flv"),
+    "wmv": video(".wmv"),
+    "webp": video(".webp"),
+    "films in HDR and with alpha": coloured,
+    "contents below other names": wrong_names,
+    "stills": stills,
     "pictures": pictures,
+    "recipes.toml": recipes,
+    "answers of a model": answers,
+    "config.json of a model": model_config,
+    "names of models": model_names,
+    "requests to the page": page_requests,
     "metadata.jsonl": captions,
     "reference cache manifest": reference_cache("manifest.json", mutate.damage_json),
     "reference cache predictions": reference_cache(
