@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 from dpo_video import registry
 from dpo_video.workflows import config as options
+from dpo_video.workflows.recipes import find_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
 # Files of the repository that the site shows too, by their path from the root.
@@ -71,7 +72,28 @@ def option_pages() -> dict[str, str]:
             f"`dpo-video show {kind} NAME` prints the same."
         )
         pages[kind] = _page(title, head, found)
+    pages["recipe"] = _recipe_page()
     return pages
+
+
+def _recipe_page() -> str:
+    parts = [
+        "# Recipes",
+        "Every value of a recipe, and where it comes from. `dpo-video show recipe NAME` prints the "
+        "same.",
+    ]
+    for name in recipe_names():
+        recipe = find_recipe(name)
+        parts += [f"## `{name}`", f"{recipe.summary}. Source: {recipe.source}."]
+        rows = [
+            f"| {group} | `{path}` | {setting.paper or setting.text} | `{setting.text}` "
+            f"| {setting.source} | {setting.why} |"
+            for group, settings in recipe.groups.items()
+            for path, setting in settings.items()
+        ]
+        head = ["| for | option | paper | here | source | why |", "|---|---|---|---|---|---|"]
+        parts.append("\n".join([*head, *rows]))
+    return "\n\n".join(parts) + "\n"
 
 
 def _page(title: str, head: str, models: dict[str, tuple[type[Any], str]]) -> str:

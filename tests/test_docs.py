@@ -22,6 +22,7 @@ from dpo_video import registry
 from dpo_video.cli import app
 from dpo_video.estimation.tiers import tiers
 from dpo_video.workflows import config
+from dpo_video.workflows.recipes import recipe_names
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -130,11 +131,16 @@ def test_every_command_parses(document: str, line: str) -> None:
                 check_strategy(kind, value)
     if given.get("tier"):
         assert given["tier"] in tiers()
+    if given.get("recipe"):
+        assert given["recipe"] in recipe_names()
     for flag, value in pairwise(arguments):
         if flag == "--set":
             check_option(value.partition("=")[0])
-    if name == "show" and given["name"] and given["kind"] != "tier":
-        check_strategy(given["kind"], given["name"])
+    if name == "show" and given["name"]:
+        if given["kind"] == "recipe":
+            assert given["name"] in recipe_names()
+        elif given["kind"] != "tier":
+            check_strategy(given["kind"], given["name"])
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -217,6 +223,9 @@ def test_the_option_pages_hold_every_option() -> None:
     hooks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hooks)
     pages = hooks.option_pages()
+    recipes = pages.pop("recipe")
+    assert "options/recipe.md" in (ROOT / "mkdocs.yml").read_text()
+    assert all(f"`{name}`" in recipes for name in recipe_names())
     assert set(pages) == {"settings", *registry.KINDS}
     navigation = (ROOT / "mkdocs.yml").read_text()
     for name, page in pages.items():

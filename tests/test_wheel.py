@@ -31,5 +31,4 @@ def test_the_wheel_is_the_package(tmp_path: Path) -> None:
     files = {f"dpo_video/{path.relative_to(package).as_posix()}"
              for path in package.rglob("*") if path.is_file()}  # fmt: skip
     assert found == files
-    # The recipes of tiny import libraries and data that a user does not need.
-    assert not any("recipe" in name and name.endswith(".py") for name in found)
+    assert "dpo_video/recipe/densedpo.toml" in found

@@ -38,7 +38,7 @@ MEMORY = 512 << 20  # bytes that a case may add to the peak
 CHUNK = 400  # cases per process
 SLOW = {"adapter config": 40, "adapter weights": 40, "command line": 8, "checkpoint state": 4,
         "checkpoint weights": 4, "checkpoint pointer": 8, "checkpoint manifest": 8,
-        "requests to the page": 8, "films in HDR and with alpha": 2, "recipes.toml": 2}  # fmt: skip
+        "requests to the page": 8, "films in HDR and with alpha": 2, "entries.toml": 2}  # fmt: skip
 """Divisors of the number of cases, for readers that load an adapter or run a command."""
 TIMERS = (
     (signal.SIGPROF, signal.ITIMER_PROF, SECONDS),

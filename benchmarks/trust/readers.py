@@ -461,11 +461,11 @@ def evaluation_prompts(bench: Bench) -> Reading:
     )
 
 
-def recipes(bench: Bench) -> Reading:
-    """The recipes of `compare`, up to the configuration of each."""
+def entries(bench: Bench) -> Reading:
+    """The entries of `compare`, up to the configuration of each."""
     from dpo_video.workflows import compare
 
-    path = bench.folder / "recipes.toml"
+    path = bench.folder / "entries.toml"
     text = (
         "[selection]\nprompts = 16\nseeds = [0]\n\n[one]\npairs = 'local'\nloss = 'region'\n"
         "set = ['train.learning_rate=1e-4', 'train.steps=3']\nseeds = [0, 1]\n\n[two]\n"
@@ -475,7 +475,7 @@ def recipes(bench: Bench) -> Reading:
     def read(data: bytes) -> object:
         place(path, data)
         found = compare._read([path])
-        return [(each.seeds, each.resolve({"run.seed": 1}).toml()) for each in found.recipes]
+        return [(each.seeds, each.resolve({"run.seed": 1}).toml()) for each in found.entries]
 
     return Reading(seeds=[text.encode()], damage=mutate.damage_toml, read=read)
 
@@ -662,7 +662,7 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "contents below other names": wrong_names,
     "stills": stills,
     "pictures": pictures,
-    "recipes.toml": recipes,
+    "entries.toml": entries,
     "answers of a model": answers,
     "config.json of a model": model_config,
     "names of models": model_names,

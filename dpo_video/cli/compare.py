@@ -11,25 +11,25 @@ from dpo_video.cli.console import BOLD, say, show
 from dpo_video.cli.options import Json, option, takes
 
 
-@takes("steps", "seeds", "prompts", "min_effect", "tolerance", "min_prompts", "device")
+@takes("recipe", "steps", "seeds", "prompts", "min_effect", "tolerance", "min_prompts", "device")
 def compare(
     options: dict[str, Any],
-    recipes: Annotated[
+    entries: Annotated[
         list[Path] | None,
-        typer.Argument(help="TOML files of recipes, or a run.toml; by default the package's own."),
+        typer.Argument(help="TOML files of entries, or a run.toml; by default the package's own."),
     ] = None,
     only: Annotated[
-        list[str] | None, option("--only", "Name of a recipe to run; repeat for more.")
+        list[str] | None, option("--only", "Name of an entry to run; repeat for more.")
     ] = None,
     training_seeds: Annotated[
         list[int] | None,
-        option("--training-seed", "Seed of pairs and training, for all recipes; repeat for more."),
+        option("--training-seed", "Seed of pairs and training, for all entries; repeat for more."),
     ] = None,
     selection_prompts: Annotated[
         int | None,
         option(
             "--selection-prompts",
-            "Number of prompts that choose the best recipe; the others are reported.",
+            "Number of prompts that choose the best entry; the others are reported.",
             min=2,
         ),
     ] = None,
@@ -44,15 +44,16 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build, train and evaluate several recipes with the same seeds and prompts.
+    """Build, train and evaluate several entries of a file with the same seeds and prompts.
 
-    A recipe is a table of a TOML file: its name in brackets, pairs = "local", loss = "region",
-    set = ["train.learning_rate=1e-4"], and for several trainings seeds = [0, 1, 2].
+    An entry is a table of a TOML file: its name in brackets, pairs = "local", loss = "region",
+    recipe = "localdpo", set = ["train.learning_rate=1e-4"], and for several trainings seeds =
+    [0, 1, 2].
 
-    The table [selection] with prompts = 16 sets 16 prompts apart that choose the best recipe; the
+    The table [selection] with prompts = 16 sets 16 prompts apart that choose the best entry; the
     report is on the others.
 
-    Every cell is a run of its own, OUT/RECIPE/seed-N. Finished cells are not run again.
+    Every cell is a run of its own, OUT/ENTRY/seed-N. Finished cells are not run again.
     """
     from dpo_video.cli.display import TerminalProgress
     from dpo_video.workflows.compare import compare
@@ -60,7 +61,7 @@ def compare(
     out = out or Path("runs/compare")
     with TerminalProgress() as progress:
         comparison = compare(
-            recipes,
+            entries,
             only=only,
             training_seeds=training_seeds,
             selection_prompts=selection_prompts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from dpo_video.cli.console import show_json
+from dpo_video.cli.console import say, show_json
 from dpo_video.cli.options import TRAINING, Json, takes
 
 
@@ -15,6 +15,8 @@ def config(options: dict[str, Any], as_json: Json = False) -> None:
     from dpo_video.workflows.options import configure
 
     resolved = configure("train", options, options.pop("pairs"))
+    for note in resolved.notes:
+        say(note)
     if as_json:
         show_json(resolved.tables)
     else:

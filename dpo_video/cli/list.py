@@ -16,11 +16,11 @@ from dpo_video.support.formatting import plain_table
 def list_strategies(
     kind: Annotated[
         str | None,
-        typer.Argument(help="pairs, labeler, loss, reference, metric or backbone; or tier."),
+        typer.Argument(help="pairs, labeler, loss, reference, metric, backbone, recipe; or tier."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the installed strategies, built-in ones and plugins', or the tiers of `--tier`."""
+    """List the installed strategies and recipes, or the tiers of `--tier`."""
     if kind == "tier":
         _list_tiers(as_json)
         return

@@ -40,7 +40,20 @@ def _tiers(incomplete: str) -> list[str]:
     return [name for name in (*tiers(), AUTO) if name.startswith(incomplete)]
 
 
+def _recipes(incomplete: str) -> list[str]:
+    from dpo_video.workflows.recipes import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
 FLAGS: Mapping[str, Any] = {
+    "recipe": _flag(
+        str,
+        "--recipe",
+        "Use the hyper-parameters of a paper: video-dpo, densedpo, localdpo (see list recipe).",
+        panel=STRATEGIES,
+        autocompletion=_recipes,
+    ),
     "pairs": _strategy("pairs", "Pair builder, or a folder or URL of finished pairs."),
     "backbone": _strategy("backbone", "Family of the video diffusion model."),
     "labeler": _strategy("labeler", "Labeler that judges which video is better."),
@@ -104,8 +117,8 @@ FLAGS: Mapping[str, Any] = {
 """Keyword of a workflow to the flag that gives it."""
 # `config` shows what `train` would run, so that both take exactly these.
 BUILDING = (
-    "pairs", "backbone", "labeler", "set", "config", "tier", "seed", "device", "deterministic",
-    "clips", "prompt", "count",
+    "recipe", "pairs", "backbone", "labeler", "set", "config", "tier", "seed", "device",
+    "deterministic", "clips", "prompt", "count",
 )  # fmt: skip
 TRAINING = (*BUILDING, "loss", "reference", "metrics", "steps", "labels")
 

@@ -18,14 +18,21 @@ from dpo_video.support.formatting import plain_table
 def show_strategy(
     kind: Annotated[
         str,
-        typer.Argument(help="A kind (see `dpo-video list`), run, build, train, ... or tier."),
+        typer.Argument(help="A kind (see `dpo-video list`), run, build, train, ..., or tier."),
     ],
-    name: Annotated[str | None, typer.Argument(help="Name of a strategy or tier.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a strategy, a recipe or a tier.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a strategy does, its source, and each option with its type and default."""
-    if kind == "tier":
-        _show_tier(name, as_json)
+    """Show what a strategy does, its source, and each option with its type and default.
+
+    A recipe is shown with the source of each of its values.
+    """
+    if kind in ("tier", "recipe"):
+        if name is None:
+            raise UserError(f"show {kind} needs a NAME (see `dpo-video list {kind}`).")
+        (_show_tier if kind == "tier" else _show_recipe)(name, as_json)
         return
     from dpo_video.workflows.catalog import show_strategy
 
@@ -47,11 +54,34 @@ def show_strategy(
         show("It has no options.")
 
 
-def _show_tier(name: str | None, as_json: bool) -> None:
+def _show_recipe(name: str, as_json: bool) -> None:
+    from dpo_video.workflows.recipes import find_recipe
+
+    recipe = find_recipe(name)
+    if as_json:
+        show_json(recipe.model_dump())
+        return
+    rows: list[tuple[str | Text, ...]] = []
+    for group, settings in recipe.groups.items():
+        if settings:
+            rows.append((Text(group, BOLD),))
+        for path, setting in settings.items():
+            source = setting.source
+            if setting.paper is not None:
+                source += f" (published: {setting.paper}; {setting.why})"
+            rows.append((Text(f"  {path}", NAME), setting.text, source))
+    show(
+        Text.assemble(("recipe", BOLD), " ", (recipe.name, NAME), "\n"),
+        f"{recipe.summary}. Source: {recipe.source}.",
+        "Its values override a backbone's defaults. Those of --tier, --config and flags override "
+        "them.\n",
+        plain_table(("option", "value", "source"), rows),
+    )
+
+
+def _show_tier(name: str, as_json: bool) -> None:
     from dpo_video.estimation.tiers import find_tier
 
-    if name is None:
-        raise UserError("show tier needs a NAME (see `dpo-video list tier`).")
     tier = find_tier(name)
     if as_json:
         show_json(tier.model_dump())
@@ -65,8 +95,8 @@ def _show_tier(name: str | None, as_json: bool) -> None:
     show(
         Text.assemble(("tier", BOLD), " ", (tier.name, NAME), "\n"),
         f"{tier.card}: {tier.memory_gib:g} GiB, {tier.tflops:g} TFLOP/s ({tier.source}).",
-        "Its options override those of --config; --set and other flags override its options. "
-        "LoRA's alpha follows the rank.\n",
+        "Its options override a recipe's, of which it lowers numbers and raises none; --config, "
+        "--set and other flags override its options. LoRA's alpha follows the rank.\n",
         plain_table(("option", "value"), rows),
     )
 

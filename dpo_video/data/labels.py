@@ -128,8 +128,8 @@ class LabelSet:
             if header.exists() and cls(store, name).lines:
                 if cls(store, name).recipe != recipe:
                     raise UserError(
-                        f"'{path}' holds labels of another recipe. Give these a name of their own: "
-                        "--as NAME."
+                        f"'{path}' holds labels that were given with other options. Give these a "
+                        "name of their own: --as NAME."
                     )
             else:
                 write_text(header, recipe.model_dump_json(indent=2) + "\n")

@@ -127,8 +127,8 @@ class PairStore:
         store = cls(folder)
         if store.manifest.key != manifest.key:
             raise StoreError(
-                f"'{folder}' holds pairs of another recipe. Name another folder with --out, "
-                "or delete it."
+                f"'{folder}' holds pairs that were built with other options. Name another folder "
+                "with --out, or delete it."
             )
         return store
 

@@ -1,4 +1,4 @@
-"""Compare several recipes on equal terms, pooled over training seeds."""
+"""Compare several entries on equal terms, pooled over training seeds."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dpo_video.support.statistics import PairedDifference, Record
 
 
 class Comparison(Record):
-    """All rows, in the order of the recipes."""
+    """All rows, in the order of the entries."""
 
     rows: tuple[Row, ...]
-    """The recipes on the prompts and training seeds that are reported."""
+    """The entries on the prompts and training seeds that are reported."""
     selection: Selection | None = None
-    """What chose among the recipes; None if nothing was set apart for it."""
+    """What chose among the entries; None if nothing was set apart for it."""
     min_prompts: int
     machine: str
     """The machine that it was measured on."""
@@ -41,19 +41,19 @@ class Comparison(Record):
         selection_prompts: int = 0,
         selection_seeds: Sequence[int] = (),
     ) -> Comparison:
-        """Pool the cells by recipe; the cells of a recipe must be neighbours.
+        """Pool the cells by entry; the cells of an entry must be neighbours.
 
         A metric that is missing in one cell is left out of all.
 
         Args:
-            cells: The recipes, each with every training seed.
+            cells: The entries, each with every training seed.
             machine: See the field.
             versions: See the field.
-            selection_prompts: Number of prompts that choose a recipe and are not reported.
-            selection_seeds: Training seeds that choose a recipe and are not reported.
+            selection_prompts: Number of prompts that choose an entry and are not reported.
+            selection_seeds: Training seeds that choose an entry and are not reported.
 
         Raises:
-            ValueError: if there are no cells, those of a recipe have other base videos, or nothing
+            ValueError: if there are no cells, those of an entry have other base videos, or nothing
                 is left to choose by or to report.
         """
         if not cells:
@@ -70,16 +70,16 @@ class Comparison(Record):
             versions=versions,
         )
 
-    def __getitem__(self, recipe: str) -> Row:
-        """The row of a recipe.
+    def __getitem__(self, entry: str) -> Row:
+        """The row of an entry.
 
         Raises:
             UserError: if there is none of that name.
         """
-        rows = {row.recipe: row for row in self.rows}
-        if recipe not in rows:
-            raise unknown("recipe", recipe, list(rows))
-        return rows[recipe]
+        rows = {row.entry: row for row in self.rows}
+        if entry not in rows:
+            raise unknown("entry", entry, list(rows))
+        return rows[entry]
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON-ready data."""
@@ -90,7 +90,7 @@ class Comparison(Record):
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         marks = f"{_sign(BETTER)}, {_sign(WORSE)}, {_sign(KEPT)}, {NOT_SHOWN[0]} neither is shown."
         table.caption, table.caption_justify = " ".join([marks, *self.notes]), "left"
-        table.add_column("recipe", no_wrap=True)
+        table.add_column("entry", no_wrap=True)
         table.add_column("seeds", justify="right")
         for metric in self.rows[0].metrics:
             table.add_column(metric.label, justify="right")
@@ -101,7 +101,7 @@ class Comparison(Record):
                 sign, word = metric.mark
                 style = {"better": "green", "worse": "red"}.get(word, "dim")
                 cells.append(f"[{style}]{metric.change_text} {sign}[/]")
-            table.add_row(row.recipe, str(len(row.seeds)), *cells, row.verdict.headline)
+            table.add_row(row.entry, str(len(row.seeds)), *cells, row.verdict.headline)
         return table
 
     def markdown(self) -> str:
@@ -149,7 +149,7 @@ class Comparison(Record):
         }
         points = [
             charts.Point(
-                name=row.recipe,
+                name=row.entry,
                 x=spreads[Role.MOTION][i],
                 y=spreads[Role.TARGET][i],
                 hollow=any(m.lost for m in row.metrics if m.role is Role.GUARD),
@@ -159,7 +159,7 @@ class Comparison(Record):
         panel = charts.Panel(
             points=points, x=axis(Role.MOTION), y=axis(Role.TARGET), origin="base model"
         )
-        title = f"{labels[Role.TARGET]} against {labels[Role.MOTION]}, one mark per recipe"
+        title = f"{labels[Role.TARGET]} against {labels[Role.MOTION]}, one mark per entry"
         return charts.scatter(title, [panel], width=480, inline=inline)
 
     def page(self, path: Path | str) -> Path:
@@ -190,7 +190,7 @@ class Comparison(Record):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was compared, how a recipe was chosen, and the thresholds, in words."""
+        """What was compared, how an entry was chosen, and the thresholds, in words."""
         return self._sample, *([self._choice] if self._choice else []), self._rules
 
     @property
@@ -198,7 +198,7 @@ class Comparison(Record):
         change = self.rows[0].metrics[0].difference
         different = f" of {change.prompts} prompts" if change.prompts < change.pairs else ""
         return (
-            f"{change.pairs} videos{different} per recipe, from the same prompts and noise as the "
+            f"{change.pairs} videos{different} per entry, from the same prompts and noise as the "
             "base model's. Changes are means over the training seeds, with 95% intervals over "
             "prompts and seeds; those of one seed cover the prompts only."
         )
@@ -210,24 +210,24 @@ class Comparison(Record):
             if count < 2:
                 return ""
             return (
-                f"All {count} recipes were compared on the same prompts, so the best of them looks "
+                f"All {count} entries were compared on the same prompts, so the best of them looks "
                 "better than it is. --selection-prompts N chooses on N prompts and reports on the "
                 "others."
             )
-        chosen = next(row for row in selection.rows if row.recipe == selection.chosen)
+        chosen = next(row for row in selection.rows if row.entry == selection.chosen)
         text = (
-            f"Chosen on {selection.where}: {chosen.recipe}, with the largest improvement of "
+            f"Chosen on {selection.where}: {chosen.entry}, with the largest improvement of "
             f"{chosen.target.label} ({chosen.target.change_text})"
         )
         text += (
-            " among recipes that lost neither motion nor a guard."
+            " among entries that lost neither motion nor a guard."
             if chosen.safe
-            else "; every recipe lost motion or a guard."
+            else "; every entry lost motion or a guard."
         )
-        reported = [row for row in self.rows if row.recipe == selection.chosen]
+        reported = [row for row in self.rows if row.entry == selection.chosen]
         if not reported:
             return (
-                f"{text} It has no training seed outside of the selection: add seeds to its recipe "
+                f"{text} It has no training seed outside of the selection: add seeds to its entry "
                 "to report it."
             )
         change = reported[0].target
@@ -252,7 +252,7 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     labels = [metric.label for metric in rows[0].metrics]
     cells = [
         [
-            row.recipe,
+            row.entry,
             str(len(row.seeds)),
             str(row.steps),
             *(f"{metric.change_text} ({metric.interval_text})" for metric in row.metrics),
@@ -260,7 +260,7 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         ]
         for row in rows
     ]
-    return ["recipe", "seeds", "steps", *labels, "verdict"], cells
+    return ["entry", "seeds", "steps", *labels, "verdict"], cells
 
 
 def _markdown(rows: Sequence[Row]) -> str:

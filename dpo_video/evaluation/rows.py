@@ -1,4 +1,4 @@
-"""Recipes: one with one training seed, one over its seeds, and the choice of one."""
+"""Entries: one with one training seed, one over its seeds, and the choice of one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dpo_video.support.statistics import Record
 
 
 class Cell(Record):
-    """One recipe trained with one seed."""
+    """One entry trained with one seed."""
 
-    recipe: str
+    entry: str
     seed: int
     steps: int
     seconds: float
@@ -35,11 +35,11 @@ class Cell(Record):
     min_prompts: int
 
     @classmethod
-    def of(cls, recipe: str, seed: int, evaluation: Evaluation, settings: EvaluateSettings) -> Cell:
+    def of(cls, entry: str, seed: int, evaluation: Evaluation, settings: EvaluateSettings) -> Cell:
         """The cell of an evaluation, judged by the thresholds of `settings`."""
         verdict, reports = evaluation.training_verdict, evaluation.training
         return cls(
-            recipe=recipe,
+            entry=entry,
             seed=seed,
             steps=reports[-1].step if reports else 0,
             seconds=reports[-1].seconds if reports else 0.0,
@@ -60,9 +60,9 @@ class Cell(Record):
 
 
 class Row(Record):
-    """One recipe over its training seeds."""
+    """One entry over its training seeds."""
 
-    recipe: str
+    entry: str
     seeds: tuple[int, ...]
     steps: int
     seconds: float
@@ -87,21 +87,21 @@ class Row(Record):
 
 
 class Selection(Record):
-    """The choice of a recipe on prompts and training seeds that play no part in the report."""
+    """The choice of an entry on prompts and training seeds that play no part in the report."""
 
     prompts: int = Field(ge=0)
     """Number of prompts that choose, the first ones; 0 for all."""
     seeds: tuple[int, ...]
     """Training seeds that choose; none for all."""
     rows: tuple[Row, ...]
-    """The recipes on these prompts and seeds."""
+    """The entries on these prompts and seeds."""
     chosen: str
-    """The recipe with the largest improvement of the first target, among those that lost neither
+    """The entry with the largest improvement of the first target, among those that lost neither
     motion nor a guard if there is one."""
 
     @classmethod
     def of(cls, cells: Sequence[Cell], prompts: int, seeds: Sequence[int]) -> Self:
-        """Choose a recipe by its cells.
+        """Choose an entry by its cells.
 
         Raises:
             ValueError: if no cell has one of the seeds.
@@ -110,7 +110,7 @@ class Selection(Record):
         rows = pool(choosing)
         safe = [row for row in rows if row.safe]
         best = max(safe or rows, key=lambda row: _gain(row.target))
-        return cls(prompts=prompts, seeds=tuple(seeds), rows=rows, chosen=best.recipe)
+        return cls(prompts=prompts, seeds=tuple(seeds), rows=rows, chosen=best.entry)
 
     def reported(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells without the seeds and prompts that chose."""
@@ -160,14 +160,14 @@ def _part(cell: Cell, count: int, first: bool) -> Cell:
 
 
 def pool(cells: Sequence[Cell]) -> tuple[Row, ...]:
-    """One row per recipe; the cells of a recipe must be neighbours.
+    """One row per entry; the cells of an entry must be neighbours.
 
     Raises:
-        ValueError: if there are no cells, or those of a recipe have other base videos.
+        ValueError: if there are no cells, or those of an entry have other base videos.
     """
     if not cells:
         raise ValueError("no training seed is left to choose by, or to report")
-    return tuple(_row(list(group)) for _, group in groupby(cells, key=lambda cell: cell.recipe))
+    return tuple(_row(list(group)) for _, group in groupby(cells, key=lambda cell: cell.entry))
 
 
 def _row(cells: Sequence[Cell]) -> Row:
@@ -175,7 +175,7 @@ def _row(cells: Sequence[Cell]) -> Row:
     for results in zip(*(cell.metrics for cell in cells), strict=True):
         first = results[0]
         if any(result.base != first.base for result in results):
-            raise ValueError(f"the seeds of '{cells[0].recipe}' have other base videos")
+            raise ValueError(f"the seeds of '{cells[0].entry}' have other base videos")
         pooled.append(
             MetricResult.measured(
                 first.name,
@@ -207,7 +207,7 @@ def _row(cells: Sequence[Cell]) -> Row:
         if metric.witness is not None
     ]
     return Row(
-        recipe=cells[0].recipe,
+        entry=cells[0].entry,
         seeds=tuple(cell.seed for cell in cells),
         steps=cells[0].steps,
         seconds=float(np.mean([cell.seconds for cell in cells])),

@@ -50,7 +50,7 @@ def listings(kind: str) -> list[Listing]:
     """The installed strategies of a kind, sorted by name."""
     return [
         Listing(kind=kind, name=name, distribution=entry.distribution, summary=_summary(entry))
-        for name, same in sorted(_by_name(kind).items())
+        for name, same in sorted(named(check_kind(kind)).items())
         for entry in same
     ]
 
@@ -62,18 +62,9 @@ def load(kind: str, name: str) -> type[Strategy]:
         UserError: for an unknown kind or name.
         PluginError: for a name that several packages use, or a plugin that is broken.
     """
-    found = _by_name(kind)
-    if name not in found:
-        if (kind, name) in _SESSION:
-            return _SESSION[kind, name]
-        raise unknown(kind, name, found)
-    entry, *others = found[name]
-    if others:
-        raise PluginError(
-            f"Several packages provide a {kind} '{name}': "
-            f"{', '.join(each.distribution for each in found[name])}. Uninstall all but one; "
-            "all other strategies still work."
-        )
+    if name not in named(check_kind(kind)) and (kind, name) in _SESSION:
+        return _SESSION[kind, name]
+    entry = find(kind, name)
     try:
         loaded = entry.load()
     except (Exception, SystemExit) as error:  # a plugin's import may do anything
@@ -137,9 +128,28 @@ def check_kind(kind: str) -> str:
     return kind
 
 
-def _by_name(kind: str) -> dict[str, list[Entry]]:
-    """Entry points by name; a name has several if packages provide different classes for it."""
-    check_kind(kind)
+def find(kind: str, name: str) -> Entry:
+    """The entry point of a name.
+
+    Raises:
+        UserError: for an unknown name.
+        PluginError: for a name that several packages use.
+    """
+    found = named(kind)
+    if name not in found:
+        raise unknown(kind, name, found)
+    entry, *others = found[name]
+    if others:
+        raise PluginError(
+            f"Several packages provide a {kind} '{name}': "
+            f"{', '.join(each.distribution for each in found[name])}. Uninstall all but one; "
+            "all others still work."
+        )
+    return entry
+
+
+def named(kind: str) -> dict[str, list[Entry]]:
+    """Entry points by name; a name has several if packages provide different objects for it."""
     found: dict[str, list[Entry]] = {}
     for entry in entries():
         if entry.kind == kind:

@@ -60,6 +60,8 @@ def build_pairs(
     part = _worker(worker)
     if part.number and worker is None:  # started by a launcher: one process reports
         progress = SILENT
+    for note in config.notes:
+        progress.note(note)
     builder_labeler(config)
     model = load_model(config, pick_device(config.run.device))
     folder = PAIRS if out is None else Path(out)

@@ -1,4 +1,4 @@
-"""What is installed: strategies, their options, and tiers. Listing imports no torch."""
+"""What is installed: strategies, their options, and recipes. Listing imports no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 from dpo_video import registry
 from dpo_video.errors import UserError
 from dpo_video.registry.entry_points import unreadable
+from dpo_video.workflows import recipes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """Installed strategies."""
+    """Installed strategies and recipes."""
 
     kinds: Sequence[str]
     strategies: Sequence[registry.Listing]
@@ -41,11 +42,15 @@ class Description:
 
 
 def list_strategies(kind: str | None = None) -> Catalog:
-    """The installed strategies of a kind, or of all kinds."""
-    kinds = [registry.check_kind(kind)] if kind else list(registry.KINDS)
+    """The installed strategies of a kind, or of all kinds; recipes count as one."""
+    kinds = [kind] if kind else [*registry.KINDS, recipes.KIND]
     return Catalog(
         kinds=kinds,
-        strategies=[listing for each in kinds for listing in registry.listings(each)],
+        strategies=[
+            listing
+            for each in kinds
+            for listing in (recipes.listings() if each == recipes.KIND else registry.listings(each))
+        ],
         unreadable=unreadable(),
     )
 

@@ -1,4 +1,4 @@
-"""Build, train and evaluate several recipes with the same seeds and prompts."""
+"""Build, train and evaluate several entries with the same seeds and prompts."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.estimate import choose_blocks
 from dpo_video.workflows.evaluate import evaluate_run
+from dpo_video.workflows.presets import Tables
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import (
     accelerator_for,
@@ -41,15 +42,16 @@ from dpo_video.workflows.session import (
 from dpo_video.workflows.train import run_training, write_run
 
 _KINDS = ("pairs", "loss", "reference", "backbone", "labeler")
-_KEYS = {*_KINDS, "set", "seeds"}
+_KEYS = {*_KINDS, "recipe", "set", "seeds"}
 _JUDGING = ("tolerance", "min_effect", "min_effects", "min_prompts")
 """Options of [evaluate] that change a verdict and not what was measured."""
 _QUIET = {"train.report_to": "none", "train.validation_videos": 0, "build.previews": False}
 
 
 def compare(
-    recipes: Sequence[Path | str] | None = None,
+    entries: Sequence[Path | str] | None = None,
     *,
+    recipe: str | None = None,
     only: Sequence[str] | None = None,
     training_seeds: Sequence[int] | None = None,
     steps: int | None = None,
@@ -64,26 +66,28 @@ def compare(
     device: str | None = None,
     progress: Progress = SILENT,
 ) -> Comparison:
-    """Build, train and evaluate several recipes with the same seeds and prompts.
+    """Build, train and evaluate several entries with the same seeds and prompts.
 
-    Every cell is a run of its own, OUT/RECIPE/seed-N. Finished cells are not run again.
+    Every cell is a run of its own, OUT/ENTRY/seed-N. Finished cells are not run again.
 
     Args:
-        recipes: TOML files: recipes, or a run.toml; those of the package by default. A recipe is a
+        entries: TOML files: entries, or a run.toml; those of the package by default. An entry is a
             table: [NAME], pairs = "local", set = ["train.learning_rate=1e-4"], seeds = [0, 1, 2].
             The table [selection] with prompts = 16 and seeds = [0] gives defaults of
             `selection_prompts` and `selection_seeds`.
-        only: Names of the recipes to run; all by default.
-        training_seeds: Seeds of pairs and training, for all recipes.
-        steps: Optimizer steps of every recipe.
+        recipe: The recipe of every entry that names none; an entry names one with
+            recipe = "densedpo".
+        only: Names of the entries to run; all by default.
+        training_seeds: Seeds of pairs and training, for all entries.
+        steps: Optimizer steps of every entry.
         seeds: Number of videos of base and tuned model each, as `evaluate.seeds`.
         prompts: Text file of evaluation prompts, as `evaluate.prompts`.
         min_effect: As `evaluate.min_effect`. Thresholds can be changed for finished cells.
         tolerance: As `evaluate.tolerance`.
         min_prompts: As `evaluate.min_prompts`.
-        selection_prompts: Number of prompts that choose the best recipe. The report is on the other
+        selection_prompts: Number of prompts that choose the best entry. The report is on the other
             prompts, which play no part in the choice.
-        selection_seeds: Training seeds that choose, in the same sense. A recipe without others is
+        selection_seeds: Training seeds that choose, in the same sense. An entry without others is
             not reported.
         out: The folder of all runs, with comparison.json, comparison.md, frontier.svg and
             index.html.
@@ -91,7 +95,7 @@ def compare(
         progress: Receives the progress.
 
     Raises:
-        UserError: for a recipe that cannot be read or resolved, before the first one runs.
+        UserError: for an entry that cannot be read or resolved, before the first one runs.
     """
     folder = Path(out)
     flags = {
@@ -103,20 +107,23 @@ def compare(
         "evaluate.tolerance": tolerance,
         "evaluate.min_prompts": min_prompts,
     }
-    found = _read(recipes)
+    found = _read(entries)
     if selection_prompts is None:
         selection_prompts = found.selection_prompts
     if not selection_seeds:
         selection_seeds = found.selection_seeds
-    # All recipes are resolved before the first one runs: a typo must not surface after an hour.
-    work = []
-    for recipe in _chosen(found.recipes, only):
-        for seed in training_seeds or recipe.seeds:
-            config = recipe.resolve({**flags, "run.seed": seed})
+    # All entries are resolved before the first one runs: a typo must not surface after an hour.
+    work, notes = [], dict[str, None]()
+    for entry in _chosen(found.entries, only):
+        for seed in training_seeds or entry.seeds:
+            config = entry.resolve({**flags, "run.seed": seed}, recipe)
+            notes.update(dict.fromkeys(config.notes))
             where = pick_device(config.run.device)
             # With a number in place of checkpointing=auto, as run.toml will have it.
-            work.append((recipe.name, seed, choose_blocks(config, device=where, progress=progress)))
+            work.append((entry.name, seed, choose_blocks(config, device=where, progress=progress)))
     _check_selection(work, selection_prompts, selection_seeds)
+    for note in notes:
+        progress.note(note)
     cells = []
     for name, seed, config in work:
         run = folder / name / f"seed-{seed}"
@@ -142,8 +149,8 @@ def compare(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recipe:
-    """A named recipe of a file."""
+class _Entry:
+    """A named entry of a file."""
 
     name: str
     file: Path
@@ -152,34 +159,35 @@ class _Recipe:
 
     @property
     def seeds(self) -> list[int]:
-        """The training seeds that the recipe names; 0 by default."""
+        """The training seeds that the entry names; 0 by default."""
         seeds = (self.table or {}).get("seeds", [0])
         if not isinstance(seeds, list) or not seeds or any(type(n) is not int for n in seeds):
             raise UserError(
-                f"Recipe '{self.name}' of '{self.file}': seeds is a list of numbers, as in "
+                f"Entry '{self.name}' of '{self.file}': seeds is a list of numbers, as in "
                 "seeds = [0, 1, 2]."
             )
         return seeds
 
-    def resolve(self, flags: Mapping[str, Any]) -> Config:
-        """The run's configuration."""
+    def resolve(self, flags: Mapping[str, Any], recipe: str | None = None) -> Config:
+        """The run's configuration, from a recipe unless the entry names another."""
         try:
             if self.table is None:
-                return configs.resolve(file=self.file, flags={**_QUIET, **flags})
+                return configs.resolve(recipe=recipe, file=self.file, flags={**_QUIET, **flags})
             return configs.resolve(
+                recipe=self.table.get("recipe", recipe),
                 choices={kind: self.table.get(kind) for kind in _KINDS},
-                # Options for all recipes override those of one recipe.
+                # Options for all entries override those of one entry.
                 assignments=[*_texts(_QUIET), *self.table.get("set", []), *_texts(flags)],
             )
         except UserError as error:
-            raise UserError(f"Recipe '{self.name}' of '{self.file}': {error}") from error
+            raise UserError(f"Entry '{self.name}' of '{self.file}': {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recipes:
-    """All recipes of some files, and their [selection]."""
+class _Entries:
+    """All entries of some files, and their [selection]."""
 
-    recipes: list[_Recipe]
+    entries: list[_Entry]
     selection_prompts: int = 0
     selection_seeds: tuple[int, ...] = ()
 
@@ -198,12 +206,12 @@ def _check_selection(
     trained = {seed for _, seed, _ in work}
     if seeds and not trained & set(seeds):
         raise UserError(
-            f"No recipe is trained with a seed that chooses ({', '.join(map(str, seeds))}). Add "
-            "one to the seeds of the recipes, or change --selection-seed."
+            f"No entry is trained with a seed that chooses ({', '.join(map(str, seeds))}). Add "
+            "one to the seeds of the entries, or change --selection-seed."
         )
     if not trained - set(seeds):
         raise UserError(
-            "Every training seed chooses, so there is none to report. Add seeds to the recipes."
+            "Every training seed chooses, so there is none to report. Add seeds to the entries."
         )
 
 
@@ -211,10 +219,10 @@ def _texts(flags: Mapping[str, Any]) -> list[str]:
     return [f"{path}={json.dumps(v)}" for path, v in flags.items() if v is not None]
 
 
-def _read(paths: Sequence[Path | str] | None) -> _Recipes:
-    found: list[_Recipe] = []
+def _read(paths: Sequence[Path | str] | None) -> _Entries:
+    found: list[_Entry] = []
     selection: dict[str, Any] = {}
-    for path in map(Path, paths or [str(files("dpo_video.workflows") / "recipes.toml")]):
+    for path in map(Path, paths or [str(files("dpo_video.workflows") / "compare.toml")]):
         try:
             tables = read_toml(path)
         except OSError as error:
@@ -222,7 +230,7 @@ def _read(paths: Sequence[Path | str] | None) -> _Recipes:
         except ValueError as error:
             raise UserError(f"'{path}' is not valid TOML: {error}. Correct it.") from error
         if tables.keys() & {*configs.ENGINES, *registry.KINDS}:
-            found.append(_Recipe(name=path.stem, file=path, table=None))
+            found.append(_Entry(name=path.stem, file=path, table=None))
             continue
         selection = (
             _selection(tables.pop("selection"), path) if "selection" in tables else selection
@@ -231,33 +239,34 @@ def _read(paths: Sequence[Path | str] | None) -> _Recipes:
             if not isinstance(table, dict) or (strange := sorted(table.keys() - _KEYS)):
                 wrong = f"'{strange[0]}'" if isinstance(table, dict) else "no table"
                 raise UserError(
-                    f"Recipe '{name}' of '{path}' has {wrong}. A recipe is [NAME] with "
+                    f"Entry '{name}' of '{path}' has {wrong}. An entry is [NAME] with "
                     f"{', '.join(sorted(_KEYS))}; options go into set = "
                     '["train.learning_rate=1e-4"].'
                 )
             _check_types(name, path, table)
-            found.append(_Recipe(name=name, file=path, table=table))
-    names = [recipe.name for recipe in found]
+            found.append(_Entry(name=name, file=path, table=table))
+    names = [entry.name for entry in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"Two recipes are named '{twice}'. Rename one of them.")
+        raise UserError(f"Two entries are named '{twice}'. Rename one of them.")
     if not found:
-        raise UserError('The files name no recipe. Write one: [NAME] and pairs = "local".')
-    return _Recipes(recipes=found, **selection)
+        raise UserError('The files name no entry. Write one: [NAME] and pairs = "local".')
+    return _Entries(entries=found, **selection)
 
 
 def _check_types(name: str, path: Path, table: Mapping[str, Any]) -> None:
     """A UserError unless strategies are names and `set` is a list of texts."""
-    wrong = next((kind for kind in _KINDS if not isinstance(table.get(kind, ""), str)), None)
+    names = (*_KINDS, "recipe")
+    wrong = next((kind for kind in names if not isinstance(table.get(kind, ""), str)), None)
     options = table.get("set", [])
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         wrong = "set"
     if wrong:
         form = 'set = ["train.learning_rate=1e-4"]' if wrong == "set" else f'{wrong} = "NAME"'
-        raise UserError(f"Recipe '{name}' of '{path}': {wrong} has another form. Write {form}.")
+        raise UserError(f"Entry '{name}' of '{path}': {wrong} has another form. Write {form}.")
 
 
 def _selection(table: Any, path: Path) -> dict[str, Any]:
-    """The fields of `_Recipes` that a file's table [selection] sets."""
+    """The fields of `_Entries` that a file's table [selection] sets."""
     try:
         prompts, seeds = table.pop("prompts", 0), table.pop("seeds", [])
         if type(prompts) is int and all(type(seed) is int for seed in seeds) and not table:
@@ -269,12 +278,12 @@ def _selection(table: Any, path: Path) -> dict[str, Any]:
     )
 
 
-def _chosen(recipes: list[_Recipe], only: Sequence[str] | None) -> list[_Recipe]:
-    names = [recipe.name for recipe in recipes]
+def _chosen(entries: list[_Entry], only: Sequence[str] | None) -> list[_Entry]:
+    names = [entry.name for entry in entries]
     for name in only or ():
         if name not in names:
-            raise unknown("recipe", name, names)
-    return [recipe for recipe in recipes if not only or recipe.name in only]
+            raise unknown("entry", name, names)
+    return [entry for entry in entries if not only or entry.name in only]
 
 
 def _finished(folder: Path, config: Config) -> Evaluation | None:
@@ -291,12 +300,12 @@ def _check_same(folder: Path, config: Config, *, same: bool = True) -> None:
     before.pop("versions", None)
     if not same or _measured(before) != _measured(config.tables):
         raise UserError(
-            f"'{folder}' was run with other settings than this recipe's. Name another --out, or "
+            f"'{folder}' was run with other settings than this entry's. Name another --out, or "
             "delete that folder to run it again."
         )
 
 
-def _measured(tables: configs.Tables) -> configs.Tables:
+def _measured(tables: Tables) -> Tables:
     """The tables without the thresholds of the verdict."""
     evaluate = {k: v for k, v in tables.get("evaluate", {}).items() if k not in _JUDGING}
     return {**tables, "evaluate": evaluate}
@@ -320,7 +329,7 @@ def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Eva
 
 
 def _base_videos(config: Config, out: Path, progress: Progress) -> Videos:
-    """The base model's videos, drawn once for all recipes with equal settings."""
+    """The base model's videos, drawn once for all entries with equal settings."""
     model = load_model(config, pick_device(config.run.device))
     prompts = evaluation_prompts(config)
     tables = _measured(config.tables)

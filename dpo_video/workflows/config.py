@@ -1,7 +1,7 @@
-"""The configuration of a run, merged from defaults, a file, names, a tier and single options.
+"""The configuration of a run, merged from defaults, a recipe, a tier, a file and single options.
 
-Precedence, lowest first: defaults, a TOML file, strategies by name, a tier's presets, and single
-options (`--set loss.beta=500`, and flags such as --seed).
+Precedence, lowest first: defaults, the backbone's, a recipe, a tier's presets, a TOML file,
+strategies by name, and single options (`--set loss.beta=500`, and flags such as --seed).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,9 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
 from dpo_video.errors import UserError, unknown
-from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.settings import (
-    LARGEST_RANK,
     BuildSettings,
     EvaluateSettings,
     MemorySettings,
@@ -40,9 +38,10 @@ from dpo_video.strategies import (
     Strategy,
 )
 from dpo_video.support.reading import read_toml
+from dpo_video.workflows.presets import Presets, Tables
+from dpo_video.workflows.recipes import find_recipe, recipe_for
 
 Model = TypeVar("Model", bound=BaseModel)
-Tables = dict[str, dict[str, Any]]
 
 DEFAULTS: Mapping[str, str] = {
     "backbone": "tiny",
@@ -83,6 +82,8 @@ class Config:
     metrics: Mapping[str, Metric]
     tables: Tables
     """All of the above as plain tables, defaults included."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about how they were merged, a sentence each."""
 
     def toml(self) -> str:
         """The text of run.toml; `--config` with it repeats the run."""
@@ -94,27 +95,34 @@ class Config:
 
 def resolve(
     *,
+    recipe: str | None = None,
     file: Path | None = None,
     choices: Mapping[str, Any] | None = None,
     metrics: Sequence[Metric | str] = (),
     tier: str | None = None,
     flags: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
+    kind_of_store: str | None = None,
 ) -> Config:
     """Merge the sources of options and make the strategies.
 
     Args:
+        recipe: Name of a recipe. Its options of a strategy hold if that strategy is chosen.
         file: A TOML file; its [versions] is ignored.
         choices: Kind to a strategy or its name, as `--loss NAME` gives it; None changes nothing.
         metrics: Metrics or their names, as `--metric` gives them; none changes nothing.
-        tier: Name of a tier, whose options override the file's.
+        tier: Name of a tier. Its options override a recipe's, and are overridden by the file's. It
+            lowers a recipe's numbers and raises none.
         flags: Option path to value, for options with flags of their own.
         assignments: Texts such as "loss.beta=500".
+        kind_of_store: The kind of pairs in a folder or URL of finished pairs, if that is known.
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
     """
     tables = _read(file) if file else {}
+    base = find_recipe(recipe) if recipe else None
+    names = {**DEFAULTS, **(base.strategies if base else {})}
     given: list[tuple[str, Any]] = []
     chosen = {kind: choice for kind, choice in (choices or {}).items() if choice is not None}
     for kind in (*DEFAULTS, "labeler"):
@@ -124,9 +132,10 @@ def resolve(
             given += [(f"{kind}.{name}", value) for name, value in _set_by_hand(choice).items()]
         elif choice is not None:
             _choose(tables, kind, str(choice))
-        elif kind not in tables and kind in DEFAULTS:
-            tables[kind] = {"name": DEFAULTS[kind]}
-    backbone_class = registry.load("backbone", _name(tables, "backbone"))
+        elif kind not in tables and kind in names:
+            tables[kind] = {"name": names[kind]}
+    backbone = _name(tables, "backbone")
+    backbone_class = registry.load("backbone", backbone)
     if metrics or "metric" not in tables:
         guards = cast(type[Backbone], backbone_class).guards
         before = tables.get("metric", {})
@@ -138,17 +147,30 @@ def resolve(
                 tables["metric"][metric] = before.get(metric, {})
     given += [(path, value) for path, value in (flags or {}).items() if value is not None]
     given += [_read_assignment(text) for text in assignments]
-    if tier is not None:
-        # A tier's presets depend on the model, so the model is determined first.
-        model = dict(given).get(_MODEL, tables["backbone"].get("model"))
-        if model is None and "model" in backbone_class.model_fields:
-            model = backbone_class.model_fields["model"].default
-        _apply_tier(find_tier(tier), tables, model if isinstance(model, str) else None)
+    # Recipes and tiers depend on the model, so the model is determined first.
+    model = dict(given).get(_MODEL, tables["backbone"].get("model"))
+    if model is None and "model" in backbone_class.model_fields:
+        model = backbone_class.model_fields["model"].default
+    presets = Presets.of(
+        base,
+        tier,
+        {kind: table.get("name") for kind, table in tables.items()},
+        model if isinstance(model, str) else None,
+    )
+    notes = [] if file is None else presets.overridden_by(file, tables)
     for path, value in given:
         _assign(tables, path, value)
-    defaults = cast(type[Backbone], backbone_class).training
-    tables["train"] = _with_family_defaults(tables.get("train", {}), defaults)
-    return _make(tables)
+    presets.fill(tables, cast(type[Backbone], backbone_class).training, _TABLES)
+    config = _make(tables)
+    notes += presets.departures(config.tables)
+    if recipe is None and file is None:
+        built = kind_of_store or tables["pairs"].get("name")
+        if name := recipe_for(backbone, built, _name(tables, "loss")):
+            notes.append(
+                f"This run has {backbone}'s defaults. For the values of the paper on {built} pairs "
+                f"and the {_name(tables, 'loss')} loss, add --recipe {name}."
+            )
+    return replace(config, notes=tuple(notes))
 
 
 def _set_by_hand(strategy: Strategy) -> dict[str, Any]:
@@ -173,28 +195,6 @@ def _read_assignment(text: str) -> tuple[str, Any]:
     if not separator or "." not in path:
         raise UserError(f"'{text}' is not KIND.OPTION=VALUE. Write it like --set loss.beta=500.")
     return path.strip(), _parse(value.strip())
-
-
-def _apply_tier(tier: Tier, tables: Tables, model: str | None) -> None:
-    """Override options with a tier's; alpha then follows the tier's rank."""
-    for path, value in tier.preset(_name(tables, "backbone"), model).items():
-        _assign(tables, path, value)
-    tables["train"].pop("alpha", None)
-
-
-def _with_family_defaults(given: Any, defaults: Mapping[str, Any]) -> Any:
-    """[train] with the backbone's own defaults for options that are not set."""
-    if not isinstance(given, Mapping):
-        return given
-    options = {**defaults, **given}
-    rank = options.get("rank")
-    if not isinstance(rank, int | float) or not 0 < rank <= LARGEST_RANK:
-        return options  # TrainSettings refuses it
-    if "rank" in given and "alpha" not in given:
-        # LoRA scales its update by alpha / rank: another rank keeps that scale.
-        family = TrainSettings(**defaults)
-        options["alpha"] = rank * family.alpha / family.rank
-    return options
 
 
 def _read(file: Path) -> Tables:

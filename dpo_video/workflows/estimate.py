@@ -48,6 +48,8 @@ def estimate(
     """
     tier = options.get("tier")
     config = configure("train", options)
+    for note in config.notes:
+        progress.note(note)
     card = find_tier(tier) if tier else None
     traces = TraceCache()
     if config.memory.checkpointing == "auto":

@@ -30,6 +30,8 @@ class Options(TypedDict, total=False):
 class BuildOptions(Options, total=False):
     """Options of building pairs."""
 
+    recipe: str | None
+    """The recipe whose values hold where no other option is given."""
     labeler: Strategy | str | None
     clips: Path | str | None
     prompt: str | None
@@ -61,6 +63,7 @@ class TrainOptions(BuildOptions, total=False):
     save_total_limit: int | None
     validation_videos: int | None
     labels: Sequence[str] | None
+    min_decided: float | None
     report_to: str | None
 
 
@@ -116,28 +119,35 @@ def configure(table: str, options: Mapping[str, Any], pairs: object = None) -> C
     }
     file, paths = given.pop("config", None), given.pop("set", ())
     metrics, tier = given.pop("metrics", ()), given.pop("tier", None)
+    recipe, kind_of_store = given.pop("recipe", None), None
     flags: dict[str, Any] = {}
     if isinstance(paths, Mapping):
         flags, paths = dict(paths), ()
     if (store := _finished_pairs(pairs)) is not None:
         pairs = store
         if choices["backbone"] is None and file is None:
-            choices["backbone"], own = made_with(PairStore(store))
+            opened = PairStore(store)
+            choices["backbone"], own = made_with(opened)
+            kind_of_store = opened.manifest.recipe.get("pairs", {}).get("name")
             flags = {**own, **flags}
     homes = {
         field: home for home in ("build", "run", table) for field in ENGINES[home].model_fields
     }
     for name, value in given.items():
         if name not in homes:
-            raise unknown("option", name, {*homes, *choices, "metrics", "tier", "config", "set"})
+            raise unknown(
+                "option", name, {*homes, *choices, "metrics", "tier", "config", "set", "recipe"}
+            )
         flags[f"{homes[name]}.{name}"] = str(value) if isinstance(value, Path) else value
     return resolve(
+        recipe=recipe,
         file=Path(file) if file is not None else None,
         choices={**choices, "pairs": pairs},
         metrics=metrics,
         tier=tier,
         flags=flags,
         assignments=paths,
+        kind_of_store=kind_of_store,
     )
 
 

@@ -33,8 +33,9 @@ from dpo_video.support.reading import one_spaced, read_lines
 from dpo_video.support.reproducibility import settle
 from dpo_video.types import Placement, Remark, Skipped
 from dpo_video.workflows import distributed
-from dpo_video.workflows.config import Config, Tables
+from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import launcher_request
+from dpo_video.workflows.presets import Tables
 
 PROMPTS = 64  # cycled, for pairs without clips on a backbone that has none
 

@@ -91,6 +91,11 @@ def train(
     accelerator = accelerator_for(config, folder)
     if not accelerator.is_main_process:
         progress = SILENT
+    for note in (
+        *config.notes,
+        *_larger_batch(options.get("recipe"), config, accelerator.num_processes),
+    ):
+        progress.note(note)
     if config.memory != requested:
         progress.note(
             f"Set by the launcher: memory.shard={config.memory.shard}, "
@@ -209,6 +214,18 @@ def _announce(config: Config, folder: Path, accelerator: Accelerator, progress: 
         )
     if config.memory.compile == "on":
         progress.note("The first step compiles the blocks, which may take minutes.")
+
+
+def _larger_batch(recipe: str | None, config: Config, processes: int) -> list[str]:
+    """A note on a recipe's batch if several processes each accumulate as many pairs."""
+    train = config.train
+    if recipe is None or processes == 1:
+        return []
+    pairs = train.batch_size * train.gradient_accumulation_steps
+    return [
+        f"Each of {processes} processes accumulates {pairs} pairs, {processes * pairs} a step. "
+        f"For {pairs} a step, divide train.gradient_accumulation_steps by {processes}."
+    ]
 
 
 def _left_out(store: PairStore, pairs: Sequence[int], settings: TrainSettings) -> list[str]:

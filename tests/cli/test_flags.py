@@ -70,7 +70,7 @@ def test_flags_are_keywords_of_the_python_function(command: str, function: str) 
     keywords = set(inspect.signature(called).parameters)
     keywords |= {
         "target",
-        "recipes",
+        "entries",
         "folder",
         "as_json",
     }  # other names in Python, or none

@@ -91,7 +91,7 @@ def test_labelling_resumes_and_another_recipe_needs_a_name(pairs: Path) -> None:
     run("label", pairs, *METRIC, SEGMENTS, "--device=cpu")
     assert LabelSet(pairs, "metric").path.read_bytes() == before
     other = [*METRIC, "--set=labeler.margin=0.5", SEGMENTS, "--device=cpu"]
-    with pytest.raises(UserError, match=r"labels of another recipe.*--as NAME"):
+    with pytest.raises(UserError, match=r"labels that were given with other options.*--as NAME"):
         run("label", pairs, *other)
     out = run("label", pairs, *other, "--as", "careful")
     assert "Agreement of careful and metric" in " ".join(out.split())

@@ -205,7 +205,7 @@ def test_another_recipe_needs_another_name(
 ) -> None:
     label_set.record(0, [1, 1])
     other = RECIPE.model_copy(update=change)
-    with pytest.raises(UserError, match=r"labels of another recipe.*--as NAME"):
+    with pytest.raises(UserError, match=r"labels that were given with other options.*--as NAME"):
         LabelSet.open_or_create(tmp_path, "mine", other)
     LabelSet.open_or_create(tmp_path, "other", other)
     assert names(tmp_path) == ["mine", "other"]

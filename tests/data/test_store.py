@@ -106,7 +106,7 @@ def test_another_recipe_has_another_key_and_is_refused(
 ) -> None:
     other = MANIFEST.model_copy(update=change)
     assert other.key != MANIFEST.key
-    with pytest.raises(StoreError, match=r"another recipe\. Name another folder with --out"):
+    with pytest.raises(StoreError, match=r"other options\. Name another folder with --out"):
         PairStore.create(store.folder, other)
 
 

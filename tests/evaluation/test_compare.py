@@ -30,9 +30,9 @@ def metric(name: str, factor: float, role: Role = Role.TARGET) -> MetricResult:
     )
 
 
-def cell(recipe: str, seed: int, error: float, motion: float = 1.0, guard: float = 1.0) -> Cell:
+def cell(entry: str, seed: int, error: float, motion: float = 1.0, guard: float = 1.0) -> Cell:
     return Cell(
-        recipe=recipe,
+        entry=entry,
         seed=seed,
         steps=60,
         seconds=10.0 * (seed + 1),
@@ -54,7 +54,7 @@ def comparison(*cells: Cell) -> Comparison:
 def test_a_row_is_the_mean_over_the_seeds_and_lists_each() -> None:
     found = comparison(cell("one", 0, 0.71), cell("one", 1, 0.69), cell("two", 0, 1.2))
     one, two = found.rows
-    assert (one.recipe, one.seeds, one.seconds) == ("one", (0, 1), 15.0)
+    assert (one.entry, one.seeds, one.seconds) == ("one", (0, 1), 15.0)
     assert one.metrics[0].difference.relative == pytest.approx(-0.3, abs=1e-3)
     assert one.by_seed["warp_error"] == pytest.approx((-0.29, -0.31), abs=1e-3)
     assert "Warp error by training seed: \u221229.1%, \u221231.1%." in one.verdict.details
@@ -109,7 +109,7 @@ def test_a_metric_missing_in_one_evaluation_is_left_out_of_all() -> None:
         assert row.by_seed.keys() == {"warp_error", "caption_match"}
 
 
-def test_the_table_and_the_markdown_name_every_recipe_and_its_changes() -> None:
+def test_the_table_and_the_markdown_name_every_entry_and_its_changes() -> None:
     found = comparison(cell("good", 0, 0.7), cell("frozen", 0, 0.5, motion=0.5))
     console = Console(file=StringIO(), width=160)
     console.print(found.table())
@@ -141,9 +141,9 @@ def test_every_form_states_the_thresholds() -> None:
     assert "those of one seed cover the prompts only" in shown
 
 
-def parts(first: float, rest: float, recipe: str, seed: int = 0) -> Cell:
+def parts(first: float, rest: float, entry: str, seed: int = 0) -> Cell:
     """A cell whose error changes by one factor on the first 4 prompts and by another after them."""
-    one, other = cell(recipe, seed, first), cell(recipe, seed, rest)
+    one, other = cell(entry, seed, first), cell(entry, seed, rest)
     metrics = tuple(
         MetricResult.measured(
             a.name, a.base, (*a.tuned[:4], *b.tuned[4:]), unit="", role=a.role,
@@ -154,7 +154,7 @@ def parts(first: float, rest: float, recipe: str, seed: int = 0) -> Cell:
     return one.model_copy(update={"metrics": metrics})
 
 
-def test_a_recipe_is_chosen_on_prompts_that_are_not_reported() -> None:
+def test_an_entry_is_chosen_on_prompts_that_are_not_reported() -> None:
     lucky, steady = parts(0.5, 0.9, "lucky"), parts(0.7, 0.7, "steady")
     found = Comparison.of([lucky, steady], machine="", versions={}, selection_prompts=4)
     assert found.selection is not None and found.selection.chosen == "lucky"
@@ -169,18 +169,18 @@ def test_a_recipe_is_chosen_on_prompts_that_are_not_reported() -> None:
     assert any("same prompts, so the best" in note for note in comparison(lucky, steady).notes)
 
 
-def test_a_recipe_is_chosen_with_training_seeds_that_are_not_reported(tmp_path: Path) -> None:
+def test_an_entry_is_chosen_with_training_seeds_that_are_not_reported(tmp_path: Path) -> None:
     cells = [cell("one", 0, 0.5), cell("one", 1, 0.9), cell("two", 0, 0.7), cell("three", 0, 0.4)]
     cells[3] = cell("three", 0, 0.4, motion=0.8)  # it may not be chosen: it moves less
     found = Comparison.of(cells, machine="", versions={}, selection_seeds=[0])
     assert found.selection is not None and found.selection.chosen == "one"
-    assert [(row.recipe, row.seeds) for row in found.rows] == [("one", (1,))]
+    assert [(row.entry, row.seeds) for row in found.rows] == [("one", (1,))]
     page = found.page(tmp_path / "page.html").read_text()
     assert "The selection, on training seed 0" in page and "three" in page
     worse = Comparison.of([cells[3], cells[1]], machine="", versions={}, selection_seeds=[0])
-    assert "three" in worse.notes[1] and "every recipe lost motion or a guard" in worse.notes[1]
+    assert "three" in worse.notes[1] and "every entry lost motion or a guard" in worse.notes[1]
     two = Comparison.of(cells[1:], machine="", versions={}, selection_seeds=[0])
-    assert "add seeds to its recipe" in " ".join(two.notes)
+    assert "add seeds to its entry" in " ".join(two.notes)
     with pytest.raises(ValueError, match="no training seed is left"):
         Comparison.of(cells[2:], machine="", versions={}, selection_seeds=[0])
 
@@ -195,7 +195,7 @@ def test_cells_are_judged_by_the_thresholds_of_the_comparison() -> None:
     assert comparison(Cell.of("one", 0, evaluation, few))["one"].verdict.outcome is Outcome.TOO_FEW
 
 
-def test_the_picture_places_recipes_by_motion_and_error() -> None:
+def test_the_picture_places_entries_by_motion_and_error() -> None:
     found = comparison(
         cell("a<b", 0, 0.7), cell("frozen", 0, 0.5, motion=0.5), cell("broken", 0, 0.9, guard=0.5)
     )
@@ -213,13 +213,13 @@ def test_the_picture_places_recipes_by_motion_and_error() -> None:
     assert broken[2] != good[2] == frozen[2]  # hollow: a guard got worse
 
 
-def test_names_of_equal_recipes_do_not_overlap() -> None:
-    recipes = ("one", "two", "three")
-    root = ET.fromstring(comparison(*(cell(name, 0, 0.7) for name in recipes)).picture())
+def test_names_of_equal_entries_do_not_overlap() -> None:
+    entries = ("one", "two", "three")
+    root = ET.fromstring(comparison(*(cell(name, 0, 0.7) for name in entries)).picture())
     lines = sorted(
         float(text.attrib["y"])
         for text in root.iter("{http://www.w3.org/2000/svg}text")
-        if text.text in recipes
+        if text.text in entries
     )
     assert len(lines) == 3 and all(b - a >= 12 for a, b in pairwise(lines))
 
@@ -247,20 +247,20 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
     [
         ("[one]\npair = 'local'", [], "has 'pair'"),
         ("one = 3", [], "no table"),
-        ("", [], "name no recipe"),
+        ("", [], "name no entry"),
         ("[one", [], "not valid TOML"),
         ("[one]\npairs = 'local'", ["--only", "oen"], "Did you mean 'one'"),
-        ("[one]\nset = ['loss.bta=3']", [], "Recipe 'one'.*loss.beta"),
+        ("[one]\nset = ['loss.bta=3']", [], "Entry 'one'.*loss.beta"),
         ("[one]\npairs = 'local'\nseeds = []", [], "seeds is a list"),
         ("[one]\npairs = 'local'", ["--selection-prompts", "46"], "46 of 47 prompts cannot"),
         ("[one]\npairs = 'local'", ["--selection-seed", "0"], "none to report"),
-        ("[one]\npairs = 'local'", ["--selection-seed", "1"], "No recipe is trained with"),
+        ("[one]\npairs = 'local'", ["--selection-seed", "1"], "No entry is trained with"),
         ("[one]\npairs = 'local'\n[selection]\nprompts = 1", [], "1 of 47 prompts cannot"),
         ("[one]\npairs = 'local'\n[selection]\nseeds = 'a'", [], "takes prompts and seeds only"),
         ("[one]\npairs = 'local'\n[selection]\nother = 1", [], "takes prompts and seeds only"),
         ("selection = 1\n[one]\npairs = 'local'", [], "takes prompts and seeds only"),
         ("[one]\npairs = 'local'\nseeds = ['0']", [], "seeds is a list"),
-        ("[one]\npairs = 3", [], r"Recipe 'one' .*: pairs has another form\. Write pairs = "),
+        ("[one]\npairs = 3", [], r"Entry 'one' .*: pairs has another form\. Write pairs = "),
         ("[one]\nbackbone = ['tiny']", [], "backbone has another form"),
         ("[one]\nlabeler = {a = 1}", [], "labeler has another form"),
         ("[one]\nset = 'loss.beta=3'", [], r"set has another form\. Write set = "),
@@ -273,10 +273,10 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
         ("selection = 3\n[one]\npairs = 'local'", [], "takes prompts and seeds only"),
     ],
 )
-def test_a_wrong_recipe_is_an_error_before_anything_runs(
+def test_a_wrong_entry_is_an_error_before_anything_runs(
     tmp_path: Path, text: str, options: list[str], message: str
 ) -> None:
-    path = tmp_path / "recipes.toml"
+    path = tmp_path / "entries.toml"
     path.write_text(text)
     result = CliRunner().invoke(
         app, ["compare", str(path), "--out", str(tmp_path / "out"), *options]
@@ -287,16 +287,16 @@ def test_a_wrong_recipe_is_an_error_before_anything_runs(
     assert not (tmp_path / "out").exists()
 
 
-def test_two_recipes_of_one_name_are_an_error(tmp_path: Path) -> None:
+def test_two_entries_of_one_name_are_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.toml").write_text("[one]\npairs = 'local'")
     result = CliRunner().invoke(app, ["compare", *(str(p) for p in tmp_path.glob("*.toml"))])
-    assert "Two recipes are named 'one'" in str(result.exception)
+    assert "Two entries are named 'one'" in str(result.exception)
 
 
 def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
-    """Two small recipes on the embedded model; a second call runs only what is missing."""
-    path, out = tmp_path / "recipes.toml", tmp_path / "out"
+    """Two small entries on the embedded model; a second call runs only what is missing."""
+    path, out = tmp_path / "entries.toml", tmp_path / "out"
     small = (
         "'build.count=1', 'train.batch_size=1', 'train.gradient_accumulation_steps=1', "
         "'evaluate.num_inference_steps=2'"
@@ -318,7 +318,7 @@ def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
     assert both.exit_code == 0
     assert log.stat().st_mtime_ns == stamp
     found = Comparison.model_validate_json((out / "comparison.json").read_text())
-    assert [(row.recipe, row.seeds) for row in found.rows] == [("own", (0,)), ("clips", (1,))]
+    assert [(row.entry, row.seeds) for row in found.rows] == [("own", (0,)), ("clips", (1,))]
     assert found.rows[0].metrics[0].base == found.rows[1].metrics[0].base
     assert len(list(out.glob("base-*.safetensors"))) == 1
     ET.fromstring((out / "frontier.svg").read_text())

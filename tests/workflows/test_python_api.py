@@ -123,7 +123,10 @@ def run(folder: Path, pairs: PairStore) -> dv.Run:
         device="cpu", progress=progress, listeners=[Losses()], **TRAIN,
     )  # fmt: skip
     assert seen == [report.loss for report in run.reports]
-    assert progress.steps == [1, 2] and progress.notes[0].startswith("Using the 3 pairs")
+    assert progress.steps == [1, 2] and progress.notes[1].startswith("Using the 3 pairs")
+    assert progress.notes[0].endswith(
+        "on jitter pairs and the global loss, add --recipe video-dpo."
+    )
     return run
 
 
