@@ -213,7 +213,7 @@ def test_a_wrong_file_is_one_sentence_and_a_next_step(
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot read '.*none\.toml': No such file.*Name an exist"):
         resolve(file=tmp_path / "none.toml")
-    with pytest.raises(UserError, match=r"Cannot read '.*': Is a directory"):
+    with pytest.raises(UserError, match=r"Cannot read '.*': it is a folder, not a file"):
         resolve(file=tmp_path)
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b'[run]\nprompt = "\xe9"\n')
