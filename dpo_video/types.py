@@ -99,6 +99,8 @@ class PairSource:
     """Skipped files; grows while `clips` is iterated."""
     remarks: Sequence[Remark] = ()
     """On files that are used; grows while `clips` is iterated."""
+    contents: str = ""
+    """The files by type, such as "2 mp4, 1 webp"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple
 
 from dpo_video.data.fitting import fit_video, fits, too_short
-from dpo_video.data.folders import find_videos, not_read
+from dpo_video.data.folders import count_types, find_videos, not_read
 from dpo_video.data.video import (
     VIDEO_SUFFIXES,
     VideoError,
@@ -128,6 +128,11 @@ class ClipFolder(Sequence[Clip]):
         window = self._windows[index]
         end = window.start + self.shape.frames / self.shape.fps
         return window.file if window.only else f"{window.file}#t={window.start:g},{end:g}"
+
+    @property
+    def contents(self) -> str:
+        """The files by type, such as "2 mp4, 1 webp"."""
+        return count_types({window.file for window in self._windows})
 
     @property
     def fingerprint(self) -> str:

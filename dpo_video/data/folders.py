@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dpo_video.data.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, frame_files, natural_key
@@ -31,6 +31,15 @@ def not_read(path: Path) -> str:
         f"files of type {path.suffix or '(none)'} are not read. Convert it to one of "
         f"{', '.join(sorted(VIDEO_SUFFIXES))}"
     )
+
+
+def count_types(files: Iterable[Path | str]) -> str:
+    """How many files there are of each type, such as "2 mp4, 1 webp, 1 folder of frames"."""
+    types = Counter(Path(file).suffix.lower() for file in files)
+    texts = [f"{types[suffix]} {suffix[1:]}" for suffix in sorted(types.keys() & VIDEO_SUFFIXES)]
+    if folders := types.total() - sum(types[suffix] for suffix in VIDEO_SUFFIXES):
+        texts.append(f"{folders} folder{'s' * (folders > 1)} of frames")
+    return ", ".join(texts)
 
 
 def find_videos(root: Path, skipped: list[Skipped] | None = None) -> list[str]:

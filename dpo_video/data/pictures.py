@@ -29,6 +29,8 @@ QUICKEST = 10  # ms; browsers show a frame of an animation that has less for `SL
 SLOW = 100  # ms
 _CICP_SDR = frozenset({1, 2, 4, 5, 6, 7, 11, 12, 13, 14, 15})  # transfers of H.273
 
+_EIGHT_BITS = ((np.arange(1 << 16) * 255 + 32767) // 65535).astype(np.uint8)
+
 Picture = NDArray[np.uint8]
 Size = tuple[int, int]
 
@@ -178,15 +180,16 @@ def _shrunk(image: Any, cover: Size | None) -> Any:
 def _over_black(image: Any, info: dict[Any, Any]) -> tuple[Any, bool]:
     """The image in RGB, and whether something of it was transparent."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it
-        deep = np.asarray(image).astype(np.int64)
+        deep = np.asarray(image)
+        if deep.dtype != np.uint16:
+            deep = deep.clip(0, 65535).astype(np.uint16)
         alpha = None
         if isinstance(key := info.get("transparency"), int):
-            alpha = Image.fromarray(np.where(deep == key, 0, 255).astype(np.uint8))
-        grey = (deep.clip(0, 65535) * 255 + 32767) // 65535
-        return _composed(Image.fromarray(grey.astype(np.uint8)).convert("RGB"), alpha)
+            alpha = Image.fromarray(np.uint8(255) * (deep != key))
+        return _composed(Image.fromarray(_EIGHT_BITS[deep]).convert("RGB"), alpha)
     alpha = None
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in info:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = image.getchannel("A")
     return _composed(_in_srgb(image, info.get("icc_profile")), alpha)
 

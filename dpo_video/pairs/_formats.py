@@ -25,7 +25,7 @@ from dpo_video.data.clips import (
     unread_columns,
 )
 from dpo_video.data.fitting import fit_video
-from dpo_video.data.folders import find_videos, not_read, storable
+from dpo_video.data.folders import count_types, find_videos, not_read, storable
 from dpo_video.data.segments import split
 from dpo_video.data.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, natural_key, read_picture
 from dpo_video.data.videodpo import read_videodpo_pair
@@ -180,6 +180,12 @@ class Listing:
             yield clip
         if not usable:
             raise _no_pair(self.skipped)
+
+    @property
+    def contents(self) -> str:
+        """The videos by type, such as "2 mp4, 2 webp"; empty for latents."""
+        videos = [pair for pair in self.pairs if isinstance(pair, VideoFiles)]
+        return count_types(path for pair in videos for path in (pair.chosen, pair.rejected))
 
     def fingerprint(self, shape: VideoShape) -> str:
         """A hash of names, sizes, prompts and labels; independent of the folder's location."""

@@ -72,6 +72,7 @@ class Folder(SuppliedPairs):
             fingerprint=listing.fingerprint(model.shape),
             skipped=listing.skipped,
             remarks=listing.remarks,
+            contents=listing.contents,
         )
 
     def __call__(

@@ -97,6 +97,8 @@ def obtain_pairs(
         return store
     before = f"{present} of them exist already, " if present else ""
     progress.note(f"Building {total} pairs ({before}in {store.folder})")
+    if source.contents:
+        progress.note(f"Reading {source.contents}.")
     progress.update("pairs", present, total)
     made = undecided = 0
     prompts: set[str] = set()

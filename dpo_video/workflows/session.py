@@ -125,6 +125,8 @@ class OpenedSource:
     """Files without a usable clip; grows while clips are read."""
     remarks: Sequence[Remark] = ()
     """On files that are used; grows while clips are read."""
+    contents: str = ""
+    """The files by type, such as "2 mp4, 1 webp"."""
 
 
 def builder_labeler(config: Config) -> Labeler | None:
@@ -171,6 +173,7 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
             count=own.count,
             skipped=own.skipped,
             remarks=own.remarks,
+            contents=own.contents,
         )
     if run.clips is not None:
         folder = open_clips(Path(run.clips), model.shape, run.prompt)
@@ -179,6 +182,7 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
             fingerprint=folder.fingerprint,
             skipped=folder.skipped,
             remarks=folder.remarks,
+            contents=folder.contents,
         )
     backbone = config.tables["backbone"]["name"]
     drawn = config.backbone.clips(run.seed)

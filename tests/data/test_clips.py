@@ -50,6 +50,7 @@ def test_videos_are_found_at_any_depth_in_natural_order(tmp_path: Path) -> None:
     clips = open_clips(tmp_path, SHAPE, "a test")
     assert names(clips) == ["a/deep/x.webm", "a/z.avi", "b9.mp4", "b10.mp4", "c/walk"]
     assert not clips.skipped
+    assert clips.contents == "1 avi, 2 mp4, 1 webm, 1 folder of frames"
 
 
 def test_a_clip_has_the_backbones_shape_and_frames(tmp_path: Path) -> None:

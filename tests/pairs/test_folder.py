@@ -110,6 +110,7 @@ def test_videos_of_the_same_name_are_a_pair_whatever_their_suffixes(
     (root / "rejected" / "b.mp4").unlink()
     write(root / "rejected" / "b.gif", 9)
     pairs = made(small_model, root)
+    assert opened(small_model, root).contents == "1 gif, 5 mp4"
     assert [pair.source for pair in pairs] == ["a", "b", "c"]
     assert [pair.prompt for pair in pairs] == [f"the prompt of {name}" for name in "abc"]
     for pair, rejected in zip(pairs, ("a.mp4", "b.gif", "c.mp4"), strict=True):
