@@ -161,7 +161,8 @@ def _shown(image: Any, cover: Size | None) -> Still:
     """A Pillow image upright, in 8-bit sRGB, over black, shrunk."""
     with _quiet():
         image.load()
-        rgb, transparent = _over_black(ImageOps.exif_transpose(image), image.info)
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb, transparent = _over_black(image, image.info)
     return Still(np.asarray(_shrunk(rgb, cover)), transparent)
 
 
