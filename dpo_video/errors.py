@@ -6,29 +6,21 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from dpo_video.text import one_line, without_credentials
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
-
-_LONGEST = 2000  # characters of a message
 
 
 class UserError(Exception):
     """A fault that the user can fix: shown as one line without a traceback, exit code 2.
 
-    The message is reduced to one printable line, whatever it quotes from a file.
+    The message is reduced to one printable line, whatever it quotes from a file, and URLs in it
+    lose their credentials.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
-
-
-def one_line(text: str) -> str:
-    """The text as one printable line, with escapes for control characters, cut in the middle."""
-    half = _LONGEST // 2
-    if len(text) > _LONGEST:  # first, because a quoted file may be large
-        text = f"{text[:half]} ... {text[-half:]}"
-    words = " ".join(text.split()) if any(c in text for c in "\n\r\t\v\f") else text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+        super().__init__(one_line(without_credentials(message)))
 
 
 def first_fault(error: ValidationError) -> str:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from dpo_video.paths import LocalPath
+
 LARGEST_SEED = (1 << 63) - 1  # TOML's largest number
 LARGEST_RANK = 1 << 16  # more than the width of any layer
 
@@ -159,7 +161,7 @@ class EvaluateSettings(Settings):
 
     seeds: int = Field(default=47, ge=2)
     """Number of videos per model, each with its own prompt and seed."""
-    prompts: str | None = None
+    prompts: LocalPath | None = None
     """Text file of evaluation prompts, one per line; cycled if there are fewer than `seeds`.
     Default: the backbone's."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
@@ -193,7 +195,7 @@ class RunSettings(Settings):
     """Use deterministic kernels: identical runs give identical bits on the same machine, with the
     same number of threads and the same versions. An operation without a deterministic kernel is
     refused. On a CPU it costs `tiny` no measurable time; on a GPU it is untested."""
-    clips: str | None = None
+    clips: LocalPath | None = None
     """Folder of real videos, or one video file. Default: the clips of the backbone."""
     prompt: str | None = None
     """Caption of clips without one, or the only prompt of pairs that need no clip."""

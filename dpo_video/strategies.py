@@ -43,6 +43,10 @@ class Strategy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     kind: ClassVar[str]
+    secrets: ClassVar[Mapping[str, str]] = {}
+    """Options that name a secret, such as an environment variable with a key, each with the option
+    that names where it is sent. Only the command line and Python set them, never a file, and no
+    run.toml holds them. If a file names where it is sent, the secret is "" unless it is set too."""
 
 
 # --- what strategies create for a run ----------------------------------------------------------

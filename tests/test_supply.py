@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from benchmarks.trust.licences import installed, licence, listed, needed, pinned
+
+ROOT = Path(__file__).parents[1]
 
 # Runs the commands that its arguments are (a JSON list of lists) in this very process, and prints
 # every address that was looked up or connected to, and every program that was started: what a
@@ -59,6 +64,39 @@ def test_everything_that_is_needed_is_pinned() -> None:
 def test_no_licence_asks_for_more_than_the_list_says() -> None:
     strict = {row.package for row in listed() if "MPL" in row.licence or "GPL" in row.licence}
     assert strict == {"certifi", "hypothesis", "pathspec", "tqdm"}
+
+
+def lower_bounds() -> dict[str, Version]:
+    """Package to the oldest version that pyproject.toml allows, extras included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    found = {}
+    for requirement in (Requirement(text) for group in groups for text in group):
+        for specifier in requirement.specifier:
+            assert specifier.operator == ">=", requirement
+            found[canonicalize_name(requirement.name)] = Version(specifier.version)
+    return found
+
+
+def test_no_version_with_a_known_fault_is_allowed_or_pinned() -> None:
+    advisories = tomllib.loads((ROOT / "benchmarks/trust/advisories.toml").read_text())
+    bounds, pins = lower_bounds(), {canonicalize_name(k): v for k, v in pinned().items()}
+    for package, fixes in advisories.items():
+        newest = max(map(Version, fixes))
+        assert bounds[canonicalize_name(package)] >= newest, package
+        assert Version(pins[canonicalize_name(package)]) >= newest, package
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    bounds = lower_bounds()
+    direct, _ = (ROOT / "constraints-oldest.txt").read_text().split("\n\n", 1)
+    pins = [line.split("==") for line in direct.splitlines() if not line.startswith("#")]
+    for package, version in pins:
+        bound = bounds[canonicalize_name(package)]
+        assert Version(version).release[: len(bound.release)] == bound.release, package
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    assert named == {canonicalize_name(package) for package, _ in pins}
 
 
 def test_nothing_is_sent_anywhere(tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def packed_file(name: str, damage: Damage, elsewhere: bool = False) -> Callable[
         from dpo_video.data import storage
         from dpo_video.data.pack import pack
         from dpo_video.data.store import PairStore
+        from dpo_video.support import urls
 
+        urls.PROTOCOLS = (*urls.PROTOCOLS, "memory")
         storage.PAUSES = ()  # retrying does not repair damage
         folder = bench.folder / "packed"
         list(pack(bench.store, folder, 1))  # a shard a pair
@@ -162,7 +164,9 @@ def pairs_url(bench: Bench) -> Reading:
     from dpo_video.data import storage
     from dpo_video.data.pack import pack
     from dpo_video.data.store import PairStore
+    from dpo_video.support import urls
 
+    urls.PROTOCOLS = (*urls.PROTOCOLS, "memory")
     storage.PAUSES = ()
     list(pack(bench.store, bench.folder / "packed"))
     fsspec.filesystem("memory").put(str(bench.folder / "packed"), "/fuzzed", recursive=True)

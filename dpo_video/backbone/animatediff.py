@@ -23,8 +23,9 @@ from dpo_video.backbone import _comfy
 from dpo_video.backbone._ddim import DDIMModel
 from dpo_video.backbone._image_model import ImageModel, image_scheduler
 from dpo_video.backbone._pretrained import PretrainedBackbone, refuse_dynamic, to_pixels
-from dpo_video.diffusion.pretrained import Checkpoint, identity, place_denoiser
+from dpo_video.diffusion.pretrained import Checkpoint, identity, place_denoiser, quiet
 from dpo_video.errors import UserError
+from dpo_video.paths import ModelSource
 from dpo_video.strategies import Sampling, VideoModel
 from dpo_video.types import (
     Context,
@@ -62,12 +63,12 @@ class AnimateDiff(PretrainedBackbone):
         "learning_rate": 1e-5,
     }  # Video-DPO
 
-    model: str = "emilianJR/epiCRealism"
+    model: ModelSource = "emilianJR/epiCRealism"
     """Hub id or folder of the base model. A folder whose UNet already has motion modules needs no
     adapter."""
     revision: str | None = None
     """Branch, tag or commit of the base model on the hub; its main branch when not set."""
-    motion_adapter: str = "guoyww/animatediff-motion-adapter-v1-5-2"
+    motion_adapter: ModelSource = "guoyww/animatediff-motion-adapter-v1-5-2"
     """Hub id or folder of the motion adapter."""
     motion_adapter_revision: str | None = None
     """Branch, tag or commit of the motion adapter on the hub; its main branch when not set."""
@@ -134,7 +135,11 @@ def load_checkpoint(
     else:
         adapter = motion_adapter.load(MotionAdapter)
         spatial = checkpoint.load(UNet2DConditionModel, "unet")
-        with torch.device("meta" if checkpoint.placement.on_meta else "cpu"):
+        # diffusers warns of modules that stay in float32, and names none.
+        with (
+            quiet(),
+            torch.device("meta" if checkpoint.placement.on_meta else "cpu"),
+        ):
             unet = UNetMotionModel.from_unet2d(spatial, adapter).to(dtype)
         schedule = {**_MOTION_SCHEDULE, **schedule}
         digests.append(motion_adapter.digest(""))

@@ -24,6 +24,7 @@ from dpo_video.backbone._ddim import DDIMModel
 from dpo_video.backbone._pretrained import PretrainedBackbone, to_pixels
 from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place, place_denoiser
 from dpo_video.errors import UserError
+from dpo_video.paths import ModelSource
 from dpo_video.strategies import Sampling, VideoModel
 from dpo_video.types import (
     Context,
@@ -60,7 +61,7 @@ class CogVideoX(PretrainedBackbone):
         "warmup_steps": 10,
     }
 
-    model: str = "THUDM/CogVideoX-2b"
+    model: ModelSource = "THUDM/CogVideoX-2b"
     """Hub id or folder, in diffusers' layout."""
     revision: str | None = None
     """Branch, tag or commit on the hub; its main branch when not set."""

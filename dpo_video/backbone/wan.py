@@ -34,6 +34,7 @@ from dpo_video.diffusion.experts import Experts
 from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place_denoiser
 from dpo_video.diffusion.sampling import Schedule, denoise, first_step
 from dpo_video.errors import UserError
+from dpo_video.paths import ModelSource
 from dpo_video.strategies import Sampling, VideoModel
 from dpo_video.types import (
     Context,
@@ -75,7 +76,7 @@ class Wan(PretrainedBackbone):
         "warmup_steps": 10,
     }
 
-    model: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    model: ModelSource = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     """Hub id or folder of a checkpoint in diffusers' layout, such as
     Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers (704x1280, 24 fps) or
     Wan-AI/Wan2.2-T2V-A14B-Diffusers."""

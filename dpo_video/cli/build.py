@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from dpo_video.cli.console import BOLD, say
 from dpo_video.cli.options import BUILDING, option, takes
+from dpo_video.text import command
 
 
 @takes(*BUILDING)
@@ -33,5 +34,5 @@ def build(
     say(
         f"{len(store)} pairs in ",
         (str(store.folder), BOLD),
-        f". Train on them: dpo-video train --pairs {store.folder}/",
+        f". Train on them: {command('train', '--pairs', f'{store.folder}/')}",
     )

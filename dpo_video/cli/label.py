@@ -8,6 +8,7 @@ import typer
 
 from dpo_video.cli.console import BOLD, say, show, show_json
 from dpo_video.cli.options import Json, option, takes
+from dpo_video.text import command
 
 
 @takes("labeler", "backbone", "set", "config", "device")
@@ -37,5 +38,5 @@ def label(
         return
     show(summary.summary, summary.table(), *summary.details())
     if summary.labelled:
-        command = f"dpo-video train --pairs {pairs} --labels {summary.name}"
-        say("Train on them: ", (command, BOLD))
+        again = command("train", "--pairs", pairs, "--labels", summary.name)
+        say("Train on them: ", (again, BOLD))

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from dpo_video.cli.console import DIM, NAME, WARNING, say, show, show_json
 from dpo_video.cli.options import Json
-from dpo_video.errors import one_line
 from dpo_video.support.formatting import plain_table
+from dpo_video.text import one_line
 
 
 def list_strategies(

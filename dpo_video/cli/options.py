@@ -131,6 +131,7 @@ def takes(*flags: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def run(**given: Any) -> None:
             options = {name: given.pop(name) for name in flags}
+            _check_names(options)
             command(options=options, **given)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
@@ -145,3 +146,32 @@ def takes(*flags: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return run
 
     return decorate
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Refuse unknown strategies and tiers before the libraries are imported, which takes long."""
+    from dpo_video import registry
+    from dpo_video.estimation.tiers import AUTO, find_tier
+
+    named = [(kind, options.get(kind)) for kind in registry.KINDS]
+    named += [("metric", name) for name in options.get("metrics") or ()]
+    named += _names_in(options.get("config"))
+    for kind, name in named:
+        if isinstance(name, str) and not (kind == "pairs" and registry.is_store(name)):
+            registry.find(kind, name)
+    if (tier := options.get("tier")) not in (None, AUTO):
+        find_tier(tier)
+
+
+def _names_in(config: Path | None) -> list[tuple[str, Any]]:
+    """Kinds and names of the strategies in a TOML file; none if it cannot be read."""
+    from dpo_video import registry
+    from dpo_video.support.reading import read_toml
+
+    try:
+        tables = read_toml(config) if config else {}
+    except (OSError, ValueError):
+        return []
+    tables = {kind: table for kind, table in tables.items() if isinstance(table, dict)}
+    named = [("metric", name) for name in tables.pop("metric", {})]
+    return named + [(kind, tables[kind].get("name")) for kind in registry.KINDS if kind in tables]

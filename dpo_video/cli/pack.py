@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dpo_video.cli.console import BOLD, say
+from dpo_video.text import command
 
 
 def pack(
@@ -31,5 +32,5 @@ def pack(
     say(
         f"{len(store)} pairs in {files} files in ",
         (str(folder), BOLD),
-        f". Train on them: dpo-video train --pairs {folder}/",
+        f". Train on them: {command('train', '--pairs', f'{folder}/')}",
     )

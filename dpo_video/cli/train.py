@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from dpo_video.cli.console import BOLD, say
 from dpo_video.cli.options import TRAINING, option, takes
 from dpo_video.cli.stopping import exit_resumable, stop_event
+from dpo_video.text import command
 
 
 @takes(*TRAINING)
@@ -47,9 +48,9 @@ def train(
             if run.new_reports
             else "Stopped."
         )
-        exit_resumable(f"dpo-video train --out {run.folder} --resume", at)
+        exit_resumable(command("train", "--out", run.folder, "--resume"), at)
     if (verdict := verdict_of(run.new_reports)) is None:
         say(f"'{run.folder}' already has all its steps. Train longer with --steps.")
     else:
         say(verdict_text(verdict))
-    say("Compare it with the base: ", (f"dpo-video evaluate {run.folder}", BOLD))
+    say("Compare it with the base: ", (command("evaluate", run.folder), BOLD))

@@ -16,7 +16,7 @@ from dpo_video.data.audit_checks import Finding, Level
 from dpo_video.data.audit_stats import PairSummary, summarize
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import Metric, VideoModel
-from dpo_video.support.formatting import html_table
+from dpo_video.support.formatting import cell, html_table
 from dpo_video.support.statistics import Record
 
 _STYLES = {Level.FINE: "green", Level.NOTICE: "yellow", Level.PROBLEM: "bold red"}
@@ -47,9 +47,9 @@ class Audit(Record):
             table.add_column(column, no_wrap=True)
         table.add_column("message", overflow="fold")
         for finding in self.findings:
-            text = Text(finding.message)
+            text = cell(finding.message)
             if finding.advice:
-                text.append(f"\n{finding.advice}", style="dim")
+                text.append(cell(f"\n{finding.advice}", "dim"))
             level = Text(finding.level.value, style=_STYLES[finding.level])
             table.add_row(level, finding.check, text)
         return table

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dpo_video.errors import StoreError
 from dpo_video.support.reading import open_regular
+from dpo_video.support.urls import check_url, without_credentials
 
 PAUSES = (0.5, 1.0, 2.0)  # seconds before each retry of a remote read
 MAPPED = 1 << 20  # bytes; larger files are memory-mapped
@@ -43,17 +44,6 @@ class Storage(ABC):
     @abstractmethod
     def parts(self, name: str, spans: Sequence[tuple[int, int]]) -> list[bytearray]:
         """Several byte ranges [start, stop) of a file; OSError if it is too short."""
-
-
-def is_url(where: Path | str) -> bool:
-    """Whether fsspec reads it: `s3://...`, `https://...`, `memory://...`; not `file://...`."""
-    return "://" in str(where) and not str(where).startswith(("file://", "local://"))
-
-
-def folder_of(where: Path | str) -> Path:
-    """The folder that a path or a `file://` URL names."""
-    text = str(where)
-    return Path(text.split("://", 1)[1] if text.startswith(("file://", "local://")) else text)
 
 
 @final
@@ -100,9 +90,10 @@ class RemoteStorage(Storage):
     """A URL that fsspec reads. Failed reads are retried a few times."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        address = check_url(url.rstrip("/"))
+        self.url = without_credentials(address)
         try:
-            self._files, root = url_to_fs(self.url)
+            self._files, root = url_to_fs(address)
         except ImportError as error:  # its message names the package
             raise StoreError(
                 f"'{url}' cannot be read: {error}. Install that package with pip, or copy the "
@@ -110,13 +101,12 @@ class RemoteStorage(Storage):
             ) from error
         except Exception as error:  # every protocol has its own exceptions
             raise StoreError(
-                f"'{url}' cannot be read ({_reason(error)}). Check the address; fsspec's "
-                "documentation lists the protocols."
+                f"'{url}' cannot be read ({_reason(error)}). Check the address."
             ) from error
         self._root = str(root).rstrip("/")
 
     def path(self, name: str) -> str:
-        """Its URL."""
+        """Its URL, without credentials."""
         return f"{self.url}/{name}"
 
     def read(self, name: str, start: int = 0) -> bytes:
@@ -152,8 +142,9 @@ class RemoteStorage(Storage):
                 if pause is None:
                     raise StoreError(
                         f"'{self.path(name)}' cannot be read after {len(PAUSES) + 1} attempts "
-                        f"({_reason(error)}). Check the connection and that the server supports "
-                        "range requests, and run the same command again."
+                        f"({_reason(error)}). Check the connection, the password if it needs one "
+                        "(--pairs https://USER:PASSWORD@HOST/...; a run does not keep it), and "
+                        "that the server supports range requests, then try again."
                     ) from error
                 time.sleep(pause)
 

@@ -36,10 +36,12 @@ from torch import Tensor
 from dpo_video.data.pair_index import PairIndex, PairRecord, checked, parse
 from dpo_video.data.pair_view import PREVIEWS, pair_html, pair_table
 from dpo_video.data.shards import INDEX, ShardIndex, Shards
-from dpo_video.data.storage import LocalStorage, RemoteStorage, Storage, folder_of, is_url
+from dpo_video.data.storage import LocalStorage, RemoteStorage, Storage
 from dpo_video.errors import StoreError, first_fault
+from dpo_video.paths import check_name
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.atomic import append_line, write_bytes, write_tensors, write_text, writing
+from dpo_video.support.urls import folder_of, is_url, without_credentials
 from dpo_video.types import Context, Pair, PairBatch
 
 REMOTE_FILES = Path("runs/remote")
@@ -86,8 +88,10 @@ class PairStore:
         )
         self.local = not is_url(where)
         """Whether pairs can be appended."""
-        self.where = str(where) if is_url(where) else str(folder_of(where))
-        """Its path or URL."""
+        self.address = str(where) if is_url(where) else str(folder_of(where))
+        """Its path or URL, which opens it again."""
+        self.where = without_credentials(self.address)
+        """Its path or URL as it may be stored and shown."""
         try:
             self.manifest = Manifest.model_validate_json(self._storage.read("store.json"))
         except ValidationError as error:
@@ -314,6 +318,7 @@ class PairStore:
         """Copy the labels of a remote store to its local folder."""
         if self.local:
             return
+        check_name(name, "labels")
         for file in (f"labels/{name}.json", f"labels/{name}.jsonl"):
             with suppress(FileNotFoundError):
                 data = self._storage.read(file)

@@ -7,14 +7,18 @@ import gc
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
+import diffusers
 import torch
+import transformers
 from diffusers import ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -32,8 +36,10 @@ from transformers import PreTrainedModel
 
 from dpo_video.diffusion.known_models import find_model
 from dpo_video.errors import UserError
+from dpo_video.paths import is_hub_id
 from dpo_video.support.hashing import file_digest
 from dpo_video.support.reading import parse_json, read_bytes
+from dpo_video.text import quoted
 from dpo_video.types import Placement
 
 Loaded = TypeVar("Loaded")
@@ -41,7 +47,6 @@ Network = TypeVar("Network", bound=nn.Module)
 
 # Keys of a configuration that describe its file, not the network.
 _METADATA = {"_name_or_path", "_diffusers_version", "_commit_hash", "transformers_version"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _DESCRIBING = ("*.json", "*.txt", "*.model")  # configurations, vocabularies, shard indices
 _SAFE, _PICKLED = "*.safetensors", "*.bin"
 # Further copies of the weights.
@@ -87,6 +92,14 @@ class Checkpoint:
     def folder(self, part: str = "") -> Path:
         """The part's local folder, downloaded if need be; a UserError if there is none."""
         model = find_model(self.source) if self.placement.on_meta else None
+        if os.path.isfile(self.source):  # noqa: PTH113 - False also for what no path can be
+            kind = "MotionAdapter" if "adapter" in self.option else "StableDiffusionPipeline"
+            raise UserError(
+                f"'{self.source}' is a single file, and a folder in diffusers' layout is needed. "
+                f"Convert it once in Python, with diffusers' {kind} or the pipeline of its model: "
+                f"{kind}.from_single_file({self.source!r}).save_pretrained('FOLDER'), and name "
+                f"that folder (--set {self.option}=FOLDER)."
+            )
         root = self._local or (model.folder if model else self._download(part))
         folder = root / part
         if not folder.is_dir():
@@ -205,7 +218,7 @@ class Checkpoint:
             digest.update(f"{part} {json.dumps(described, sort_keys=True)}\n".encode())
             files = weight_files(self.folder(part))
             if not files and not scheduler:
-                raise self._missing(part, "it holds no weights (*.safetensors)")
+                raise self._missing(part, _no_weights(self.folder(part)))
             for file in files:
                 digest.update(f"{part}/{file.name} {_file_digest(file)}\n".encode())
         return digest.hexdigest()
@@ -237,12 +250,12 @@ class Checkpoint:
                 "commit of it."
             ) from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
-            at = f" --revision {self.revision}" if self.revision else ""
+            at = f" --revision {quoted(self.revision)}" if self.revision else ""
             raise UserError(
-                f"Cannot load the {_named(part)}'{self.source}': it is not (completely) in the "
-                "hub's cache, and the hub cannot be reached or HF_HUB_OFFLINE is set. "
-                f"Download it first (hf download {self.source}{at}), or name a folder that holds "
-                f"it (--set {self.option}=...)."
+                f"Cannot load the {_named(part)}'{self.source}': there is no such folder here, it "
+                "is not (completely) in the hub's cache, and the hub cannot be reached or "
+                f"HF_HUB_OFFLINE is set. Download it first (hf download {self.source}{at}), or "
+                f"name a folder that holds it (--set {self.option}=...)."
             ) from error
 
     def _snapshot(self, part: str, names: tuple[str, ...]) -> Path:
@@ -270,7 +283,7 @@ def _is_hub_id(source: str) -> bool:
         validate_repo_id(source)
     except HFValidationError:
         return False
-    return _HUB_ID.fullmatch(source) is not None
+    return is_hub_id(source)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -284,6 +297,17 @@ def weight_files(folder: Path) -> list[Path]:
         if files:
             return files
     return []
+
+
+def _no_weights(folder: Path) -> str:
+    """Why a folder has no `weight_files`."""
+    for variant in ("fp16", "bf16"):
+        if copies := sorted(folder.glob(f"*.{variant}[.-]*")):
+            return (
+                f"it holds {variant} weights only ('{copies[0].name}'), which are read once they "
+                f"are named without '.{variant}'"
+            )
+    return "it holds no weights (*.safetensors)"
 
 
 def identity(*digests: str, dtype: torch.dtype) -> str:
@@ -318,6 +342,20 @@ def free(*parts: Lazy[Any]) -> None:
     gc.collect()  # networks contain reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the warnings of diffusers and transformers inside."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    before = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for logger, verbosity in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
 
 
 def place(network: Network, placement: Placement) -> Network:

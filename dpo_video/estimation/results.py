@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dpo_video.estimation.modes import MemoryMode
 from dpo_video.estimation.tiers import Tier, tiers
-from dpo_video.support.formatting import html_table
+from dpo_video.support.formatting import cell, html_table
 from dpo_video.support.statistics import Record
 
 GIB = 2**30
@@ -267,9 +267,10 @@ class Estimate(Record):
             justify = "left" if name in ("mode", "fits from") else "right"
             table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for each, row in zip(self.estimates, cells, strict=True):
+            texts = [cell(text) for text in row]
             if self.tier is not None:
-                row[1] = f"[{'green' if each.fits(self.tier) else 'red'}]{row[1]}[/]"
-            table.add_row(*row, style="bold" if each.mode == self.asked else "")
+                texts[1].stylize("green" if each.fits(self.tier) else "red")
+            table.add_row(*texts, style="bold" if each.mode == self.asked else "")
         return table
 
     def _repr_html_(self) -> str:

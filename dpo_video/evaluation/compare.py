@@ -15,7 +15,7 @@ from dpo_video.evaluation.rendering import asset, templates
 from dpo_video.evaluation.rows import Cell, Row, Selection, on_common_metrics, pool
 from dpo_video.evaluation.verdict import BETTER, KEPT, NOT_SHOWN, WORSE, Role, rules
 from dpo_video.support.atomic import write_text
-from dpo_video.support.formatting import MINUS, html_table
+from dpo_video.support.formatting import MINUS, cell, html_table
 from dpo_video.support.statistics import PairedDifference, Record
 
 
@@ -89,19 +89,20 @@ class Comparison(Record):
         """The relative change of every metric as a table for the terminal."""
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         marks = f"{_sign(BETTER)}, {_sign(WORSE)}, {_sign(KEPT)}, {NOT_SHOWN[0]} neither is shown."
-        table.caption, table.caption_justify = " ".join([marks, *self.notes]), "left"
+        table.caption, table.caption_justify = cell(" ".join([marks, *self.notes])), "left"
         table.add_column("entry", no_wrap=True)
         table.add_column("seeds", justify="right")
         for metric in self.rows[0].metrics:
-            table.add_column(metric.label, justify="right")
+            table.add_column(cell(metric.label), justify="right")
         table.add_column("verdict")
         for row in self.rows:
             cells = []
             for metric in row.metrics:
                 sign, word = metric.mark
                 style = {"better": "green", "worse": "red"}.get(word, "dim")
-                cells.append(f"[{style}]{metric.change_text} {sign}[/]")
-            table.add_row(row.entry, str(len(row.seeds)), *cells, row.verdict.headline)
+                cells.append(cell(f"{metric.change_text} {sign}", style))
+            count = str(len(row.seeds))
+            table.add_row(cell(row.entry), count, *cells, cell(row.verdict.headline))
         return table
 
     def markdown(self) -> str:

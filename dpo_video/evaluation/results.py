@@ -9,14 +9,13 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from dpo_video.errors import UserError, first_fault, unknown
 from dpo_video.evaluation.change import Change
 from dpo_video.evaluation.rendering import templates
 from dpo_video.evaluation.report import page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, rules
-from dpo_video.support.formatting import apart, html_table
+from dpo_video.support.formatting import apart, cell, html_table
 from dpo_video.support.statistics import Record
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.training.report import StepReport
@@ -165,8 +164,8 @@ class Evaluation(Record):
     def table(self) -> Table:
         """The metrics as a table for the terminal, below the verdict."""
         table = Table(
-            title=Text(self.verdict.headline, style="bold"),
-            caption=f"{self.sample} {self.rules}",
+            title=cell(self.verdict.headline, "bold"),
+            caption=cell(f"{self.sample} {self.rules}"),
             box=box.SIMPLE_HEAD,
             padding=(0, 1, 0, 0),  # fits 80 columns
             pad_edge=False,
@@ -178,7 +177,7 @@ class Evaluation(Record):
         styles = {"better": "green", "worse": "red", "kept": "green", "disagrees": "yellow"}
         for cells in self._cells():
             style = styles.get(cells[-1].split()[-1], "dim")
-            table.add_row(*map(Text, cells[:-1]), Text(cells[-1], style=style))
+            table.add_row(*map(cell, cells[:-1]), cell(cells[-1], style))
         return table
 
     def page(self, path: Path | str) -> Path:

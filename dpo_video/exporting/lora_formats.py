@@ -20,13 +20,13 @@ from typing import Any, final
 
 import diffusers
 import torch
-import transformers
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dpo_video.diffusion.pretrained import quiet
 from dpo_video.errors import ExportError
 from dpo_video.support.atomic import write_tensors
 from dpo_video.types import ExportSpec, LoraNames
@@ -135,7 +135,8 @@ class DiffusersFormat(LoraFormat):
     def load(self, folder: Path, spec: ExportSpec, name: str) -> None:
         """Load through the stock pipeline, which has the networks and nothing else."""
         path = str(folder / subfolder(spec, name))
-        with _quiet():
+        # Text encoders and image processors are left out on purpose.
+        with quiet():
             pipeline = stock_pipeline(spec)
             options = load_options(spec, name)
             # Without weight_name, older versions of diffusers query the hub or fail offline.
@@ -265,17 +266,3 @@ def _stored(update: LoraUpdate, dtype: torch.dtype | None) -> tuple[Tensor, Tens
         update.down.to(dtype or update.down.dtype),
         update.folded.to(dtype or update.up.dtype),
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence warnings about text encoders and image processors, which are left out on purpose."""
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    before = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for logger, verbosity in zip(loggers, before, strict=True):
-            logger.set_verbosity(verbosity)

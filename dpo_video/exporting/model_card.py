@@ -17,12 +17,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from dpo_video.evaluation.change import Change
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.exporting.lora_formats import DIFFUSERS_FILE, load_options, precision, subfolder
+from dpo_video.paths import is_hub_id
 from dpo_video.strategies import VideoModel
 from dpo_video.support.formatting import apart
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.types import ExportSpec
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +71,15 @@ def model_card(
         autoescape=False,  # Markdown; _cell escapes table cells
         keep_trailing_newline=True,
     )
+    toml = tomli_w.dumps(_without_paths(summary.tables)).strip()
+    backticks = max(map(len, re.findall("`+", f"{script}\n{toml}")), default=0)
     return environment.get_template("model_card.md.j2").render(
         base_model=base,
         base=f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint",
         merged=merged,
         library="peft" if format == "peft" else "diffusers",
-        name=summary.name,
+        fence="`" * max(3, backticks + 1),
+        name=_cell(summary.name),
         what="A fine-tuned checkpoint" if merged else "A LoRA adapter",
         use=_use(spec, format),
         script=script,
@@ -89,7 +91,7 @@ def model_card(
         change=f"{change:.2g}",
         difference=f"{difference:.2g}",
         licence=_licence(base),
-        toml=tomli_w.dumps(_without_paths(summary.tables)).strip(),
+        toml=toml,
     )
 
 
@@ -204,7 +206,7 @@ def _quoted(text: str | Path) -> str:
 
 def _on_hub(spec: ExportSpec) -> bool:
     source = spec.source
-    return bool(_HUB_ID.fullmatch(source)) and not Path(source).is_dir()
+    return is_hub_id(source) and not Path(source).is_dir()
 
 
 def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:

@@ -10,16 +10,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, final
 from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator
 
 from dpo_video.errors import UserError
+from dpo_video.paths import LocalPath
 from dpo_video.strategies import Strategy
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.reading import parse_json, read_bytes
@@ -46,20 +47,22 @@ class Endpoint(Strategy):
     """Options of an endpoint and of requests to it."""
 
     model_config = ConfigDict(hide_input_in_errors=True)  # an input may hold a password
+    secrets: ClassVar[Mapping[str, str]] = {"key_variable": "base_url"}
 
     model: str
     """Name of the model at the endpoint."""
     base_url: str = "https://api.openai.com/v1"
     """The endpoint."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key; empty if none is needed."""
+    """Environment variable with the key; empty if none is needed. A file cannot set it, and a
+    base_url from a file gets no key without it."""
     timeout: float = Field(default=120.0, gt=0)
     """Longest time of an answer, in seconds."""
     retries: int = Field(default=5, ge=0)
     """Retries after a failure: too many requests, a server error, a malformed answer."""
     wait: float = Field(default=1.0, ge=0)
     """Seconds before the first retry, doubled for each further one, unless Retry-After is given."""
-    cache: str | None = None
+    cache: LocalPath | None = None
     """Folder of the cached answers; the user's cache folder if unset."""
 
     @field_validator("base_url")
@@ -178,9 +181,14 @@ class Chat:
 
     def _refused(self, status: int, message: str) -> UserError:
         where, variable = self.endpoint.base_url, self.endpoint.key_variable
+        if status in (401, 403) and not variable:
+            return UserError(
+                f"'{where}' needs a key (status {status}). Name the environment variable that "
+                "holds it: --set labeler.key_variable=NAME"
+            )
         if status in (401, 403):  # the message may contain parts of the key
             return UserError(
-                f"'{where}' refuses the key in the environment variable {variable or '(none)'} "
+                f"'{where}' refuses the key in the environment variable {variable} "
                 f"(status {status}). Set it to a valid key."
             )
         reason = " ".join(message.split())[:200]

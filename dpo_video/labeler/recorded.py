@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dpo_video.errors import UserError, first_fault
+from dpo_video.paths import LocalPath
 from dpo_video.strategies import LabelTask, StoreLabeler
 from dpo_video.support.reading import composed, one_spaced, parse_json, read_lines
 from dpo_video.types import SegmentLabel
@@ -60,7 +61,7 @@ class Recorded(StoreLabeler):
 
     incidental: ClassVar[frozenset[str]] = frozenset({"file"})
 
-    file: str
+    file: LocalPath
     """The path of the JSONL file."""
 
     def label_store(self, task: LabelTask) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from dpo_video.errors import UserError
 from dpo_video.metric._flow import blur, dense_flow, halve, warp
 from dpo_video.metric._flow_methods import FlowMethod, flow_between, second_flow
+from dpo_video.paths import LocalPath
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 
@@ -68,7 +69,7 @@ class DynamicDegree(Metric):
     """Shorter side, in pixels, that larger videos are resized to."""
     flow: FlowMethod = "lucas_kanade"
     """Optical flow; `dis`, `farneback` (OpenCV) and `raft` (torchvision) are second opinions."""
-    raft_weights: str = ""
+    raft_weights: LocalPath = ""
     """Path of torchvision's RAFT weights, for `raft`."""
 
     def witness(self) -> tuple[str, Metric]:

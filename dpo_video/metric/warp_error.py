@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dpo_video.errors import UserError
 from dpo_video.metric._flow import Flow, Frames, visible, warp, without_doubtful_motion
 from dpo_video.metric._flow_methods import flow_between, luma, opencv_flow, second_flow
+from dpo_video.paths import LocalPath
 from dpo_video.strategies import Metric
 from dpo_video.types import PerPair, Videos
 
@@ -36,7 +37,7 @@ class WarpError(Metric):
     only: both sample frame t at x + flow(t, t+1), the wrong direction, which doubles a motion
     instead of undoing it and rewards a frozen video. `videodpo_farneback` gave its headline (150.32
     to 111.62); `videodpo_lk` uses each pixel's gradient alone, here on the 0-255 scale."""
-    raft_weights: str = ""
+    raft_weights: LocalPath = ""
     """Path of torchvision's RAFT weights, for `raft`."""
 
     def witness(self) -> tuple[str, Metric]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, final
 
 import torch
@@ -14,6 +13,7 @@ from torch import Generator, Tensor
 from dpo_video.data.segments import SECONDS, broadcast, latent_parts, split
 from dpo_video.errors import UserError
 from dpo_video.pairs._formats import LatentPair, VideoPair, list_pairs
+from dpo_video.paths import AbsolutePath
 from dpo_video.strategies import Labeler, SuppliedPairs, VideoModel
 from dpo_video.types import Clip, Pair, PairSource
 
@@ -53,7 +53,7 @@ class Folder(SuppliedPairs):
 
     asks_labeler: ClassVar[bool] = False
 
-    path: Path
+    path: AbsolutePath
     """The folder, or the .jsonl file."""
     seconds: float = Field(default=SECONDS, gt=0)
     """Length of the segments of `labels`."""

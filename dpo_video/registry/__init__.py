@@ -55,6 +55,14 @@ def listings(kind: str) -> list[Listing]:
     ]
 
 
+def is_store(name: str) -> bool:
+    """Whether a text names finished pairs: a path with a slash, a URL, or a store's folder.
+
+    A folder that has the name of a strategy does not hide the strategy.
+    """
+    return "/" in name or (name not in named("pairs") and Path(name, "store.json").exists())
+
+
 def load(kind: str, name: str) -> type[Strategy]:
     """The class of a name.
 
@@ -178,6 +186,9 @@ def _fault(loaded: Any, kind: str, entry: Entry) -> str:
             "is not frozen, or accepts unknown options, so its runs could not be repeated. Do not "
             "override model_config."
         )
+    secrets = {*loaded.secrets, *loaded.secrets.values()}
+    if strays := sorted(secrets - loaded.model_fields.keys()):
+        return f"lists '{strays[0]}' in its secrets, which is none of its options."
     reserved = {"name", "store"} if kind == "pairs" else {"name"}
     if clash := sorted(reserved & loaded.model_fields.keys()):
         return (

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import FrameType
 
-from dpo_video.errors import one_line
 from dpo_video.registry.entry_points import Entry, entries
+from dpo_video.text import one_line
 
 OURS = __name__.partition(".")[0]
 

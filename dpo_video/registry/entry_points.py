@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any
 
-from dpo_video.errors import one_line
+from dpo_video.text import one_line
 
 _GROUP = re.compile(r"dpo_video\.([a-z]+)")
 _VALUE = re.compile(r"(?P<module>[\w.]+)\s*(:\s*(?P<attr>[\w.]+))?\s*(\[.*\])?")

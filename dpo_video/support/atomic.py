@@ -95,8 +95,8 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def writing(where: Path) -> Iterator[None]:
-    """Turn a full, read-only or forbidden disk into a UserError."""
+def writing(where: Path, then: str = "run the same command again to resume") -> Iterator[None]:
+    """Turn a full, read-only or forbidden disk into a UserError, with the next step `then`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -105,7 +105,7 @@ def writing(where: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"Cannot write to '{where}': {reason}. Everything written before is intact; fix the "
-            "cause and run the same command again to resume."
+            f"cause and {then}."
         ) from error
 
 

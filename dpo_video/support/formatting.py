@@ -10,6 +10,8 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from dpo_video.text import printable, without_credentials
+
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -60,6 +62,11 @@ def limit(share: float) -> str:
     return f"{100 * share:g}%"
 
 
+def cell(text: str, style: str = "") -> Text:
+    """User text for a table or a terminal: never read as markup, without control characters."""
+    return Text(printable(without_credentials(text)), style=style)
+
+
 def plain_table(
     columns: Sequence[str],
     rows: Iterable[Sequence[str | Text]],
@@ -69,9 +76,9 @@ def plain_table(
     """A table without lines, for the terminal; texts are never read as markup."""
     table = Table(box=None, pad_edge=False, header_style="bold", **options)
     for column in columns:
-        table.add_column(column, justify=justify)
+        table.add_column(cell(column), justify=justify)
     for row in rows:
-        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+        table.add_row(*(cell(each) if isinstance(each, str) else each for each in row))
     return table
 
 

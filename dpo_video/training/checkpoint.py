@@ -21,6 +21,7 @@ from torch import nn
 
 from dpo_video.data.store import PairStore
 from dpo_video.errors import RunError
+from dpo_video.paths import is_inside
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import sync, write_text
 from dpo_video.support.hashing import file_digest, tensors_digest
@@ -113,7 +114,7 @@ def check_manifest(folder: Path, fingerprint: RunFingerprint | None = None) -> N
         raise damaged(folder, f"its {MANIFEST} is missing or invalid") from error
     for file, digest in found.files.items():
         try:
-            same = ".." not in Path(file).parts and file_digest(folder / file) == digest
+            same = is_inside(file) and file_digest(folder / file) == digest
         except (OSError, ValueError):  # no such file, or no possible file name
             same = False
         if not same:

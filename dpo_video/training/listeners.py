@@ -5,6 +5,7 @@ A listener's methods run in every process, in the order of the list of listeners
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import final
 
@@ -12,10 +13,16 @@ from dpo_video.data.video_writer import write_video
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import TrainingError
 from dpo_video.support.atomic import sync, writing
+from dpo_video.text import command
 from dpo_video.training.checkpoint import drop_checkpoints, write_checkpoint
 from dpo_video.training.loop import Run
 from dpo_video.training.report import StepEvent
 from dpo_video.training.run_dir import LOG, checkpoint_folder, truncate_log
+
+
+def saving(run: Path) -> AbstractContextManager[None]:
+    """`writing` to a run that has started, whose command would be refused a second time."""
+    return writing(run, f"resume: {command('train', '--out', run, '--resume')}")
 
 
 class Listener:
@@ -65,14 +72,14 @@ class LogWriter(Listener):
         """Remove the steps after the checkpoint that the run starts from."""
         self.run, self._path = run, run.out / LOG
         if run.accelerator.is_main_process:
-            with writing(run.out):
+            with saving(run.out):
                 run.out.mkdir(parents=True, exist_ok=True)
                 truncate_log(self._path, run.state.step)
 
     def on_step_end(self, event: StepEvent) -> None:
         """Append the report."""
         if self.run.accelerator.is_main_process:
-            with writing(self.run.out), self._path.open("a", encoding="utf-8") as file:
+            with saving(self.run.out), self._path.open("a", encoding="utf-8") as file:
                 file.write(event.report.model_dump_json() + "\n")
 
 
@@ -85,7 +92,7 @@ class CheckpointWriter(Listener):
         self.run = run
         self._saved = run.state.step
         if run.accelerator.is_main_process:
-            with writing(run.out):
+            with saving(run.out):
                 drop_checkpoints(run.out, run.state.step, run.settings.save_total_limit)
 
     def on_step_end(self, event: StepEvent) -> None:
@@ -104,7 +111,7 @@ class CheckpointWriter(Listener):
         self._saved = run.state.step
         if not run.accelerator.is_main_process:
             return
-        with writing(run.out):
+        with saving(run.out):
             if (run.out / LOG).exists():
                 sync(run.out / LOG)
             write_checkpoint(
@@ -145,7 +152,7 @@ class ValidationVideos(Listener):
         main = run.accelerator.is_main_process
         # Processes that share the weights sample together; one of them decodes and writes.
         if main or run.memory.shard > 1:
-            with writing(run.out):
+            with saving(run.out):
                 for index in range(self._count):
                     context = run.store.batch([index]).to(model.device).context
                     noise = initial_noise(model, [index])
@@ -165,4 +172,5 @@ class TrackerLogger(Listener):
 
     def on_step_end(self, event: StepEvent) -> None:
         """Log the report."""
-        self.run.accelerator.log(event.report.tracked(), step=event.report.step)
+        with saving(self.run.out):
+            self.run.accelerator.log(event.report.tracked(), step=event.report.step)

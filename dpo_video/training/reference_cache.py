@@ -246,14 +246,14 @@ class ReferenceCache:
 
     def _damaged(self, path: Path, error: Exception) -> StoreError:
         return StoreError(
-            f"'{path}' cannot be read ({error}). Delete that file and run the same command again; "
+            f"'{path}' cannot be read ({error}). Delete that file and train again with --resume; "
             "only this prediction is made again."
         )
 
     def _stale(self, reason: str) -> StoreError:
         return StoreError(
             f"The reference cache in '{self.folder}' is stale: {reason}. Delete that folder and "
-            "run the same command again, or train with --reference toggle."
+            "train again with --resume, or with --reference toggle."
         )
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from dpo_video.errors import RunError, first_fault
 from dpo_video.support.atomic import write_bytes
 from dpo_video.support.reading import read_bytes
+from dpo_video.text import command
 from dpo_video.training.report import StepReport
 
 MAX_LOG = 1 << 30  # bytes
@@ -31,8 +32,8 @@ def latest_checkpoint(out: Path) -> Path:
     pointer = out / "checkpoints" / LATEST
     if not pointer.is_file():
         raise RunError(
-            f"'{out}' has no checkpoint yet. Train it first: dpo-video train --config "
-            f"{out / 'run.toml'} --out {out}"
+            f"'{out}' has no checkpoint yet. Train it first: "
+            f"{command('train', '--out', out, '--resume')}"
         )
     name = pointer.read_bytes()[:100].decode(errors="replace").strip()
     folder = pointer.parent / name

@@ -22,6 +22,7 @@ from dpo_video.errors import TrainingError
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, VideoModel
 from dpo_video.support.rng import generator
+from dpo_video.text import command
 from dpo_video.training.checkpoint import TrainState
 from dpo_video.training.reference_cache import PairDraw, ReferenceCache, ReferenceCacheReport
 from dpo_video.types import Latents, PairBatch, PerPair
@@ -84,7 +85,7 @@ def trainable_pairs(
         )
     raise TrainingError(
         f"All {len(store)} pairs in '{store.where}' are ties, from which there is nothing to "
-        f"learn. Label them (dpo-video label {store.where} --labeler NAME, then train with "
+        f"learn. Label them ({command('label', store.where, '--labeler', 'NAME')}, then train with "
         "--labels NAME), or build them with a --labeler."
     )
 

@@ -13,12 +13,14 @@ from dpo_video.data.build import build as build_engine
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
 from dpo_video.strategies import PairBuilder, VideoModel
+from dpo_video.text import command
 from dpo_video.types import Remark
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import BuildOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import (
     builder_labeler,
+    check_pairs,
     load_model,
     open_source,
     open_store,
@@ -86,7 +88,7 @@ def obtain_pairs(
     if config.pairs is None:
         assert config.pair_store is not None
         store = PairStore(config.pair_store)
-        store.check_fits(model)
+        check_pairs(config, store, model)
         progress.note(f"Using the {len(store)} pairs in {store.where}.")
         return store
     source = open_source(config, model)
@@ -128,7 +130,7 @@ def obtain_pairs(
     if undecided:
         progress.note(
             f"{undecided} of {made} pairs prefer neither video, so nothing is learned from them. "
-            f"Label them: dpo-video label {store.folder} --labeler NAME"
+            f"Label them: {command('label', store.folder, '--labeler', 'NAME')}"
         )
     if worker is not None and worker.count > 1 and (waiting := store.made - len(store)):
         progress.note(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ from dpo_video.evaluation.compare import Comparison
 from dpo_video.evaluation.evaluate import sample_videos
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.rows import Cell
+from dpo_video.paths import check_name
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.reading import read_toml
 from dpo_video.support.tensor_tree import load_state, save_state
+from dpo_video.text import command
 from dpo_video.types import Videos
 from dpo_video.workflows import config as configs
 from dpo_video.workflows.build import obtain_pairs
@@ -45,6 +46,7 @@ _KINDS = ("pairs", "loss", "reference", "backbone", "labeler")
 _KEYS = {*_KINDS, "recipe", "set", "seeds"}
 _JUDGING = ("tolerance", "min_effect", "min_effects", "min_prompts")
 """Options of [evaluate] that change a verdict and not what was measured."""
+_RESERVED = ("pairs", "comparison.json", "comparison.md", "frontier.svg", "index.html")
 _QUIET = {"train.report_to": "none", "train.validation_videos": 0, "build.previews": False}
 
 
@@ -176,8 +178,8 @@ class _Entry:
             return configs.resolve(
                 recipe=self.table.get("recipe", recipe),
                 choices={kind: self.table.get(kind) for kind in _KINDS},
-                # Options for all entries override those of one entry.
-                assignments=[*_texts(_QUIET), *self.table.get("set", []), *_texts(flags)],
+                shared=[*_texts(_QUIET), *self.table.get("set", [])],
+                flags=flags,  # they override those of one entry
             )
         except UserError as error:
             raise UserError(f"Entry '{self.name}' of '{self.file}': {error}") from error
@@ -245,7 +247,9 @@ def _read(paths: Sequence[Path | str] | None) -> _Entries:
                 )
             _check_types(name, path, table)
             found.append(_Entry(name=name, file=path, table=table))
-    names = [entry.name for entry in found]
+    names = [check_name(entry.name, "an entry") for entry in found]
+    if reserved := next((name for name in names if name.lower() in _RESERVED), None):
+        raise UserError(f"An entry cannot be named '{reserved}', as a file of the report is.")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"Two entries are named '{twice}'. Rename one of them.")
     if not found:
@@ -322,9 +326,13 @@ def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Eva
         _check_same(folder, config)
     write_run(config, store, folder, accelerator)
     run = run_training(config, model, store, folder, accelerator, resume=resume, progress=progress)
-    command = shlex.join(["dpo-video", "evaluate", str(folder)])
     return evaluate_run(
-        run, config, folder / "evaluation", command=command, base=base, progress=progress
+        run,
+        config,
+        folder / "evaluation",
+        command=command("evaluate", folder),
+        base=base,
+        progress=progress,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
 from dpo_video.errors import UserError, unknown
+from dpo_video.paths import absolute
 from dpo_video.settings import (
     BuildSettings,
     EvaluateSettings,
@@ -38,6 +39,7 @@ from dpo_video.strategies import (
     Strategy,
 )
 from dpo_video.support.reading import read_toml
+from dpo_video.support.urls import folder_of, is_url, without_credentials
 from dpo_video.workflows.presets import Presets, Tables
 from dpo_video.workflows.recipes import find_recipe, recipe_for
 
@@ -58,6 +60,7 @@ ENGINES: Mapping[str, type[BaseModel]] = {
     "evaluate": EvaluateSettings,
 }
 _TABLES = frozenset({*ENGINES, *registry.KINDS})
+_CHOSEN = frozenset({*DEFAULTS, "labeler"})
 _MODEL = "backbone.model"
 _PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
 
@@ -103,6 +106,7 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
     kind_of_store: str | None = None,
+    shared: Sequence[str] = (),
 ) -> Config:
     """Merge the sources of options and make the strategies.
 
@@ -116,6 +120,7 @@ def resolve(
         flags: Option path to value, for options with flags of their own.
         assignments: Texts such as "loss.beta=500".
         kind_of_store: The kind of pairs in a folder or URL of finished pairs, if that is known.
+        shared: The same from a file, such as an entry's: they do not set secrets.
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
@@ -145,6 +150,8 @@ def resolve(
                 tables["metric"][registry.name_of(metric)] = _set_by_hand(metric)
             else:
                 tables["metric"][metric] = before.get(metric, {})
+    for text in shared:
+        _assign(tables, *_read_assignment(text))
     given += [(path, value) for path, value in (flags or {}).items() if value is not None]
     given += [_read_assignment(text) for text in assignments]
     # Recipes and tiers depend on the model, so the model is determined first.
@@ -158,6 +165,7 @@ def resolve(
         model if isinstance(model, str) else None,
     )
     notes = [] if file is None else presets.overridden_by(file, tables)
+    _keep_secrets(tables, {path for path, _ in given}, file)
     for path, value in given:
         _assign(tables, path, value)
     presets.fill(tables, cast(type[Backbone], backbone_class).training, _TABLES)
@@ -173,20 +181,28 @@ def resolve(
     return replace(config, notes=tuple(notes))
 
 
+def _keep_secrets(tables: Tables, given: Collection[str], file: Path | None) -> None:
+    """Refuse secrets that a file names; what it names the receiver of gets none by default."""
+    places = [(kind, tables[kind].get("name"), tables[kind]) for kind in tables.keys() & _CHOSEN]
+    places += [(f"metric.{name}", name, table) for name, table in tables["metric"].items()]
+    for path, name, table in places:
+        if not isinstance(name, str) or not isinstance(table, Mapping):
+            continue  # refused later
+        cls = registry.load(path.partition(".")[0], name)
+        for secret, receiver in cls.secrets.items():
+            if table.get(secret):
+                raise UserError(
+                    f"'{path}.{secret}' in '{file or 'an entry'}' names a secret, which a file "
+                    f"cannot do. Remove it there, and give it as --set {path}.{secret}=NAME."
+                )
+            default = cls.model_fields[receiver].default
+            if table.get(receiver, default) != default and f"{path}.{secret}" not in given:
+                table[secret] = ""
+
+
 def _set_by_hand(strategy: Strategy) -> dict[str, Any]:
     """The options that were given to a strategy; the others keep their defaults."""
     return strategy.model_dump(mode="json", exclude_unset=True)
-
-
-def is_store(name: str) -> bool:
-    """Whether a text names finished pairs: a path with a slash, a URL, or a store's folder.
-
-    A folder that has the name of a strategy does not hide the strategy.
-    """
-    if "/" in name:
-        return True
-    strategies = {listing.name for listing in registry.listings("pairs")}
-    return name not in strategies and Path(name, "store.json").exists()
 
 
 def _read_assignment(text: str) -> tuple[str, Any]:
@@ -221,7 +237,7 @@ def _read(file: Path) -> Tables:
 
 def _choose(tables: Tables, kind: str, name: str) -> None:
     """Choose a strategy by name; the file's options stay only if the file names the same one."""
-    if kind == "pairs" and is_store(name):
+    if kind == "pairs" and registry.is_store(name):
         tables["pairs"] = {"store": name}
     elif tables.get(kind, {}).get("name") != name:
         tables[kind] = {"name": name}
@@ -300,7 +316,7 @@ def _make(tables: Tables) -> Config:
         if strategy is not None:
             resolved[kind] = {"name": tables[kind]["name"], **_dump(strategy)}
         elif kind == "pairs" and store is not None:
-            resolved["pairs"] = {"store": store}
+            resolved["pairs"] = {"store": _recorded(store)}
     resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
     return Config(**engines, **made, pair_store=store, metrics=metrics, tables=resolved)  # type: ignore[arg-type]
 
@@ -327,7 +343,12 @@ def _store(table: Mapping[str, Any]) -> str:
             f"pairs.{extra[0]} is an option of a strategy, but pairs.store names finished pairs, "
             f"'{table['store']}'. Remove one of the two."
         )
-    return table["store"] if "://" in table["store"] else str(Path(table["store"]))
+    return table["store"] if is_url(table["store"]) else str(folder_of(table["store"]))
+
+
+def _recorded(store: str) -> str:
+    """How run.toml names finished pairs: an absolute path, or a URL without credentials."""
+    return without_credentials(store) if is_url(store) else absolute(store)
 
 
 def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model:
@@ -351,8 +372,11 @@ def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:
-    """Plain values of the options that are set: TOML has no null."""
+    """Plain values of the options that are set, without secrets: TOML has no null."""
     plain = model.model_dump(mode="json", exclude_none=True)
+    for secret in getattr(model, "secrets", ()):
+        if plain.get(secret):
+            del plain[secret]
     try:
         tomli_w.dumps(plain)
     except (TypeError, ValueError) as error:  # a plugin's options

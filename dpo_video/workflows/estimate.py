@@ -23,6 +23,10 @@ from dpo_video.workflows.options import TrainOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 
 # Of equally fast modes, that of the first reference in this order is recommended.
+_ANNOUNCED = (
+    "Running training steps on shapes to predict the memory, which takes seconds for small models "
+    "and minutes for large ones."
+)
 REFERENCES = ("toggle", "copy", "cached")
 
 
@@ -52,6 +56,7 @@ def estimate(
         progress.note(note)
     card = find_tier(tier) if tier else None
     traces = TraceCache()
+    progress.note(_ANNOUNCED)
     if config.memory.checkpointing == "auto":
         _budget_of(config, None, tier)  # refuses at once if no budget is known
         predict(config, traces=traces)  # what the choice and the table have in common
@@ -152,6 +157,8 @@ def choose_blocks(
     """
     if config.memory.checkpointing != "auto":
         return config
+    if traces is None:
+        progress.note(_ANNOUNCED)
     choice = fewest_blocks(
         config.backbone,
         config.reference,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 import traceback
 from pathlib import Path
 from typing import Unpack
 
+from dpo_video import text
 from dpo_video.data.video_writer import video_bytes
 from dpo_video.evaluation.evaluate import measure
 from dpo_video.evaluation.results import Evaluation
@@ -53,7 +53,7 @@ def evaluate(
         config,
         evaluation_folder(run, checkpoint, out),
         checkpoint=checkpoint,
-        command=command or shlex.join(["dpo-video", "evaluate", str(run.folder)]),
+        command=command or text.command("evaluate", run.folder),
         progress=progress,
     )
 
@@ -115,7 +115,7 @@ def evaluate_run(
         verdict=verdict.model_copy(update={"details": details}),
         training=tuple(reports),
         training_verdict=verdict_of(reports),
-        command=command,
+        command=text.without_credentials(command),
         run_toml=run.toml,
         versions=run.versions,
         facts=facts,

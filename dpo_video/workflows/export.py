@@ -15,6 +15,7 @@ from dpo_video.exporting.export import export as export_adapter
 from dpo_video.exporting.model_card import RunSummary, loading_script, model_card
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import VideoModel
+from dpo_video.support.urls import is_url
 from dpo_video.types import ExportSpec
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import configure
@@ -134,8 +135,11 @@ def _pairs(config: Config) -> str:
     if config.pair_store is None:
         count = f"{config.build.count} " if config.build.count else ""
         return f"{count}{config.tables['pairs']['name']}"
+    elsewhere = f"the pairs in '{config.tables['pairs']['store']}'"
+    if is_url(config.pair_store):  # an export opens no address that a run names
+        return elsewhere
     try:
         store = PairStore(config.pair_store)
     except StoreError:  # deleted since
-        return f"the pairs in '{config.pair_store}'"
+        return elsewhere
     return f"{len(store)} {store.manifest.recipe.get('pairs', {}).get('name', 'pairs')}"

@@ -17,7 +17,7 @@ from dpo_video.strategies import StoreLabeler, Strategy
 from dpo_video.workflows.options import Options, configure, with_options
 from dpo_video.workflows.pairs import opened
 from dpo_video.workflows.progress import SILENT, Progress
-from dpo_video.workflows.session import load_model, pick_device
+from dpo_video.workflows.session import check_pairs, load_model, pick_device
 
 
 @with_options
@@ -55,7 +55,7 @@ def label(
     table = config.tables["labeler"]
     relevant = {key: table[key] for key in table if key not in config.labeler.incidental}
     model = load_model(config, pick_device(config.run.device))
-    store.check_fits(model)
+    check_pairs(config, store, model)
     labels = LabelSet.open_or_create(
         store.folder, name or str(table["name"]), recipe(store, model, relevant, seconds)
     )

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
+from dpo_video import registry
 from dpo_video.data.store import PairStore
 from dpo_video.errors import unknown
 from dpo_video.strategies import Backbone, Loss, Metric, Reference, Strategy
-from dpo_video.workflows.config import ENGINES, Config, is_store, resolve
+from dpo_video.workflows.config import ENGINES, Config, resolve
 
 
 class Options(TypedDict, total=False):
@@ -165,7 +166,7 @@ def made_with(store: PairStore) -> tuple[str | None, dict[str, Any]]:
 def _finished_pairs(pairs: object) -> str | None:
     """The folder or URL that `pairs` stands for; None if it stands for a pair builder."""
     if isinstance(pairs, PairStore):
-        return pairs.where
+        return pairs.address
     if isinstance(pairs, Path):
         return str(pairs)
-    return pairs if isinstance(pairs, str) and is_store(pairs) else None
+    return pairs if isinstance(pairs, str) and registry.is_store(pairs) else None

@@ -21,6 +21,7 @@ from dpo_video.evaluation.results import Evaluation
 from dpo_video.support.atomic import write_text
 from dpo_video.support.formatting import html_table, plain_table
 from dpo_video.support.reading import read_bytes
+from dpo_video.text import command, without_credentials
 from dpo_video.training.diagnosis import TrainingVerdict, judge_training
 from dpo_video.training.report import StepReport
 from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log
@@ -61,8 +62,8 @@ class Run:
 
     @property
     def toml(self) -> str:
-        """The text of run.toml."""
-        return (self.folder / "run.toml").read_text(encoding="utf-8")
+        """The text of run.toml, without credentials in URLs."""
+        return without_credentials((self.folder / "run.toml").read_text(encoding="utf-8"))
 
     @cached_property
     def config(self) -> Config:
@@ -88,7 +89,7 @@ class Run:
             reason = error.strerror if isinstance(error, OSError) else first_fault(error)
             raise RunError(
                 f"Cannot read the prompts of the training pairs in '{path}' ({reason}). Write it "
-                f"again: dpo-video train --out {self.folder} --resume"
+                f"again: {command('train', '--out', self.folder, '--resume')}"
             ) from error
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from dpo_video.data.build import Source, cycle_prompts, in_order
 from dpo_video.data.clips import open_clips
@@ -29,8 +31,10 @@ from dpo_video.strategies import (
     SuppliedPairs,
     VideoModel,
 )
+from dpo_video.support.atomic import writing
 from dpo_video.support.reading import one_spaced, read_lines
 from dpo_video.support.reproducibility import settle
+from dpo_video.text import command
 from dpo_video.types import Placement, Remark, Skipped
 from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config
@@ -247,7 +251,7 @@ def apply_labels(config: Config, store: PairStore) -> Labelled:
         if label_set.recipe.pairs != store.manifest.key:
             raise StoreError(
                 f"'{label_set.path}' holds labels of other pairs than '{store.where}'. Label "
-                f"these: dpo-video label {store.where} --labeler NAME --as ANOTHER"
+                f"these: {command('label', store.where, '--labeler', 'NAME', '--as', 'ANOTHER')}"
             )
     preferred = preferences(label_sets, store.manifest.latent_shape[1])
     names = tuple(label_set.pinned for label_set in label_sets)
@@ -302,6 +306,12 @@ def accelerator_for(config: Config, folder: Path) -> Accelerator:
     rendezvous = distributed.rendezvous_url()
     if not torch.distributed.is_initialized():  # another run of this process may have set another
         AcceleratorState._reset_state(reset_partial_state=True)
+    if name in LOGGER_TYPE_TO_CLASS and name not in map(str, get_available_trackers()):
+        raise UserError(
+            f"train.report_to={name} needs a package that is not installed. Install it: pip "
+            f"install {name.replace('_', '-')}. Or log to TensorBoard: "
+            "--set train.report_to=tensorboard"
+        )
     try:
         accelerator = Accelerator(
             kwargs_handlers=[InitProcessGroupKwargs(init_method=rendezvous)] if rendezvous else [],
@@ -316,5 +326,27 @@ def accelerator_for(config: Config, folder: Path) -> Accelerator:
             "Set train.report_to=none or train.mixed_precision=no."
         ) from error
     if name != "none":
-        accelerator.init_trackers("tracker")
+        threading.excepthook = _report_in_thread
+        with writing(folder):
+            accelerator.init_trackers("tracker")
     return accelerator
+
+
+def _report_in_thread(error: threading.ExceptHookArgs) -> None:
+    """Print an exception that ended a thread, unless the tracker's writer raises it once more."""
+    module = type(error.thread).__module__
+    if not (isinstance(error.exc_value, OSError) and module.startswith("tensorboard.")):
+        threading.__excepthook__(error)
+
+
+def check_pairs(config: Config, store: PairStore, model: VideoModel) -> None:
+    """A StoreError unless the pairs were made with this model, shape and precision."""
+    then = store.manifest.recipe.get("train", {}).get("mixed_precision", "no")
+    now = config.train.mixed_precision
+    if then != now and store.manifest.identity != model.identity:
+        raise StoreError(
+            f"The pairs in '{store.where}' were made with train.mixed_precision={then}, and this "
+            f"run has train.mixed_precision={now}, which changes the latents. Set "
+            f"train.mixed_precision={then} (--set overrides a tier), or build pairs with {now}."
+        )
+    store.check_fits(model)

@@ -17,7 +17,7 @@ from dpo_video.settings import TrainSettings
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.training.diagnosis import Diagnosis
-from dpo_video.training.listeners import Listener
+from dpo_video.training.listeners import Listener, saving
 from dpo_video.training.reference_cache import ReferenceCacheReport
 from dpo_video.training.report import StepReport
 from dpo_video.training.run import train as train_loop
@@ -136,7 +136,8 @@ def train(
 
 def _free_folder(config: Config) -> Path:
     """runs/PAIRS-LOSS, or the first of runs/PAIRS-LOSS-2, -3, ... that is not a run."""
-    pairs = Path(config.pair_store).name if config.pair_store else config.tables["pairs"]["name"]
+    table = config.tables["pairs"]
+    pairs = Path(table["store"]).name if config.pair_store else table["name"]
     name = f"{pairs}-{config.tables['loss']['name']}"
     folder, number = Path("runs") / name, 1
     while (folder / "run.toml").exists():
@@ -191,7 +192,8 @@ def run_training(
         reports.append(event.report)
         diagnosis.add(event.report)
         progress.step(event, diagnosis.verdict(), settings.steps)
-    accelerator.end_training()
+    with saving(folder):
+        accelerator.end_training()
     stopped = stop() and (not reports or reports[-1].step < settings.steps)
     return Run(folder=folder, new_reports=tuple(reports), stopped=stopped)
 

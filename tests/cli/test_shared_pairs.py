@@ -9,6 +9,7 @@ import pytest
 from conftest import SHAPE, Said
 
 from dpo_video.data.store import PairStore
+from dpo_video.support import urls
 
 TRAIN = ["--loss=global", "--metric=frame_difference", "--set=train.gradient_accumulation_steps=1",
          "--set=train.validation_videos=0", "--set=train.report_to=none", "--set=train.rank=2",
@@ -58,7 +59,10 @@ def test_an_invalid_worker_is_refused(said: Said, small: list[str], worker: str)
     assert "is not K/N" in told and not Path("pairs").exists()
 
 
-def test_a_run_resumes_on_the_packed_copy_and_streams_it(said: Said, small: list[str]) -> None:
+def test_a_run_resumes_on_the_packed_copy_and_streams_it(
+    said: Said, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "PROTOCOLS", (*urls.PROTOCOLS, "memory"))
     said(
         0,
         "build",

@@ -242,6 +242,13 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
         found["frosen"]
 
 
+def test_names_of_recipes_are_no_markup() -> None:
+    out = StringIO()
+    table = comparison(cell("[/b]", 0, 0.7), cell("[red]x", 0, 0.7)).table()
+    Console(file=out, width=300).print(table)
+    assert "[/b]" in out.getvalue() and "[red]x" in out.getvalue()
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
@@ -271,6 +278,16 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
         ("a = " + "9" * 5000, [], "not valid TOML: Exceeds the limit"),
         ("[one]\nseeds = [" + "9" * 400 + "]", [], "run.seed"),
         ("selection = 3\n[one]\npairs = 'local'", [], "takes prompts and seeds only"),
+        ("['../../one']\npairs = 'local'", [], "cannot name a recipe"),
+        ("['/one']\npairs = 'local'", [], "cannot name a recipe"),
+        ("['..']\npairs = 'local'", [], "cannot name a recipe"),
+        ("[Pairs]\npairs = 'local'", [], "cannot be named 'Pairs'"),
+        (
+            "[one]\npairs = 'ranked'\nlabeler = 'vlm'\n"
+            "set = ['labeler.model=m', 'labeler.key_variable=HOME']",
+            [],
+            "names a secret",
+        ),
     ],
 )
 def test_a_wrong_entry_is_an_error_before_anything_runs(

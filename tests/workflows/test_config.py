@@ -264,3 +264,42 @@ def test_pairs_that_an_earlier_version_built_are_not_reused(
     assert folder() == first
     monkeypatch.setattr(Jitter, "pairs_version", 2)
     assert folder() != first
+
+
+# --- secrets ---------------------------------------------------------------------------------
+
+VLM = '[pairs]\nname = "ranked"\n[labeler]\nname = "vlm"\nmodel = "m"\n'
+HOST = 'base_url = "https://elsewhere.example/v1"\n'
+
+
+def key_variable(config: Config) -> str:
+    return config.labeler.key_variable  # type: ignore[union-attr]
+
+
+def test_a_file_cannot_name_a_secret(tmp_path: Path) -> None:
+    file = written(tmp_path, f'{VLM}key_variable = "AWS_SECRET_ACCESS_KEY"\n')
+    with pytest.raises(UserError, match=r"names a secret.*--set labeler\.key_variable=NAME"):
+        resolved(file=file)
+    with pytest.raises(UserError, match="names a secret"):
+        resolved("labeler.key_variable=OTHER", file=file)
+    shared = ["labeler.key_variable='AWS_SECRET_ACCESS_KEY'"]
+    with pytest.raises(UserError, match="names a secret"):  # a recipe travels too
+        resolved(file=written(tmp_path, VLM), shared=shared)
+
+
+def test_an_address_from_a_file_gets_no_key_unless_the_user_names_it(tmp_path: Path) -> None:
+    file = written(tmp_path, VLM + HOST)
+    assert key_variable(resolved(file=file)) == ""
+    assert key_variable(resolved("labeler.key_variable=MINE", file=file)) == "MINE"
+    recipe = resolved(
+        file=written(tmp_path, VLM), shared=["labeler.base_url='https://elsewhere.example/v1'"]
+    )
+    assert key_variable(recipe) == ""
+    # An address that the user types, or the default one, gets the default key.
+    plain = written(tmp_path, VLM)
+    assert key_variable(resolved(file=plain)) == "OPENAI_API_KEY"
+    typed = resolved("labeler.base_url=https://mine.example/v1", file=plain)
+    assert key_variable(typed) == "OPENAI_API_KEY"
+    # Its run.toml keeps the address without the key.
+    assert "key_variable" not in typed.toml()
+    assert key_variable(resolved(file=written(tmp_path, typed.toml()))) == ""

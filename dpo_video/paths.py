@@ -1,0 +1,60 @@
+"""Paths in options, and names from files that become paths."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from dpo_video.errors import UserError
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf")
+
+
+def absolute(text: str) -> str:
+    """The absolute path of a path, so that a run works from every folder; "" stays as it is."""
+    return str(Path(os.path.expanduser(text)).absolute()) if text else text  # noqa: PTH111
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be the id of a repository on the hub: not a path such as `./model`."""
+    return _HUB_ID.fullmatch(text) is not None and not text.lower().endswith(_WEIGHTS)
+
+
+def _source(text: str) -> str:
+    exists = os.path.exists(text)  # noqa: PTH110 - False also for what no path can be
+    path = exists or (re.search(r"[/\\~]", text) and not is_hub_id(text))
+    return absolute(text) if path else text
+
+
+LocalPath = Annotated[str, AfterValidator(absolute)]
+"""Type of an option that names a file or folder; run.toml holds its absolute path."""
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(absolute(str(path))))]
+"""The same as a `Path`."""
+ModelSource = Annotated[str, AfterValidator(_source)]
+"""Type of an option that names a model: a folder or file, or else a hub id. What exists or looks
+like a path is a path, and run.toml holds it as an absolute one."""
+
+
+def check_name(name: str, what: str) -> str:
+    """Return a name that becomes a file or folder; it never leaves the folder that it is put in.
+
+    Raises:
+        UserError: for a name that is empty, begins with a dot, or has separators or control
+            characters.
+    """
+    if not name or name.startswith(".") or re.search(r"[/\\:]", name) or not name.isprintable():
+        raise UserError(
+            f"'{name}' cannot name {what}. Use letters, digits, '.', '_' and '-', and no slash or "
+            "leading dot."
+        )
+    return name
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path from a file stays in the folder that it is relative to."""
+    return bool(path) and not Path(path).is_absolute() and ".." not in re.split(r"[/\\]", path)
