@@ -152,6 +152,7 @@ def _check_names(options: Mapping[str, Any]) -> None:
     """Refuse unknown strategies and tiers before the libraries are imported, which takes long."""
     from dpo_video import registry
     from dpo_video.estimation.tiers import AUTO, find_tier
+    from dpo_video.workflows.recipes import find_recipe
 
     named = [(kind, options.get(kind)) for kind in registry.KINDS]
     named += [("metric", name) for name in options.get("metrics") or ()]
@@ -161,6 +162,8 @@ def _check_names(options: Mapping[str, Any]) -> None:
             registry.find(kind, name)
     if (tier := options.get("tier")) not in (None, AUTO):
         find_tier(tier)
+    if recipe := options.get("recipe"):
+        find_recipe(recipe)
 
 
 def _names_in(config: Path | None) -> list[tuple[str, Any]]:

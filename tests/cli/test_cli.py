@@ -342,7 +342,7 @@ def test_a_user_error_is_one_sentence_and_exit_code_2(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--clips=none"], "There is no folder none. Check the path after --clips."),
+        (["--clips=none"], "/none. Check the path after --clips."),
         (["--set=backbone.model=none"], "Cannot load the unet of 'none'"),
         ([], "are made of real videos, and the backbone 'animatediff' has none of its own."),
     ],

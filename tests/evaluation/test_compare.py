@@ -242,7 +242,7 @@ def test_a_comparison_is_a_page_and_a_notebook_table(tmp_path: Path) -> None:
         found["frosen"]
 
 
-def test_names_of_recipes_are_no_markup() -> None:
+def test_names_of_entries_are_no_markup() -> None:
     out = StringIO()
     table = comparison(cell("[/b]", 0, 0.7), cell("[red]x", 0, 0.7)).table()
     Console(file=out, width=300).print(table)
@@ -278,9 +278,9 @@ def test_names_of_recipes_are_no_markup() -> None:
         ("a = " + "9" * 5000, [], "not valid TOML: Exceeds the limit"),
         ("[one]\nseeds = [" + "9" * 400 + "]", [], "run.seed"),
         ("selection = 3\n[one]\npairs = 'local'", [], "takes prompts and seeds only"),
-        ("['../../one']\npairs = 'local'", [], "cannot name a recipe"),
-        ("['/one']\npairs = 'local'", [], "cannot name a recipe"),
-        ("['..']\npairs = 'local'", [], "cannot name a recipe"),
+        ("['../../one']\npairs = 'local'", [], "cannot name an entry"),
+        ("['/one']\npairs = 'local'", [], "cannot name an entry"),
+        ("['..']\npairs = 'local'", [], "cannot name an entry"),
         ("[Pairs]\npairs = 'local'", [], "cannot be named 'Pairs'"),
         (
             "[one]\npairs = 'ranked'\nlabeler = 'vlm'\n"

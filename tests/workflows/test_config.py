@@ -217,7 +217,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         resolve(file=tmp_path)
     latin = tmp_path / "latin.toml"
     latin.write_bytes(b'[run]\nprompt = "\xe9"\n')
-    with pytest.raises(UserError, match="is not valid TOML"):
+    with pytest.raises(UserError, match="it is not UTF-8 text"):
         resolve(file=latin)
 
 
