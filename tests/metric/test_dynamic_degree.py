@@ -24,7 +24,7 @@ from dpo_video.tiny.scenes import MOTIONS, SIZE, SPEEDS, Scenes, draw_scenes, re
 
 CLIPS = Path(__file__).parents[1] / "clips"
 DIAGONAL = math.hypot(SIZE, SIZE)
-EACH = 2  # scenes of every motion and speed
+EACH = 1  # scene of every motion and speed
 
 
 def degree(videos: Tensor) -> Tensor:
