@@ -90,7 +90,7 @@ def test_labelers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with serving() as server:
         kept = str(tmp_path / "answers")
         options = {
-            "metric": {"weights": {"frame_difference": 1.0}},
+            "metric": {"weights": {"frame_difference": 1.0}, "guards": {"sharpness": 0.03}},
             "recorded": {"file": str(tmp_path / "labels.jsonl")},
             "vlm": {"model": "local", "base_url": server.url, "key_variable": "", "cache": kept,
                     "frames": 2, "size": 64},
