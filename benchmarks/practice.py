@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_video.strategies import VideoModel
+from dpo_video.support.memoryless import Memoryless
 from dpo_video.types import PairBatch
 
 SLOPE = 2500.0
@@ -154,7 +154,7 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
         policy.get_base_model().enable_gradient_checkpointing()
     elif checkpointing:
         checkpoint_blocks(policy)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with Memoryless():
         for network in networks:
             give_tensors(network, cpu)
         given = empty_pairs(model, prompt, 1, half)
@@ -170,7 +170,7 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
                 mode=mode, backward=torch.autograd.backward,
             )  # fmt: skip
         trained = [p for p in policy.parameters() if p.requires_grad]
-        with cuda_autocast(half), _EqualityHolds():
+        with cuda_autocast(half), Memoryless.assumed_true():
             peak = peak_bytes(
                 lambda: (passes(*given), None)[1], networks=networks,
                 optimizer=torch.optim.AdamW(trained),
@@ -178,13 +178,6 @@ def predicted(which: str, checkpointing: bool) -> dict[str, Any]:
     parts = ("weights", "gradients", "optimizer", "activations")
     return {"gib": peak.total / GIB, **{part: getattr(peak, part) for part in parts},
             "tflop": peak.flops / 1e12}  # fmt: skip
-
-
-class _EqualityHolds(torch.overrides.TorchFunctionMode):
-    """Makes torch.equal true: fake tensors have no values to compare."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return True if func is torch.equal else func(*args, **(kwargs or {}))
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from typing import Any
 import diffusers
 import torch
 from peft.tuners.lora import LoraLayer
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.cogvideox import CogVideoX
@@ -30,6 +29,7 @@ from dpo_video.memory.peak import peak_bytes
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone
+from dpo_video.support.memoryless import Memoryless
 from dpo_video.training.lora import adapt
 from dpo_video.types import Placement
 
@@ -65,7 +65,7 @@ def counted(backbone: Backbone, precision: str) -> dict[str, float]:
     def stop(*_: Any) -> None:
         raise _ReachedAdapterError
 
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with Memoryless(), torch.no_grad():
         give_tensors(policy, torch.device("cpu"))
         batch, noise, timestep = empty_pairs(model, prompt, 1, DTYPES[precision])
 

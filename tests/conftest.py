@@ -18,12 +18,15 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 # Shapes and types are checked at every call, here and never in production. Left out are the two
-# that import what they only name in annotations for type checkers alone, to stay light; and those
-# that torch.compile traces, where it would compile the checks, whose state is never the same.
+# that import what they only name in annotations for type checkers alone, to stay light; those that
+# torch.compile traces, where it would compile the checks, whose state is never the same; and those
+# that run at every operation, where the checks would take most of the time.
 PACKAGE = Path(__file__).parents[1] / "dpo_video"
-CHECKED = {path.stem for path in PACKAGE.iterdir()} - {"cli", "registry", "memory"}
-MEMORY = {path.stem for path in (PACKAGE / "memory").glob("*.py")} - {"hooks", "peft_autocast"}
-CHECKED |= {f"memory.{name}" for name in MEMORY}
+COMPILED, EVERY_OPERATION = {"hooks", "peft_autocast"}, {"memoryless", "peak", "cuda_autocast"}
+CHECKED = {path.stem for path in PACKAGE.iterdir()} - {"cli", "registry", "memory", "support"}
+for room in ("memory", "support"):
+    modules = {path.stem for path in (PACKAGE / room).glob("*.py")}
+    CHECKED |= {f"{room}.{name}" for name in modules - COMPILED - EVERY_OPERATION}
 install_import_hook([f"dpo_video.{name}" for name in sorted(CHECKED)], "checked.typed")
 
 import diffusers

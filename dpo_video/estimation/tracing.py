@@ -1,9 +1,10 @@
 """Trace a training step on tensors without memory: its peak bytes and its operations.
 
 The model is built on the meta device: its networks have shapes and no weights. The training step
-itself (`dpo_video.training.step`) runs on them, forward and backward, under `FakeTensorMode`, while
-`dpo_video.memory.peak` counts the bytes alive. So no formula stands between prediction and step.
-What no tensor holds is added in `dpo_video.estimation.results` (`FRAGMENTS`, `CONTEXT`).
+itself (`dpo_video.training.step`) runs on tensors without memory (`dpo_video.support.memoryless`),
+forward and backward, while `dpo_video.memory.peak` counts the bytes alive. So no formula stands
+between prediction and step. What no tensor holds is added in `dpo_video.estimation.results`
+(`FRAGMENTS`, `CONTEXT`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from dpo_video.diffusion.experts import Experts
 from dpo_video.errors import UserError
@@ -31,6 +30,7 @@ from dpo_video.memory.peak import BLOCK, Peak, peak_bytes
 from dpo_video.memory.sharding import Shard
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference, VideoModel
+from dpo_video.support.memoryless import Memoryless
 from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
 from dpo_video.types import PairBatch, Placement
@@ -131,7 +131,7 @@ class _Stage:
             self.policy = adapt(self.model, settings, seed=0)
             self.references = {name: each.attach(self.policy) for name, each in references.items()}
         self._optimizers: dict[bool, Optimizer] = {}
-        self._tensors = FakeTensorMode(allow_non_fake_inputs=True)
+        self._tensors = Memoryless()
         with self._tensors:
             give_tensors(self.policy, CPU)
             self.trained = [p for p in self.policy.parameters() if p.requires_grad]
@@ -270,7 +270,8 @@ class _StepTrace:
         count = self.settings.batch_size
         batch, noise, timestep = empty_pairs(self.model, self.prompt, count, self.dtype)
         cached = None if self.reference_model.noise_draws is None else torch.cat([noise, noise])
-        checks = _PassValueChecks() if self.mode.backward == "linear" else nullcontext()
+        # The linear backward pass checks the loss's slopes.
+        checks = Memoryless.assumed_true() if self.mode.backward == "linear" else nullcontext()
         with self._choices(), checks:
             peak = peak_bytes(
                 lambda: _discard(self.step(batch, noise, timestep, reference_prediction=cached)),
@@ -347,19 +348,10 @@ def empty_pairs(
     return batch.to(device), torch.zeros(size, device=device), torch.ones(count, device=device)
 
 
-class _PassValueChecks(TorchFunctionMode):
-    """Makes `torch.equal` true: tensors without memory have no values to compare."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        return True if func is torch.equal else func(*args, **(kwargs or {}))
-
-
 def give_tensors(network: nn.Module, device: torch.device) -> None:
     """Replace a network's meta tensors by empty tensors on a device.
 
-    Under `FakeTensorMode` these have a device and no memory.
+    Under `Memoryless` these have a device and no memory.
     """
     for module in network.modules():
         for name, parameter in module._parameters.items():

@@ -24,7 +24,6 @@ from typing import Any, Literal, Self, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
 from dpo_video.diffusion.experts import Experts
@@ -33,6 +32,7 @@ from dpo_video.memory.blocks import blocks
 from dpo_video.memory.hooks import wrap_forward
 from dpo_video.memory.offload import to_device, to_host
 from dpo_video.memory.sharding import Shard
+from dpo_video.support.memoryless import Memoryless
 
 Base = Literal["native", "int8", "nf4", "fp8"]
 
@@ -260,7 +260,7 @@ def _unpacked(
 
 
 def _nf4(weight: Tensor) -> tuple[Tensor, ...]:
-    if isinstance(weight, FakeTensor):  # of the right size without bitsandbytes
+    if Memoryless.current is not None:  # of the right size without bitsandbytes
         groups = math.ceil(weight.numel() / _GROUP)
         packed = torch.empty(math.ceil(weight.numel() / 2), dtype=torch.uint8, device=weight.device)
         return packed, torch.empty(groups, device=weight.device)
@@ -272,7 +272,7 @@ def _nf4(weight: Tensor) -> tuple[Tensor, ...]:
 
 
 def _from_nf4(packed: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    if isinstance(packed, FakeTensor):
+    if Memoryless.current is not None:
         return torch.empty(shape, dtype=dtype, device=packed.device)
     functional = importlib.import_module("bitsandbytes.functional")
     # As one row: on a CPU, bitsandbytes 0.50 mixes up the scales of rows shorter than a group.

@@ -1,9 +1,9 @@
 """Peak memory and operations of a computation, counted on tensor shapes.
 
-Under `FakeTensorMode`, a step of any size is measured on any machine, in seconds and without its
+Under `Memoryless`, a step of any size is measured on any machine, in seconds and without its
 memory:
 
-    with FakeTensorMode(), cuda_autocast(torch.float16):
+    with Memoryless(), cuda_autocast(torch.float16):
         network = ...
         peak = peak_bytes(step, networks=[network], optimizer=optimizer)
 
@@ -18,8 +18,8 @@ import math
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,24 +32,18 @@ from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from dpo_video.memory import cuda_autocast
+from dpo_video.support import memoryless
+from dpo_video.support.memoryless import Memoryless, flops_of
 
 Kind = Literal["weights", "gradients", "optimizer", "activations", "host"]
 
 BLOCK = 512  # bytes: torch's CUDA allocator rounds sizes up to multiples of it
 # Files left out of a trace; "<@" is the code of type checks.
-_OUTSIDE = (*torch.__path__, *jaxtyping.__path__, __file__, cuda_autocast.__file__, "<@")
+_OURS = (__file__, cuda_autocast.__file__, memoryless.__file__)
+_OUTSIDE = (*torch.__path__, *jaxtyping.__path__, *_OURS, "<@")
 _LINES = 4  # of a trace
-_aten = torch.ops.aten
-# torch counts the attention kernels of GPUs only; the CPU's have the same operations.
-_SAME_FLOPS: Mapping[Any, Any] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        _aten._scaled_dot_product_flash_attention_backward
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +128,7 @@ def peak_bytes(
             for parameter in parameters
         ]
     try:
-        with counter:
+        with counter.watch():
             run()
     finally:
         for hook in hooks:
@@ -169,27 +163,43 @@ def _fill_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
             parameter.copy_(value)
 
 
-class _Counter(TorchDispatchMode):
-    """Counts the storages alive at every operation below autograd, forward and backward."""
+class _Watched(TorchDispatchMode):
+    """Passes every operation below autograd, forward and backward, to a counter."""
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counter = counter
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        inputs = tree_leaves((args, kwargs))
+        self.counter.operation(func, inputs, result, flops_of(func, args, kwargs, result))
+        return result
+
+
+class _Counter:
+    """Counts the storages alive at every operation."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = self.host = self.total = 0
         self.alive: dict[Kind, int] = dict.fromkeys(get_args(Kind), 0)
         self.peak = self._on_device()
         self._most = 0
         self._storages: dict[int, tuple[weakref.ref[UntypedStorage], int, Kind]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        formula = flop_registry.get(_SAME_FLOPS.get(packet, packet))
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        self.see(tree_leaves((args, kwargs, result)))
-        return result
+    def watch(self) -> AbstractContextManager[Any]:
+        """Inside, count every operation."""
+        memoryless = Memoryless.current
+        return _Watched(self) if memoryless is None else memoryless.watched_by(self.operation)
+
+    def operation(self, func: Any, inputs: list[Any], result: Any, flops: int) -> None:
+        """Count an operation."""
+        self.flops += flops
+        self.see(inputs)
+        self.see(result if isinstance(result, (list, tuple)) else (result,))
 
     def see(self, values: Iterable[Any], kind: Kind | None = None) -> None:
         """Count storages not seen before; with a kind, also move known storages to it."""
@@ -262,12 +272,11 @@ class _Tracer(_Counter):
         self._lives: list[_Life] = []
         self._living: dict[int, _Life] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def operation(self, func: Any, inputs: list[Any], result: Any, flops: int) -> None:
+        """Count an operation."""
         self._operation = str(func)
         self._now += 1
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        super().operation(func, inputs, result, flops)
 
     def appeared(self, key: int, value: Tensor, size: int, kind: Kind) -> None:
         """Record its birth."""

@@ -14,7 +14,8 @@ from typing import Any, Self, final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from dpo_video.support.memoryless import Memoryless
 
 # all_gather_into_tensor is its name before torch 2.12.
 _gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -54,7 +55,7 @@ class Shard:
 
     def gather(self, part: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The tensor, from the bytes of all processes, which must call this in the same order."""
-        if isinstance(part, FakeTensor):
+        if Memoryless.current is not None:
             return torch.empty(shape, dtype=dtype, device=part.device)
         data = torch.empty(len(part) * self.count, dtype=torch.uint8, device=part.device)
         _gather(data, part, group=self.group)

@@ -12,7 +12,6 @@ from small_animatediff import load_small
 from small_wan import load_small_wan, save_small_wan
 from test_blocks import EXACT, Network, apart
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo_video.errors import TrainingError, UserError
 from dpo_video.memory.blocks import checkpoint_blocks
@@ -25,6 +24,7 @@ from dpo_video.memory.packed_weights import (
 )
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
+from dpo_video.support.memoryless import Memoryless
 
 NO_BNB = "bitsandbytes is not installed: pip install 'dpo-video[nf4]'"
 needs_bnb = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason=NO_BNB)
@@ -96,7 +96,7 @@ def test_unpacking_is_exact_up_to_quantization(base: Base, shape: tuple[int, ...
 @needs_bnb
 def test_the_size_of_nf4_is_known_without_bitsandbytes() -> None:
     sizes = []
-    for mode in (FakeTensorMode(), torch.device("cpu")):
+    for mode in (Memoryless(), torch.device("cpu")):
         with mode:
             packed = PackedWeight.pack(torch.empty(10, 33), "nf4", CPU, on_host=False)
             sizes.append([part.nbytes for part in packed.parts])

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_video.memory.cuda_autocast import cuda_autocast
 from dpo_video.memory.peak import BLOCK, Peak, on_host, peak_bytes
+from dpo_video.support.memoryless import Memoryless
 
 ROWS, WIDTH = 64, 32
 ACTIVATION = 4 * ROWS * WIDTH
@@ -123,14 +124,15 @@ def measured(size: int) -> Peak:
     )
 
 
-def test_fake_tensors_count_as_real_ones() -> None:
+def test_tensors_without_memory_count_as_real_ones() -> None:
     real = measured(8)
-    with FakeTensorMode():
-        assert measured(8) == real
+    for mode in (FakeTensorMode(), Memoryless()):
+        with mode:
+            assert measured(8) == real
 
 
 def test_attention_stores_no_matrix() -> None:
-    with FakeTensorMode():
+    with Memoryless():
         small, large = measured(16), measured(32)
     assert large.activations == pytest.approx(4 * small.activations, rel=0.02)
     tokens = 16 * 16
