@@ -43,6 +43,10 @@ class RunError(UserError):
     """A run directory that is missing, damaged, or does not match the request."""
 
 
+class BusyError(UserError):
+    """A folder that another process is writing; the message names that process."""
+
+
 class TrainingError(UserError):
     """Training stopped, or cannot start."""
 

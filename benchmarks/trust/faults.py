@@ -3,11 +3,19 @@
     OMP_NUM_THREADS=1 python -m benchmarks.trust.faults --seed 0 --faults 200
 
 build (by one process, and by two concurrent workers), pack, label, train, evaluate and export run
-on a small model, each in a process forked from this one. A fault is a signal after a random time,
-or a disk that fails at a random operation (see faulty.py); of two workers, the second is killed as
-well, or continues. The law: the interrupted command reports one sentence, and the same command
-(train with --resume) then produces the bytes of the undisturbed one, apart from times and, with two
-workers, the order of lines. Campaigns may run concurrently.
+on a small model, each in a process forked from this one. A fault is one of these:
+
+    SIGKILL, SIGTERM, SIGINT, SIGHUP   a signal after a random time
+    kill, torn, power, full, broken    a disk that fails at a random operation (see faulty.py)
+    second     the same command once more, started at a random time: one of the two is told that the
+               other is writing
+    hashseed   nothing but a new interpreter with another PYTHONHASHSEED
+    copy       SIGKILL, then a copy of the run that lacks or cuts some of its files
+
+Of two workers, the second is killed as well, or continues. The law: the interrupted command reports
+one sentence, and the same command (train with --resume) then produces the bytes of the undisturbed
+one, apart from times and, with two workers, the order of lines. A partial copy gives the bytes of
+the last checkpoint, or one sentence. Campaigns may run concurrently.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,12 +39,15 @@ from typing import Any
 
 from benchmarks.trust.faulty import KINDS, Disk
 
-SIGNALS = ("SIGKILL", "SIGTERM")
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
+OTHERS = ("second", "hashseed", "copy")
 TIMEOUT = 120.0  # seconds for a command that takes one or two
 RESULT = Path("benchmarks/results/0.1.0/faults.json")
 TIMES = {"seconds", "eta_seconds", "pairs_per_second", "memory_gib", "time"}
 STAGES = ("build", "workers", "pack", "label", "train", "cached", "evaluate", "export")
-STOPPED = 143
+STOPPED = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
+BUSY = ("is being written by", "holds a run already", "exists already")
+LAST = "step_000003"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +88,11 @@ def arguments(stage: str, checkpoint: Path, resume: bool) -> list[str]:
         "--pairs=work/pairs/",
         "--loss=global",
         *model,
-        "--steps=2",
+        "--steps=3",
         "--set=train.save_steps=1",
-        "--set=train.save_total_limit=1",
+        "--set=train.save_total_limit=2",
         "--set=train.gradient_accumulation_steps=1",
         "--set=train.rank=2",
-        "--set=train.report_to=none",
         "--metric=frame_difference",
     ]
     resumed = ["train", "--out=work/run", "--resume"]
@@ -107,10 +118,21 @@ def arguments(stage: str, checkpoint: Path, resume: bool) -> list[str]:
         ],
         "train": resumed
         if resume
-        else [*train, "--set=train.validation_videos=1", "--out=work/run"],
+        else [
+            *train,
+            "--set=train.validation_videos=1",
+            "--set=train.report_to=tensorboard",
+            "--out=work/run",
+        ],
         "cached": resumed
         if resume
-        else [*train, "--set=train.validation_videos=0", "--reference=cached", "--out=work/run"],
+        else [
+            *train,
+            "--set=train.validation_videos=0",
+            "--set=train.report_to=none",
+            "--reference=cached",
+            "--out=work/run",
+        ],
         "evaluate": [
             "evaluate",
             "work/run",
@@ -149,6 +171,7 @@ def start(
     code = 99
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command handles it
         signal.setitimer(signal.ITIMER_REAL, killed_after)  # SIGALRM has no handler
         os.chdir(folder)
         target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -198,19 +221,29 @@ def run(command: Sequence[str], folder: Path, disk: Disk | None = None) -> Ended
     return finish(*start(command, folder, disk), time.monotonic())
 
 
+def fresh(command: Sequence[str], folder: Path, hash_seed: int) -> Ended:
+    """Run a command in a new interpreter, whose sets have another order."""
+    since = time.monotonic()
+    roots = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_video", *command], cwd=folder, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONHASHSEED": str(hash_seed),
+             "PYTHONPATH": os.pathsep.join(filter(None, roots))},
+    )  # fmt: skip
+    seconds = time.monotonic() - since
+    return Ended(code=done.returncode, output=done.stdout, started=since, seconds=seconds)
+
+
 def hashes(folder: Path) -> dict[str, str]:
     """Hashes of a stage's results, without times; leftover temporary files count as results."""
     work = folder / "work"
     found = {}
     for path in sorted(work.rglob("*")):
         name = path.relative_to(work).as_posix()
-        if path.is_dir() or (
-            name.startswith("run/checkpoints/step_") and "step_000002" not in name
-        ):
+        if path.is_dir() or path.suffix == ".html" or name.startswith("run/tracker/"):
             continue
-        if path.suffix == ".html" or (
-            name.startswith("run/samples/") and "step_000002" not in name
-        ):
+        if name.startswith(("run/checkpoints/step_", "run/samples/")) and LAST not in name:
             continue
         data = path.read_bytes()
         if path.suffix == ".jsonl":
@@ -270,17 +303,26 @@ class Campaign:
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(self.before[stage], root)
         command = arguments(stage, self.checkpoint, False)
-        disturb = self._disturb_two if stage == "workers" else self._disturb
-        at, ended = disturb(stage, fault, command, root, random)
-        wrong = _wrong_ending(ended, fault, self.endings[stage])
+        if fault == "second":
+            at, ended, wrong = self._second_writer(stage, command, root, random)
+        else:
+            disturb = self._disturb_two if stage == "workers" else self._disturb
+            at, ended = disturb(stage, fault, command, root, random)
+            wrong = _wrong_ending(ended, fault, self.endings[stage])
         resume = stage == "workers" or (root / "work/run/run.toml").exists()
         last = run(arguments(stage, self.checkpoint, resume), root)
-        if stage == "export" and ended.code == 0:
-            last = ended  # it had finished, and export never overwrites
+        if stage == "export" and (root / "work/export").exists() and "already" in last.output:
+            last = Ended(code=0, output="", started=0, seconds=0)  # export never overwrites
         if not wrong and last.code:
+            sentence = last.output.count("Error:") == 1 and "Traceback" not in last.output
+            if fault == "copy" and last.code == 2 and sentence:
+                return Outcome(stage=stage, fault=fault, at=at, code=ended.code,
+                               seconds=ended.seconds, wrong="")  # fmt: skip
             wrong = f"the resumed command ends with {last.code}: {last.output[-600:]}"
         if not wrong:
             found, expected = hashes(root), self.expected[stage]
+            if fault == "copy":
+                found, expected = _of_last(found), _of_last(expected)
             if found != expected:
                 names = sorted(
                     k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k)
@@ -288,6 +330,25 @@ class Campaign:
                 wrong = f"other bytes: {', '.join(names[:8])}"
         return Outcome(stage=stage, fault=fault, at=at, code=ended.code, seconds=ended.seconds,
                        wrong=wrong)  # fmt: skip
+
+    def _second_writer(
+        self, stage: str, command: list[str], root: Path, random: Random
+    ) -> tuple[float, Ended, str]:
+        """Start a command twice; the result of the first, and what is wrong with the two."""
+        first = start(command, root, None)
+        after = random.uniform(0, self.seconds[stage])
+        time.sleep(after)
+        second = start(command, root, None, "second.txt")
+        since = time.monotonic()
+        both = [finish(*each, since) for each in (first, second)]
+        wrong = ""
+        for ended in both:
+            told = ended.output.count("Error:") == 1 and any(x in ended.output for x in BUSY)
+            if ended.code != 0 and not (ended.code == 2 and told):
+                wrong = f"exit code {ended.code}: {ended.output[-600:]}"
+        if all(ended.code for ended in both):
+            wrong = f"both refused: {both[0].output[-300:]} {both[1].output[-300:]}"
+        return round(after, 3), both[0], wrong
 
     def _disturb_two(
         self, stage: str, fault: str, command: list[str], root: Path, random: Random
@@ -308,13 +369,19 @@ class Campaign:
     def _disturb(
         self, stage: str, fault: str, command: list[str], root: Path, random: Random
     ) -> tuple[float, Ended]:
-        if fault in SIGNALS:
+        if fault == "hashseed":
+            seed = random.randrange(1, 2**32)
+            return float(seed), fresh(command, root, seed)
+        if fault in SIGNALS or fault == "copy":
             child, output = start(command, root, None)
             after = random.uniform(0, self.seconds[stage])
             time.sleep(after)
             since = time.monotonic()
-            os.kill(child, getattr(signal, fault))
-            return round(after, 3), finish(child, output, since)
+            os.kill(child, getattr(signal, fault, signal.SIGKILL))
+            ended = finish(child, output, since)
+            if fault == "copy":
+                _copy_partly(root / "work/run", random)
+            return round(after, 3), ended
         at = random.randrange(1, self.operations[stage] + 1)
         began = time.time()
         ended = run(command, root, Disk(root / "work", fault, at))
@@ -334,20 +401,35 @@ def _cut_power(root: Path, began: float, random: Random) -> None:
             os.truncate(path, random.choice((kept, random.randint(kept, size))))
 
 
+def _copy_partly(folder: Path, random: Random) -> None:
+    """Delete some files of a run, or their second half."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in random.sample(files, min(len(files), random.randint(1, 3))):
+        if random.random() < 0.7:
+            path.unlink()
+        else:
+            os.truncate(path, path.stat().st_size // 2)
+
+
+def _of_last(found: dict[str, str]) -> dict[str, str]:
+    return {name: each for name, each in found.items() if f"checkpoints/{LAST}" in name}
+
+
 def _wrong_ending(ended: Ended, fault: str, ending: str) -> str:
     """Violations in how a disturbed command ended; `ending` is its last line when undisturbed."""
     if "Traceback" in ended.output:
         return f"a traceback: {ended.output[-1500:]}"
-    allowed = {"SIGKILL": (0, -9), "SIGTERM": (0, STOPPED), "full": (0, 2), "broken": (0, 2)}
+    allowed = {"full": (0, 2), "broken": (0, 2), "hashseed": (0,)}
+    allowed |= {name: (0, code) for name, code in STOPPED.items()}
     if ended.code not in allowed.get(fault, (0, -9)):
         # The signal has no handler before the program starts and after it ends.
         outside = not ended.output or ended.output.rstrip().endswith(ending)
-        if fault == "SIGTERM" and ended.code == -signal.SIGTERM and outside:
+        if fault in STOPPED and ended.code == -getattr(signal, fault) and outside:
             return ""
         return f"exit code {ended.code}: {ended.output[-600:]}"
     if ended.code == 2 and ended.output.count("Error:") != 1:
         return f"not one sentence: {ended.output[-600:]}"
-    if ended.code == STOPPED and "Resume with" not in ended.output:
+    if ended.code in STOPPED.values() and "Resume with" not in ended.output:
         return f"no resume command: {ended.output[-300:]}"
     return ""
 
@@ -358,6 +440,7 @@ def campaign(
     stages: Sequence[str],
     report: Callable[[Outcome], None],
     minutes: float = float("inf"),
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the campaign in a temporary folder, and return the result to publish."""
     import torch
@@ -371,27 +454,37 @@ def campaign(
         checkpoint = save_small_animatediff(Path(folder) / "small")
         _warm_up(checkpoint)
         faults_of = Campaign(Path(folder), checkpoint, stages)
-        kinds = (*SIGNALS, *KINDS)
         for number in range(faults):
             if time.monotonic() - started > 60 * minutes:
                 break
             random = Random(f"{seed} {number}")
             stage = stages[number % len(stages)]
+            kinds = [kind for kind in kinds_of(stage) if not only or kind in only]
+            if not kinds:
+                continue
             fault = kinds[number // len(stages) % len(kinds)]
             outcomes.append(faults_of.fault(stage, fault, random))
             report(outcomes[-1])
-    stopping = [o.seconds for o in outcomes if o.fault == "SIGTERM" and o.code == STOPPED]
+    stopping = [o.seconds for o in outcomes if o.code in STOPPED.values()]
     return {
         "seed": seed,
         "faults": len(outcomes),
         "seconds": round(time.monotonic() - started),
         "wrong": sum(bool(outcome.wrong) for outcome in outcomes),
-        "seconds from SIGTERM to the end": {
+        "seconds from a signal to the end": {
             "median": sorted(stopping)[len(stopping) // 2] if stopping else None,
             "largest": max(stopping, default=None),
         },
         "outcomes": [asdict(outcome) for outcome in outcomes],
     }
+
+
+def kinds_of(stage: str) -> tuple[str, ...]:
+    """The faults that a stage can have."""
+    left_out = {"second"} if stage == "workers" else set()
+    if stage not in ("train", "cached"):
+        left_out.add("copy")
+    return (*SIGNALS, *KINDS, *(kind for kind in OTHERS if kind not in left_out))
 
 
 def _warm_up(checkpoint: Path) -> None:
@@ -429,6 +522,7 @@ def main() -> None:
         "--minutes", type=float, default=float("inf"), help="stop after these minutes"
     )
     parser.add_argument("--stage", action="append", choices=STAGES)
+    parser.add_argument("--fault", action="append", help="only these; by default all")
     parser.add_argument("--out", type=Path, help=f"for example {RESULT}")
     given = parser.parse_args()
 
@@ -439,7 +533,8 @@ def main() -> None:
             flush=True,
         )
 
-    result = campaign(given.seed, given.faults, given.stage or list(STAGES), report, given.minutes)
+    stages = given.stage or list(STAGES)
+    result = campaign(given.seed, given.faults, stages, report, given.minutes, given.fault or ())
     if given.out:
         fixed = Path(__file__).with_name("found.json")
         result["found and fixed"] = json.loads(fixed.read_text(encoding="utf-8"))["faults"]

@@ -24,12 +24,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dpo_video.data.build import build
-from dpo_video.strategies import PairBuilder, VideoModel
+from dpo_video.strategies import VideoModel
 from dpo_video.training.report import StepReport
 from dpo_video.training.run import train
+from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import resolve
-from dpo_video.workflows.session import load_model, open_source, open_store, pick_device
+from dpo_video.workflows.session import load_model, pick_device
 
 RECORD = Path(__file__).parent / "trajectory.json"
 STEPS = 3
@@ -96,15 +96,11 @@ def run(
             *options,
         ),
     )
-    assert isinstance(config.pairs, PairBuilder)
     model = load_model(config, pick_device("cpu"))
     change(model)
-    source = open_source(config, model)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        store = open_store(config, config.pairs, model, source.fingerprint, out, exact=False)
-        for _ in build(store, source.clips, config.pairs, model, config.build, seed=0):
-            pass
+        store = obtain_pairs(config, model, out)
         accelerator = Accelerator(cpu=True)
         events = train(
             model, store, config.loss, config.reference, config.train, seed=0, out=out / "run",

@@ -86,15 +86,15 @@ def main() -> None:
     """Run the command line.
 
     A UserError is printed as one sentence and exits with code 2. Any other error keeps its
-    traceback and exits with code 1; for a plugin's, a sentence names its package. SIGTERM prints
-    the command that resumes the work and exits with code 143.
+    traceback and exits with code 1; for a plugin's, a sentence names its package. SIGINT, SIGTERM
+    and SIGHUP print the command that resumes the work and exit with code 130, 143 and 129.
     """
-    from dpo_video.cli.stopping import exit_on_sigterm
+    from dpo_video.cli.stopping import exit_on_signal
 
     # Downloads send the name of the library only, nothing about the machine.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        with exit_on_sigterm():
+        with exit_on_signal():
             app()
     except UserError as error:
         _exit_with(error)

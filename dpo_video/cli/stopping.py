@@ -1,69 +1,38 @@
-"""SIGTERM, which preemptible machines send before they stop.
-
-A command without a state to save ends at once. One that has to save first takes
-`stop_event()`, saves, and ends with `exit_resumable`. The exit status is 143 (128 + 15), as for a
-process that does not handle the signal.
-"""
+"""How a signal ends a command: with the command that resumes its work, and status 128 + signal."""
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from dpo_video.cli.console import BOLD, say, typed
+from dpo_video.support.interrupts import StopSignal, raised
 
-EXIT_CODE = 128 + signal.SIGTERM
-
-
-class TerminatedError(BaseException):
-    """SIGTERM was received; not an Exception, so that `except Exception` does not swallow it."""
+FROM_ANOTHER = 143
+"""Exit status of a process that stops because another process of its run was sent a signal."""
 
 
 @contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the code inside, running every `finally` on the way."""
-    received = False
-
-    def end(*_: object) -> None:
-        nonlocal received
-        received = True
-        raise TerminatedError
-
-    with _handling(end):
+def exit_on_signal() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP end the code inside, running every `finally` on the way."""
+    with raised() as received:
         try:
             yield
-        except (TerminatedError, Exception):
-            if not received:
+        except StopSignal as stop:
+            exit_resumable(stop.command or typed(), stop.done, stop.code)
+        except Exception:
+            # A library may turn the signal into an error of its own, as safetensors does.
+            if (number := received()) is None:
                 raise
-            # A library may turn it into an error of its own, as safetensors does.
-            exit_resumable(typed(), "Stopped.")
+            exit_resumable(typed(), "Stopped.", StopSignal(number).code)
 
 
-@contextmanager
-def stop_event() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, for code that stops by itself."""
-    received = threading.Event()
-    with _handling(lambda *_: received.set()):
-        yield received
-
-
-def exit_resumable(command: str, done: str) -> NoReturn:
+def exit_resumable(command: str, done: str, code: int) -> NoReturn:
     """Print the command that resumes the work, and exit."""
-    say(f"{done} Resume with: ", (command, BOLD))
-    sys.exit(EXIT_CODE)
-
-
-@contextmanager
-def _handling(handler: object) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only it can handle signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    launcher = "" if os.environ.get("WORLD_SIZE", "1") == "1" else ", under the same launcher"
+    with suppress(OSError):  # a terminal that is gone
+        say(f"{done} Resume with{launcher}: ", (command, BOLD))
+    sys.exit(code)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from dpo_video.cli.console import BOLD, say
 from dpo_video.cli.options import TRAINING, option, takes
-from dpo_video.cli.stopping import exit_resumable, stop_event
+from dpo_video.cli.stopping import FROM_ANOTHER, exit_resumable
 from dpo_video.text import command
 
 
@@ -21,35 +21,37 @@ def train(
     auto_resume: Annotated[
         bool, option("--auto-resume", "Resume the run in --out if there is one, else start it.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        option(
+            "--accept-changes",
+            "Resume with options that change what the run learns from here on.",
+        ),
+    ] = False,
 ) -> None:
     """Build pairs if necessary, and train an adapter on them.
 
     Repeat a run with --config runs/NAME/run.toml; resume one with --out runs/NAME --resume. Use
     --auto-resume on preemptible machines and with launchers that restart processes: the same
-    command starts the run and resumes it. On SIGTERM it saves a checkpoint, prints the resume
-    command and exits with status 143.
+    command starts the run and resumes it. On Ctrl-C, SIGTERM and SIGHUP it saves a checkpoint and
+    prints the resume command; a second Ctrl-C ends it at once.
     """
     from dpo_video.cli.display import TerminalProgress, verdict_text
-    from dpo_video.workflows.runs import verdict_of
     from dpo_video.workflows.train import train
 
-    with stop_event() as stopping, TerminalProgress() as progress:
+    with TerminalProgress() as progress:
         run = train(
             **options,
             out=out,
             resume=resume,
             auto_resume=auto_resume,
+            accept_changes=accept_changes,
             progress=progress,
-            stop=stopping.is_set,
         )
-    if run.stopped:
-        at = (
-            f"Stopped and saved at step {run.new_reports[-1].step}."
-            if run.new_reports
-            else "Stopped."
-        )
-        exit_resumable(command("train", "--out", run.folder, "--resume"), at)
-    if (verdict := verdict_of(run.new_reports)) is None:
+    if run.stopped:  # by a signal to another process of the run
+        again = command("train", "--out", run.folder, "--resume")
+        exit_resumable(again, "Stopped and saved.", FROM_ANOTHER)
+    if not run.new_reports or (verdict := run.verdict) is None:
         say(f"'{run.folder}' already has all its steps. Train longer with --steps.")
     else:
         say(verdict_text(verdict))

@@ -11,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dpo_video.data.shards import INDEX, Shard, ShardIndex
-from dpo_video.data.store import PairStore, locked
+from dpo_video.data.store import PairStore
 from dpo_video.errors import StoreError
 from dpo_video.support.atomic import write_bytes, write_tensors, write_text, writing
+from dpo_video.support.claims import claim
 
 SIZE = 256 << 20  # bytes of a shard; packing needs a few times this in memory
 
@@ -40,41 +41,45 @@ def pack(store: PairStore, folder: Path, size: int = SIZE) -> Iterator[PackRepor
 
     Raises:
         StoreError: if the folder holds other pairs.
+        BusyError: if another process is writing it.
     """
     digest = store.digest
-    if (folder / "store.json").exists():
-        present = PairStore(folder)
-        if present.digest != digest or not (folder / INDEX).exists():
-            raise StoreError(f"'{folder}' holds pairs already. Name another folder.")
-        return
+    with claim(folder, instead="name another folder"):
+        if (folder / "store.json").exists():
+            present = PairStore(folder)
+            if present.digest != digest or not (folder / INDEX).exists():
+                raise StoreError(f"'{folder}' holds pairs already. Name another folder.")
+            return
+        with writing(folder):
+            yield from _pack(store, folder, size, digest)
+
+
+def _pack(store: PairStore, folder: Path, size: int, digest: str) -> Iterator[PackReport]:
     pairs = {record.latents_file: record for record in store.records}
     prompts = {record.context_file: record for record in store.records}
     total = len(pairs) + len(prompts)
     shards: list[Shard] = []
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            for kind, records, read in (
-                ("pairs", pairs, store.tensors),
-                ("prompts", prompts, store.context),
-            ):
-                names, number = list(records), 0
-                while names:
-                    path = folder / "shards" / f"{kind}-{number:05d}.safetensors"
-                    count = _written(path, digest) or _write(
-                        path, (read(records[name]) for name in names), size, digest
-                    )
-                    file = path.relative_to(folder).as_posix()
-                    shards.append(Shard(file=file, holds=tuple(names[:count])))
-                    names, number = names[count:], number + 1
-                    done = sum(len(shard.holds) for shard in shards)
-                    yield PackReport(done=done, total=total)
-            for path in sorted((store.folder / "labels").glob("*.json*")):
-                write_bytes(folder / "labels" / path.name, path.read_bytes())
-            lines = b"".join(record.line() + b"\n" for record in store.records)
-            write_bytes(folder / "pairs.jsonl", lines)
-            write_text(folder / INDEX, ShardIndex(shards=tuple(shards)).model_dump_json() + "\n")
-            write_text(folder / "store.json", store.manifest.model_dump_json(indent=2) + "\n")
+    for kind, records, read in (
+        ("pairs", pairs, store.tensors),
+        ("prompts", prompts, store.context),
+    ):
+        names, number = list(records), 0
+        while names:
+            path = folder / "shards" / f"{kind}-{number:05d}.safetensors"
+            count = _written(path, digest) or _write(
+                path, (read(records[name]) for name in names), size, digest
+            )
+            file = path.relative_to(folder).as_posix()
+            shards.append(Shard(file=file, holds=tuple(names[:count])))
+            names, number = names[count:], number + 1
+            done = sum(len(shard.holds) for shard in shards)
+            yield PackReport(done=done, total=total)
+    for path in sorted((store.folder / "labels").glob("*.json*")):
+        write_bytes(folder / "labels" / path.name, path.read_bytes())
+    lines = b"".join(record.line() + b"\n" for record in store.records)
+    write_bytes(folder / "pairs.jsonl", lines)
+    write_text(folder / INDEX, ShardIndex(shards=tuple(shards)).model_dump_json() + "\n")
+    write_text(folder / "store.json", store.manifest.model_dump_json(indent=2) + "\n")
 
 
 def _written(path: Path, digest: str) -> int:

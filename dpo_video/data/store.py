@@ -119,15 +119,19 @@ class PairStore:
 
     @classmethod
     def create(cls, folder: Path, manifest: Manifest) -> PairStore:
-        """Create a store, or open the existing one of the same manifest."""
-        if not (folder / "store.json").exists():
+        """Create a store, or open the existing one of the same manifest.
+
+        A store without any pair, such as that of a build which failed, may change its manifest.
+        """
+        path = folder / "store.json"
+        if not path.exists() or cls(folder).manifest.key != manifest.key:
             with writing(folder):
-                for name in ("latents", "contexts", "previews"):
-                    (folder / name).mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 with locked(folder):
-                    if not (folder / "store.json").exists():  # another worker may have created it
-                        text = manifest.model_dump_json(indent=2) + "\n"
-                        write_text(folder / "store.json", text)
+                    if not path.exists() or not cls(folder).made:
+                        for name in ("latents", "contexts", "previews"):
+                            (folder / name).mkdir(exist_ok=True)
+                        write_text(path, manifest.model_dump_json(indent=2) + "\n")
         store = cls(folder)
         if store.manifest.key != manifest.key:
             raise StoreError(
@@ -315,7 +319,11 @@ class PairStore:
         return self._read_context(record.context)
 
     def fetch_labels(self, name: str) -> None:
-        """Copy the labels of a remote store to its local folder."""
+        """Copy the labels of a remote store to its local folder.
+
+        Raises:
+            UserError: if the name cannot name labels, such as one with a slash.
+        """
         if self.local:
             return
         check_name(name, "labels")

@@ -18,8 +18,12 @@ from torch import Tensor
 from dpo_video.data.store import PairStore
 from dpo_video.errors import StoreError, UserError
 from dpo_video.support.atomic import publishing, write_text, writing
+from dpo_video.support.claims import claim
 from dpo_video.support.reading import open_regular
+from dpo_video.types import PairBatch
 
+UNFINISHED = ".unfinished"
+"""Marks a folder whose export was interrupted."""
 _DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _KEYS = ("latents_w", "latents_l", "prompt_embeds")
 
@@ -116,21 +120,42 @@ def write_videodpo_pair(path: Path, pair: VideoDPOPair) -> None:
 def export_videodpo(store: PairStore, folder: Path) -> VideoDPOExport:
     """Write a store's decided pairs as such files with their prompts, numbered without gaps.
 
+    An interrupted call leaves a file that marks the folder as unfinished; the next call starts
+    again.
+
     Raises:
         UserError: if the folder has .pt files already.
         StoreError: if the prompts are encoded as other tensors than `prompt_embeds` alone.
     """
-    if any(folder.glob("*.pt")):
-        raise UserError(f"'{folder}' holds .pt files already. Name another folder.")
+    with claim(folder, instead="name another folder"), writing(folder):
+        unfinished = folder / UNFINISHED
+        if not unfinished.exists():
+            if any(folder.glob("*.pt")):
+                raise UserError(f"'{folder}' holds .pt files already. Name another folder.")
+            if len(store):
+                _embeds(store, store.batch([0]))
+            unfinished.touch()
+        for path in [*folder.glob("pair_*.pt"), *folder.glob("pair_*.txt")]:
+            path.unlink()  # of an interrupted call, perhaps of other pairs
+        done = _write_all(store, folder)
+        unfinished.unlink()
+    return done
+
+
+def _embeds(store: PairStore, batch: PairBatch) -> Tensor:
+    if batch.context.keys() != {"prompt_embeds"}:
+        raise StoreError(
+            f"The pairs in '{store.where}' have prompts encoded as "
+            f"{', '.join(sorted(batch.context))}; Video-DPO's format holds prompt_embeds only. "
+            "Pairs of this backbone cannot be exported."
+        )
+    return batch.context["prompt_embeds"]
+
+
+def _write_all(store: PairStore, folder: Path) -> VideoDPOExport:
     written = undecided = simplified = regions = 0
     for index, record in enumerate(store.records):
         batch = store.batch([index])
-        if batch.context.keys() != {"prompt_embeds"}:
-            raise StoreError(
-                f"The pairs in '{store.where}' have prompts encoded as "
-                f"{', '.join(sorted(batch.context))}; Video-DPO's format holds prompt_embeds only. "
-                "Pairs of this backbone cannot be exported."
-            )
         label = batch.preference[0].sum().sign()
         if label == 0:
             undecided += 1
@@ -138,12 +163,11 @@ def export_videodpo(store: PairStore, folder: Path) -> VideoDPOExport:
         first, second = batch.first[0], batch.second[0]
         chosen, rejected = (first, second) if label > 0 else (second, first)
         path = folder / f"pair_{written:05d}.pt"
-        with writing(folder):
-            embeds = batch.context["prompt_embeds"]
-            write_videodpo_pair(
-                path, VideoDPOPair(chosen=chosen, rejected=rejected, prompt_embeds=embeds)
-            )
-            write_text(path.with_suffix(".txt"), record.prompt + "\n")
+        embeds = _embeds(store, batch)
+        write_videodpo_pair(
+            path, VideoDPOPair(chosen=chosen, rejected=rejected, prompt_embeds=embeds)
+        )
+        write_text(path.with_suffix(".txt"), record.prompt + "\n")
         written += 1
         simplified += bool((batch.preference[0] != batch.preference[0, 0]).any())
         regions += bool((batch.region == 0).any())

@@ -176,7 +176,7 @@ class PeftFormat(LoraFormat):
                     tensors[f"base_model.model.{module}.{key}.weight"] = stored
             write_tensors(path / "adapter_model.safetensors", tensors, _METADATA)
             config = copy.deepcopy(self.config)
-            config.target_modules = set(layers)
+            config.target_modules = sorted(layers)
             config.base_model_name_or_path, config.revision = (
                 spec.source, spec.revision,
             )  # fmt: skip

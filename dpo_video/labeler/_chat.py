@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,6 +99,12 @@ class Chat:
 
     def __init__(self, endpoint: Endpoint, client: OpenAI) -> None:
         self.endpoint, self._client = endpoint, client
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """End the requests of all threads, without further attempts."""
+        self._stopped.set()
+        self._client.close()
 
     def ask(self, content: Sequence[dict[str, Any]], read: Callable[[str], T]) -> Answer[T]:
         """Ask a question, or return its cached answer, keyed by a hash of question and model.
@@ -141,8 +147,8 @@ class Chat:
                 return Answer(
                     value=value, requests=attempt + 1, input_tokens=sent, output_tokens=received
                 )
-            if attempt < self.endpoint.retries:
-                time.sleep(wait)
+            if attempt < self.endpoint.retries and self._stopped.wait(wait):
+                break
         raise UserError(
             f"'{self.endpoint.base_url}' gave no valid answer in {len(failures)} attempts (last: "
             f"{failures[-1]}). All labels so far are saved: run the same command again to resume."

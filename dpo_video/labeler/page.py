@@ -39,7 +39,7 @@ class Page(StoreLabeler):
     """Open the page in a browser; the link is always printed."""
 
     def label_store(self, task: LabelTask) -> None:
-        """Serve the page until a rater ends the session or Ctrl-C is pressed."""
+        """Serve the page until a rater ends the session or a signal stops it, such as Ctrl-C."""
         try:
             from dpo_video.labeler._page.server import LOOPBACK, listen, serve
         except ModuleNotFoundError as error:

@@ -86,9 +86,13 @@ class VLM(Endpoint, ReasonedLabeler):
         ]
         distinct = {json.dumps(question): question for question in questions}
         with open_chat(self) as chat, ThreadPoolExecutor(self.parallel) as threads:
-            answers = list(
-                threads.map(lambda question: chat.ask(question, _read), distinct.values())
-            )
+            try:
+                answers = list(
+                    threads.map(lambda question: chat.ask(question, _read), distinct.values())
+                )
+            except BaseException:  # a signal must not wait for a slow endpoint
+                chat.stop()
+                raise
         by_question = {key: answer.value for key, answer in zip(distinct, answers, strict=True)}
         verdicts = [by_question[json.dumps(question)] for question in questions]
         both = list(zip(verdicts[::2], verdicts[1::2], strict=True))

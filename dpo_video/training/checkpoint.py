@@ -10,6 +10,9 @@ A checkpoint whose files differ from its manifest is damaged, even if they load.
 from __future__ import annotations
 
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,11 +28,11 @@ from dpo_video.paths import is_inside
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import sync, write_text
 from dpo_video.support.hashing import file_digest, tensors_digest
-from dpo_video.support.reading import read_bytes
+from dpo_video.support.reading import open_regular, read_bytes
 from dpo_video.support.rng import global_states, set_global_states
 from dpo_video.support.tensor_tree import load_state, save_state
 from dpo_video.training.adapter_config import read_lora_config
-from dpo_video.training.run_dir import LATEST, checkpoints, latest_checkpoint
+from dpo_video.training.run_dir import LATEST, checkpoint_at, checkpoints, resumable
 
 MANIFEST = "checkpoint.json"
 _MEANINGS = {
@@ -56,6 +59,8 @@ class RunFingerprint(BaseModel):
     """Data types of the base's weights in memory; quantized ones are bytes."""
     precision: str
     """Mixed precision of the forward passes."""
+    recipe: str
+    """Hash of the pair set's manifest."""
     pairs: str
     """Hash of the pair set's manifest and index."""
     count: int
@@ -73,6 +78,7 @@ class RunFingerprint(BaseModel):
             adapter=tensors_digest({n: p for n, p in named.items() if ".lora_" in n})[:16],
             weights=" ".join(sorted(base)),
             precision=precision,
+            recipe=store.manifest.key,
             pairs=store.digest,
             count=len(store),
             labels=store.labels_digest,
@@ -90,62 +96,133 @@ class CheckpointManifest(BaseModel):
     fingerprint: RunFingerprint
     files: dict[str, str]
     """SHA-256 by path in the folder."""
+    options: dict[str, Any] = {}
+    """The run's options by path ("train.learning_rate") when it was written."""
 
 
-def write_manifest(folder: Path, step: int, fingerprint: RunFingerprint) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An undamaged checkpoint."""
+
+    folder: Path
+    manifest: CheckpointManifest
+
+
+def write_manifest(
+    folder: Path, step: int, fingerprint: RunFingerprint, options: Mapping[str, Any] | None = None
+) -> None:
     """Write the manifest of a complete checkpoint and sync all of its files to the disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sync(path)
         files[path.relative_to(folder).as_posix()] = file_digest(path)
-    manifest = CheckpointManifest(step=step, fingerprint=fingerprint, files=files)
+    manifest = CheckpointManifest(
+        step=step, fingerprint=fingerprint, files=files, options=dict(options or {})
+    )
     write_text(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
 
 
-def check_manifest(folder: Path, fingerprint: RunFingerprint | None = None) -> None:
-    """Check that a checkpoint is undamaged, and that a run with this fingerprint may resume it.
+def check_manifest(folder: Path, part: str = "") -> CheckpointManifest:
+    """The manifest of a checkpoint, after a check of its files, or of those below `part`.
 
     Raises:
-        RunError: if it is damaged, or if something has changed since it was written.
+        RunError: if it is damaged.
     """
     try:
         found = CheckpointManifest.model_validate_json(read_bytes(folder / MANIFEST))
     except (OSError, ValidationError) as error:
         raise damaged(folder, f"its {MANIFEST} is missing or invalid") from error
     for file, digest in found.files.items():
+        if not file.startswith(part):
+            continue
         try:
             same = is_inside(file) and file_digest(folder / file) == digest
         except (OSError, ValueError):  # no such file, or no possible file name
             same = False
         if not same:
             raise damaged(folder, f"{file} is not what was written")
-    if fingerprint is None:
-        return
-    then, now = found.fingerprint.model_dump(), fingerprint.model_dump()
+    return found
+
+
+def newest_checkpoint(out: Path, note: Callable[[str], None] = lambda text: None) -> Checkpoint:
+    """The newest undamaged checkpoint to resume from; `note` receives a sentence on damaged ones.
+
+    Raises:
+        RunError: if there is none.
+    """
+    faults = []
+    for folder in resumable(out):
+        try:
+            manifest = check_manifest(folder)
+        except RunError as error:
+            faults.append(error)
+            continue
+        for fault in faults:
+            note(f"{fault} The run is resumed from '{folder.name}'.")
+        return Checkpoint(folder=folder, manifest=manifest)
+    if faults:
+        raise RunError(
+            f"'{out}' has no undamaged checkpoint to resume from: {faults[0]} To start again, "
+            f"delete '{out / 'checkpoints'}'."
+        )
+    raise RunError(f"'{out}' has no checkpoint yet. Train it without --resume.")
+
+
+def check_unchanged(checkpoint: Checkpoint, now: RunFingerprint) -> None:
+    """Check that a run with this fingerprint may be resumed from a checkpoint.
+
+    Raises:
+        RunError: if something has changed since it was written.
+    """
+    before, after = checkpoint.manifest.fingerprint.model_dump(), now.model_dump()
     for name, meaning in _MEANINGS.items():
-        if then[name] != now[name]:
+        if before[name] != after[name]:
             raise RunError(
-                f"Cannot resume from '{folder}': the reference or the pairs have changed. What has "
-                f"changed: {meaning} (then {then[name] or 'none'}, now {now[name] or 'none'}). "
-                "Restore it, or start a new run with another --out."
+                f"Cannot resume from '{checkpoint.folder}': the reference or the pairs have "
+                f"changed. What has changed: {meaning} (then {before[name] or 'none'}, now "
+                f"{after[name] or 'none'}). Restore it, or start a new run with another --out."
             )
-
-
-def manifest_count(folder: Path) -> int | None:
-    """Number of pairs of a checkpoint's run; None if its manifest is missing or invalid."""
-    try:
-        data = read_bytes(folder / MANIFEST)
-        return CheckpointManifest.model_validate_json(data).fingerprint.count
-    except (OSError, ValidationError):
-        return None  # `check_manifest` raises the error
 
 
 def damaged(folder: Path, reason: str) -> RunError:
     """The error for a checkpoint that does not load."""
-    return RunError(
-        f"The checkpoint '{folder}' is damaged, or of an adapter of another shape ({reason}). "
-        f"Write the name of an earlier one to '{folder.parent / 'latest'}', or train again."
-    )
+    return RunError(f"The checkpoint '{folder}' is damaged ({reason}). Use an earlier one.")
+
+
+@contextmanager
+def kept_adapter(out: Path, step: int | None) -> Iterator[Path]:
+    """The adapter of a run's checkpoint, as a copy that its training cannot delete meanwhile.
+
+    Args:
+        out: The run's folder.
+        step: Step of the checkpoint; None for the latest.
+
+    Raises:
+        RunError: if there is no such checkpoint.
+    """
+    while True:
+        source = checkpoint_at(out, step)
+        with tempfile.TemporaryDirectory(prefix="dpo-video-") as folder:
+            copy = Path(folder) / source.name
+            try:
+                _copy_adapter(source, copy)
+            except OSError as error:
+                if not source.exists():  # its training has deleted it; look again
+                    continue
+                raise damaged(source, error.strerror or "it cannot be copied") from error
+            try:
+                yield copy / "adapter"
+            except RunError as error:
+                raise RunError(str(error).replace(str(copy), str(source))) from error
+            return
+
+
+def _copy_adapter(source: Path, copy: Path) -> None:
+    (copy / "adapter").mkdir(parents=True)
+    for path in [*source.glob(MANIFEST), *(source / "adapter").iterdir()]:
+        if not path.is_dir():
+            with open_regular(path) as file, (copy / path.relative_to(source)).open("wb") as to:
+                shutil.copyfileobj(file, to, 1 << 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +244,7 @@ def write_checkpoint(
     progress: TrainState,
     fingerprint: RunFingerprint,
     scaler: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint under another name, rename it, then update `latest`."""
     partial = folder.with_name(f".partial-{folder.name}")
@@ -179,7 +257,7 @@ def write_checkpoint(
         "scaler": None if scaler is None else scaler.state_dict(),
     }
     save_state(partial / "state.safetensors", state)
-    write_manifest(partial, progress.step, fingerprint)
+    write_manifest(partial, progress.step, fingerprint, options)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     sync(folder.parent)
@@ -203,19 +281,16 @@ def drop_checkpoints(out: Path, step: int, limit: int | None) -> None:
         shutil.rmtree(partial)
 
 
-def restore(
-    out: Path, policy: PeftModel, optimizer: Any, fingerprint: RunFingerprint, scaler: Any
-) -> TrainState:
-    """Load a run's newest checkpoint into its adapter, optimizer, loss scaler and generators.
+def restore(checkpoint: Checkpoint, policy: PeftModel, optimizer: Any, scaler: Any) -> TrainState:
+    """Load a checkpoint into a run's adapter, optimizer, loss scaler and generators.
 
     Files that agree with their manifest were written by this program for this run: if they do not
     load, that is a bug, and keeps its traceback.
 
     Raises:
-        RunError: if there is none, it is damaged, or it has another fingerprint.
+        RunError: if its files cannot be read.
     """
-    folder = latest_checkpoint(out)
-    check_manifest(folder, fingerprint)
+    folder = checkpoint.folder
     try:
         state = load_state(folder / "state.safetensors")
         weights = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -245,7 +320,7 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
     """
     ours = (folder.parent / MANIFEST).exists()
     if ours:
-        check_manifest(folder.parent)
+        check_manifest(folder.parent, "adapter/")
 
     def misfit(error: Exception) -> RunError:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

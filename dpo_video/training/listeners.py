@@ -121,6 +121,7 @@ class CheckpointWriter(Listener):
                 run.state,
                 run.fingerprint,
                 run.accelerator.scaler,
+                run.options,
             )
             drop_checkpoints(run.out, run.state.step, run.settings.save_total_limit)
 

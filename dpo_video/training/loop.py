@@ -13,7 +13,7 @@ Every step:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,11 @@ class Run:
     accelerator: Accelerator
     out: Path
     fingerprint: RunFingerprint
+    options: Mapping[str, Any]
+    """The run's options by path, for the checkpoints."""
     state: TrainState = TrainState()  # noqa: RUF009 - it is frozen
+    seconds: float = 0.0
+    """Seconds of training before this process resumed it."""
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due after so many steps."""
@@ -69,7 +73,8 @@ def optimize(
     """
     settings, accelerator, optimizer = run.settings, run.accelerator, run.optimizer
     parameters = [p for p in run.policy.parameters() if p.requires_grad]
-    meter, scaling = Meter(accelerator, run.state.step, settings.steps), LossScaling(accelerator)
+    meter = Meter(accelerator, run.state.step, settings.steps, run.seconds)
+    scaling = LossScaling(accelerator)
     passes = settings.gradient_accumulation_steps
     for step in range(run.state.step, settings.steps):
         for group in optimizer.param_groups:

@@ -29,6 +29,8 @@ def adapt(model: VideoModel, settings: TrainSettings, seed: int) -> PeftModel:
         target_modules=model.lora_targets(),
     )
     policy: PeftModel = get_peft_model(model.denoiser, config)
+    if isinstance(config.target_modules, set):  # PEFT would write it in hash order
+        config.target_modules = sorted(config.target_modules)
     stray = [n for n, p in policy.named_parameters() if p.requires_grad and ".lora_" not in n]
     if stray:
         raise TrainingError(

@@ -19,9 +19,10 @@ from dpo_video.training.report import StepReport
 class Meter:
     """Makes the reports of a run, and measures its time."""
 
-    def __init__(self, accelerator: Accelerator, step: int, steps: int) -> None:
-        """Start at `step` of `steps`."""
+    def __init__(self, accelerator: Accelerator, step: int, steps: int, before: float) -> None:
+        """Start at `step` of `steps`, of which those so far took `before` seconds."""
         self._accelerator, self._first, self._steps = accelerator, step, steps
+        self._before = before
         self._run_start = self._step_start = time.monotonic()
 
     def start_step(self) -> None:
@@ -46,7 +47,7 @@ class Meter:
             lr=lr,
             pairs_per_second=len(rows) / (now - self._step_start),
             memory_gib=_peak_memory(self._accelerator.device) / 2**30,
-            seconds=seconds,
+            seconds=self._before + seconds,
             eta_seconds=(self._steps - step) * seconds / (step - self._first),
         )
 

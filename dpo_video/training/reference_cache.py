@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, final
@@ -29,6 +29,7 @@ from dpo_video.data.store import PairStore, locked
 from dpo_video.errors import StoreError
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import write_tensors, write_text, writing
+from dpo_video.support.claims import claim
 from dpo_video.support.hashing import tensors_digest
 from dpo_video.support.reading import read_bytes, require_regular
 from dpo_video.support.statistics import Record
@@ -111,6 +112,8 @@ class ReferenceCacheReport:
     """Bytes of all of them."""
     seconds: float
     """Expected seconds to the end."""
+    waiting: str = ""
+    """A sentence, while another process fills the cache; the numbers are of no use then."""
 
 
 @final
@@ -144,8 +147,11 @@ class ReferenceCache:
         predict: Callable[[PairDraw], Latents],
         on_progress: Callable[[ReferenceCacheReport], None] = lambda report: None,
         stop: Callable[[], bool] = lambda: False,
+        part: tuple[int, int] = (0, 1),
     ) -> bool:
         """Add the predictions that are missing; False if stopped before the end.
+
+        Another run that is filling the same cache is waited for.
 
         Args:
             draws: All that this process will read.
@@ -153,6 +159,7 @@ class ReferenceCache:
             on_progress: Called before anything is written, with size and time, and after every
                 prediction.
             stop: Called after each `on_progress`; the predictions made so far are kept.
+            part: Number and count of the processes that fill the cache together.
 
         Raises:
             StoreError: if the cache belongs to other pairs, or differs from what `predict` returns.
@@ -161,6 +168,27 @@ class ReferenceCache:
         if not draws:
             return True
         digests = {pair: self._digest(pair) for pair in {draw.pair for draw in draws}}
+        if all(self._holds(draw, digests[draw.pair]) for draw in draws):
+            return self._fill(draws, digests, predict, on_progress, stop)
+
+        def wait(text: str) -> None:
+            on_progress(
+                ReferenceCacheReport(
+                    folder=self.folder, done=0, total=0, size=0, seconds=0.0, waiting=text
+                )
+            )
+
+        with claim(self.folder, part=part, patience=float("inf"), note=wait, stop=stop) as claimed:
+            return claimed and self._fill(draws, digests, predict, on_progress, stop)
+
+    def _fill(
+        self,
+        draws: Sequence[PairDraw],
+        digests: Mapping[int, str],
+        predict: Callable[[PairDraw], Latents],
+        on_progress: Callable[[ReferenceCacheReport], None],
+        stop: Callable[[], bool],
+    ) -> bool:
         missing = [draw for draw in draws if not self._holds(draw, digests[draw.pair])]
         probe = next((draw for draw in draws if draw not in set(missing)), draws[0])
         started = time.monotonic()

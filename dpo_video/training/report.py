@@ -40,7 +40,7 @@ class StepReport(Record):
     memory_gib: float
     """Peak memory so far, GiB."""
     seconds: float
-    """Seconds since training began."""
+    """Seconds of training so far, without the time between an interruption and resuming."""
     eta_seconds: float
     """Expected seconds to the end."""
     skipped: bool = False

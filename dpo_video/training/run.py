@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,13 @@ from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Loss, Reference, VideoModel
 from dpo_video.support.rng import derive
-from dpo_video.training.checkpoint import RunFingerprint, manifest_count, restore
+from dpo_video.training.checkpoint import (
+    Checkpoint,
+    RunFingerprint,
+    check_unchanged,
+    newest_checkpoint,
+    restore,
+)
 from dpo_video.training.listeners import (
     CheckpointWriter,
     Listener,
@@ -35,7 +42,7 @@ from dpo_video.training.reference_cache import (
     ReferenceCacheReport,
 )
 from dpo_video.training.report import StepEvent
-from dpo_video.training.run_dir import latest_checkpoint
+from dpo_video.training.run_dir import read_log
 from dpo_video.training.sampler import PairSampler, trainable_pairs
 from dpo_video.training.step import Step, check_backward
 
@@ -51,7 +58,9 @@ def train(
     out: Path,
     accelerator: Accelerator,
     memory: MemorySettings = MemorySettings(),  # noqa: B008 - it is frozen
-    resume: bool = False,
+    resume: bool | Checkpoint = False,
+    options: Mapping[str, Any] | None = None,
+    on_ready: Callable[[int], None] = lambda step: None,
     on_reference_cache: Callable[[ReferenceCacheReport], None] = lambda report: None,
     stop: Callable[[], bool] = lambda: False,
     listeners: Sequence[Listener] = (),
@@ -69,7 +78,10 @@ def train(
         out: The run's folder.
         accelerator: Device, precision, processes and trackers.
         memory: Table [memory].
-        resume: Continue from the newest checkpoint in `out`.
+        resume: Continue from this checkpoint; True stands for the newest undamaged one in `out`.
+        options: The run's options by path, to be kept in its checkpoints.
+        on_ready: Receives the step that the run starts from, once everything was checked and before
+            anything is written.
         on_reference_cache: Receives the progress of filling the reference cache.
         stop: Called before every forward pass, or with several processes before every step. Once it
             is true in any process, the completed steps are saved and the events end.
@@ -82,8 +94,9 @@ def train(
         RunError: if there is nothing to resume, or the reference or the pairs have changed.
     """
     store.check_fits(model)
-    if resume and (count := manifest_count(latest_checkpoint(out))) is not None:
-        store = store.beginning(count)  # another run may have added pairs since
+    checkpoint = newest_checkpoint(out) if resume is True else resume or None
+    if checkpoint:  # another run may have added pairs since
+        store = store.beginning(checkpoint.manifest.fingerprint.count)
     check_backward(loss, memory)
     check_compile(memory, accelerator.device)
     pairs = trainable_pairs(store, loss, model, settings)
@@ -111,6 +124,16 @@ def train(
         backward=accelerator.backward,
         autocast=accelerator.autocast,
     )
+    run = Run(
+        model=model, store=store, policy=policy, network=network, optimizer=optimizer,
+        settings=settings, memory=memory, accelerator=accelerator, out=out, fingerprint=fingerprint,
+        options=options or {},
+    )  # fmt: skip
+    if checkpoint:
+        check_unchanged(checkpoint, fingerprint)
+        run.state = restore(checkpoint, policy, optimizer, accelerator.scaler)
+        before = [each for each in read_log(out) if each.step <= run.state.step]
+        run.seconds = before[-1].seconds if before else 0.0
     cache = None
     if reference_model.noise_draws is not None:
         with accelerator.main_process_first():
@@ -123,12 +146,7 @@ def train(
                 compiled=memory.compile == "on",
             )
             cache = ReferenceCache(store, manifest)
-    run = Run(
-        model=model, store=store, policy=policy, network=network, optimizer=optimizer,
-        settings=settings, memory=memory, accelerator=accelerator, out=out, fingerprint=fingerprint,
-    )  # fmt: skip
-    if resume:
-        run.state = restore(out, policy, optimizer, fingerprint, accelerator.scaler)
+    on_ready(run.state.step)
     sampler = PairSampler(
         model, store, pairs, loss, settings, seed=seed, accelerator=accelerator, state=run.state,
         noise_draws=reference_model.noise_draws, cache=cache,

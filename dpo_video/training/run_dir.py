@@ -24,25 +24,36 @@ def checkpoint_folder(out: Path, step: int) -> Path:
 
 
 def latest_checkpoint(out: Path) -> Path:
-    """The newest complete checkpoint of a run.
+    """The newest checkpoint of a run: the one that `latest` names, or else that of the last step.
 
     Raises:
         RunError: if there is none.
     """
-    pointer = out / "checkpoints" / LATEST
-    if not pointer.is_file():
+    found = resumable(out)
+    if not found:
         raise RunError(
             f"'{out}' has no checkpoint yet. Train it first: "
             f"{command('train', '--out', out, '--resume')}"
         )
-    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
-    folder = pointer.parent / name
-    if not (_STEP.fullmatch(name) and (folder / "state.safetensors").is_file()):
-        raise RunError(
-            f"'{pointer}' names '{folder.name}', which holds no checkpoint. Write the name of "
-            "another folder beside it to that file, or train again."
-        )
-    return folder
+    return found[0]
+
+
+def resumable(out: Path) -> list[Path]:
+    """Checkpoints to resume from, the first choice first, without a check of their files.
+
+    `latest` names the first one; it may name an earlier one than the newest on purpose, and then
+    those after it are left out. Without it, as in a partial copy, the newest is first.
+    """
+    found = checkpoints(out)
+    pointer = out / "checkpoints" / LATEST
+    name = ""
+    if pointer.is_file():
+        name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    folders = list(found.values())
+    names = [folder.name for folder in folders]
+    if name in names:
+        folders = folders[: names.index(name) + 1]
+    return folders[::-1]
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -91,7 +102,12 @@ def read_log(out: Path) -> list[StepReport]:
 
 
 def truncate_log(path: Path, steps: int) -> None:
-    """Keep the first lines of a log, those of the steps up to a checkpoint."""
+    """Keep the reports of the steps up to a checkpoint.
+
+    A log that was deleted once, to continue without it, begins at a later step.
+    """
     if path.exists():
         lines = path.read_bytes().split(b"\n")[:-1]  # the last one is incomplete or empty
-        write_bytes(path, b"".join(line + b"\n" for line in lines[:steps]))
+        reports = read_log(path.parent)
+        kept = [line for line, each in zip(lines, reports, strict=True) if each.step <= steps]
+        write_bytes(path, b"".join(line + b"\n" for line in kept))

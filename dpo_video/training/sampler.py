@@ -175,7 +175,11 @@ class PairSampler:
         count = min(self.position(self._settings.steps), self.noise_draws * len(self._pairs))
         draws = [self.draw_at(position) for position in range(rank, count, world)]
         done = self._cache.fill(
-            draws, lambda draw: predict(self._to_device(self._load([draw]))), on_progress, stop
+            draws,
+            lambda draw: predict(self._to_device(self._load([draw]))),
+            on_progress,
+            stop,
+            (rank, world),
         )
         if done:
             self._accelerator.wait_for_everyone()

@@ -10,21 +10,25 @@ from typing import Unpack
 from dpo_video.data.audit_checks import cut_prompts
 from dpo_video.data.build import Worker, wanted
 from dpo_video.data.build import build as build_engine
-from dpo_video.data.store import PairStore
-from dpo_video.errors import UserError
+from dpo_video.data.store import Manifest, PairStore
+from dpo_video.errors import RunError, UserError
+from dpo_video.settings import BuildSettings
 from dpo_video.strategies import PairBuilder, VideoModel
+from dpo_video.support.claims import claim
 from dpo_video.text import command
+from dpo_video.training.checkpoint import Checkpoint
 from dpo_video.types import Remark
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import BuildOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import (
+    OpenedSource,
     builder_labeler,
     check_pairs,
     load_model,
     open_source,
-    open_store,
     pick_device,
+    store_manifest,
 )
 
 PAIRS = Path("runs/pairs")
@@ -53,6 +57,7 @@ def build_pairs(
 
     Raises:
         UserError: for options that do not fit together, and for a pair that is not finite.
+        BusyError: if another process is building these pairs.
     """
     config = configure("build", options, pairs)
     if config.pairs is None:
@@ -78,12 +83,27 @@ def obtain_pairs(
     folder: Path,
     *,
     exact: bool = False,
-    worker: Worker | None = None,
+    wait: bool = False,
+    worker: Worker = Worker(),  # noqa: B008 - it is frozen
     progress: Progress = SILENT,
+    resumed: Checkpoint | None = None,
 ) -> PairStore:
     """Open the pairs that a configuration names, or build what is missing of them.
 
-    `folder` is the pairs' folder if `exact`, else its parent. A worker builds its part only.
+    Args:
+        config: The configuration.
+        model: The model that builds them.
+        folder: The pairs' folder if `exact`, else its parent.
+        exact: Otherwise the pairs' folder is named after a hash of everything that the pairs depend
+            on, so that equal recipes share their pairs.
+        wait: Whether to wait for another process that is building these pairs.
+        worker: The part of the pairs to build.
+        progress: Receives the progress.
+        resumed: The checkpoint of a run whose pairs these must be.
+
+    Raises:
+        BusyError: if another process is building these pairs.
+        RunError: if a resumed run was trained on other pairs.
     """
     if config.pairs is None:
         assert config.pair_store is not None
@@ -92,11 +112,55 @@ def obtain_pairs(
         progress.note(f"Using the {len(store)} pairs in {store.where}.")
         return store
     source = open_source(config, model)
-    store = open_store(config, config.pairs, model, source.fingerprint, folder, exact)
-    present, total = store.made, wanted(config.build, source.count)
-    if len(store) >= total:
-        progress.note(f"Using {present} pairs built earlier: {store.folder}")
-        return store
+    manifest = store_manifest(config, model, source.fingerprint)
+    settings, total = config.build, wanted(config.build, source.count)
+    if resumed is not None:
+        _check_recipe(config, manifest, resumed)
+        total = resumed.manifest.fingerprint.count
+        settings = settings.model_copy(update={"count": total})
+    if not exact:
+        names = f"{config.tables['pairs']['name']}-{config.tables['backbone']['name']}"
+        folder /= f"{names}-{manifest.key}"
+    if (folder / "store.json").exists():
+        store = PairStore(folder)
+        if store.manifest.key == manifest.key and len(store) >= total:
+            progress.note(f"Using {store.made} pairs built earlier: {store.folder}")
+            return store
+    with claim(
+        folder,
+        part=(worker.number, worker.count),
+        instead="name another folder with --out",
+        patience=float("inf") if wait else 0.0,
+        note=progress.note,
+    ):
+        store = PairStore.create(folder, manifest)
+        return _build(config, store, source, model, settings, total, worker, progress)
+
+
+def _check_recipe(config: Config, manifest: Manifest, resumed: Checkpoint) -> None:
+    """Refuse other pairs than a run's before they are built."""
+    if manifest.key == resumed.manifest.fingerprint.recipe:
+        return
+    clips = f", or the files in '{config.run.clips}'" if config.run.clips else ""
+    raise RunError(
+        f"Cannot resume from '{resumed.folder}': the reference or the pairs have changed. What has "
+        f"changed: how the pairs are built (the options of the backbone, of the pairs or their "
+        f"labeler{clips}). Restore it, or start a new run with another --out."
+    )
+
+
+def _build(
+    config: Config,
+    store: PairStore,
+    source: OpenedSource,
+    model: VideoModel,
+    settings: BuildSettings,
+    total: int,
+    worker: Worker,
+    progress: Progress,
+) -> PairStore:
+    assert config.pairs is not None
+    present = store.made
     before = f"{present} of them exist already, " if present else ""
     progress.note(f"Building {total} pairs ({before}in {store.folder})")
     if source.contents:
@@ -109,11 +173,11 @@ def obtain_pairs(
         source.clips,
         config.pairs,
         model,
-        config.build,
+        settings,
         seed=config.run.seed,
         labeler=builder_labeler(config),
         available=source.count,
-        worker=worker or Worker(),
+        worker=worker,
     ):
         made += 1
         undecided += not report.decided
@@ -132,7 +196,7 @@ def obtain_pairs(
             f"{undecided} of {made} pairs prefer neither video, so nothing is learned from them. "
             f"Label them: {command('label', store.folder, '--labeler', 'NAME')}"
         )
-    if worker is not None and worker.count > 1 and (waiting := store.made - len(store)):
+    if worker.count > 1 and (waiting := store.made - len(store)):
         progress.note(
             f"{store.made} pairs are made; {waiting} of them wait for earlier ones, which other "
             "workers make. If a worker has stopped, run its command again."

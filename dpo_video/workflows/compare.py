@@ -8,6 +8,7 @@ import platform
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.rows import Cell
 from dpo_video.paths import check_name
 from dpo_video.support.atomic import write_text, writing
+from dpo_video.support.claims import claim
 from dpo_video.support.reading import read_toml
 from dpo_video.support.tensor_tree import load_state, save_state
 from dpo_video.text import command
+from dpo_video.training.run_dir import checkpoints
 from dpo_video.types import Videos
 from dpo_video.workflows import config as configs
 from dpo_video.workflows.build import obtain_pairs
@@ -33,6 +36,7 @@ from dpo_video.workflows.estimate import choose_blocks
 from dpo_video.workflows.evaluate import evaluate_run
 from dpo_video.workflows.presets import Tables
 from dpo_video.workflows.progress import SILENT, Progress
+from dpo_video.workflows.resume import Resumption
 from dpo_video.workflows.session import (
     accelerator_for,
     builder_labeler,
@@ -40,7 +44,7 @@ from dpo_video.workflows.session import (
     load_model,
     pick_device,
 )
-from dpo_video.workflows.train import run_training, write_run
+from dpo_video.workflows.train import claim_run, run_training
 
 _KINDS = ("pairs", "loss", "reference", "backbone", "labeler")
 _KEYS = {*_KINDS, "recipe", "set", "seeds"}
@@ -98,6 +102,7 @@ def compare(
 
     Raises:
         UserError: for an entry that cannot be read or resolved, before the first one runs.
+        BusyError: if another process is writing `out`.
     """
     folder = Path(out)
     flags = {
@@ -126,6 +131,21 @@ def compare(
     _check_selection(work, selection_prompts, selection_seeds)
     for note in notes:
         progress.note(note)
+    with claim(folder, instead="name another folder with --out"):
+        for name, seed, config in work:
+            builder_labeler(config)
+            evaluation_prompts(config)
+            _check_same(folder / name / f"seed-{seed}", config)
+        return _compare(work, folder, selection_prompts, selection_seeds, progress)
+
+
+def _compare(
+    work: Sequence[tuple[str, int, Config]],
+    folder: Path,
+    selection_prompts: int,
+    selection_seeds: Sequence[int],
+    progress: Progress,
+) -> Comparison:
     cells = []
     for name, seed, config in work:
         run = folder / name / f"seed-{seed}"
@@ -295,18 +315,29 @@ def _finished(folder: Path, config: Config) -> Evaluation | None:
     if not (folder / "evaluation" / "evaluation.json").exists():
         return None
     evaluation = Evaluation.load(folder / "evaluation")
-    _check_same(folder, config, same=list(evaluation.prompts) == evaluation_prompts(config))
+    if list(evaluation.prompts) != evaluation_prompts(config):
+        raise _other_settings(folder)
     return evaluation
 
 
-def _check_same(folder: Path, config: Config, *, same: bool = True) -> None:
+def _check_same(folder: Path, config: Config) -> None:
+    """Refuse a cell that was trained or evaluated with other settings."""
+    started = checkpoints(folder) or (folder / "evaluation" / "evaluation.json").exists()
+    if not started or not (folder / "run.toml").is_file():
+        return
     before = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
-    before.pop("versions", None)
-    if not same or _measured(before) != _measured(config.tables):
-        raise UserError(
-            f"'{folder}' was run with other settings than this entry's. Name another --out, or "
-            "delete that folder to run it again."
-        )
+    for record in ("versions", configs.CHANGES):
+        before.pop(record, None)
+    if _measured(before) != _measured(config.tables):
+        raise _other_settings(folder)
+    _finished(folder, config)
+
+
+def _other_settings(folder: Path) -> UserError:
+    return UserError(
+        f"'{folder}' was run with other settings than this entry's. Name another --out, or "
+        "delete that folder to run it again."
+    )
 
 
 def _measured(tables: Tables) -> Tables:
@@ -316,24 +347,29 @@ def _measured(tables: Tables) -> Tables:
 
 
 def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Evaluation:
-    builder_labeler(config)
     accelerator = accelerator_for(config, folder)
     model = load_model(config, accelerator.device)
     base = _base_videos(config, out, progress)
-    store = obtain_pairs(config, model, out / "pairs", progress=progress)
-    resume = (folder / "checkpoints" / "latest").exists()
-    if resume:
-        _check_same(folder, config)
-    write_run(config, store, folder, accelerator)
-    run = run_training(config, model, store, folder, accelerator, resume=resume, progress=progress)
-    return evaluate_run(
-        run,
-        config,
-        folder / "evaluation",
-        command=command("evaluate", folder),
-        base=base,
-        progress=progress,
-    )
+    with claim_run(folder, progress):
+        resumption = Resumption.of(folder, partial(progress.note, warning=True))
+        resumption.check(config, accelerator.num_processes, accept=False)
+        store = obtain_pairs(
+            config,
+            model,
+            out / "pairs",
+            wait=True,
+            progress=progress,
+            resumed=resumption.checkpoint,
+        )
+        run = run_training(config, model, store, resumption, accelerator, progress=progress)
+        return evaluate_run(
+            run,
+            config,
+            folder / "evaluation",
+            command=command("evaluate", folder),
+            base=base,
+            progress=progress,
+        )
 
 
 def _base_videos(config: Config, out: Path, progress: Progress) -> Videos:

@@ -61,6 +61,8 @@ ENGINES: Mapping[str, type[BaseModel]] = {
 }
 _TABLES = frozenset({*ENGINES, *registry.KINDS})
 _CHOSEN = frozenset({*DEFAULTS, "labeler"})
+CHANGES = "changes"
+"""Array in a run.toml: the options that were changed when the run was resumed."""
 _MODEL = "backbone.model"
 _PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
 
@@ -88,12 +90,19 @@ class Config:
     notes: tuple[str, ...] = ()
     """What a user should know about how they were merged, a sentence each."""
 
-    def toml(self) -> str:
-        """The text of run.toml; `--config` with it repeats the run."""
+    def versions(self) -> dict[str, str]:
+        """The installed version of each main package."""
         versions = {name: version(name) for name in _PACKAGES}
-        return tomli_w.dumps(
-            {**self.tables, "versions": {**versions, "python": platform.python_version()}}
-        )
+        return {**versions, "python": platform.python_version()}
+
+    def toml(self, changes: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The text of run.toml; `--config` with it repeats the run.
+
+        Args:
+            changes: Options that were changed when the run was resumed, for the record only.
+        """
+        record = {CHANGES: list(changes)} if changes else {}
+        return tomli_w.dumps({**self.tables, "versions": self.versions(), **record})
 
 
 def resolve(
@@ -112,7 +121,7 @@ def resolve(
 
     Args:
         recipe: Name of a recipe. Its options of a strategy hold if that strategy is chosen.
-        file: A TOML file; its [versions] is ignored.
+        file: A TOML file; its [versions] and [[changes]] are ignored.
         choices: Kind to a strategy or its name, as `--loss NAME` gives it; None changes nothing.
         metrics: Metrics or their names, as `--metric` gives them; none changes nothing.
         tier: Name of a tier. Its options override a recipe's, and are overridden by the file's. It
@@ -224,7 +233,8 @@ def _read(file: Path) -> Tables:
         raise UserError(
             f"'{file}' is not valid TOML: {error}. Correct it and run again."
         ) from error
-    tables.pop("versions", None)
+    for record in ("versions", CHANGES):
+        tables.pop(record, None)
     for name, table in tables.items():
         if name not in _TABLES:
             raise unknown("table", name, _TABLES)

@@ -33,6 +33,18 @@ class LauncherRequest:
     """What is kept in CPU memory."""
 
 
+def process_count() -> int:
+    """Number of processes that the launcher started for this run."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return int(world) if world.isdecimal() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes, before the processes have met."""
+    rank = os.environ.get("RANK", "0")
+    return not (rank.isdecimal() and 0 < int(rank) < process_count())
+
+
 def launcher_request() -> LauncherRequest:
     """Read the launcher's settings and remove them from the environment.
 

@@ -8,9 +8,12 @@ from typing import Unpack
 
 from dpo_video import text
 from dpo_video.data.video_writer import video_bytes
-from dpo_video.evaluation.evaluate import measure
+from dpo_video.evaluation.evaluate import Measurement, measure
 from dpo_video.evaluation.results import Evaluation
-from dpo_video.evaluation.verdict import judge_evaluation
+from dpo_video.evaluation.verdict import EvaluationVerdict, judge_evaluation
+from dpo_video.strategies import VideoModel
+from dpo_video.support.claims import claim
+from dpo_video.training.checkpoint import kept_adapter
 from dpo_video.types import Videos
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import EvaluateOptions, configure, with_options
@@ -44,6 +47,7 @@ def evaluate(
     Raises:
         UserError: for a wrong option, a video that is not finite, or if no metric is left.
         RunError: if there is no such run or checkpoint.
+        BusyError: if another process is writing the same evaluation.
     """
     run = Run.open(run)
     options["config"] = options.get("config") or run.folder / "run.toml"
@@ -78,51 +82,66 @@ def evaluate_run(
     progress: Progress = SILENT,
 ) -> Evaluation:
     """Evaluate a run with a resolved configuration; `base` are the base's videos if known."""
-    adapter = run.adapter(checkpoint)
-    model = load_model(config, pick_device(config.run.device))
-    settings = config.evaluate
+    # What can be refused comes before the videos, which may take hours.
     prompts = evaluation_prompts(config)
     trained = tuple(sorted(set(run.prompts) & set(prompts)))
-    measured = measure(
-        model,
-        adapter,
-        config.metrics,
-        prompts,
-        settings,
-        base=base,
-        on_progress=lambda done: progress.update("videos", done, 2 * len(prompts)),
-    )
+    reports, toml, versions = run.reports, run.toml, run.versions
+    settings = config.evaluate
+    with (
+        claim(folder, instead="name another folder with --out"),
+        kept_adapter(run.folder, checkpoint) as adapter,
+    ):
+        model = load_model(config, pick_device(config.run.device))
+        measured = measure(
+            model,
+            adapter,
+            config.metrics,
+            prompts,
+            settings,
+            base=base,
+            on_progress=lambda done: progress.update("videos", done, 2 * len(prompts)),
+        )
+        evaluation = Evaluation(
+            name=run.name,
+            prompts=tuple(prompts),
+            seeds=tuple(range(settings.seed, settings.seed + len(prompts))),
+            frames=model.shape.frames,
+            fps=model.shape.fps,
+            metrics=measured.metrics,
+            trained_prompts=trained,
+            min_prompts=settings.min_prompts,
+            verdict=_verdict(measured, settings.min_prompts, len(trained), progress),
+            training=tuple(reports),
+            training_verdict=verdict_of(reports),
+            command=text.without_credentials(command),
+            run_toml=toml,
+            versions=versions,
+            facts=_facts(config, model, adapter),
+        )
+        evaluation.save(folder, _encoded(measured, model.shape.fps))
+    return evaluation
+
+
+def _verdict(
+    measured: Measurement, min_prompts: int, trained: int, progress: Progress
+) -> EvaluationVerdict:
     for metric in measured.left_out:
         if metric.error is not None:  # for the plugin's author
             progress.note("".join(traceback.format_exception(metric.error)), warning=True)
-    reports = run.reports
-    verdict = judge_evaluation(
-        measured.metrics, min_prompts=settings.min_prompts, trained_on=len(trained)
-    )
-    details = (*verdict.details, *(metric.reason for metric in measured.left_out))
+    verdict = judge_evaluation(measured.metrics, min_prompts=min_prompts, trained_on=trained)
+    reasons = [metric.reason for metric in measured.left_out]
+    return verdict.model_copy(update={"details": (*verdict.details, *reasons)})
+
+
+def _facts(config: Config, model: VideoModel, adapter: Path) -> dict[str, str]:
     facts = {"Checkpoint": adapter.parent.name, "Device": str(model.device)}
     if config.memory.quantization != "native":
         facts["Base quantized to"] = config.memory.quantization
-    evaluation = Evaluation(
-        name=run.name,
-        prompts=tuple(prompts),
-        seeds=tuple(range(settings.seed, settings.seed + len(prompts))),
-        frames=model.shape.frames,
-        fps=model.shape.fps,
-        metrics=measured.metrics,
-        trained_prompts=trained,
-        min_prompts=settings.min_prompts,
-        verdict=verdict.model_copy(update={"details": details}),
-        training=tuple(reports),
-        training_verdict=verdict_of(reports),
-        command=text.without_credentials(command),
-        run_toml=run.toml,
-        versions=run.versions,
-        facts=facts,
-    )
-    videos = [
-        (video_bytes(first, model.shape.fps), video_bytes(second, model.shape.fps))
+    return facts
+
+
+def _encoded(measured: Measurement, fps: float) -> list[tuple[bytes, bytes]]:
+    return [
+        (video_bytes(first, fps), video_bytes(second, fps))
         for first, second in zip(measured.base, measured.tuned, strict=True)
     ]
-    evaluation.save(folder, videos)
-    return evaluation

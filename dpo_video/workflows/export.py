@@ -15,7 +15,9 @@ from dpo_video.exporting.export import export as export_adapter
 from dpo_video.exporting.model_card import RunSummary, loading_script, model_card
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import VideoModel
+from dpo_video.support.claims import WRITER, claim
 from dpo_video.support.urls import is_url
+from dpo_video.training.checkpoint import kept_adapter
 from dpo_video.types import ExportSpec
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import configure
@@ -50,6 +52,7 @@ def export(
     Raises:
         UserError: if the format does not suit the run.
         RunError: if there is no such run or checkpoint, or `out` exists.
+        BusyError: if another process is exporting to `out`.
         ExportError: if the export does not load back as what was exported.
     """
     run = Run.open(run)
@@ -70,9 +73,22 @@ def export(
         )
     # Published adapters go on the published weights.
     config = dataclasses.replace(config, memory=MemorySettings())
-    adapter = run.adapter(checkpoint)
-    summary = _summary(run, config, adapter.parent.name)
-    folder = Path(out) if out is not None else run.folder / f"export/{format}-{summary.step}"
+    with kept_adapter(run.folder, checkpoint) as adapter:
+        summary = _summary(run, config, adapter.parent.name)
+        folder = Path(out) if out is not None else run.folder / f"export/{format}-{summary.step}"
+        name = f".{folder.name}{WRITER}"
+        with claim(folder.parent, name, instead="name another folder with --out"):
+            return _export(config, adapter, target, folder, summary, dtype)
+
+
+def _export(
+    config: Config,
+    adapter: Path,
+    target: Format,
+    folder: Path,
+    summary: RunSummary,
+    dtype: str | None,
+) -> ExportResult:
     if folder.exists():
         raise RunError(f"'{folder}' exists already. Delete it, or name another folder with --out.")
     where = pick_device(config.run.device)
@@ -84,7 +100,7 @@ def export(
             script = loading_script(
                 model,
                 spec,
-                format=format,
+                format=target.value,
                 folder=folder,
                 adapted=check.adapted,
                 prompt=config.backbone.prompts(1)[0],
@@ -92,7 +108,7 @@ def export(
         return model_card(
             summary,
             spec,
-            format=format,
+            format=target.value,
             script=script,
             change=check.change,
             difference=check.difference,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Unpack
 
@@ -11,6 +12,8 @@ from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import UserError
 from dpo_video.evaluation.evaluate import merge_adapter
 from dpo_video.support.atomic import writing
+from dpo_video.support.claims import WRITER, claim
+from dpo_video.training.checkpoint import kept_adapter
 from dpo_video.workflows.options import Options, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.results import GeneratedVideo
@@ -49,45 +52,51 @@ def generate(
     Raises:
         UserError: for a wrong option, or a video that is not finite.
         RunError: if there is no such run or checkpoint.
+        BusyError: if another process is writing `out`.
     """
     file = None if out is None else Path(out)
     if file is not None and file.suffix.lower() not in (".mp4", ".gif"):
         raise UserError(f"Cannot write '{file}': videos end in .mp4 or .gif. Change --out.")
     if checkpoint is not None and run is None:
         raise UserError("--checkpoint needs a run: dpo-video generate RUN --checkpoint N")
-    adapter = None
     if run is not None:
         run = Run.open(run)
         options["config"] = options.get("config") or run.folder / "run.toml"
-        adapter = run.adapter(checkpoint)
     config = configure("evaluate", options)
-    model = load_model(config, pick_device(config.run.device))
-    denoiser = merge_adapter(model, adapter) if adapter else model.denoiser
-    prompts = [prompt] * num_videos if prompt else config.backbone.prompts(num_videos)
-    videos = []
-    for i, text in enumerate(prompts):
-        number = (seed or 0) + i
-        latents = model.sample(
-            model.encode_prompts([text]),
-            initial_noise(model, [number]),
-            denoiser=denoiser,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-        )
-        pixels = model.decode_videos(latents).cpu()
-        check_finite(latents, pixels, [text])
-        path = file
-        if file is not None and num_videos > 1:
-            path = file.with_stem(f"{file.stem}_{i:02d}")
-        if path is not None:
-            with writing(path):
-                scale = max(1, 256 // model.shape.height)
-                write_video(path, pixels[0], model.shape.fps, scale)
-            progress.note(f"{path}  seed {number}  {text}")
-        progress.update("videos", i + 1, num_videos)
-        videos.append(
-            GeneratedVideo(
-                prompt=text, seed=number, fps=model.shape.fps, video=pixels[0], path=path
+    with ExitStack() as stack:
+        adapter = None
+        if run is not None:
+            adapter = stack.enter_context(kept_adapter(run.folder, checkpoint))
+        if file is not None:
+            name = f".{file.name}{WRITER}"
+            stack.enter_context(claim(file.parent, name, instead="name another file with --out"))
+        model = load_model(config, pick_device(config.run.device))
+        denoiser = merge_adapter(model, adapter) if adapter else model.denoiser
+        prompts = [prompt] * num_videos if prompt else config.backbone.prompts(num_videos)
+        videos = []
+        for i, text in enumerate(prompts):
+            number = (seed or 0) + i
+            latents = model.sample(
+                model.encode_prompts([text]),
+                initial_noise(model, [number]),
+                denoiser=denoiser,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
             )
-        )
-    return videos
+            pixels = model.decode_videos(latents).cpu()
+            check_finite(latents, pixels, [text])
+            path = file
+            if file is not None and num_videos > 1:
+                path = file.with_stem(f"{file.stem}_{i:02d}")
+            if path is not None:
+                with writing(path):
+                    scale = max(1, 256 // model.shape.height)
+                    write_video(path, pixels[0], model.shape.fps, scale)
+                progress.note(f"{path}  seed {number}  {text}")
+            progress.update("videos", i + 1, num_videos)
+            videos.append(
+                GeneratedVideo(
+                    prompt=text, seed=number, fps=model.shape.fps, video=pixels[0], path=path
+                )
+            )
+        return videos

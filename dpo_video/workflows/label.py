@@ -9,11 +9,14 @@ from typing import Unpack
 
 from dpo_video.data.label import LabelSummary, recipe, summarize
 from dpo_video.data.label import label as label_pairs
-from dpo_video.data.labels import LabelSet
+from dpo_video.data.labels import FOLDER, LabelSet
 from dpo_video.data.segments import SECONDS
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
+from dpo_video.paths import check_name
 from dpo_video.strategies import StoreLabeler, Strategy
+from dpo_video.support.claims import WRITER, claim
+from dpo_video.support.interrupts import StopSignal
 from dpo_video.workflows.options import Options, configure, with_options
 from dpo_video.workflows.pairs import opened
 from dpo_video.workflows.progress import SILENT, Progress
@@ -56,16 +59,24 @@ def label(
     relevant = {key: table[key] for key in table if key not in config.labeler.incidental}
     model = load_model(config, pick_device(config.run.device))
     check_pairs(config, store, model)
-    labels = LabelSet.open_or_create(
-        store.folder, name or str(table["name"]), recipe(store, model, relevant, seconds)
-    )
-    figures: Counter[str] = Counter()
-    if isinstance(config.labeler, StoreLabeler):
-        with suppress(KeyboardInterrupt):
-            list(label_pairs(store, model, config.labeler, labels, progress.note))
-    else:
-        progress.update("pairs", len(labels.done()), len(store))
-        for report in label_pairs(store, model, config.labeler, labels):
-            figures.update(report.figures)
-            progress.update("pairs", report.done, report.total)
-    return summarize(store, labels, figures)
+    chosen = name or str(table["name"])
+    check_name(chosen, "labels")
+    instead = "label under another name with --as"
+    with claim(store.folder / FOLDER, f".{chosen}{WRITER}", instead=instead):
+        labels = LabelSet.open_or_create(
+            store.folder, chosen, recipe(store, model, relevant, seconds)
+        )
+        figures: Counter[str] = Counter()
+        try:
+            if isinstance(config.labeler, StoreLabeler):
+                with suppress(KeyboardInterrupt):
+                    list(label_pairs(store, model, config.labeler, labels, progress.note))
+            else:
+                progress.update("pairs", len(labels.done()), len(store))
+                for report in label_pairs(store, model, config.labeler, labels):
+                    figures.update(report.figures)
+                    progress.update("pairs", report.done, report.total)
+        except StopSignal as signal:
+            signal.done = f"{summarize(store, labels, figures).summary}. Stopped."
+            raise
+        return summarize(store, labels, figures)

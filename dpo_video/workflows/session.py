@@ -26,7 +26,6 @@ from dpo_video.memory.sharding import Shard
 from dpo_video.strategies import (
     PACKED,
     Labeler,
-    PairBuilder,
     StoreLabeler,
     SuppliedPairs,
     VideoModel,
@@ -202,14 +201,8 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
     return OpenedSource(clips=cycle_prompts(prompts), fingerprint=fingerprint)
 
 
-def open_store(
-    config: Config, builder: PairBuilder, model: VideoModel, clips: str, where: Path, exact: bool
-) -> PairStore:
-    """The store for a configuration's pairs, created if necessary.
-
-    Its folder is `where` if `exact`, else a folder under `where` named after a hash of everything
-    that the pairs depend on, so that equal recipes share their pairs.
-    """
+def store_manifest(config: Config, model: VideoModel, clips: str) -> Manifest:
+    """The manifest of a configuration's pairs: everything that they depend on."""
     tables: Tables = {
         name: config.tables.get(name, {}) for name in ("backbone", "pairs", "labeler")
     }
@@ -218,15 +211,15 @@ def open_store(
         tables["train"] = {"mixed_precision": precision}
     if config.memory.quantization != "native":  # it changes the model's samples
         tables["memory"] = {"quantization": config.memory.quantization}
-    version = {"pairs_version": builder.pairs_version} if builder.pairs_version > 1 else {}
-    manifest = Manifest(
+    assert config.pairs is not None
+    made_by = config.pairs.pairs_version
+    version = {"pairs_version": made_by} if made_by > 1 else {}
+    return Manifest(
         recipe={**tables, **version, "seed": config.run.seed, "clips": clips},
         identity=model.identity,
         latent_shape=model.latent_shape,
         fps=model.shape.fps,
     )
-    names = f"{config.tables['pairs']['name']}-{config.tables['backbone']['name']}"
-    return PairStore.create(where if exact else where / f"{names}-{manifest.key}", manifest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +268,7 @@ def as_launched(config: Config) -> Config:
             cannot be read.
     """
     request = launcher_request()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = distributed.process_count()
     memory = config.memory
     changes = {
         "shard": world if request.shard and memory.shard == 1 else memory.shard,
@@ -300,7 +293,7 @@ def as_launched(config: Config) -> Config:
 
 
 def accelerator_for(config: Config, folder: Path) -> Accelerator:
-    """The Accelerator of a run, with its device, precision and tracker."""
+    """The Accelerator of a run, with its device and precision; nothing is written."""
     device = pick_device(config.run.device)
     name = config.train.report_to
     rendezvous = distributed.rendezvous_url()
@@ -325,11 +318,15 @@ def accelerator_for(config: Config, folder: Path) -> Accelerator:
             f"train.report_to or train.mixed_precision does not work on this machine: {error} "
             "Set train.report_to=none or train.mixed_precision=no."
         ) from error
-    if name != "none":
+    return accelerator
+
+
+def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> None:
+    """Open the tracker of a run; it writes to the run's folder."""
+    if config.train.report_to != "none":
         threading.excepthook = _report_in_thread
         with writing(folder):
             accelerator.init_trackers("tracker")
-    return accelerator
 
 
 def _report_in_thread(error: threading.ExceptHookArgs) -> None:

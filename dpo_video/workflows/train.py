@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from dpo_video.data.build import Worker
 from dpo_video.data.store import PairStore
-from dpo_video.errors import RunError, UserError
+from dpo_video.errors import BusyError, RunError, UserError
 from dpo_video.memory.compile import check_compile
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.atomic import write_text, writing
+from dpo_video.support.claims import claim
+from dpo_video.support.interrupts import StopSignal, deferred
+from dpo_video.text import command
 from dpo_video.training.diagnosis import Diagnosis
 from dpo_video.training.listeners import Listener, saving
 from dpo_video.training.reference_cache import ReferenceCacheReport
 from dpo_video.training.report import StepReport
 from dpo_video.training.run import train as train_loop
+from dpo_video.training.run_dir import checkpoints, read_log
 from dpo_video.training.sampler import trainable_pairs
 from dpo_video.training.step import check_backward
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
+from dpo_video.workflows.distributed import is_main_process, process_count
 from dpo_video.workflows.estimate import choose_blocks, warn_if_too_large
 from dpo_video.workflows.options import TrainOptions, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
+from dpo_video.workflows.resume import Resumption, options_of
 from dpo_video.workflows.runs import PROMPTS, Run
 from dpo_video.workflows.session import (
     accelerator_for,
@@ -35,6 +47,7 @@ from dpo_video.workflows.session import (
     as_launched,
     builder_labeler,
     load_model,
+    start_trackers,
 )
 
 
@@ -45,6 +58,7 @@ def train(
     out: Path | str | None = None,
     resume: bool = False,
     auto_resume: bool = False,
+    accept_changes: bool = False,
     listeners: Sequence[Listener] = (),
     progress: Progress = SILENT,
     stop: Callable[[], bool] = lambda: False,
@@ -52,12 +66,15 @@ def train(
 ) -> Run:
     """Build pairs if necessary, and train an adapter on them.
 
+    SIGINT, SIGTERM and SIGHUP save a checkpoint before they are handled.
+
     Args:
         pairs: Finished pairs (what `build_pairs` returned, or their folder or URL), or a pair
             builder or its name; "local" by default.
-        out: The run's folder; by default runs/PAIRS-LOSS.
+        out: The run's folder; by default a new one, runs/PAIRS-LOSS.
         resume: Resume the run in `out`.
         auto_resume: Resume the run in `out` if there is one, else start it.
+        accept_changes: Resume with options that change what the run learns from here on.
         listeners: Called at the start, after every step and at the end, in every process.
         progress: Receives the progress.
         stop: Asked after every forward pass; True saves a checkpoint and ends the training.
@@ -65,137 +82,218 @@ def train(
 
     Raises:
         UserError: for options that do not fit together.
-        RunError: if there is nothing to resume, or `out` holds a run that is not to be resumed.
+        BusyError: if another process is training in `out`.
+        RunError: if there is nothing to resume, or `out` holds a run that is not to be resumed, or
+            the run was trained with other options.
         TrainingError: if the training cannot start, or has diverged.
     """
-    folder = None if out is None else Path(out)
-    if (resume or auto_resume) and folder is None:
+    if (resume or auto_resume) and out is None:
         raise UserError("--resume needs --out RUN: dpo-video train --out runs/NAME --resume")
-    exists = folder is not None and (folder / "run.toml").is_file()
+    main = is_main_process()
+    if not main:
+        progress = SILENT
+    with ExitStack() as stack:
+        if out is None:
+            config = configure("train", options, pairs)
+            folder = _new_folder(config, stack, claimed=main)
+        else:
+            folder = Path(out)
+            if main:  # of several processes; the others write nothing
+                stack.enter_context(claim_run(folder, progress))
+            if _exists(folder, resume=resume, auto_resume=auto_resume, progress=progress):
+                options["config"] = options.get("config") or folder / "run.toml"
+            config = configure("train", options, pairs)
+        check_backward(config.loss, config.memory)
+        builder_labeler(config)
+        requested, config = config.memory, as_launched(config)
+        resumption = Resumption.of(folder, partial(progress.note, warning=True))
+        resumption.check(config, process_count(), accept=accept_changes)
+        accelerator = accelerator_for(config, folder)
+        if out is None and accelerator.num_processes > 1:
+            folder = Path(broadcast_object_list([str(folder)])[0])
+            resumption = replace(resumption, folder=folder)
+        for note in (
+            *config.notes,
+            *_larger_batch(options.get("recipe"), config, accelerator.num_processes),
+        ):
+            progress.note(note)
+        if config.memory != requested:
+            progress.note(
+                f"Set by the launcher: memory.shard={config.memory.shard}, "
+                f"memory.offload={','.join(config.memory.offload) or 'none'}."
+            )
+        check_compile(config.memory, accelerator.device)
+        if config.memory.checkpointing == "auto":
+            config = choose_blocks(
+                config, tier=options.get("tier"), device=accelerator.device, progress=progress
+            )
+        elif accelerator.is_main_process:
+            warn_if_too_large(config, accelerator.device, progress)
+        model = load_model(config, accelerator.device)
+        store = obtain_pairs(
+            config,
+            model,
+            folder.parent / "pairs",
+            wait=True,
+            worker=Worker(number=accelerator.process_index, count=accelerator.num_processes),
+            progress=progress,
+            resumed=resumption.checkpoint,
+        )
+        accelerator.wait_for_everyone()
+        store.refresh()  # the pairs of the other processes
+        labelled = apply_labels(config, store)
+        config, store = labelled.config, labelled.store
+        if config.train.labels:
+            progress.note(
+                f"{labelled.pairs} of {len(store)} pairs have labels "
+                f"({', '.join(config.train.labels)})"
+                + ("; the others are left out." if labelled.pairs < len(store) else ".")
+            )
+        try:
+            return run_training(
+                config,
+                model,
+                store,
+                resumption,
+                accelerator,
+                listeners=listeners,
+                progress=progress,
+                stop=stop,
+            )
+        except StopSignal as signal:
+            signal.command = command("train", "--out", folder, "--resume")
+            raise
+
+
+def _exists(folder: Path, *, resume: bool, auto_resume: bool, progress: Progress) -> bool:
+    """Whether a folder has a run to resume.
+
+    Raises:
+        RunError: if that is not what was asked for.
+    """
+    exists, saved = (folder / "run.toml").is_file(), bool(checkpoints(folder))
+    if saved and not exists:
+        raise RunError(
+            f"'{folder}' has checkpoints but no run.toml. Copy the run.toml of that run there, or "
+            "name another --out."
+        )
     if resume and not exists:
         raise RunError(f"'{folder}' is not a run: it has no run.toml. Start it without --resume.")
-    if exists and not (resume or auto_resume):
+    if saved and not (resume or auto_resume):
         raise RunError(
             f"'{folder}' holds a run already. Resume it with --resume, or name another --out."
         )
-    resume = False
-    if folder is not None and exists:
-        options["config"] = options.get("config") or folder / "run.toml"
-        # Without a checkpoint there is nothing to resume; the run starts again.
-        resume = (folder / "checkpoints" / "latest").exists()
-    config = configure("train", options, pairs)
-    folder = folder or _free_folder(config)
-    check_backward(config.loss, config.memory)
-    builder_labeler(config)
-    requested, config = config.memory, as_launched(config)
-    accelerator = accelerator_for(config, folder)
-    if not accelerator.is_main_process:
-        progress = SILENT
-    for note in (
-        *config.notes,
-        *_larger_batch(options.get("recipe"), config, accelerator.num_processes),
-    ):
-        progress.note(note)
-    if config.memory != requested:
-        progress.note(
-            f"Set by the launcher: memory.shard={config.memory.shard}, "
-            f"memory.offload={','.join(config.memory.offload) or 'none'}."
-        )
-    check_compile(config.memory, accelerator.device)
-    if config.memory.checkpointing == "auto":
-        config = choose_blocks(
-            config, tier=options.get("tier"), device=accelerator.device, progress=progress
-        )
-    elif accelerator.is_main_process:
-        warn_if_too_large(config, accelerator.device, progress)
-    model = load_model(config, accelerator.device)
-    part = Worker(number=accelerator.process_index, count=accelerator.num_processes)
-    store = obtain_pairs(config, model, folder.parent / "pairs", worker=part, progress=progress)
-    accelerator.wait_for_everyone()
-    store.refresh()  # the pairs of the other processes
-    labelled = apply_labels(config, store)
-    config, store = labelled.config, labelled.store
-    if config.train.labels:
-        progress.note(
-            f"{labelled.pairs} of {len(store)} pairs have labels ({', '.join(config.train.labels)})"
-            + ("; the others are left out." if labelled.pairs < len(store) else ".")
-        )
-    write_run(config, store, folder, accelerator)
-    return run_training(
-        config,
-        model,
-        store,
-        folder,
-        accelerator,
-        resume=resume,
-        listeners=listeners,
-        progress=progress,
-        stop=stop,
+    if exists and not saved:
+        progress.note(f"'{folder}' has no checkpoint yet: the run starts at step 0.")
+    return exists and (resume or auto_resume)
+
+
+def claim_run(folder: Path, progress: Progress) -> AbstractContextManager[bool]:
+    """Be the only process that trains in a run's folder.
+
+    Raises:
+        BusyError: if another process is training there.
+    """
+    # A launcher that restarts processes may do so before the lost ones have ended.
+    patience = 30.0 if "TORCHELASTIC_RUN_ID" in os.environ else 0.0
+    return claim(
+        folder, instead="name another folder with --out", patience=patience, note=progress.note
     )
 
 
-def _free_folder(config: Config) -> Path:
-    """runs/PAIRS-LOSS, or the first of runs/PAIRS-LOSS-2, -3, ... that is not a run."""
+def _new_folder(config: Config, stack: ExitStack, *, claimed: bool) -> Path:
+    """runs/PAIRS-LOSS, or the first of runs/PAIRS-LOSS-2, -3, ... that is free."""
     table = config.tables["pairs"]
     pairs = Path(table["store"]).name if config.pair_store else table["name"]
     name = f"{pairs}-{config.tables['loss']['name']}"
-    folder, number = Path("runs") / name, 1
-    while (folder / "run.toml").exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    for number in count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if (folder / "run.toml").exists():
+            continue
+        if not claimed:
+            return folder
+        with suppress(BusyError), ExitStack() as attempt:
+            attempt.enter_context(claim(folder))
+            if not (folder / "run.toml").exists():  # another process may have just ended there
+                stack.push(attempt.pop_all())
+                return folder
+    raise AssertionError("unreachable")
 
 
-def write_run(config: Config, store: PairStore, folder: Path, accelerator: Accelerator) -> None:
-    """Write the run's run.toml, and the prompts of its pairs."""
-    if accelerator.is_main_process:
-        with writing(folder):
-            prompts = sorted({record.prompt for record in store.records})
-            write_text(folder / PROMPTS, json.dumps(prompts, indent=0, ensure_ascii=False))
-            write_text(folder / "run.toml", config.toml())
+def write_run(
+    config: Config, store: PairStore, folder: Path, changes: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write a run's run.toml, and the prompts of its pairs."""
+    with writing(folder):
+        prompts = sorted({record.prompt for record in store.records})
+        write_text(folder / PROMPTS, json.dumps(prompts, indent=0, ensure_ascii=False))
+        write_text(folder / "run.toml", config.toml(changes))
 
 
 def run_training(
     config: Config,
     model: VideoModel,
     store: PairStore,
-    folder: Path,
+    resumption: Resumption,
     accelerator: Accelerator,
     *,
-    resume: bool,
     listeners: Sequence[Listener] = (),
     progress: Progress = SILENT,
     stop: Callable[[], bool] = lambda: False,
 ) -> Run:
-    """Train on prepared pairs with a loaded model; the loop of `train` and of `compare`."""
-    settings = config.train
+    """Train on prepared pairs with a loaded model; the loop of `train` and of `compare`.
+
+    run.toml is written once everything was checked.
+    """
+    settings, folder = config.train, resumption.folder
+    changes = resumption.changes(config, accelerator.num_processes)
     _announce(config, folder, accelerator, progress)
     for note in _left_out(store, trainable_pairs(store, config.loss, model, settings), settings):
         progress.note(note)
     reports: list[StepReport] = []
     diagnosis = Diagnosis(settings.steps)
-    for event in train_loop(
-        model,
-        store,
-        config.loss,
-        config.reference,
-        settings,
-        seed=config.run.seed,
-        out=folder,
-        accelerator=accelerator,
-        memory=config.memory,
-        resume=resume,
-        on_reference_cache=_CacheNotes(progress, config),
-        stop=stop,
-        listeners=listeners,
-    ):
-        reports.append(event.report)
-        diagnosis.add(event.report)
-        progress.step(event, diagnosis.verdict(), settings.steps)
-    with saving(folder):
-        accelerator.end_training()
-    stopped = stop() and (not reports or reports[-1].step < settings.steps)
-    return Run(folder=folder, new_reports=tuple(reports), stopped=stopped)
+
+    def begin(step: int) -> None:
+        if changes.paths:
+            progress.note(f"Changed at step {step}: {changes.text()}.", warning=True)
+        if accelerator.is_main_process:
+            entries = [changes.entry()] if changes.paths else []
+            write_run(config, store, folder, [*resumption.history, *entries])
+            for report in read_log(folder):
+                if report.step <= step:
+                    diagnosis.add(report)
+        start_trackers(accelerator, config, folder)
+
+    try:
+        with deferred() as signalled:
+            for event in train_loop(
+                model,
+                store,
+                config.loss,
+                config.reference,
+                settings,
+                seed=config.run.seed,
+                out=folder,
+                accelerator=accelerator,
+                memory=config.memory,
+                resume=resumption.checkpoint or False,
+                options=options_of(config, accelerator.num_processes),
+                on_ready=begin,
+                on_reference_cache=_CacheNotes(progress, config),
+                stop=lambda: stop() or signalled(),
+                listeners=listeners,
+            ):
+                reports.append(event.report)
+                diagnosis.add(event.report)
+                progress.step(event, diagnosis.verdict(), settings.steps)
+            with saving(folder):
+                accelerator.end_training()
+    except StopSignal as signal:
+        if reports:
+            signal.done = f"Stopped and saved at step {reports[-1].step}."
+        raise
+    last = reports[-1].step if reports else resumption.step
+    return Run(folder=folder, new_reports=tuple(reports), stopped=last < settings.steps)
 
 
 def _announce(config: Config, folder: Path, accelerator: Accelerator, progress: Progress) -> None:
@@ -262,6 +360,9 @@ class _CacheNotes:
 
     def __call__(self, report: ReferenceCacheReport) -> None:
         """Take the loop's report."""
+        if report.waiting:
+            self.progress.note(report.waiting)
+            return
         if not self.started:
             self.started = True
             missing, uses = report.total - report.done, self.draws / report.total

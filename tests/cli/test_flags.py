@@ -52,7 +52,9 @@ def test_every_help_is_a_sentence(command: str) -> None:
 
 
 def test_config_takes_exactly_the_flags_of_train() -> None:
-    train = dict(options("train")).keys() - {"--out", "--resume", "--auto-resume"}
+    train = dict(options("train")).keys() - {
+        "--out", "--resume", "--auto-resume", "--accept-changes",
+    }  # fmt: skip
     assert dict(options("config")).keys() - {"--json"} == train
 
 

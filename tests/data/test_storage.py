@@ -165,3 +165,17 @@ def test_remote_pairs_are_read_only(store: PairStore, tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/read-only/labels/ann.json", b"{}")
     opened.fetch_labels("ann")
     assert (tmp_path / opened.folder / "labels" / "ann.json").read_bytes() == b"{}"
+
+
+@pytest.mark.parametrize("name", ["../../../precious", "/precious", "a/b", "..", ""])
+def test_labels_are_fetched_to_the_folder_of_labels_only(
+    name: str, store: PairStore, tmp_path: Path
+) -> None:
+    opened = PairStore(copy_to_memory(store.folder, "hostile"))
+    (tmp_path / "precious.json").write_text("mine")
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/precious.json", b"theirs")
+    with pytest.raises(UserError, match="cannot name labels"):
+        opened.fetch_labels(name)
+    assert (tmp_path / "precious.json").read_text() == "mine"
+    assert not opened.folder.exists()

@@ -106,8 +106,15 @@ def test_another_recipe_has_another_key_and_is_refused(
 ) -> None:
     other = MANIFEST.model_copy(update=change)
     assert other.key != MANIFEST.key
+    store.append(random_pair(0), context_of("a red square"))
     with pytest.raises(StoreError, match=r"other options\. Name another folder with --out"):
         PairStore.create(store.folder, other)
+
+
+def test_a_store_without_pairs_may_change_its_recipe(store: PairStore) -> None:
+    other = MANIFEST.model_copy(update={"recipe": {"seed": 1}})
+    assert PairStore.create(store.folder, other).manifest == other
+    assert PairStore(store.folder).manifest == other
 
 
 def test_the_order_of_options_does_not_matter() -> None:

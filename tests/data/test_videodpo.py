@@ -183,6 +183,23 @@ def test_a_folder_with_pt_files_is_refused(store: PairStore, tmp_path: Path) -> 
         export_videodpo(store, tmp_path / "out")
 
 
+def test_an_interrupted_export_is_started_again(
+    store: PairStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = export_videodpo(store, tmp_path / "whole")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("dpo_video.data.videodpo.write_text", stop)
+        export_videodpo(store, tmp_path / "cut")
+    (tmp_path / "cut" / "pair_00099.pt").touch()
+    assert export_videodpo(store, tmp_path / "cut") == whole
+    names = [sorted(path.name for path in (tmp_path / each).iterdir()) for each in ("whole", "cut")]
+    assert names[0] == names[1]
+
+
 def test_other_prompt_encodings_are_refused(tmp_path: Path) -> None:
     store = PairStore.create(tmp_path / "pairs", MANIFEST)
     store.append(random_pair(0), {"prompt_embeds": EMBEDS, "pooled": EMBEDS + 1})

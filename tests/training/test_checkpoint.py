@@ -23,9 +23,11 @@ from dpo_video.training.checkpoint import (
     RunFingerprint,
     check_manifest,
     drop_checkpoints,
+    kept_adapter,
+    newest_checkpoint,
     write_manifest,
 )
-from dpo_video.training.run_dir import checkpoints
+from dpo_video.training.run_dir import checkpoint_folder, checkpoints, latest_checkpoint
 
 PACKAGE = Path(__file__).parents[2] / "dpo_video"
 
@@ -122,8 +124,9 @@ def test_no_pickle_is_read_or_written_anywhere() -> None:
 # --- manifests ---------------------------------------------------------------------------------
 
 FINGERPRINT = RunFingerprint(
-    base="a", adapter="b", weights="float32", precision="no", pairs="c", count=1, labels=""
-)
+    base="a", adapter="b", weights="float32", precision="no", recipe="c", pairs="d", count=1,
+    labels="",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["é" * 300, "a\0b", "missing", "adapter", "../outside"])
@@ -135,12 +138,77 @@ def test_a_manifest_that_names_no_file_of_the_checkpoint_is_damage(
     for file in (folder / "adapter" / "weights", tmp_path / "outside"):
         file.write_text("bytes")
     write_manifest(folder, 1, FINGERPRINT)
-    check_manifest(folder, FINGERPRINT)
+    check_manifest(folder)
     found = json.loads((folder / MANIFEST).read_text())
     (digest,) = found["files"].values()
     (folder / MANIFEST).write_text(json.dumps({**found, "files": {name: digest}}))
     with pytest.raises(RunError, match=r"is damaged.* is not what was written"):
-        check_manifest(folder, FINGERPRINT)
+        check_manifest(folder)
+
+
+# --- which one is resumed ----------------------------------------------------------------------
+
+
+def written(out: Path, *steps: int) -> None:
+    """Checkpoints of one file."""
+    for step in steps:
+        folder = checkpoint_folder(out, step)
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "weights").write_text(f"of step {step}")
+        write_manifest(folder, step, FINGERPRINT)
+        (folder.parent / "latest").write_text(folder.name)
+
+
+def cut(out: Path, step: int) -> None:
+    (checkpoint_folder(out, step) / "adapter" / "weights").write_text("of st")
+
+
+@pytest.mark.parametrize("pointer", [None, "", "step_000009", "../run/step_000001", "\0"])
+def test_without_a_pointer_to_a_checkpoint_the_newest_is_resumed(
+    tmp_path: Path, pointer: str | None
+) -> None:
+    written(tmp_path, 1, 2, 3)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    if pointer is not None:
+        (tmp_path / "checkpoints" / "latest").write_text(pointer)
+    assert newest_checkpoint(tmp_path).manifest.step == 3
+    assert latest_checkpoint(tmp_path).name == "step_000003"
+
+
+def test_the_pointer_may_name_an_earlier_one(tmp_path: Path) -> None:
+    written(tmp_path, 1, 2, 3)
+    (tmp_path / "checkpoints" / "latest").write_text("step_000002\n")
+    assert newest_checkpoint(tmp_path).manifest.step == 2
+
+
+def test_a_damaged_one_is_named_and_the_one_before_is_resumed(tmp_path: Path) -> None:
+    written(tmp_path, 1, 2, 3)
+    cut(tmp_path, 3)
+    (checkpoint_folder(tmp_path, 2) / MANIFEST).unlink()  # of a partial copy
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append).manifest.step == 1
+    assert len(said) == 2 and all("resumed from 'step_000001'" in text for text in said)
+    assert "step_000003' is damaged" in said[0] and "step_000002' is damaged" in said[1]
+    cut(tmp_path, 1)
+    with pytest.raises(RunError, match=r"no undamaged checkpoint.*step_000003.*delete"):
+        newest_checkpoint(tmp_path)
+
+
+def test_an_adapter_in_use_outlives_its_checkpoint(tmp_path: Path) -> None:
+    written(tmp_path, 1)
+    with kept_adapter(tmp_path, None) as adapter:
+        written(tmp_path, 2)
+        drop_checkpoints(tmp_path, 2, 1)
+        assert list(checkpoints(tmp_path)) == [2]
+        assert adapter.parent.name == "step_000001"
+        assert (adapter / "weights").read_text() == "of step 1"
+        check_manifest(adapter.parent, "adapter/")
+    assert not adapter.exists()
+    with (
+        pytest.raises(RunError, match=f"^'{checkpoint_folder(tmp_path, 2)}/adapter' is bad"),
+        kept_adapter(tmp_path, 2) as adapter,
+    ):
+        raise RunError(f"'{adapter}' is bad")
 
 
 # --- how many are kept -------------------------------------------------------------------------

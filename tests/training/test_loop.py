@@ -9,6 +9,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
@@ -38,7 +39,7 @@ from dpo_video.training.listeners import Listener
 from dpo_video.training.loop import Run
 from dpo_video.training.report import StepEvent, StepReport
 from dpo_video.training.run import train
-from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log
+from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log, truncate_log
 from dpo_video.training.sampler import PairSampler, trainable_pairs
 from dpo_video.types import LossOutput, Pair, PairErrors
 
@@ -342,21 +343,14 @@ def test_pairs_of_another_backbone_are_refused(
         store.check_fits(other)
 
 
-def test_a_damaged_checkpoint_is_an_error_and_earlier_ones_are_kept(
+def test_a_damaged_checkpoint_is_written_again_from_the_one_before(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
     settings = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1, "validation_videos": 0})
     run(small_folder, store, tmp_path / "run", settings)
-    newest = latest_checkpoint(tmp_path / "run")
-    state = newest / "state.safetensors"
+    state = latest_checkpoint(tmp_path / "run") / "state.safetensors"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(RunError, match=r"step_000002' is damaged.*earlier one"):
-        run(small_folder, store, tmp_path / "run", settings, resume=True)
-    state.unlink()
-    with pytest.raises(RunError, match="'step_000002', which holds no checkpoint"):
-        latest_checkpoint(tmp_path / "run")
-    (newest.parent / "latest").write_text("step_000001\n")
     resumed = run(small_folder, store, tmp_path / "run", settings, resume=True)
     assert [p.report.step for p in resumed] == [2]
 
@@ -418,6 +412,52 @@ def test_the_log_is_read_up_to_an_incomplete_line(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text(f"{line[:20]}\n{line}\n")
     with pytest.raises(RunError, match=r"log\.jsonl' cannot be read"):
         read_log(tmp_path)
+
+
+def test_a_log_is_cut_by_its_steps_and_not_by_its_lines(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {name: 0.5 for name in StepReport.model_fields}
+    lines = [
+        StepReport(**{**fields, "step": step, "skipped": False}).model_dump_json() + "\n"
+        for step in (3, 4, 5, 6)  # the first two were deleted with an earlier log
+    ]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(lines) + '{"step": 7')
+    truncate_log(path, 4)
+    assert path.read_text() == "".join(lines[:2])
+
+
+def test_seconds_continue_after_a_resume(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1, "validation_videos": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    log = tmp_path / "run" / "log.jsonl"
+    first, second = read_log(tmp_path / "run")
+    log.write_text(
+        "".join(
+            each.model_copy(update={"seconds": seconds}).model_dump_json() + "\n"
+            for each, seconds in ((first, 1000.0), (second, 2000.0))
+        )
+    )
+    (tmp_path / "run/checkpoints/latest").write_text("step_000001")
+    (event,) = run(small_folder, store, tmp_path / "run", settings, resume=True)
+    assert 1000 < event.report.seconds < 1900
+    assert event.report.eta_seconds == 0
+    longer = settings.model_copy(update={"steps": 4})
+    third, _ = run(small_folder, store, tmp_path / "run", longer, resume=True)
+    assert third.report.eta_seconds < 500  # by the time of the steps of this process
+
+
+def test_the_adapter_config_is_written_in_order(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model)
+    settings = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
+    run(small_folder, store, tmp_path / "run", settings)
+    path = latest_checkpoint(tmp_path / "run") / "adapter" / "adapter_config.json"
+    targets = json.loads(path.read_text())["target_modules"]
+    assert targets == sorted(targets)
 
 
 # --- what must be unchanged to resume ------- -----------------------------------------------------

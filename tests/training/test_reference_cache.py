@@ -22,6 +22,7 @@ from dpo_video.reference.cached import Cached
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Reference
+from dpo_video.support.claims import claim
 from dpo_video.training.reference_cache import (
     PairDraw,
     ReferenceCache,
@@ -135,6 +136,20 @@ def test_it_resumes_to_the_same_bytes_and_fills_only_what_is_missing(
     assert [r.done for r in reports] == [4, 5, 6]
     assert files(store) == whole
     assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
+
+
+def test_another_run_that_fills_the_cache_is_waited_for(
+    small_folder: Path, store: PairStore, tmp_path: Path
+) -> None:
+    run(small_folder, store, tmp_path / "whole", Cached(noise_draws=2))
+    (folder,) = (store.folder / "reference_cache").iterdir()
+    manifest = ReferenceCacheManifest.model_validate_json((folder / "manifest.json").read_bytes())
+    cache, draw = ReferenceCache(store, manifest), PairDraw(0, 7)
+    reports: list[ReferenceCacheReport] = []
+    with claim(folder):
+        assert not cache.fill([draw], pytest.fail, reports.append, stop=lambda: True)
+        assert cache.fill([PairDraw(0, 0)], lambda draw: cache.read([draw]))  # nothing is missing
+    assert reports[0].waiting.startswith(f"Waiting for '{folder}'")
 
 
 def test_size_and_time_are_announced_before_anything_is_written(

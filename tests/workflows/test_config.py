@@ -14,7 +14,7 @@ from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
 from dpo_video.pairs.jitter import Jitter
 from dpo_video.workflows.config import Config, resolve
-from dpo_video.workflows.session import open_store
+from dpo_video.workflows.session import store_manifest
 
 METRIC = ("frame_difference",)
 
@@ -253,17 +253,17 @@ def test_a_rank_out_of_range_is_refused(rank: int) -> None:
 
 
 def test_pairs_that_an_earlier_version_built_are_not_reused(
-    small_model: AnimateDiffModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: AnimateDiffModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = resolved(choices={"pairs": "jitter"})
 
-    def folder() -> Path:
-        return open_store(config, Jitter(), small_model, "clips", tmp_path, exact=False).folder
+    def key() -> str:
+        return store_manifest(config, small_model, "clips").key
 
-    first = folder()
-    assert folder() == first
+    first = key()
+    assert key() == first
     monkeypatch.setattr(Jitter, "pairs_version", 2)
-    assert folder() != first
+    assert key() != first
 
 
 # --- secrets ---------------------------------------------------------------------------------

@@ -40,8 +40,9 @@ def test_a_tracker_that_is_not_installed_is_an_error_at_the_start(
 
 def test_tensorboard_without_a_folder_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "tracker").write_text("a file")
+    accelerator = session.accelerator_for(config(), tmp_path)
     with pytest.raises(UserError, match=r"Cannot write to .* a file of that name exists"):
-        session.accelerator_for(config(), tmp_path)
+        session.start_trackers(accelerator, config(), tmp_path)
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def test_tensorboard_on_a_full_disk_is_one_sentence_with_the_next_step(
     tmp_path: Path, full_disk: list[bool], capfd: pytest.CaptureFixture[str]
 ) -> None:
     accelerator = session.accelerator_for(config(), tmp_path)
+    session.start_trackers(accelerator, config(), tmp_path)
     event = StepEvent(report=a_training(1)[0], checkpoint=None)
     logger, run = TrackerLogger(), tmp_path / "run [b]"
     logger.run = SimpleNamespace(accelerator=accelerator, out=run)  # type: ignore[assignment]
