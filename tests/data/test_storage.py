@@ -123,6 +123,18 @@ def test_a_broken_connection_is_retried(store: PairStore) -> None:
         PairStore(url)
 
 
+def test_a_password_opens_pairs_and_is_never_shown(store: PairStore) -> None:
+    with served(store.folder) as (url, _):
+        secret = url.replace("://", "://me:s3cret@")
+        opened = PairStore(secret)
+        assert (opened.address, opened.where) == (secret, url)
+        assert len(PairStore(opened.address)) == 4
+        shown = [str(opened.to_dict()), opened._repr_html_()]
+    with pytest.raises(StoreError, match="a run does not keep it") as caught:  # it is gone
+        PairStore(secret)
+    assert "s3cret" not in " ".join([*shown, str(caught.value)])
+
+
 def test_a_server_without_range_requests_is_named(store: PairStore, tmp_path: Path) -> None:
     list(pack(store, tmp_path / "packed"))
     with served(tmp_path / "packed", parts=False) as (url, _):
