@@ -18,8 +18,7 @@ from dpo_video.estimation.modes import (
     MemoryMode,
 )
 from dpo_video.estimation.results import Estimate, MemoryEstimate
-from dpo_video.estimation.tracing import TraceCache, WeightStorage, layer_stack, storage_of
-from dpo_video.memory.blocks import passes
+from dpo_video.estimation.tracing import TraceCache, WeightStorage, storage_of
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference
 
@@ -58,7 +57,8 @@ def estimate_memory(
             shapes of its prompts.
     """
     cache = TraceCache() if traces is None else traces
-    model = cache.outline(backbone, settings)
+    outline = cache.outline(backbone, settings)
+    layers = outline.layers
     asked = modes or [
         MemoryMode(reference=name, checkpointing=checkpointing, backward=backward)
         for checkpointing in checkpointings
@@ -66,25 +66,24 @@ def estimate_memory(
         for name in references
     ]
     asked = [mode for mode in asked if mode.backward != "linear" or loss.linear_in_mean_error]
-    stack = layer_stack(model.denoiser)
-    layers = None if stack is None else len(stack)
     plans = [_plan(mode, layers) for mode in asked]
     missing: dict[tuple[int | None, WeightStorage], list[MemoryMode]] = {}
     for depth, mode in dict.fromkeys((term.layers, term.mode) for plan in plans for term in plan):
         if (depth, mode) not in cache.estimates:
             missing.setdefault((depth, storage_of(mode)), []).append(mode)
     for (depth, storage), untraced in missing.items():
-        stage = cache.stage(backbone, references, settings, depth, storage)
+        needed = {mode.reference: references[mode.reference] for mode in untraced}
+        stage = cache.stage(backbone, needed, settings, depth, storage)
         found = stage.trace_step(untraced, loss, settings)
         cache.estimates.update({(depth, mode): each for mode, each in found.items()})
     return Estimate(
         model=str(getattr(backbone, "model", None) or type(backbone).__name__.lower()),
-        parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
+        parameters=outline.parameters,
         trainable=cache.trainable(layers),
         rank=settings.rank,
         efficiency=backbone.efficiency,
-        latent_shape=model.latent_shape,
-        blocks=len(passes(model.denoiser)[0]),
+        latent_shape=outline.latent_shape,
+        blocks=outline.blocks,
         precision=settings.mixed_precision,
         pairs=settings.steps * settings.gradient_accumulation_steps * settings.batch_size,
         estimates=tuple(

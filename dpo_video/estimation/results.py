@@ -196,10 +196,15 @@ class Estimate(Record):
         return (
             f"{self.model}: {self.parameters / 1e9:.2f} B parameters, {self.trainable / 1e6:.1f} M "
             f"of them trainable (LoRA rank {self.rank}), latents "
-            f"{' x '.join(map(str, self.latent_shape))}, precision {self.precision}, "
+            f"{' x '.join(map(str, self.latent_shape))}, {self._precision}, "
             f"{self.pairs} pairs in the run. All numbers are predicted on shapes; nothing was "
             "measured." + (f" {NOT_COMPILED}" if self.compiled else "")
         )
+
+    @property
+    def _precision(self) -> str:
+        own = "fp32 (train.mixed_precision=no)" if self.precision == "no" else self.precision
+        return f"precision {own}"
 
     @property
     def legend(self) -> str:
@@ -220,7 +225,12 @@ class Estimate(Record):
         """Whether the mode asked for fits the card, and which one to take."""
         asked = self._asked
         if self.tier is None:
-            return f"Name a card for a recommendation: --tier {'|'.join(tiers())}."
+            note = (
+                "With these options the run trains in fp32; a card's presets set half precision. "
+                if self.precision == "no"
+                else ""
+            )
+            return f"{note}Name a card for a recommendation: --tier {'|'.join(tiers())}."
         parts = []
         if asked is not None:
             adapter = asked.gradients + asked.optimizer

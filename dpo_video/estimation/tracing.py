@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from dpo_video.diffusion.experts import Experts
 from dpo_video.errors import UserError
 from dpo_video.estimation.modes import MemoryMode
 from dpo_video.estimation.results import MemoryEstimate
+from dpo_video.memory.blocks import passes
 from dpo_video.memory.cuda_autocast import cuda_autocast_rules
 from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.memory.offload import HostAdamW
@@ -43,20 +46,45 @@ WeightStorage = tuple[Base, bool, int]
 """Quantization, whether the weights are in CPU memory, number of processes that share them."""
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A model without its weights."""
+
+    parameters: int
+    blocks: int
+    """Of a forward pass."""
+    layers: int | None
+    """Length of the transformer's stack, if a few of its layers are enough for a trace."""
+    latent_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: VideoModel) -> Self:
+        """Outline a model."""
+        stack = layer_stack(model.denoiser)
+        return cls(
+            parameters=sum(parameter.numel() for parameter in model.denoiser.parameters()),
+            blocks=len(passes(model.denoiser)[0]),
+            layers=None if stack is None else len(stack),
+            latent_shape=model.latent_shape,
+        )
+
+
 class TraceCache:
     """Traces of one configuration, so that no step is traced twice."""
 
     def __init__(self) -> None:
         self.estimates: dict[tuple[int | None, MemoryMode], MemoryEstimate] = {}
         """Number of layers (None: all of them) and mode to estimate."""
-        self._model: VideoModel | None = None
+        self._outline: Outline | None = None
+        self._unused: _Loaded | None = None
         self._stages: dict[tuple[int | None, WeightStorage], _Stage] = {}
 
-    def outline(self, backbone: Backbone, settings: TrainSettings) -> VideoModel:
+    def outline(self, backbone: Backbone, settings: TrainSettings) -> Outline:
         """The model without weights."""
-        if self._model is None:
-            self._model, _ = _outline(backbone, settings)
-        return self._model
+        if self._outline is None:
+            self._unused = _load(backbone, settings)
+            self._outline = Outline.of(self._unused[0])
+        return self._outline
 
     def stage(
         self,
@@ -69,7 +97,8 @@ class TraceCache:
         """The stage that steps with these references run on."""
         stage = self._stages.get((layers, weights))
         if stage is None or not references.keys() <= stage.references.keys():
-            stage = _Stage(backbone, references, settings, layers, weights)
+            loaded, self._unused = self._unused or _load(backbone, settings), None
+            stage = _Stage(loaded, references, settings, layers, weights)
             self._stages[layers, weights] = stage
         return stage
 
@@ -82,10 +111,11 @@ class TraceCache:
         return adapter + (layers - few) * (larger - adapter) // (more - few)
 
 
-def _outline(
-    backbone: Backbone, settings: TrainSettings, layers: int | None = None
-) -> tuple[VideoModel, Mapping[str, tuple[int, ...]]]:
-    """The model without weights, its stack cut to `layers`, and the shapes of a prompt."""
+_Loaded = tuple[VideoModel, Mapping[str, tuple[int, ...]]]
+"""A model on the meta device, and the shapes of a prompt."""
+
+
+def _load(backbone: Backbone, settings: TrainSettings) -> _Loaded:
     model = backbone.load(Placement(CPU, DTYPES[settings.mixed_precision], on_meta=True))
     prompt = model.prompt_shapes()
     if prompt is None:
@@ -93,9 +123,6 @@ def _outline(
             f"{type(backbone).__name__} does not know the shapes of its prompts before it encodes "
             "one, so its memory cannot be predicted. Train a few steps and read the GiB column."
         )
-    stack = layer_stack(model.denoiser)
-    if layers is not None and stack is not None:
-        del stack[layers:]
     return model, prompt
 
 
@@ -119,14 +146,17 @@ class _Stage:
 
     def __init__(
         self,
-        backbone: Backbone,
+        loaded: _Loaded,
         references: Mapping[str, Reference],
         settings: TrainSettings,
         layers: int | None,
         weights: WeightStorage,
     ) -> None:
         quantization, on_host, processes = weights
-        self.model, self.prompt = _outline(backbone, settings, layers)
+        self.model, self.prompt = loaded
+        stack = layer_stack(self.model.denoiser)
+        if layers is not None and stack is not None:
+            del stack[layers:]
         with torch.device("meta"):
             self.policy = adapt(self.model, settings, seed=0)
             self.references = {name: each.attach(self.policy) for name, each in references.items()}
@@ -195,7 +225,7 @@ class _StepTrace:
         self.trained, self.optimizer = stage.trained, stage.optimizer
         self.done: MemoryEstimate | None = None
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Bytes on the device of the policy, and of a reference with its own weights."""
         packed = _allocated(self._frozen(on_host=False))
@@ -206,7 +236,7 @@ class _StepTrace:
         found = (each for each in frozen_weights(self.policy) if each.on_host == on_host)
         return [part for each in found for part in each.parts]
 
-    @property
+    @cached_property
     def parked(self) -> int:
         """Bytes of the expert that is not in use, without its adapter."""
         return _allocated(
@@ -217,7 +247,7 @@ class _StepTrace:
             if ".lora_" not in name
         )
 
-    @property
+    @cached_property
     def is_a_copy(self) -> bool:
         """Whether the reference is the policy, or a copy of it without the adapter."""
         adapter = _allocated(self.trained)

@@ -14,7 +14,6 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._pytree import tree_map_only
 
 # Functions that CUDA's autocast runs in fp32 and the CPU's does not, as far as networks use them
 # (ATen/autocast_mode.h, AT_FORALL_FP32). Their results take twice the bytes.
@@ -72,10 +71,11 @@ class _InFp32(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func in _IN_FP32:
-            args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs or {}))
+            args = tuple(_widened(each) for each in args)
+            kwargs = {name: _widened(each) for name, each in (kwargs or {}).items()}
         return func(*args, **(kwargs or {}))
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    narrow = tensor.dtype in (torch.float16, torch.bfloat16)
-    return tensor.float() if narrow and torch.is_autocast_enabled("cpu") else tensor
+def _widened(value: Any) -> Any:
+    narrow = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if narrow and torch.is_autocast_enabled("cpu") else value

@@ -120,7 +120,7 @@ def peak_bytes(
         _fill_state(optimizer, parameters)
         where: Kind = "host" if getattr(optimizer, "on_host", False) else "optimizer"
         counter.see(tree_leaves(list(optimizer.state.values())), where)
-        counter.see([parameter.grad for parameter in parameters], "gradients")
+        counter.see([p.grad for p in parameters if p.grad is not None], "gradients")
         hooks = [
             parameter.register_post_accumulate_grad_hook(
                 lambda parameter: counter.see([parameter.grad], "gradients")
@@ -175,8 +175,8 @@ class _Watched(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        inputs = tree_leaves((args, kwargs))
-        self.counter.operation(func, inputs, result, flops_of(func, args, kwargs, result))
+        used = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
+        self.counter.operation(func, used, flops_of(func, args, kwargs, result))
         return result
 
 
@@ -195,17 +195,14 @@ class _Counter:
         memoryless = Memoryless.current
         return _Watched(self) if memoryless is None else memoryless.watched_by(self.operation)
 
-    def operation(self, func: Any, inputs: list[Any], result: Any, flops: int) -> None:
-        """Count an operation."""
+    def operation(self, func: Any, used: list[Tensor], flops: int) -> None:
+        """Count an operation, by its inputs and results."""
         self.flops += flops
-        self.see(inputs)
-        self.see(result if isinstance(result, (list, tuple)) else (result,))
+        self.see(used)
 
-    def see(self, values: Iterable[Any], kind: Kind | None = None) -> None:
+    def see(self, values: Iterable[Tensor], kind: Kind | None = None) -> None:
         """Count storages not seen before; with a kind, also move known storages to it."""
         for value in values:
-            if not isinstance(value, Tensor):
-                continue
             storage = value.untyped_storage()
             key = id(storage)
             seen = self._storages.get(key)
@@ -272,11 +269,11 @@ class _Tracer(_Counter):
         self._lives: list[_Life] = []
         self._living: dict[int, _Life] = {}
 
-    def operation(self, func: Any, inputs: list[Any], result: Any, flops: int) -> None:
+    def operation(self, func: Any, used: list[Tensor], flops: int) -> None:
         """Count an operation."""
         self._operation = str(func)
         self._now += 1
-        super().operation(func, inputs, result, flops)
+        super().operation(func, used, flops)
 
     def appeared(self, key: int, value: Tensor, size: int, kind: Kind) -> None:
         """Record its birth."""

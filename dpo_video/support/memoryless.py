@@ -35,17 +35,42 @@ _SAME_FLOPS: Mapping[Any, Any] = {
     ),
 }
 
-Observer = Callable[[Any, list[Tensor], Any, int], None]
-"""Called with an operation, its input tensors, its result and its number of operations."""
+Observer = Callable[[Any, list[Tensor], int], None]
+"""Called with an operation, its inputs and results, and its number of operations."""
+
+
+@cache
+def _formula(func: Any) -> Any:
+    return flop_registry.get(_SAME_FLOPS.get(func._overloadpacket, func._overloadpacket))
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Operations of a matrix product, a convolution or attention; 0 for everything else."""
-    formula = flop_registry.get(_SAME_FLOPS.get(func._overloadpacket, func._overloadpacket))
+    formula = _formula(func)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
-class Memoryless(TorchDispatchMode):
+class _Dispatch:
+    """torch wraps the handler of a mode in a call to its compiler; not one that a mode inherits."""
+
+    _observers: list[Observer]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, used, flops = self._run(func, args, kwargs or {})
+        if self._observers:
+            if isinstance(result, Tensor):
+                used.append(result)
+            elif isinstance(result, (list, tuple)):
+                used += [each for each in result if isinstance(each, Tensor)]
+            for observe in self._observers:
+                observe(func, used, flops)
+        return result
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor], int]:
+        raise NotImplementedError
+
+
+class Memoryless(_Dispatch, TorchDispatchMode):
     """Inside, operations return tensors without memory.
 
     Operations on tensors that have memory run as ever: constants keep their values.
@@ -74,12 +99,6 @@ class Memoryless(TorchDispatchMode):
         """Leave the mode."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         Memoryless.current = self._outer.pop()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, inputs, flops = self._run(func, args, kwargs or {})
-        for each in self._observers:
-            each(func, inputs, result, flops)
-        return result
 
     @staticmethod
     @contextmanager
@@ -124,14 +143,16 @@ class Memoryless(TorchDispatchMode):
             return True, inputs, 0
         found = _results.get(tuple(key))
         if found is None:
-            found = _results[tuple(key)] = self._first(func, args, kwargs)
+            found = _results[tuple(key)] = self._first(func, args, kwargs, how)
         if type(how) is tuple:
             written = [_argument(each, args, kwargs) for each in how]
             return written[0] if len(written) == 1 else written or None, inputs, found.flops
         return self._made(found.result), inputs, found.flops
 
-    def _first(self, func: Any, args: Any, kwargs: Any) -> _Found:
+    def _first(self, func: Any, args: Any, kwargs: Any, how: Any) -> _Found:
         """Ask torch's fake tensors what an operation returns."""
+        if type(how) is tuple and _formula(func) is None:
+            return _Found(None, 0)
         args, kwargs = tree_map_only(Tensor, self._fake, (args, kwargs))
         with self._fakes:
             result = func(*args, **kwargs)
@@ -143,11 +164,10 @@ class Memoryless(TorchDispatchMode):
                 return torch.empty_strided(
                     result.shape, result.stride, dtype=result.dtype, device=result.device
                 )
-            storage = torch.frombuffer(
-                self._bytes[: result.bytes], dtype=torch.uint8
-            ).untyped_storage()
-            made = torch.empty(0, dtype=result.dtype)
-            return made.set_(storage, 0, result.shape, result.stride)
+            whole = torch.frombuffer(self._bytes[: result.bytes], dtype=result.dtype)
+            if result.contiguous:
+                return whole.resize_(result.shape)
+            return whole.set_(whole.untyped_storage(), 0, result.shape, result.stride)
         if isinstance(result, (list, tuple)):
             return type(result)(self._made(each) for each in result)
         return result
@@ -160,7 +180,7 @@ class Memoryless(TorchDispatchMode):
         return FakeTensor(self._fakes, like, tensor.device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Tensor:
     """A tensor that an operation returns."""
 
@@ -170,6 +190,7 @@ class _Tensor:
     device: torch.device
     bytes: int
     """Of its storage."""
+    contiguous: bool
 
 
 @dataclass(frozen=True)
@@ -241,5 +262,11 @@ def _argument(which: tuple[int, str], args: Any, kwargs: Any) -> Any:
 def _described(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    size = value.untyped_storage().nbytes()
-    return _Tensor(tuple(value.shape), value.stride(), value.dtype, value.device, size)
+    return _Tensor(
+        shape=tuple(value.shape),
+        stride=value.stride(),
+        dtype=value.dtype,
+        device=value.device,
+        bytes=value.untyped_storage().nbytes(),
+        contiguous=value.is_contiguous(),
+    )

@@ -1,14 +1,17 @@
-"""Predictions against the memory of real tensors."""
+"""Predictions against the memory of real tensors, by two counters."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CPU, SHAPE
+from torch.profiler import ProfilerActivity
 
 from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiff
@@ -33,11 +36,13 @@ from dpo_video.reference.cached import Cached
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
+from dpo_video.strategies import Loss
 from dpo_video.training.lora import adapt
 from dpo_video.training.step import Step
 from dpo_video.types import PairBatch, Placement
 
-SETTINGS = TrainSettings(rank=2, alpha=4, gradient_accumulation_steps=1, batch_size=2, steps=10)
+SETTINGS = TrainSettings(rank=2, alpha=4, gradient_accumulation_steps=1, batch_size=1, steps=10)
+TWO = SETTINGS.model_copy(update={"batch_size": 2})
 REFERENCES = {"toggle": Toggle(), "copy": Copy(), "cached": Cached()}
 
 
@@ -49,7 +54,16 @@ def backbone(small_folder: Path) -> AnimateDiff:
 
 
 @pytest.fixture(scope="module")
-def found(backbone: AnimateDiff) -> Estimate:
+def exact() -> Iterator[None]:
+    """Sizes as they are: torch's allocator on a CPU rounds nothing up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_video.memory.peak.BLOCK", 1)
+        patch.setattr("dpo_video.estimation.tracing.BLOCK", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def found(backbone: AnimateDiff, exact: None) -> Estimate:
     return estimate_memory(backbone, REFERENCES, Global(), SETTINGS)
 
 
@@ -84,42 +98,72 @@ def test_a_known_model_is_built_on_meta_offline_by_name(model: object) -> None:
     assert outline.lora_targets()
 
 
-@pytest.mark.parametrize("backward", BACKWARDS)
-@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+def allocated(profiler: torch.profiler.profile) -> int:
+    """The largest sum of bytes that torch's allocator has handed out and not got back."""
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+CASES = [
+    *((SETTINGS, "toggle", *how) for how in product(CHECKPOINTINGS, BACKWARDS)),
+    (SETTINGS, "copy", "none", "joint"),
+    (TWO, "toggle", "blocks", "split"),
+]
+
+
+@pytest.mark.parametrize(("settings", "name", "checkpointing", "backward"), CASES)
 def test_the_prediction_matches_real_tensors(
-    backbone: AnimateDiff, found: Estimate, checkpointing: Checkpointing, backward: Backward
-) -> None:
+    backbone: AnimateDiff, found: Estimate, settings: TrainSettings, name: str,
+    checkpointing: Checkpointing, backward: Backward,
+) -> None:  # fmt: skip
+    mode = MemoryMode(reference=name, checkpointing=checkpointing, backward=backward)
+    if settings is TWO:
+        references = {name: REFERENCES[name]}
+        found = estimate_memory(backbone, references, Global(), settings, modes=[mode])
+    need, count = need_of(found, mode), settings.batch_size
     model = backbone.load(Placement())
-    policy = adapt(model, SETTINGS, seed=0)
+    policy = adapt(model, settings, seed=0)
     if checkpointing == "blocks":
         checkpoint_blocks(policy)
-    reference_model = Toggle().attach(policy)
+    reference_model = REFERENCES[name].attach(policy)
     step = Step(
         model=model, policy=policy, reference_model=reference_model, loss=Global(), mode=backward
     )
-    shape = (SETTINGS.batch_size, *model.latent_shape)
-    batch = PairBatch(
-        first=torch.randn(shape),
-        second=torch.randn(shape),
-        preference=torch.ones(SETTINGS.batch_size, shape[2]),
-        region=torch.ones(SETTINGS.batch_size, 1, *shape[2:]),
-        strength=torch.ones(SETTINGS.batch_size),
-        context=model.encode_prompts(["a red square"] * SETTINGS.batch_size),
-        keys=["a", "b"],
-    )
+    with reference_model.network() as reference:
+        networks = [policy] if reference is policy else [policy, reference]
+    shape = (count, *model.latent_shape)
+    context = model.encode_prompts(["a red square"] * count)
     optimizer = torch.optim.AdamW(p for p in policy.parameters() if p.requires_grad)
-    noise, timestep = torch.randn(shape), torch.full((SETTINGS.batch_size,), 500.0)
 
     def run() -> None:
-        step(batch, noise, timestep)
+        batch = PairBatch(
+            first=torch.randn(shape),
+            second=torch.randn(shape),
+            preference=torch.ones(count, shape[2]),
+            region=torch.ones(count, 1, *shape[2:]),
+            strength=torch.ones(count),
+            context=context,
+            keys=["a"] * count,
+        )
+        step(batch, torch.randn(shape), torch.full((count,), 500.0))
 
-    taken = peak_bytes(run, networks=[policy], optimizer=optimizer)
-    mode = MemoryMode(reference="toggle", checkpointing=checkpointing, backward=backward)
-    need = need_of(found, mode)
+    taken = peak_bytes(run, networks=networks, optimizer=optimizer)
     assert need.tensors == pytest.approx(taken.total, rel=0.002)
-    assert need.flops == taken.flops // SETTINGS.batch_size
+    assert need.flops == taken.flops // count
     adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert found.trainable == adapter and need.gradients == 4 * adapter
+
+    # The second counter, torch's allocator, also sees what kernels allocate for themselves.
+    policy.zero_grad()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    assert need.tensors == pytest.approx(
+        allocated(profiler) + taken.weights + taken.optimizer, rel=0.023
+    )
 
 
 # A run with cached predictions also holds those, which the derivation leaves out.
@@ -151,11 +195,11 @@ def test_every_mode_saves_memory(found: Estimate) -> None:
 def test_linear_backward_is_left_out_for_losses_that_it_cannot_train(
     backbone: AnimateDiff,
 ) -> None:
-    loss = registry.load("loss", "segment")()
-    found = estimate_memory(
-        backbone, {"toggle": Toggle()}, loss, SETTINGS, checkpointings=["none"]  # type: ignore[arg-type]
-    )  # fmt: skip
-    assert [need.mode.backward for need in found.estimates] == ["joint", "split"]
+    linear = MemoryMode(reference="toggle", checkpointing="none", backward="linear")
+    loss: Loss = registry.load("loss", "segment")()  # type: ignore[assignment]
+    found = estimate_memory(backbone, {"toggle": Toggle()}, loss, SETTINGS, modes=[linear])
+    assert Global().linear_in_mean_error and not loss.linear_in_mean_error
+    assert not found.estimates
 
 
 def test_the_best_mode_is_the_fastest_fitting_one_with_fresh_noise(found: Estimate) -> None:
@@ -189,9 +233,10 @@ def test_a_deep_transformer_is_extrapolated_exactly_from_its_first_layers(
     folder = tmp_path / "thin"
     shutil.copytree(FOLDER / "wan2.1-t2v-1.3b", folder)
     path = folder / "transformer" / "config.json"
-    thin = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 13}
+    thin = {"num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 64, "num_layers": 7}
     path.write_text(json.dumps({**json.loads(path.read_text()), **thin, "text_dim": 8}))
     backbone = Wan(model=str(folder), frames=33, height=128, width=128, text_length=4)
+    monkeypatch.setattr("dpo_video.estimation.tracing.DEEP", 6)
     references = {"toggle": Toggle()}
     settings = SETTINGS.model_copy(update={"mixed_precision": "bf16"})
 
@@ -202,7 +247,8 @@ def test_a_deep_transformer_is_extrapolated_exactly_from_its_first_layers(
         )  # fmt: skip
 
     short = found()
-    monkeypatch.setattr("dpo_video.estimation.estimate.layer_stack", lambda network: None)
+    assert short.blocks == 7
+    monkeypatch.setattr("dpo_video.estimation.tracing.layer_stack", lambda network: None)
     assert short == found()
 
 
@@ -229,5 +275,4 @@ def test_sharded_weights_are_split_evenly_among_processes(
     model = backbone.load(Placement())
     pack_frozen_weights(model.denoiser, CPU, "native")
     parts = [part.nbytes for each in frozen_weights(model.denoiser) for part in each.parts]
-    # The allocator hands out blocks of 512 bytes.
-    assert alone.weights - need.weights == pytest.approx(sum(parts) * 3 / 4, abs=512 * len(parts))
+    assert alone.weights - need.weights == pytest.approx(sum(parts) * 3 / 4, abs=len(parts))

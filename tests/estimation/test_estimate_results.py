@@ -62,6 +62,13 @@ def test_the_verdict_names_the_flags_of_the_recommended_mode() -> None:
     assert "--tier" in an_estimate().verdict and an_estimate().fits is None
 
 
+def test_full_precision_is_said() -> None:
+    half, full = an_estimate(), an_estimate(precision="no")
+    assert "precision fp16," in half.headline and "fp32" not in half.verdict
+    assert "precision fp32 (train.mixed_precision=no)," in full.headline
+    assert "trains in fp32" in full.verdict
+
+
 def test_json_holds_hours_and_fit_on_every_card() -> None:
     found = json.loads(json.dumps(an_estimate(tier=find_tier("t4")).to_dict()))
     assert found["tier"] == "t4" and found["predicted"] is True
