@@ -10,6 +10,7 @@ clocks are compared.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import socket
@@ -151,6 +152,9 @@ def claim(
                     return
                 time.sleep(_POLL)
             stack.callback(held.release)
+        if count == 1:  # killed workers leave theirs; living ones hold `name` too
+            for left in folder.glob(f"{glob.escape(name)}-*-of-*"):
+                left.unlink(missing_ok=True)
         yield True
 
 

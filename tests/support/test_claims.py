@@ -123,6 +123,14 @@ def test_parts_of_one_work_run_together_and_beside_nothing_else(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_whole_deletes_the_locks_of_killed_parts(tmp_path: Path) -> None:
+    with claim(tmp_path, part=(0, 2)):
+        record_of(tmp_path / f"{WRITER}-2-of-2", pid=2**22)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{WRITER}-2-of-2"]
+    with claim(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [WRITER]
+
+
 def in_thread(held: threading.Event, end: threading.Event, folder: Path) -> threading.Thread:
     def hold() -> None:
         with claim(folder):
