@@ -396,7 +396,7 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
     """A file of an adapter's folder, as `evaluate` and `generate` load it."""
 
     def make(bench: Bench) -> Reading:
-        from dpo_video.evaluation.evaluate import merge_adapter
+        from dpo_video.evaluation.adapter import put_on
 
         checkpoint("state.safetensors", mutate.damage)(bench)  # trains the run
         folder = next((bench.folder / "run").rglob("adapter"))
@@ -409,7 +409,7 @@ def adapter(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         def read(data: bytes) -> object:
             place(path, data)
             try:
-                merge_adapter(model, folder)
+                put_on(model, folder)
             finally:
                 _bare(model, bare)
                 place(path, original)

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
-from dpo_video.errors import RunError, UserError
+from dpo_video.errors import UserError
+from dpo_video.evaluation.adapter import put_on
 from dpo_video.evaluation.change import Witness
 from dpo_video.evaluation.verdict import MetricResult, Role
-from dpo_video.memory.packed_weights import frozen_weights
 from dpo_video.registry.attribution import plugin_of, sentence
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
-from dpo_video.training.checkpoint import load_adapter
 from dpo_video.types import Videos
 
 
@@ -52,26 +51,6 @@ class _Second(TypedDict, total=False):
     no_witness: str
 
 
-def merge_adapter(model: VideoModel, adapter: Path) -> nn.Module:
-    """Merge an adapter into the model's denoiser, in place.
-
-    Raises:
-        RunError: if the adapter does not fit the denoiser, is not finite or cannot be merged.
-    """
-    instead = "Evaluate the run with the backbone that it was trained on."
-    policy = load_adapter(model.denoiser, adapter, instead)
-    if next(frozen_weights(policy), None) is not None:  # packed weights cannot be changed
-        return policy.eval()
-    try:
-        network: nn.Module = policy.merge_and_unload(safe_merge=True)
-    except (ValueError, NotImplementedError) as error:  # not finite, or of an unsupported kind
-        raise RunError(
-            f"The adapter in '{adapter}' cannot be merged into the model ({error}). If its "
-            "training has diverged, use an earlier checkpoint (--checkpoint N)."
-        ) from error
-    return network.eval().requires_grad_(False)
-
-
 def measure(
     model: VideoModel,
     adapter: Path,
@@ -82,13 +61,13 @@ def measure(
     base: Videos | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Measurement:
-    """Sample videos of the base model, merge the adapter, sample again, and measure both sets.
+    """Sample videos of the base model, put the adapter on, sample again, and measure both sets.
 
     A metric that gives a value that is not finite, and a plugin's metric that fails, is left out.
     A metric with a witness (`Metric.witness`) is measured by it as well.
 
     Args:
-        model: The base model; the adapter is merged into its denoiser.
+        model: The base model; the adapter is put on its denoiser.
         adapter: A folder in PEFT's format.
         metrics: The metrics by name.
         prompts: One prompt per video.
@@ -102,7 +81,7 @@ def measure(
     """
     sets: list[Videos] = [] if base is None else [base]
     while len(sets) < 2:
-        denoiser = merge_adapter(model, adapter) if sets else model.denoiser
+        denoiser = put_on(model, adapter) if sets else model.denoiser
         batches: list[Tensor] = []
         for videos in sample_videos(model, denoiser, prompts, settings):
             batches.append(videos)

@@ -7,12 +7,13 @@ are compared with those of the run's own adapted denoiser. Only then is the fold
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Self, final
+from typing import Any, Self, final
 
 import diffusers
 import torch
@@ -45,6 +46,8 @@ CHANGE_TOLERANCE = 0.02
 NOISE_TOLERANCE = 32.0
 """Further error of a prediction, in rounding errors of the denoiser's precision: the exported
 network adds the same numbers in another order."""
+MERGE_TOLERANCE = 0.05
+"""Largest error of the merged weights, as a fraction of the adapter's update of them."""
 _SUMS = 1e-5  # relative error from the order of a sum in fp32
 _TIMESTEPS = 16  # drawn; the highest and lowest are compared, so that every expert is
 _INPUTS = 8  # random vectors that a layer's update is compared on
@@ -70,6 +73,8 @@ class Check:
     """Relative difference between the predictions of export and run."""
     adapted: tuple[str, ...]
     """Names, in the pipeline, of the networks that have the adapter."""
+    rounded: float = 0.0
+    """Error of merged weights by rounding to the stored precision, relative to the update."""
 
 
 def export(
@@ -93,10 +98,11 @@ def export(
         name: Name of the file in ComfyUI's list.
         card: Returns the text of README.md for the result of the comparison.
         reload: Loads the same backbone from another folder, for merged checkpoints.
-        dtype: Precision of the stored weights; None keeps their own.
+        dtype: Precision of the stored weights; None keeps their own, and is fp32 for merged ones.
 
     Raises:
-        ExportError: if the adapter is not finite, or the export does not load back or predicts
+        ExportError: if the adapter is not finite, rounding merged weights to `dtype` would change
+            more than `MERGE_TOLERANCE` of its update, or the export does not load back or predicts
             something else; nothing is left on disk.
         RunError: if `out` exists, the adapter does not fit, or no other program runs the model.
     """
@@ -118,6 +124,10 @@ def export(
             "an earlier checkpoint (--checkpoint N)."
         )
     adapted = [name for name, network in spec.networks.items() if read_delta(network)]
+    rounded = 0.0
+    if format is Format.MERGED:
+        dtype = dtype or torch.float32
+        rounded = _rounded(policy, dtype)
     epsilon = _epsilon(model.denoiser, dtype, format)
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -134,7 +144,7 @@ def export(
                 lora_format = _lora_format(format, policy, name)
                 lora_format.write(partial, spec, updates, dtype)
                 found = _predict_loaded(model, probe, lora_format, partial, spec, updates, dtype)
-            check = _compare(bare, expected, found, adapted, epsilon)
+            check = replace(_compare(bare, expected, found, adapted, epsilon), rounded=rounded)
             write_text(partial / "README.md", card(spec, check))
             partial.rename(out)
     finally:
@@ -236,6 +246,36 @@ def _compare_layers(expected: LoraDelta, found: LoraDelta, dtype: torch.dtype | 
                 f"The reloaded update of '{name}' differs by {error:.1%}. Its numbers may be too "
                 "small for the stored precision: export with --dtype fp32, or report this."
             )
+
+
+@torch.no_grad()
+def _rounded(policy: nn.Module, dtype: torch.dtype) -> float:
+    """Error of merged weights by rounding, relative to the adapter's update.
+
+    The norm of `round(W + D) - (round(W) + D)`, relative to that of the update `D`. It is 1 where
+    the whole update is lost, and can be larger for weights `W` that the precision does not hold.
+
+    Raises:
+        ExportError: if it is larger than `MERGE_TOLERANCE`.
+    """
+    wrong = size = 0.0
+    updates = read_delta(policy)
+    for name, update in updates.items():
+        layer: Any = policy.get_submodule(name)
+        base = layer.get_base_layer().weight.detach().double().cpu()
+        change = update.folded.double() @ update.down.double()
+        merged = (base + change).to(dtype).double()
+        wrong += (merged - (base.to(dtype).double() + change)).square().sum().item()
+        size += change.square().sum().item()
+    share = math.sqrt(wrong / size) if size else 0.0
+    if not share <= MERGE_TOLERANCE:
+        name = str(dtype).removeprefix("torch.")
+        raise ExportError(
+            f"Rounding merged weights to {name} makes an error of {share:.0%} of the adapter's "
+            f"update; at most {MERGE_TOLERANCE:.0%} is allowed. Export with --dtype fp32, or keep "
+            "the adapter separate (--format diffusers)."
+        )
+    return share
 
 
 def _write_merged(

@@ -150,6 +150,8 @@ class ValidationVideos(Listener):
 
     def _sample(self, step: int) -> None:
         run, model = self.run, self.run.model
+        # The policy itself would run under autocast. Evaluations and other programs do not.
+        denoiser = run.policy.get_base_model()
         main = run.accelerator.is_main_process
         # Processes that share the weights sample together; one of them decodes and writes.
         if main or run.memory.shard > 1:
@@ -157,7 +159,7 @@ class ValidationVideos(Listener):
                 for index in range(self._count):
                     context = run.store.batch([index]).to(model.device).context
                     noise = initial_noise(model, [index])
-                    latents = model.sample(context, noise, denoiser=run.policy)
+                    latents = model.sample(context, noise, denoiser=denoiser)
                     if main:
                         video = model.decode_videos(latents)[0].cpu()
                         scale = max(1, 256 // model.shape.height)

@@ -46,7 +46,9 @@ def export(
         format: "diffusers", "peft", "comfyui", or "merged" for a complete checkpoint.
         out: A new folder; by default RUN/export/FORMAT-STEP.
         checkpoint: The step to export; the last checkpoint by default.
-        dtype: Precision of the weights in the files; their own by default.
+        dtype: Precision of the weights in the files; by default their own, and fp32 for "merged".
+            Merged weights in half precision are refused if rounding makes an error of more than 5%
+            of the adapter's update.
         device: As for training.
 
     Raises:

@@ -10,7 +10,7 @@ from dpo_video.data.video_writer import write_video
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import UserError
-from dpo_video.evaluation.evaluate import merge_adapter
+from dpo_video.evaluation.adapter import put_on
 from dpo_video.support.atomic import writing
 from dpo_video.support.claims import WRITER, claim
 from dpo_video.training.checkpoint import kept_adapter
@@ -71,7 +71,7 @@ def generate(
             name = f".{file.name}{WRITER}"
             stack.enter_context(claim(file.parent, name, instead="name another file with --out"))
         model = load_model(config, pick_device(config.run.device))
-        denoiser = merge_adapter(model, adapter) if adapter else model.denoiser
+        denoiser = put_on(model, adapter) if adapter else model.denoiser
         prompts = [prompt] * num_videos if prompt else config.backbone.prompts(num_videos)
         videos = []
         for i, text in enumerate(prompts):

@@ -40,8 +40,3 @@ class ExportResult:
     def card(self) -> Path:
         """The model card, which says how to load the export."""
         return self.folder / "README.md"
-
-    @property
-    def lost_in_rounding(self) -> bool:
-        """Whether rounding has removed most of what a merged checkpoint had learned."""
-        return self.format is Format.MERGED and self.check.difference > self.check.change / 2

@@ -33,7 +33,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import ExportError, RunError
-from dpo_video.evaluation.evaluate import merge_adapter
+from dpo_video.evaluation.adapter import put_on
 from dpo_video.exporting.export import Check, Format, export
 from dpo_video.exporting.model_card import loading_script
 from dpo_video.strategies import Sampling, VideoModel
@@ -109,7 +109,7 @@ class Case:
 
     def adapted(self) -> VideoModel:
         model = self.load()
-        model.denoiser = merge_adapter(model, self.adapter)
+        model.denoiser = put_on(model, self.adapter)
         return model
 
     def export(self, format: str, out: Path, **options: Any) -> tuple[Check, str]:
@@ -392,6 +392,27 @@ def test_a_checkpoint_that_does_not_load_is_refused(
     with pytest.raises(ExportError, match=r"does not load back .* Nothing was exported"):
         case.export("merged", tmp_path / "out", reload=reload)
     assert entries(tmp_path) == []
+
+
+def test_half_precision_is_refused_where_rounding_would_remove_the_update(
+    cases: Callable[[str], Case], tmp_path: Path
+) -> None:
+    wan = cases("wan")
+    lost = replace(wan, adapter=random_adapter(wan.load(), tmp_path / "adapter", scale=1e-6))
+    with pytest.raises(ExportError, match=r"to bfloat16 makes an error of \d+% .* --dtype fp32"):
+        lost.export("merged", tmp_path / "half", dtype=torch.bfloat16)
+    assert not (tmp_path / "half").exists()
+    assert lost.export("merged", tmp_path / "whole")[0].rounded < 1e-1
+    stored = load_file(next((tmp_path / "whole" / "transformer").glob("*.safetensors")))
+    base = load_file(next((wan.folder / "transformer").glob("*.safetensors")))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert any(not torch.equal(stored[name], base[name]) for name in base)
+    shares = [
+        wan.export("merged", tmp_path / str(dtype), dtype=dtype)[0].rounded
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ]
+    assert 0 < shares[0] < 1e-6 < shares[1] < shares[2] < 0.01
+    assert shares[2] == pytest.approx(8 * shares[1], rel=0.2)  # three bits less
 
 
 def test_a_diverged_adapter_is_refused(cases: Callable[[str], Case], tmp_path: Path) -> None:
