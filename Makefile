@@ -25,7 +25,7 @@ demo: setup ## Local pairs, region loss, toggled reference on the embedded model
 	$(BIN)/dpo-video train --pairs local --loss region --reference toggle --out $(DEMO) \
 	    --count 24 --steps 40 --set train.batch_size=3 --set train.gradient_accumulation_steps=1 \
 	    --set train.learning_rate=3e-4 --set train.save_steps=40 --set loss.sft_weight=1000
-	$(BIN)/dpo-video evaluate $(DEMO) --seeds 12
+	$(BIN)/dpo-video evaluate $(DEMO) --num-prompts 12
 
 check: setup ## Lint, formatting, types, import layers and documentation
 	$(BIN)/ruff check .

@@ -62,7 +62,7 @@ def part_demo(out: Path, rehearse: bool, save: Callable[[Any], None]) -> dict[st
     found: dict[str, Any] = {}
     for precision in ("no",) if rehearse else ("fp16", "bf16", "no"):
         run = out / f"demo-{precision}"
-        count, steps, seeds = ("3", "2", "2") if rehearse else ("24", "40", "12")
+        count, steps, prompts = ("3", "2", "2") if rehearse else ("24", "40", "12")
         began = time.perf_counter()
         device = ["--device", "cpu" if rehearse else "cuda"]
         command(
@@ -73,7 +73,7 @@ def part_demo(out: Path, rehearse: bool, save: Callable[[Any], None]) -> dict[st
             "--set", f"train.mixed_precision={precision}",
         )  # fmt: skip
         trained = time.perf_counter()
-        command("evaluate", str(run), "--seeds", seeds, *device)
+        command("evaluate", str(run), "--num-prompts", prompts, *device)
         evaluated = time.perf_counter()
         report = json.loads((run / "evaluation" / "evaluation.json").read_text())
         found[precision] = {

@@ -6,7 +6,7 @@ The commands of `dpo-video` as functions, with the same names and options:
 
     pairs = dv.build_pairs("local", backbone="tiny", count=24)
     run = dv.train(pairs, loss=dv.loss.Region(beta=2500), steps=40, learning_rate=3e-4)
-    evaluation = dv.evaluate(run, seeds=12)
+    evaluation = dv.evaluate(run, num_prompts=12)
 
 A strategy is given by its name or as an object: `dv.loss.Region(beta=2500)`,
 `dv.strategy("loss", "region", beta=2500)`. The options of a function's own table are keywords

@@ -33,6 +33,12 @@ def _source(text: str) -> str:
 
 LocalPath = Annotated[str, AfterValidator(absolute)]
 """Type of an option that names a file or folder; run.toml holds its absolute path."""
+PROMPT_LISTS = ("training", "evaluation")
+"""Names of the package's own lists of prompts."""
+PromptSource = Annotated[
+    str, AfterValidator(lambda text: text if text in PROMPT_LISTS else absolute(text))
+]
+"""Type of an option that names a file of prompts, or one of `PROMPT_LISTS`."""
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(absolute(str(path))))]
 """The same as a `Path`."""
 ModelSource = Annotated[str, AfterValidator(_source)]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dpo_video.paths import LocalPath
+from dpo_video.paths import LocalPath, PromptSource
 
 LARGEST_SEED = (1 << 63) - 1  # TOML's largest number
 LARGEST_RANK = 1 << 16  # more than the width of any layer
@@ -19,8 +19,11 @@ class Settings(BaseModel):
 
 
 class BuildSettings(Settings):
-    """[build]: how many pairs to build."""
+    """[build]: how many pairs to build, and of what."""
 
+    prompts: PromptSource | None = None
+    """Prompts of pairs that need no clips: a file (one per line, .csv or .jsonl), or `training` or
+    `evaluation`, the package's lists. Cycled. Default: `training`."""
     count: int | None = Field(default=None, ge=1)
     """Number of pairs to build. Default: 64, or all pairs of a builder that reads its own files."""
     previews: bool = True
@@ -66,6 +69,9 @@ class TrainSettings(Settings):
     is three times the size of its adapter."""
     validation_videos: int = Field(default=2, ge=0)
     """Number of validation videos generated at every checkpoint, with fixed prompts and seeds."""
+    validation_prompts: PromptSource | None = None
+    """Prompts of the validation videos, the first ones: a file, or `training` or `evaluation`, the
+    package's lists. Default: those of the first pairs, which need no text encoder."""
     min_decided: float = Field(default=0.0, ge=0, lt=1)
     """Train only on pairs that prefer a video in more than this share of their one-second segments.
     DenseDPO uses 0.2."""
@@ -159,14 +165,17 @@ class MemorySettings(Settings):
 class EvaluateSettings(Settings):
     """[evaluate]: base against tuned model on identical prompts and seeds."""
 
-    seeds: int = Field(default=47, ge=2)
-    """Number of videos per model, each with its own prompt and seed."""
-    prompts: LocalPath | None = None
-    """Text file of evaluation prompts, one per line; cycled if there are fewer than `seeds`.
-    Default: the backbone's."""
+    prompts: PromptSource | None = None
+    """The evaluation prompts: a file (one per line, .csv or .jsonl), or `training` or
+    `evaluation`, the package's lists. Default: the backbone's own."""
+    num_prompts: int | None = Field(default=None, ge=1)
+    """Number of prompts, the first ones. Default: all of `prompts`, or 47 of the backbone's."""
+    num_videos_per_prompt: int = Field(default=1, ge=1)
+    """Number of videos per prompt and model, each with its own seed."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """First seed of the initial noise; independent of run.seed, so that runs with other seeds
-    are evaluated on the same noise."""
+    """Seed of the first video's initial noise; every further video takes the next one, unless its
+    prompt has one in the file. Independent of run.seed, so that runs with other seeds are evaluated
+    on the same noise."""
     batch_size: int = Field(default=4, ge=1)
     """Videos per sampling batch."""
     num_inference_steps: int | None = Field(default=None, ge=1)

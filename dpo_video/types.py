@@ -64,6 +64,21 @@ class Clip:
     """Path of its file, or name of its generator."""
     caption: str
     video: Video | None = None
+    negative_prompt: str | None = None
+    """What its samples are guided away from; None for the backbone's."""
+    seed: int | None = None
+    """Seed of its pair; None for the one that the run's seed and the pair's index give."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt of a list."""
+
+    text: str
+    seed: int | None = None
+    """Seed of the initial noise; None leaves it to the user of the list."""
+    negative_prompt: str | None = None
+    """What sampling is guided away from; None for the backbone's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,7 +102,7 @@ def an_evaluation(prompts: list[str], *, still: bool = False, seed: int = 1) -> 
         verdict=judge_evaluation(metrics),
         training=tuple(training),
         training_verdict=judge_training(training, steps=60),
-        command="dpo-video evaluate runs/local-region --set evaluate.seeds=47",
+        command="dpo-video evaluate runs/local-region --set evaluate.num_prompts=47",
         run_toml='[loss]\nname = "region"\nbeta = 2500.0\n',
         versions={"dpo-video": "0.1.0", "torch": "2.13.0"},
         facts={"Frechet distance to 64 real clips": "base 41.2, tuned 40.7"},

@@ -82,7 +82,7 @@ def test_evaluate_writes_a_page_and_json(place: Path, dpo_video: Said) -> None:
         0,
         "evaluate",
         "runs/local-region",
-        "--seeds",
+        "--num-prompts",
         "2",
         "--set",
         "evaluate.num_inference_steps=3",

@@ -16,7 +16,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.py")), ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, value in {"COUNT": 2, "STEPS": 2, "SEEDS": 2}.items():
+    for name, value in {"COUNT": 2, "STEPS": 2, "NUM_PROMPTS": 2}.items():
         monkeypatch.setenv(name, str(value))
     short = Sampling(num_inference_steps=2, guidance_scale=2.5)
     monkeypatch.setattr(tiny, "Sampling", lambda **_: short)

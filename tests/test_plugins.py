@@ -110,7 +110,7 @@ def test_plugins_of_three_kinds_mix(installed: Path, small_folder: Path, tmp_pat
     rows = (store / "pairs.jsonl").read_text().splitlines()
     assert [json.loads(row)["region_share"] for row in rows] == [0.75, 0.75]
     done = program(
-        "evaluate", run, "--seeds=2", "--set=evaluate.num_inference_steps=2", "--json",
+        "evaluate", run, "--num-prompts=2", "--set=evaluate.num_inference_steps=2", "--json",
         path=installed, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -136,7 +136,7 @@ def arguments(stage: str, checkpoint: Path, resume: bool) -> list[str]:
         "evaluate": [
             "evaluate",
             "work/run",
-            "--seeds=2",
+            "--num-prompts=2",
             "--set=evaluate.num_inference_steps=1",
             "--device=cpu",
         ],

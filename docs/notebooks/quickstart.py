@@ -9,7 +9,7 @@ import os
 
 COUNT = int(os.environ.get("COUNT", "24"))  # pairs
 STEPS = int(os.environ.get("STEPS", "40"))  # optimizer steps
-SEEDS = int(os.environ.get("SEEDS", "12"))  # videos of each model in the evaluation
+NUM_PROMPTS = int(os.environ.get("NUM_PROMPTS", "12"))  # of the evaluation
 
 # %% [markdown]
 # ## Pairs
@@ -58,7 +58,7 @@ run
 # Base and tuned model draw the same prompts from the same noise.
 
 # %%
-evaluation = dv.evaluate(run, seeds=SEEDS)
+evaluation = dv.evaluate(run, num_prompts=NUM_PROMPTS)
 evaluation
 
 # %%

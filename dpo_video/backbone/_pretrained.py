@@ -11,22 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from dpo_video.data.prompts import cycled, shipped_prompts
 from dpo_video.diffusion.pretrained import Checkpoint, Lazy, free
 from dpo_video.diffusion.sampling import frame_by_frame
 from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import Clip, Context, Latents, Region, VideoShape
-
-PROMPTS = (
-    "a cinematic shot of an old lighthouse at dusk",
-    "a drone flies over snowy mountains",
-    "water splashes in slow motion",
-    "timelapse of clouds over a valley",
-    "a walk through a forest in autumn",
-    "ocean waves roll onto a beach",
-    "a city at night with moving traffic",
-    "a fox runs through tall grass",
-)
 
 
 class PretrainedBackbone(Backbone):
@@ -39,8 +29,8 @@ class PretrainedBackbone(Backbone):
         return None
 
     def prompts(self, n: int) -> list[str]:
-        """Eight diverse prompts, cycled."""
-        return [PROMPTS[i % len(PROMPTS)] for i in range(n)]
+        """The package's list `evaluation`, cycled."""
+        return cycled(shipped_prompts("evaluation"), n)
 
 
 class PretrainedModel(VideoModel):

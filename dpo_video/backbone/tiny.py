@@ -15,6 +15,7 @@ from dpo_video.tiny import WEIGHTS, scenes
 from dpo_video.types import Clip, Placement, VideoShape
 
 _BATCH = 16
+_HELD_OUT = 47  # evaluation prompts that no clip shows: as many as an evaluation has by default
 
 
 @final
@@ -44,12 +45,19 @@ class Tiny(Backbone):
         )
 
     def clips(self, seed: int) -> Iterator[Clip]:
-        """Procedural clips from the distribution of its training."""
+        """Procedural clips from the distribution of its training, of no evaluation prompt."""
+        held_out = {*self.prompts(_HELD_OUT)}
         for batch in itertools.count():
             drawn = scenes.draw_scenes(_BATCH, generator(seed, "clips", batch))
             videos = scenes.render(drawn).transpose(1, 2)
             for i, (caption, video) in enumerate(zip(drawn.captions(), videos, strict=True)):
-                name = f"scene {batch * _BATCH + i} of seed {seed}"
+                index = batch * _BATCH + i
+                for attempt in itertools.count():
+                    if caption not in held_out:
+                        break
+                    other = scenes.draw_scenes(1, generator(seed, "clip", index, attempt))
+                    (caption,), (video,) = other.captions(), scenes.render(other).transpose(1, 2)
+                name = f"scene {index} of seed {seed}"
                 yield Clip(name=name, caption=caption, video=video.contiguous())
 
     def prompts(self, n: int) -> list[str]:

@@ -11,7 +11,10 @@ from dpo_video.cli.console import BOLD, say, show
 from dpo_video.cli.options import Json, option, takes
 
 
-@takes("recipe", "steps", "seeds", "prompts", "min_effect", "tolerance", "min_prompts", "device")
+@takes(
+    "recipe", "steps", "prompts", "num_prompts", "num_videos_per_prompt", "min_effect",
+    "tolerance", "min_prompts", "device",
+)  # fmt: skip
 def compare(
     options: dict[str, Any],
     entries: Annotated[

@@ -12,8 +12,8 @@ from dpo_video.cli.options import Json, option, takes
 
 
 @takes(
-    "seeds", "prompts", "metrics", "min_effect", "tolerance", "min_prompts", "set", "device",
-    "deterministic", "checkpoint",
+    "prompts", "num_prompts", "num_videos_per_prompt", "metrics", "min_effect",
+    "tolerance", "min_prompts", "set", "device", "deterministic", "checkpoint",
 )  # fmt: skip
 def evaluate(
     options: dict[str, Any],

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dpo_video.paths import PROMPT_LISTS
+
 STRATEGIES, RUN = "Strategies", "Run"
 
 
@@ -44,6 +46,10 @@ def _recipes(incomplete: str) -> list[str]:
     from dpo_video.workflows.recipes import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def _prompt_lists(incomplete: str) -> list[str]:
+    return [name for name in PROMPT_LISTS if name.startswith(incomplete)]
 
 
 FLAGS: Mapping[str, Any] = {
@@ -88,7 +94,15 @@ FLAGS: Mapping[str, Any] = {
     "labels": _flag(
         list[str], "--labels", "Labels to use instead of the pairs' own; repeat for a vote."
     ),
-    "seeds": _flag(int, "--seeds", "Number of videos of each model, one seed per video.", min=2),
+    "num_prompts": _flag(
+        int, "--num-prompts", "Number of prompts; by default all, or 47 of the backbone's.", min=1
+    ),
+    "num_videos_per_prompt": _flag(
+        int,
+        "--num-videos-per-prompt",
+        "Number of videos of each prompt and model, each with its own seed; 1 by default.",
+        min=1,
+    ),
     "min_effect": _flag(
         float, "--min-effect", "Least relative change of a target that counts.", min=0
     ),
@@ -99,7 +113,13 @@ FLAGS: Mapping[str, Any] = {
         min=0,
     ),
     "min_prompts": _flag(int, "--min-prompts", "Number of prompts that a verdict needs.", min=2),
-    "prompts": _flag(str, "--prompts", "Text file of evaluation prompts, one per line."),
+    "prompts": _flag(
+        str,
+        "--prompts",
+        "File of prompts: one per line, .csv or .jsonl; or training or evaluation, the package's "
+        "lists.",
+        autocompletion=_prompt_lists,
+    ),
     "checkpoint": _flag(int, "--checkpoint", "Step of the checkpoint; by default the last one."),
     "num_inference_steps": _flag(
         int,
@@ -118,7 +138,7 @@ FLAGS: Mapping[str, Any] = {
 # `config` shows what `train` would run, so that both take exactly these.
 BUILDING = (
     "recipe", "pairs", "backbone", "labeler", "set", "config", "tier", "seed", "device",
-    "deterministic", "clips", "prompt", "count",
+    "deterministic", "clips", "prompt", "prompts", "count",
 )  # fmt: skip
 TRAINING = (*BUILDING, "loss", "reference", "metrics", "steps", "labels")
 

@@ -18,7 +18,7 @@ from dpo_video.errors import UserError
 from dpo_video.settings import BuildSettings
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.support.rng import generator
-from dpo_video.types import Clip, Context, Pair, Video, VideoShape
+from dpo_video.types import Clip, Context, Pair, Prompt, Video, VideoShape
 
 COUNT = 64  # default number of pairs
 PROMPTS_KEPT = 64  # encoded prompts in memory, which may be megabytes each
@@ -73,8 +73,8 @@ def build(
 ) -> Iterator[BuildReport]:
     """Build the pairs that the store lacks, up to the requested number or the end of `clips`.
 
-    Pair `i` depends on the seed and on `i` alone, so interruptions and the number of workers do not
-    change it.
+    Pair `i` depends on the seed and on `i` alone, or on the seed of its clip if that has one, so
+    interruptions and the number of workers do not change it.
 
     Raises:
         UserError: if a pair is not finite; such a pair is not stored.
@@ -93,7 +93,8 @@ def build(
         clip = clips(index)
         if clip is None:
             return
-        pair = builder(clip, model, labeler, generator(seed, "pair", index))
+        drawn = (seed, "pair", index) if clip.seed is None else (clip.seed, "prompt")
+        pair = builder(clip, model, labeler, generator(*drawn))
         context = encode(pair.prompt) if pair.context is None else pair.context
         _check_finite(pair, context, index)
         shown = preview(pair, model) if settings.previews else None
@@ -139,9 +140,20 @@ def preview(pair: Pair, model: VideoModel) -> Video:
     return torch.cat([first.cpu(), second.cpu(), shown], dim=-1)
 
 
-def cycle_prompts(prompts: Sequence[str]) -> Source:
-    """Clips without a video that cycle through prompts."""
-    return lambda index: Clip(name="prompt", caption=prompts[index % len(prompts)])
+def cycle_prompts(prompts: Sequence[Prompt]) -> Source:
+    """Clips without a video that cycle through prompts; a prompt's own seed grows every time."""
+
+    def clip(index: int) -> Clip:
+        cycle, number = divmod(index, len(prompts))
+        prompt = prompts[number]
+        return Clip(
+            name="prompt",
+            caption=prompt.text,
+            negative_prompt=prompt.negative_prompt,
+            seed=None if prompt.seed is None else prompt.seed + cycle,
+        )
+
+    return clip
 
 
 def in_order(clips: Iterator[Clip]) -> Source:

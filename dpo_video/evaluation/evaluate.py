@@ -11,6 +11,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from dpo_video.data.prompts import batched_prompts, negative_option
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import UserError
@@ -20,7 +21,7 @@ from dpo_video.evaluation.verdict import MetricResult, Role
 from dpo_video.registry.attribution import plugin_of, sentence
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
-from dpo_video.types import Videos
+from dpo_video.types import Prompt, Videos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def measure(
     model: VideoModel,
     adapter: Path,
     metrics: Mapping[str, Metric],
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     settings: EvaluateSettings,
     *,
     base: Videos | None = None,
@@ -70,8 +71,8 @@ def measure(
         model: The base model; the adapter is put on its denoiser.
         adapter: A folder in PEFT's format.
         metrics: The metrics by name.
-        prompts: One prompt per video.
-        settings: Seeds and sampling.
+        prompts: One per video, with its seed (`data.prompts.prompt_table`).
+        settings: Sampling and thresholds.
         base: The base model's videos for the same prompts and settings, if they exist already.
         on_progress: Called with the number of finished videos, of `2 * len(prompts)`.
 
@@ -88,8 +89,9 @@ def measure(
             on_progress(len(sets) * len(prompts) + sum(len(batch) for batch in batches))
         sets.append(torch.cat(batches))
     base, tuned = sets
+    texts = [prompt.text for prompt in prompts]
     found = [
-        _measure(name, metric, base, tuned, prompts, settings) for name, metric in metrics.items()
+        _measure(name, metric, base, tuned, texts, settings) for name, metric in metrics.items()
     ]
     results = tuple(each for each in found if isinstance(each, MetricResult))
     left_out = tuple(each for each in found if isinstance(each, LeftOut))
@@ -164,23 +166,23 @@ def _witness(
 def sample_videos(
     model: VideoModel,
     denoiser: nn.Module,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     settings: EvaluateSettings,
 ) -> Iterator[Videos]:
-    """Yield batches of videos on the CPU; the `i`-th prompt has the seed `settings.seed + i`.
+    """Yield batches of videos on the CPU, one video per prompt.
 
     Raises:
         UserError: if a video is not finite.
     """
-    for start in range(0, len(prompts), settings.batch_size):
-        texts = prompts[start : start + settings.batch_size]
-        seeds = range(settings.seed + start, settings.seed + start + len(texts))
+    for batch in batched_prompts(prompts, settings.batch_size):
+        texts = [prompt.text for prompt in batch]
         latents = model.sample(
             model.encode_prompts(texts),
-            initial_noise(model, seeds),
+            initial_noise(model, [prompt.seed or 0 for prompt in batch]),
             denoiser=denoiser,
             num_inference_steps=settings.num_inference_steps,
             guidance_scale=settings.guidance_scale,
+            **negative_option(batch[0].negative_prompt),
         )
         videos = model.decode_videos(latents).cpu()
         check_finite(latents, videos, texts)

@@ -36,7 +36,9 @@ class Evaluation(Record):
     """Name of the run."""
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    """One seed per prompt."""
+    """One per video, as the prompts."""
+    negative_prompts: tuple[str | None, ...] = ()
+    """One per video, None for the backbone's; empty if no prompt has its own."""
     trained_prompts: tuple[str, ...] = ()
     """Those of the prompts that are also prompts of the training pairs."""
     frames: int = Field(ge=1)

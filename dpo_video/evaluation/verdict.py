@@ -257,7 +257,9 @@ def judge_evaluation(
         verb = "was" if len(once) == 1 else "were"
         details.append(f"{_names(once).capitalize()} {verb} not measured a second time. {reason}")
     if min_prompts <= fewest < FEW:
-        details.append(f"With {fewest} prompts the intervals are rough; evaluate more (--seeds).")
+        details.append(
+            f"With {fewest} prompts the intervals are rough; evaluate more (--num-prompts)."
+        )
     if (runs := metrics[0].difference.runs) > 1:
         details.append(f"The intervals cover the prompts and {runs} training seeds.")
     else:
@@ -303,7 +305,7 @@ def _too_few(videos: int, prompts: int, needed: int) -> str:
     if videos < needed:
         return (
             f"No verdict: {prompts} prompts were evaluated, and a verdict needs {needed} or more "
-            f"(--seeds {needed})."
+            f"(--num-prompts {needed}, or a longer --prompts FILE)."
         )
     return (
         f"No verdict: the {videos} videos have {prompts} different prompts, and a verdict needs "

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator
 
+from dpo_video.data.prompts import negative_option
 from dpo_video.errors import UserError
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.types import Clip, Latents, Pair, Videos
@@ -43,7 +44,9 @@ class FromChosen(PairBuilder):
                 )
             return clip.video[None]
         noise = torch.randn(model.latent_shape, generator=generator)[None]
-        latents = model.sample(model.encode_prompts([clip.caption]), noise, **sampling)
+        context = model.encode_prompts([clip.caption])
+        sampling = {**sampling, **negative_option(clip.negative_prompt)}
+        latents = model.sample(context, noise, **sampling)
         return model.decode_videos(latents).cpu()
 
     def pair(self, both: Latents, clip: Clip, strength: float = 0.0) -> Pair:

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator
 
+from dpo_video.data.prompts import negative_option
 from dpo_video.pairs._chosen import FromChosen
 from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.types import Clip, Pair
@@ -61,6 +62,7 @@ class Img2Img(FromChosen):
             per_frame=True,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            **negative_option(clip.negative_prompt),
         )
         both = model.decode_videos(torch.cat([video, regenerated]))
         return self.pair(model.encode_videos(both), clip, self.strength)

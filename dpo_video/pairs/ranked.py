@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Generator
 
+from dpo_video.data.prompts import negative_option
 from dpo_video.data.segments import SECONDS, check_labels, split
 from dpo_video.errors import UserError
 from dpo_video.pairs._chosen import OWN_SAMPLE
@@ -64,6 +65,7 @@ class Ranked(PairBuilder):
                 noise[None],
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
+                **negative_option(clip.negative_prompt),
             )
             for noise in noises
         ]

@@ -5,24 +5,45 @@ A listener's methods run in every process, in the order of the list of listeners
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Self, final
 
+from torch import nn
+
+from dpo_video.data.prompts import negative_option
 from dpo_video.data.video_writer import write_video
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import TrainingError
+from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import sync, writing
 from dpo_video.text import command
 from dpo_video.training.checkpoint import drop_checkpoints, write_checkpoint
 from dpo_video.training.loop import Run
 from dpo_video.training.report import StepEvent
 from dpo_video.training.run_dir import LOG, checkpoint_folder, truncate_log
+from dpo_video.types import Context, Latents, Prompt
 
 
 def saving(run: Path) -> AbstractContextManager[None]:
     """`writing` to a run that has started, whose command would be refused a second time."""
     return writing(run, f"resume: {command('train', '--out', run, '--resume')}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """A prompt with its encoding, on the CPU."""
+
+    prompt: Prompt
+    context: Context
+
+    @classmethod
+    def of(cls, prompt: Prompt, model: VideoModel) -> Self:
+        """Encode a prompt; it loads the text encoder."""
+        context = model.encode_prompts([prompt.text])
+        return cls(prompt=prompt, context={name: value.cpu() for name, value in context.items()})
 
 
 class Listener:
@@ -130,11 +151,15 @@ class CheckpointWriter(Listener):
 class ValidationVideos(Listener):
     """Samples videos at every checkpoint, with prompts and seeds that never change."""
 
+    def __init__(self, prompts: Sequence[EncodedPrompt] = ()) -> None:
+        """Take prompts for the videos; by default those of the first pairs."""
+        self._prompts = prompts
+
     def on_train_begin(self, run: Run) -> None:
         """Sample those of a run that was stopped after its checkpoint and before its videos."""
         self.run = run
         step = run.state.step
-        self._count = min(run.settings.validation_videos, len(run.store))
+        self._count = min(run.settings.validation_videos, len(self._prompts or run.store))
         found = len(list(self._folder(step).glob("*.mp4")))
         run.accelerator.wait_for_everyone()
         if step and run.saves_after(step) and found < self._count:
@@ -157,9 +182,7 @@ class ValidationVideos(Listener):
         if main or run.memory.shard > 1:
             with saving(run.out):
                 for index in range(self._count):
-                    context = run.store.batch([index]).to(model.device).context
-                    noise = initial_noise(model, [index])
-                    latents = model.sample(context, noise, denoiser=denoiser)
+                    latents = self._latents(index, denoiser)
                     if main:
                         video = model.decode_videos(latents)[0].cpu()
                         scale = max(1, 256 // model.shape.height)
@@ -167,6 +190,20 @@ class ValidationVideos(Listener):
                         write_video(path, video, model.shape.fps, scale)
                 model.release()
         run.accelerator.wait_for_everyone()
+
+    def _latents(self, index: int, denoiser: nn.Module) -> Latents:
+        run, model = self.run, self.run.model
+        if not self._prompts:
+            context = run.store.batch([index]).to(model.device).context
+            return model.sample(context, initial_noise(model, [index]), denoiser=denoiser)
+        encoded = self._prompts[index]
+        prompt = encoded.prompt
+        return model.sample(
+            {name: value.to(model.device) for name, value in encoded.context.items()},
+            initial_noise(model, [index if prompt.seed is None else prompt.seed]),
+            denoiser=denoiser,
+            **negative_option(prompt.negative_prompt),
+        )
 
 
 @final

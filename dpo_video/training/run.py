@@ -27,6 +27,7 @@ from dpo_video.training.checkpoint import (
 )
 from dpo_video.training.listeners import (
     CheckpointWriter,
+    EncodedPrompt,
     Listener,
     LogWriter,
     SkipLimit,
@@ -45,6 +46,7 @@ from dpo_video.training.report import StepEvent
 from dpo_video.training.run_dir import read_log
 from dpo_video.training.sampler import PairSampler, trainable_pairs
 from dpo_video.training.step import Step, check_backward
+from dpo_video.types import Prompt
 
 
 def train(
@@ -63,6 +65,7 @@ def train(
     on_ready: Callable[[int], None] = lambda step: None,
     on_reference_cache: Callable[[ReferenceCacheReport], None] = lambda report: None,
     stop: Callable[[], bool] = lambda: False,
+    validation_prompts: Sequence[Prompt] = (),
     listeners: Sequence[Listener] = (),
 ) -> Iterator[StepEvent]:
     """Train an adapter; one event per optimizer step.
@@ -85,6 +88,8 @@ def train(
         on_reference_cache: Receives the progress of filling the reference cache.
         stop: Called before every forward pass, or with several processes before every step. Once it
             is true in any process, the completed steps are saved and the events end.
+        validation_prompts: Prompts of the validation videos, one each; those of the first pairs by
+            default. They are encoded before the adapter exists.
         listeners: Called after the built-in ones: log, checkpoints, validation videos, trackers.
 
     Raises:
@@ -100,6 +105,8 @@ def train(
     check_backward(loss, memory)
     check_compile(memory, accelerator.device)
     pairs = trainable_pairs(store, loss, model, settings)
+    shown = validation_prompts[: settings.validation_videos]
+    encoded = [EncodedPrompt.of(prompt, model) for prompt in shown]
     model.release()  # the encoders
     policy = adapt(model, settings, seed)
     fingerprint = RunFingerprint.of(model, store, policy, accelerator.mixed_precision)
@@ -157,8 +164,10 @@ def train(
         stop,
     ):
         return
-    built_in = (SkipLimit(), LogWriter(), CheckpointWriter(), ValidationVideos(), TrackerLogger())
-    called = [*built_in, *listeners]
+    called = [
+        SkipLimit(), LogWriter(), CheckpointWriter(), ValidationVideos(encoded), TrackerLogger(),
+        *listeners,
+    ]  # fmt: skip
     for listener in called:
         listener.on_train_begin(run)
     for event in optimize(run, sampler, gradient, _agreed(stop, accelerator)):

@@ -111,7 +111,7 @@ def obtain_pairs(
         check_pairs(config, store, model)
         progress.note(f"Using the {len(store)} pairs in {store.where}.")
         return store
-    source = open_source(config, model)
+    source = open_source(config, model, progress.note)
     manifest = store_manifest(config, model, source.fingerprint)
     settings, total = config.build, wanted(config.build, source.count)
     if resumed is not None:

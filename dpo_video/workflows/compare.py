@@ -7,7 +7,7 @@ import json
 import platform
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -61,8 +61,9 @@ def compare(
     only: Sequence[str] | None = None,
     training_seeds: Sequence[int] | None = None,
     steps: int | None = None,
-    seeds: int | None = None,
     prompts: Path | str | None = None,
+    num_prompts: int | None = None,
+    num_videos_per_prompt: int | None = None,
     min_effect: float | None = None,
     tolerance: float | None = None,
     min_prompts: int | None = None,
@@ -86,8 +87,9 @@ def compare(
         only: Names of the entries to run; all by default.
         training_seeds: Seeds of pairs and training, for all entries.
         steps: Optimizer steps of every entry.
-        seeds: Number of videos of base and tuned model each, as `evaluate.seeds`.
-        prompts: Text file of evaluation prompts, as `evaluate.prompts`.
+        prompts: File of evaluation prompts, as `evaluate.prompts`.
+        num_prompts: As `evaluate.num_prompts`.
+        num_videos_per_prompt: As `evaluate.num_videos_per_prompt`.
         min_effect: As `evaluate.min_effect`. Thresholds can be changed for finished cells.
         tolerance: As `evaluate.tolerance`.
         min_prompts: As `evaluate.min_prompts`.
@@ -108,8 +110,9 @@ def compare(
     flags = {
         "train.steps": steps,
         "run.device": device,
-        "evaluate.seeds": seeds,
         "evaluate.prompts": None if prompts is None else str(prompts),
+        "evaluate.num_prompts": num_prompts,
+        "evaluate.num_videos_per_prompt": num_videos_per_prompt,
         "evaluate.min_effect": min_effect,
         "evaluate.tolerance": tolerance,
         "evaluate.min_prompts": min_prompts,
@@ -125,6 +128,7 @@ def compare(
         for seed in training_seeds or entry.seeds:
             config = entry.resolve({**flags, "run.seed": seed}, recipe)
             notes.update(dict.fromkeys(config.notes))
+            evaluation_prompts(config, lambda text: notes.update({text: None}))
             where = pick_device(config.run.device)
             # With a number in place of checkpointing=auto, as run.toml will have it.
             work.append((entry.name, seed, choose_blocks(config, device=where, progress=progress)))
@@ -134,7 +138,6 @@ def compare(
     with claim(folder, instead="name another folder with --out"):
         for name, seed, config in work:
             builder_labeler(config)
-            evaluation_prompts(config)
             _check_same(folder / name / f"seed-{seed}", config)
         return _compare(work, folder, selection_prompts, selection_seeds, progress)
 
@@ -219,11 +222,11 @@ def _check_selection(
 ) -> None:
     """A UserError unless there is something to choose by, and something else to report."""
     if prompts:
-        fewest = min(len(set(evaluation_prompts(config))) for *_, config in work)
+        fewest = min(len({row.text for row in evaluation_prompts(config)}) for *_, config in work)
         if not 2 <= prompts <= fewest - 2:
             raise UserError(
                 f"{prompts} of {fewest} prompts cannot choose: choosing and reporting need 2 or "
-                "more each. Change --selection-prompts, or evaluate more prompts (--seeds)."
+                "more each. Change --selection-prompts, or evaluate more prompts (--num-prompts)."
             )
     trained = {seed for _, seed, _ in work}
     if seeds and not trained & set(seeds):
@@ -315,7 +318,10 @@ def _finished(folder: Path, config: Config) -> Evaluation | None:
     if not (folder / "evaluation" / "evaluation.json").exists():
         return None
     evaluation = Evaluation.load(folder / "evaluation")
-    if list(evaluation.prompts) != evaluation_prompts(config):
+    rows = evaluation_prompts(config)
+    asked = [(row.text, row.seed, row.negative_prompt) for row in rows]
+    negatives = evaluation.negative_prompts or (None,) * len(evaluation.prompts)
+    if asked != [*zip(evaluation.prompts, evaluation.seeds, negatives, strict=True)]:
         raise _other_settings(folder)
     return evaluation
 
@@ -377,7 +383,8 @@ def _base_videos(config: Config, out: Path, progress: Progress) -> Videos:
     model = load_model(config, pick_device(config.run.device))
     prompts = evaluation_prompts(config)
     tables = _measured(config.tables)
-    settings = [model.identity, tables["backbone"], tables["evaluate"], prompts]
+    rows = [asdict(prompt) for prompt in prompts]
+    settings = [model.identity, tables["backbone"], tables["evaluate"], rows]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     path = out / f"base-{digest}.safetensors"
     if not path.exists():

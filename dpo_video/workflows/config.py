@@ -114,7 +114,7 @@ def resolve(
     tier: str | None = None,
     flags: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
-    kind_of_store: str | None = None,
+    made_with: Mapping[str, Any] | None = None,
     shared: Sequence[str] = (),
 ) -> Config:
     """Merge the sources of options and make the strategies.
@@ -128,7 +128,8 @@ def resolve(
             lowers a recipe's numbers and raises none.
         flags: Option path to value, for options with flags of their own.
         assignments: Texts such as "loss.beta=500".
-        kind_of_store: The kind of pairs in a folder or URL of finished pairs, if that is known.
+        made_with: The recipe of finished pairs. Their backbone is taken unless another one is
+            named; its options and precision, unless the file or another option sets them.
         shared: The same from a file, such as an entry's: they do not set secrets.
 
     Raises:
@@ -137,6 +138,7 @@ def resolve(
     tables = _read(file) if file else {}
     base = find_recipe(recipe) if recipe else None
     names = {**DEFAULTS, **(base.strategies if base else {})}
+    names["backbone"] = _table(made_with, "backbone").get("name", names["backbone"])
     given: list[tuple[str, Any]] = []
     chosen = {kind: choice for kind, choice in (choices or {}).items() if choice is not None}
     for kind in (*DEFAULTS, "labeler"):
@@ -149,6 +151,10 @@ def resolve(
         elif kind not in tables and kind in names:
             tables[kind] = {"name": names[kind]}
     backbone = _name(tables, "backbone")
+    made = _made_with(made_with or {}, backbone)
+    for path, value in made.items():
+        table, option = path.split(".", 1)
+        tables.setdefault(table, {}).setdefault(option, value)
     backbone_class = registry.load("backbone", backbone)
     if metrics or "metric" not in tables:
         guards = cast(type[Backbone], backbone_class).guards
@@ -180,14 +186,33 @@ def resolve(
     presets.fill(tables, cast(type[Backbone], backbone_class).training, _TABLES)
     config = _make(tables)
     notes += presets.departures(config.tables)
+    notes += presets.kept_from_pairs(made, config.tables)
     if recipe is None and file is None:
-        built = kind_of_store or tables["pairs"].get("name")
+        built = _table(made_with, "pairs").get("name") or tables["pairs"].get("name")
         if name := recipe_for(backbone, built, _name(tables, "loss")):
             notes.append(
                 f"This run has {backbone}'s defaults. For the values of the paper on {built} pairs "
                 f"and the {_name(tables, 'loss')} loss, add --recipe {name}."
             )
     return replace(config, notes=tuple(notes))
+
+
+def _made_with(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
+    """What pairs were made with, by path; nothing for another backbone."""
+    options, train, memory = (_table(recipe, name) for name in ("backbone", "train", "memory"))
+    if options.pop("name", None) != backbone:
+        return {}
+    made = {f"backbone.{option}": value for option, value in options.items()}
+    made["train.mixed_precision"] = train.get("mixed_precision", "no")
+    if quantization := memory.get("quantization"):
+        made["memory.quantization"] = quantization
+    return made
+
+
+def _table(recipe: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """A table of the recipe of pairs, which may be anybody's; empty if it has none."""
+    table = (recipe or {}).get(name)
+    return dict(table) if isinstance(table, Mapping) else {}
 
 
 def _keep_secrets(tables: Tables, given: Collection[str], file: Path | None) -> None:

@@ -83,8 +83,10 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a run with a resolved configuration; `base` are the base's videos if known."""
     # What can be refused comes before the videos, which may take hours.
-    prompts = evaluation_prompts(config)
-    trained = tuple(sorted(set(run.prompts) & set(prompts)))
+    rows = evaluation_prompts(config, progress.note)
+    prompts = tuple(row.text for row in rows)
+    negatives = tuple(row.negative_prompt for row in rows)
+    trained = tuple(sorted({*run.prompts} & {*prompts}))
     reports, toml, versions = run.reports, run.toml, run.versions
     settings = config.evaluate
     with (
@@ -96,15 +98,16 @@ def evaluate_run(
             model,
             adapter,
             config.metrics,
-            prompts,
+            rows,
             settings,
             base=base,
-            on_progress=lambda done: progress.update("videos", done, 2 * len(prompts)),
+            on_progress=lambda done: progress.update("videos", done, 2 * len(rows)),
         )
         evaluation = Evaluation(
             name=run.name,
-            prompts=tuple(prompts),
-            seeds=tuple(range(settings.seed, settings.seed + len(prompts))),
+            prompts=prompts,
+            seeds=tuple(row.seed or 0 for row in rows),
+            negative_prompts=negatives if any(text is not None for text in negatives) else (),
             frames=model.shape.frames,
             fps=model.shape.fps,
             metrics=measured.metrics,

@@ -36,6 +36,7 @@ class BuildOptions(Options, total=False):
     labeler: Strategy | str | None
     clips: Path | str | None
     prompt: str | None
+    prompts: Path | str | None
     seed: int | None
     count: int | None
     previews: bool | None
@@ -63,6 +64,7 @@ class TrainOptions(BuildOptions, total=False):
     save_steps: int | None
     save_total_limit: int | None
     validation_videos: int | None
+    validation_prompts: Path | str | None
     labels: Sequence[str] | None
     min_decided: float | None
     report_to: str | None
@@ -72,8 +74,9 @@ class EvaluateOptions(Options, total=False):
     """Options of an evaluation: [evaluate] by name, and the metrics."""
 
     metrics: Sequence[Metric | str] | None
-    seeds: int | None
     prompts: Path | str | None
+    num_prompts: int | None
+    num_videos_per_prompt: int | None
     seed: int | None
     batch_size: int | None
     num_inference_steps: int | None
@@ -100,14 +103,21 @@ def with_options(function: Function) -> Function:
     return function
 
 
-def configure(table: str, options: Mapping[str, Any], pairs: object = None) -> Config:
+def configure(
+    table: str,
+    options: Mapping[str, Any],
+    pairs: object = None,
+    more: Mapping[str, Any] | None = None,
+) -> Config:
     """Resolve the keyword arguments of a workflow.
 
     Args:
         table: The table whose options are keywords: `learning_rate=3e-4` of "train".
         options: Keywords by name: those of `Options`, options of `table`, [run] and [build].
         pairs: A pair builder, its name, a `PairStore`, or the folder or URL of one. Finished pairs
-            bring the backbone that they were made with, unless `backbone` or `config` is given.
+            bring the backbone that they were made with, its options and its precision, where no
+            other option says otherwise.
+        more: Options by their paths.
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
@@ -120,17 +130,12 @@ def configure(table: str, options: Mapping[str, Any], pairs: object = None) -> C
     }
     file, paths = given.pop("config", None), given.pop("set", ())
     metrics, tier = given.pop("metrics", ()), given.pop("tier", None)
-    recipe, kind_of_store = given.pop("recipe", None), None
-    flags: dict[str, Any] = {}
+    recipe, made_with = given.pop("recipe", None), None
+    flags = dict(more or {})
     if isinstance(paths, Mapping):
-        flags, paths = dict(paths), ()
+        flags, paths = {**flags, **paths}, ()
     if (store := _finished_pairs(pairs)) is not None:
-        pairs = store
-        if choices["backbone"] is None and file is None:
-            opened = PairStore(store)
-            choices["backbone"], own = made_with(opened)
-            kind_of_store = opened.manifest.recipe.get("pairs", {}).get("name")
-            flags = {**own, **flags}
+        pairs, made_with = store, PairStore(store).manifest.recipe
     homes = {
         field: home for home in ("build", "run", table) for field in ENGINES[home].model_fields
     }
@@ -148,19 +153,8 @@ def configure(table: str, options: Mapping[str, Any], pairs: object = None) -> C
         tier=tier,
         flags=flags,
         assignments=paths,
-        kind_of_store=kind_of_store,
+        made_with=made_with,
     )
-
-
-def made_with(store: PairStore) -> tuple[str | None, dict[str, Any]]:
-    """The backbone that pairs were made with: its name, and options by their paths."""
-    recipe = store.manifest.recipe
-    backbone = dict(recipe.get("backbone", {}))
-    name = backbone.pop("name", None)
-    options = {f"backbone.{option}": value for option, value in backbone.items()}
-    if precision := recipe.get("train", {}).get("mixed_precision"):
-        options["train.mixed_precision"] = precision
-    return name, options
 
 
 def _finished_pairs(pairs: object) -> str | None:

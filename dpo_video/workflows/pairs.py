@@ -28,6 +28,7 @@ def check(
     *,
     labels: Sequence[str] | None = None,
     sample: int = 32,
+    prompts: Path | str | None = None,
     metrics: Sequence[Metric | str] | None = None,
     progress: Progress = SILENT,
     **options: Unpack[Options],
@@ -39,19 +40,23 @@ def check(
             made with, unless `backbone` or `config` is given.
         labels: Labels to audit instead of the pairs' own.
         sample: Number of pairs to decode, to compare the motion of both videos.
+        prompts: File of evaluation prompts, to find those that are trained on; the backbone's
+            own by default.
         metrics: Those with the role "motion" are compared.
         progress: Receives the progress.
         options: See `Options`.
     """
     store = opened(pairs)
-    config = configure("train", {**options, "labels": labels, "metrics": metrics}, store)
+    flags = {} if prompts is None else {"evaluate.prompts": str(prompts)}
+    given = {**options, "labels": labels, "metrics": metrics}
+    config = configure("train", given, store, flags)
     model = load_model(config, pick_device(config.run.device))
     store = apply_labels(config, store).store
     return audit(
         store,
         model,
         config.metrics,
-        evaluation_prompts(config),
+        [prompt.text for prompt in evaluation_prompts(config, progress.note)],
         sample=sample,
         on_progress=lambda done: progress.update("pairs", done, len(store)),
     )

@@ -97,6 +97,22 @@ class Presets:
             f"--set {paths[0]}=VALUE."
         ]
 
+    def kept_from_pairs(self, made: Mapping[str, Any], tables: Tables) -> list[str]:
+        """A note on options that the pairs set otherwise than the recipe or the tier."""
+        asked = {**self.published, **self.card}
+        kept = [
+            f"{path}={value}"
+            for path, value in made.items()
+            if path in asked and asked[path] != value and _at(tables, path) == value
+        ]
+        if not kept:
+            return []
+        source = f"the tier {self.tier}" if self.tier else "the recipe"
+        return [
+            f"The pairs were made with {', '.join(kept)}, which {source} does not change. Build "
+            "pairs with the same recipe and tier to use theirs."
+        ]
+
     def departures(self, tables: Tables) -> list[str]:
         """Notes on a backbone that the recipe is not for, and on what the tier changed of it."""
         recipe, notes = self.recipe, []

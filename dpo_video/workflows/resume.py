@@ -18,7 +18,15 @@ from dpo_video.workflows.config import CHANGES, Config
 _PROCESSES = "processes"
 _ANY = ("memory.", "evaluate.", "metric.", "versions.")
 """What was learned does not depend on these options, or only up to rounding."""
-_PAIRS = ("pairs.", "labeler.", "run.clips", "run.prompt", "build.count", "train.labels")
+_PAIRS = (
+    "pairs.",
+    "labeler.",
+    "run.clips",
+    "run.prompt",
+    "build.count",
+    "build.prompts",
+    "train.labels",
+)
 """They choose the pairs, which a checkpoint identifies by their hash."""
 _WEIGHTS = (
     "backbone.model",
@@ -35,6 +43,7 @@ _FREE = {
     "train.skips",
     "train.save_steps",
     "train.save_total_limit",
+    "train.validation_prompts",
     "train.validation_videos",
     "train.report_to",
     *_WEIGHTS,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from dpo_video.data.build import Source, cycle_prompts, in_order
 from dpo_video.data.clips import open_clips
 from dpo_video.data.labels import open_label_sets, preferences
+from dpo_video.data.prompts import load_prompts, prompt_table
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import StoreError, UserError
 from dpo_video.memory.packed_weights import check_base, frozen_weights, pack_frozen_weights
@@ -31,36 +34,62 @@ from dpo_video.strategies import (
     VideoModel,
 )
 from dpo_video.support.atomic import writing
-from dpo_video.support.reading import one_spaced, read_lines
 from dpo_video.support.reproducibility import settle
 from dpo_video.text import command
-from dpo_video.types import Placement, Remark, Skipped
+from dpo_video.types import Placement, Prompt, Remark, Skipped
 from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import launcher_request
 from dpo_video.workflows.presets import Tables
 
-PROMPTS = 64  # cycled, for pairs without clips on a backbone that has none
+NUM_PROMPTS = 47  # of an evaluation, of the backbone's own
 
 
-def evaluation_prompts(config: Config) -> list[str]:
-    """The prompt of each video of an evaluation.
+def evaluation_prompts(
+    config: Config, note: Callable[[str], None] = lambda text: None
+) -> list[Prompt]:
+    """The prompt and the seed of each video of an evaluation.
+
+    Args:
+        config: Its `evaluate` names the prompts.
+        note: Receives a sentence on columns of the file that are not read.
 
     Raises:
-        UserError: if the file of prompts cannot be read or has none.
+        UserError: if the file of prompts cannot be read or has too few.
     """
-    count, file = config.evaluate.seeds, config.evaluate.prompts
-    if file is None:
-        return config.backbone.prompts(count)
-    try:
-        prompts = [one_spaced(line) for _, line in read_lines(Path(file))]
-    except OSError as error:
+    settings = config.evaluate
+    count, each = settings.num_prompts, settings.num_videos_per_prompt
+    if settings.prompts is None:
+        prompts = [Prompt(text=text) for text in config.backbone.prompts(count or NUM_PROMPTS)]
+    else:
+        prompts = load_prompts(settings.prompts, note)
+        if count is not None and count > len(prompts):
+            raise UserError(
+                f"'{settings.prompts}' has {len(prompts)} prompts, fewer than --num-prompts "
+                f"{count}. Leave --num-prompts out, or draw more videos of each prompt "
+                "(--num-videos-per-prompt)."
+            )
+        prompts = prompts[:count]
+    if len(prompts) * each < 2:
         raise UserError(
-            f"Cannot read the prompts in '{file}': {error.strerror}. Name a UTF-8 text file."
-        ) from error
-    if not prompts:
-        raise UserError(f"'{file}' holds no prompt. Write one per line.")
-    return [prompts[i % len(prompts)] for i in range(count)]
+            "An evaluation needs two videos or more of each model. Add prompts, or draw more "
+            "videos of each (--num-videos-per-prompt)."
+        )
+    return prompt_table(prompts, each, settings.seed)
+
+
+def validation_prompts(
+    config: Config, note: Callable[[str], None] = lambda text: None
+) -> list[Prompt]:
+    """The prompts of the validation videos; none for those of the first pairs.
+
+    Raises:
+        UserError: if the file of prompts cannot be read.
+    """
+    settings = config.train
+    if settings.validation_prompts is None:
+        return []
+    return load_prompts(settings.validation_prompts, note)[: settings.validation_videos]
 
 
 def pick_device(name: str) -> torch.device:
@@ -159,10 +188,19 @@ def builder_labeler(config: Config) -> Labeler | None:
     return config.labeler
 
 
-def open_source(config: Config, model: VideoModel) -> OpenedSource:
-    """The builder's own clips, or else the user's, the backbone's, or prompts alone."""
+def open_source(
+    config: Config, model: VideoModel, note: Callable[[str], None] = lambda text: None
+) -> OpenedSource:
+    """The builder's own clips, or else the user's, the backbone's, or prompts alone.
+
+    Args:
+        config: The configuration.
+        model: The model that builds the pairs.
+        note: Receives a sentence on columns of a file of prompts that are not read.
+    """
     assert config.pairs is not None
     run = config.run
+    _check_prompts(config)
     if isinstance(config.pairs, SuppliedPairs):
         if run.clips is not None:
             raise UserError(
@@ -189,16 +227,45 @@ def open_source(config: Config, model: VideoModel) -> OpenedSource:
         )
     backbone = config.tables["backbone"]["name"]
     drawn = config.backbone.clips(run.seed)
-    if drawn is not None:
+    unprompted = run.prompt is None and config.build.prompts is None
+    if drawn is not None and (unprompted or config.pairs.needs_video):
         return OpenedSource(clips=in_order(drawn), fingerprint=f"{backbone}'s own")
     if config.pairs.needs_video:
         raise UserError(
             f"Pairs of kind '{config.tables['pairs']['name']}' are made of real videos, and the "
             f"backbone '{backbone}' has none of its own. Name a folder with --clips DIR."
         )
-    prompts = [run.prompt] if run.prompt else config.backbone.prompts(PROMPTS)
-    fingerprint = "prompts: " + " | ".join(prompts)
-    return OpenedSource(clips=cycle_prompts(prompts), fingerprint=fingerprint)
+    if run.prompt:
+        prompts = [Prompt(text=run.prompt)]
+    else:
+        prompts = load_prompts(config.build.prompts or "training", note)
+    content = json.dumps([asdict(prompt) for prompt in prompts])
+    return OpenedSource(
+        clips=cycle_prompts(prompts),
+        fingerprint=f"prompts: {hashlib.sha256(content.encode()).hexdigest()[:16]}",
+        contents=f"{len(prompts)} prompts" if config.build.prompts else "",
+    )
+
+
+def _check_prompts(config: Config) -> None:
+    """Refuse prompts for pairs that have others."""
+    if config.build.prompts is None:
+        return
+    kind = config.tables["pairs"]["name"]
+    if config.run.prompt is not None:
+        raise UserError("--prompt and --prompts exclude each other. Leave one of them out.")
+    if isinstance(config.pairs, SuppliedPairs) or config.run.clips is not None:
+        what = "their files bring" if isinstance(config.pairs, SuppliedPairs) else "clips bring"
+        raise UserError(
+            f"Pairs of kind '{kind}' use no --prompts here: {what} their own captions. Leave "
+            "--prompts out."
+        )
+    assert config.pairs is not None
+    if config.pairs.needs_video:
+        raise UserError(
+            f"Pairs of kind '{kind}' are made of real videos, which bring their own captions. "
+            "Leave --prompts out, or build pairs of prompts (--pairs ranked, jitter or img2img)."
+        )
 
 
 def store_manifest(config: Config, model: VideoModel, clips: str) -> Manifest:

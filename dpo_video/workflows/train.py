@@ -48,6 +48,7 @@ from dpo_video.workflows.session import (
     builder_labeler,
     load_model,
     start_trackers,
+    validation_prompts,
 )
 
 
@@ -105,6 +106,7 @@ def train(
             config = configure("train", options, pairs)
         check_backward(config.loss, config.memory)
         builder_labeler(config)
+        validation_prompts(config, progress.note)
         requested, config = config.memory, as_launched(config)
         resumption = Resumption.of(folder, partial(progress.note, warning=True))
         resumption.check(config, process_count(), accept=accept_changes)
@@ -247,6 +249,7 @@ def run_training(
     """
     settings, folder = config.train, resumption.folder
     changes = resumption.changes(config, accelerator.num_processes)
+    validation = validation_prompts(config)
     _announce(config, folder, accelerator, progress)
     for note in _left_out(store, trainable_pairs(store, config.loss, model, settings), settings):
         progress.note(note)
@@ -281,6 +284,7 @@ def run_training(
                 on_ready=begin,
                 on_reference_cache=_CacheNotes(progress, config),
                 stop=lambda: stop() or signalled(),
+                validation_prompts=validation,
                 listeners=listeners,
             ):
                 reports.append(event.report)

@@ -28,7 +28,7 @@ from dpo_video.evaluation.evaluate import sample_videos
 from dpo_video.pairs.local import Local
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import VideoModel
-from dpo_video.types import Clip, Placement
+from dpo_video.types import Clip, Placement, Prompt
 from dpo_video.workflows.config import resolve
 
 PROMPT, NEGATIVE = "a red square moving left slowly", "a blue star"
@@ -133,7 +133,9 @@ def test_generate_evaluate_and_pairs_use_it(
     (video,) = dv.generate(backbone=backbone, prompt=PROMPT, num_inference_steps=2, device="cpu")
     assert torch.equal(video.video, away[0])
     settings = EvaluateSettings(num_inference_steps=2)
-    assert torch.equal(next(sample_videos(guided, guided.denoiser, [PROMPT], settings)), away)
+    assert torch.equal(
+        next(sample_videos(guided, guided.denoiser, [Prompt(text=PROMPT)], settings)), away
+    )
 
     def pair(model: VideoModel, **options: Any) -> Tensor:
         builder = Local(num_inference_steps=4, **options)

@@ -74,7 +74,7 @@ def test_from_clips_to_videos(
     assert (resolved["rank"], resolved["alpha"], resolved["betas"]) == (2, 4, [0.9, 0.95])
     weights = load_file(latest_checkpoint(Path("run")) / "adapter/adapter_model.safetensors")
     assert any(weight.any() for name, weight in weights.items() if ".lora_B" in name)
-    dpo_video("evaluate", "run", "--seeds=2", "--set=evaluate.num_inference_steps=2")
+    dpo_video("evaluate", "run", "--num-prompts=2", "--set=evaluate.num_inference_steps=2")
     assert Path("run/evaluation/evaluation.json").exists()
     dpo_video(
         "generate", "run", "--prompt=a blue star", "--num-inference-steps=2", "--out=star.mp4"

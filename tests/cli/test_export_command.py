@@ -56,7 +56,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 str(folder / "run"),
                 *(f"--set=train.{option}" for option in quick),
             ],
-            ["evaluate", str(folder / "run"), "--seeds=2", "--set=evaluate.num_inference_steps=1"],
+            [
+                "evaluate",
+                str(folder / "run"),
+                "--num-prompts=2",
+                "--set=evaluate.num_inference_steps=1",
+            ],
         ):
             patch.setattr(sys, "argv", ["dpo-video", *command])
             with pytest.raises(SystemExit) as stop:
@@ -134,7 +139,7 @@ def test_the_card_describes_the_run(run: Run, trained: Path) -> None:
 def test_any_checkpoint_can_be_evaluated_generated_and_exported(run: Run, trained: Path) -> None:
     folder, whole = (
         trained / "twice",
-        ["--device=cpu", "--seeds=2", "--set=evaluate.num_inference_steps=1"],
+        ["--device=cpu", "--num-prompts=2", "--set=evaluate.num_inference_steps=1"],
     )
     shutil.copytree(trained / "run", folder)
     assert run("evaluate", folder, "--checkpoint=1", *whole).code == 0
@@ -142,7 +147,7 @@ def test_any_checkpoint_can_be_evaluated_generated_and_exported(run: Run, traine
     assert found["facts"]["Checkpoint"] == "step_000001"
     assert found["command"].startswith("dpo-video evaluate ")
     assert found["command"].endswith(
-        "--checkpoint=1 --device=cpu --seeds=2 --set=evaluate.num_inference_steps=1"
+        "--checkpoint=1 --device=cpu --num-prompts=2 --set=evaluate.num_inference_steps=1"
     )
     last = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     tuned = {metric["name"]: metric["tuned"] for metric in last["metrics"]}

@@ -34,7 +34,7 @@ def test_the_quantization_is_named_in_notes_evaluation_and_card(tmp_path: Path, 
                 "--out", run)  # fmt: skip
     assert "The base model is quantized to int8" in told
     assert json.loads((run / "log.jsonl").read_text().splitlines()[0])["margin"] == 0
-    said(0, "evaluate", run, "--seeds=2", "--set=evaluate.num_inference_steps=1")
+    said(0, "evaluate", run, "--num-prompts=2", "--set=evaluate.num_inference_steps=1")
     facts = json.loads((run / "evaluation" / "evaluation.json").read_text())["facts"]
     assert facts["Base quantized to"] == "int8"
     said(0, "export", run)

@@ -30,7 +30,7 @@ from dpo_video.pairs.local import Local
 from dpo_video.settings import BuildSettings, EvaluateSettings
 from dpo_video.strategies import PairBuilder
 from dpo_video.testing import small_videos
-from dpo_video.types import Clip
+from dpo_video.types import Clip, Prompt
 
 ALONE = Worker()
 CAPTIONS = ("a red square moving left slowly", "a blue star moving up quickly")
@@ -196,8 +196,11 @@ def test_a_store_of_another_model_is_refused(
 
 
 def test_prompts_cycle_and_clips_are_in_order() -> None:
-    source = cycle_prompts(CAPTIONS)
+    prompts = [Prompt(text=CAPTIONS[0]), Prompt(text=CAPTIONS[1], seed=7, negative_prompt="blur")]
+    source = cycle_prompts(prompts)
     assert [source(i).caption for i in (0, 1, 2, 7)] == [*CAPTIONS, *CAPTIONS]
+    assert [source(i).seed for i in range(4)] == [None, 7, None, 8]
+    assert source(3).negative_prompt == "blur"
     assert source(0).video is None
     source = in_order(Clip(name=str(i), caption="") for i in count())
     assert [source(i).name for i in (0, 1, 5, 6)] == ["0", "1", "5", "6"]
@@ -228,7 +231,7 @@ def test_a_nonfinite_pair_is_neither_stored_nor_previewed(
             sample_videos(
                 small_model,
                 small_model.denoiser,
-                ["a dog"],
+                [Prompt(text="a dog")],
                 EvaluateSettings(num_inference_steps=1),
             )
         )

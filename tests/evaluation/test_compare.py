@@ -324,7 +324,7 @@ def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
         f"[clips]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, \"pairs.chosen='clip'\"]\n"
         "seeds = [1]\n"
     )
-    command = ["compare", str(path), "--out", str(out), "--steps", "1", "--seeds", "2"]
+    command = ["compare", str(path), "--out", str(out), "--steps", "1", "--num-prompts", "2"]
     command += ["--device", "cpu"]
     first = CliRunner().invoke(app, [*command, "--only", "own"], catch_exceptions=False)
     assert first.exit_code == 0

@@ -84,7 +84,7 @@ def test_training_generate_and_evaluate_draw_the_same_frames(trained: Trained) -
     while_training = trained.run.folder / "samples" / "step_000002" / "00.mp4"
     (trained.run.folder / "prompts.txt").write_text(f"{PROMPT}\na blue circle")
     trained.run.evaluate(
-        prompts=trained.run.folder / "prompts.txt", seeds=2, batch_size=1, device="cpu",
+        prompts=trained.run.folder / "prompts.txt", num_prompts=2, batch_size=1, device="cpu",
         metrics=["frame_difference"],
     )  # fmt: skip
     evaluated = trained.run.folder / "evaluation" / "videos" / "000-tuned.mp4"

@@ -24,7 +24,7 @@ from dpo_video.metric.warp_error import WarpError
 from dpo_video.settings import EvaluateSettings, TrainSettings
 from dpo_video.strategies import Metric
 from dpo_video.training.lora import adapt
-from dpo_video.types import PerPair, Videos
+from dpo_video.types import PerPair, Prompt, Videos
 
 PROMPTS = [f"prompt {i}" for i in range(24)]
 
@@ -124,8 +124,14 @@ def adapter(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def measured(small_folder: Path, adapter: Path, **metrics: Metric) -> Measurement:
-    settings = EvaluateSettings(seeds=2, num_inference_steps=1)
-    return measure(load_small(small_folder), adapter, metrics, ["a", "b"], settings)
+    settings = EvaluateSettings(num_inference_steps=1)
+    return measure(
+        load_small(small_folder),
+        adapter,
+        metrics,
+        [Prompt(text=text, seed=0) for text in ("a", "b")],
+        settings,
+    )
 
 
 def test_an_evaluation_measures_flow_metrics_with_a_second_flow(

@@ -24,6 +24,7 @@ from dpo_video.testing import random_errors
 from dpo_video.training.checkpoint import check_manifest
 from dpo_video.training.lora import adapt
 from dpo_video.training.run_dir import latest_checkpoint
+from dpo_video.types import Prompt
 from dpo_video.workflows.config import resolve
 
 FAULTY = '''
@@ -146,12 +147,12 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
 ) -> None:
     adapt(load_small(small_folder), TrainSettings(rank=2), 0).save_pretrained(tmp_path / "adapter")
     broken = {name.lower(): faulty("metric", name)() for name in ("Blind", "Void", "Short")}
-    settings = EvaluateSettings(seeds=2, num_inference_steps=1)
+    settings = EvaluateSettings(num_inference_steps=1)
     comparison = measure(
         load_small(small_folder),
         tmp_path / "adapter",
         {**broken, "frame_difference": FrameDifference()},
-        ["a", "b"],
+        [Prompt(text="a", seed=0), Prompt(text="b", seed=1)],
         settings,
     )
     assert [result.name for result in comparison.metrics] == ["frame_difference"]
@@ -168,9 +169,17 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
 
     ours = Ours.model_construct()
     with pytest.raises(ArithmeticError):  # a bug of a built-in metric is raised
-        measure(load_small(small_folder), tmp_path / "adapter", {"ours": ours}, ["a"], settings)
+        measure(
+            load_small(small_folder),
+            tmp_path / "adapter",
+            {"ours": ours},
+            [Prompt(text="a")],
+            settings,
+        )
     with pytest.raises(KeyError):  # no metric is left
-        measure(load_small(small_folder), tmp_path / "adapter", broken, ["a"], settings)
+        measure(
+            load_small(small_folder), tmp_path / "adapter", broken, [Prompt(text="a")], settings
+        )
 
 
 def test_the_error_is_attributed_to_the_innermost_plugin(faulty: Faulty) -> None:

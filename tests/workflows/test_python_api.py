@@ -35,7 +35,7 @@ TRAIN: dict[str, Any] = {
     "report_to": "none",
     "mixed_precision": "no",
 }
-EVALUATE = {"seeds": 2, "num_inference_steps": 1}
+EVALUATE = {"num_prompts": 2, "num_inference_steps": 1}
 
 
 def cli(*arguments: object, code: int = 0) -> str:
@@ -158,7 +158,13 @@ def test_train_makes_the_same_run(folder: Path, pairs: PairStore, run: dv.Run) -
 def test_evaluate_measures_the_same(run: dv.Run) -> None:
     evaluation = run.evaluate(**EVALUATE)
     found = json.loads(
-        cli("evaluate", "python-run", "--seeds=2", "--set=evaluate.num_inference_steps=1", "--json")
+        cli(
+            "evaluate",
+            "python-run",
+            "--num-prompts=2",
+            "--set=evaluate.num_inference_steps=1",
+            "--json",
+        )
     )
     expected = json.loads(evaluation.to_json())
     assert found.pop("command").startswith("dpo-video")
@@ -172,8 +178,10 @@ def test_compare_compares_the_same(pairs: PairStore) -> None:
     steps = {"evaluate.num_inference_steps": 1}
     config = configure("train", {**options, "set": steps}, pairs)
     Path("recipe.toml").write_text(config.toml())
-    found = dv.compare(["recipe.toml"], seeds=2, out="python-compare", device="cpu")
-    text = cli("compare", "recipe.toml", "--seeds=2", "--out=cli-compare", "--device=cpu", "--json")
+    found = dv.compare(["recipe.toml"], num_prompts=2, out="python-compare", device="cpu")
+    text = cli(
+        "compare", "recipe.toml", "--num-prompts=2", "--out=cli-compare", "--device=cpu", "--json"
+    )
     both = json.loads(text), found.to_dict()
     for comparison in both:
         assert comparison["rows"][0].pop("seconds") > 0
@@ -184,13 +192,17 @@ def test_evaluation_prompts_come_from_a_file_and_known_ones_are_counted(run: dv.
     known = run.prompts
     assert known == sorted(set(known)) and known
     Path("prompts.txt").write_text(f"a new prompt\n\n {known[0]} \n")
-    evaluation = run.evaluate(**{**EVALUATE, "seeds": 3}, prompts="prompts.txt", out="prompts")
-    assert evaluation.prompts == ("a new prompt", known[0], "a new prompt")
+    evaluation = run.evaluate(
+        **{**EVALUATE, "num_prompts": None, "num_videos_per_prompt": 2},
+        prompts="prompts.txt",
+        out="prompts",
+    )
+    assert evaluation.prompts == ("a new prompt", known[0]) * 2
     assert evaluation.trained_prompts == (known[0],)
     told = " ".join(evaluation.verdict.details)
     assert "1 of the 2 prompts are also prompts of the training pairs" in told
     assert "2 prompts were evaluated" in evaluation.verdict.headline
-    assert "--seeds 8" in evaluation.verdict.headline
+    assert "--num-prompts 8" in evaluation.verdict.headline
     for text, wrong in ((" \n", "holds no prompt"), (None, "Cannot read the prompts")):
         Path("prompts.txt").unlink() if text is None else Path("prompts.txt").write_text(text)
         with pytest.raises(UserError, match=wrong):
@@ -198,7 +210,7 @@ def test_evaluation_prompts_come_from_a_file_and_known_ones_are_counted(run: dv.
 
 
 def test_the_thresholds_of_the_verdict_are_options(run: dv.Run) -> None:
-    cli("evaluate", "python-run", *flags("evaluate", {"num_inference_steps": 1}), "--seeds=2",
+    cli("evaluate", "python-run", *flags("evaluate", {"num_inference_steps": 1}), "--num-prompts=2",
         "--min-effect=0.1", "--tolerance=0.2", "--min-prompts=2", "--out=judged",
         "--set=evaluate.min_effects.frame_difference=0.3")  # fmt: skip
     page = Path("judged/index.html").read_text()

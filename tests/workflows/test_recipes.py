@@ -171,7 +171,9 @@ def test_without_a_recipe_one_line_names_the_one_that_exists(tmp_path: Path) -> 
     assert "\n" not in note and note.endswith(
         "the paper on dense pairs and the segment loss, add --recipe densedpo."
     )
-    (note,) = resolved(choices={"pairs": "a/b", "loss": "segment"}, kind_of_store="dense").notes
+    (note,) = resolved(
+        choices={"pairs": "a/b", "loss": "segment"}, made_with={"pairs": {"name": "dense"}}
+    ).notes
     assert note.endswith("--recipe densedpo.")
     assert resolved(choices={"pairs": "dense", "loss": "global"}).notes == ()
     assert resolved(backbone="tiny", choices=dense).notes == ()

@@ -316,7 +316,7 @@ def test_trainings_without_a_folder_have_one_each(
 WRITERS: dict[str, tuple[str, str, Callable[[Path, Path, dict[str, Any]], object]]] = {
     "evaluate": (
         "run/evaluation", WRITER,
-        lambda run, pairs, model: dv.evaluate(run, seeds=2, num_inference_steps=1),
+        lambda run, pairs, model: dv.evaluate(run, num_prompts=2, num_inference_steps=1),
     ),
     "export": ("run/export", ".peft-2.writer", lambda run, pairs, model: dv.export(run, "peft")),
     "generate": (
