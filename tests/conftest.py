@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -42,6 +43,11 @@ from dpo_video.cli import main
 from dpo_video.registry import entry_points as entries
 from dpo_video.testing import small_videos
 from dpo_video.types import Clip
+
+# nohup and `command &` ignore these, also in the commands that tests start and stop by them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # no test is timed

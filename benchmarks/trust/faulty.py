@@ -66,7 +66,7 @@ class Disk:
     def _inside(self, path: Any) -> bool:
         if isinstance(path, int):
             path = str(Path(f"/proc/self/fd/{path}").readlink())
-        return os.path.realpath(os.fspath(path)).startswith(self.root + os.sep)
+        return os.path.realpath(os.fsdecode(path)).startswith(self.root + os.sep)
 
     def _opened(
         self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **more: Any
@@ -76,8 +76,8 @@ class Disk:
             return self._open(file, mode, buffering, *rest, **more)
         self.operation(file)
         if set("wx") & set(mode):
-            self.synced.pop(os.path.realpath(file), None)
-        raw = _File(self, os.fspath(file), mode.replace("b", "").replace("t", ""))
+            self.synced.pop(os.path.realpath(os.fsdecode(file)), None)
+        raw = _File(self, os.fsdecode(file), mode.replace("b", "").replace("t", ""))
         if buffering == 0:
             return raw
         buffer = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
@@ -99,7 +99,7 @@ class Disk:
             self.operation(source)
             done = real(source, *rest)
             if name != "unlink":
-                before, after = (os.path.realpath(os.fspath(p)) for p in (source, rest[0]))
+                before, after = (os.path.realpath(os.fsdecode(p)) for p in (source, rest[0]))
                 for path in list(self.synced):
                     if path == before or path.startswith(before + os.sep):
                         self.synced[after + path[len(before) :]] = self.synced.pop(path)

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Train `tiny` on preference pairs
 #
-# The embedded model draws 16 frames of moving shapes at 32x32 and trains in a minute on a CPU.
+# The embedded model draws 16 frames of moving shapes at 64x64 and trains in a minute on a CPU.
 # Every step below is also a command of `dpo-video`, with the same options.
 
 # %% Parameters
