@@ -142,9 +142,9 @@ class MemorySettings(Settings):
     numbers: policy and reference are then a quantized model, and the run records it wherever it
     names its model. nf4 needs bitsandbytes: pip install 'dpo-video[nf4]'."""
     shard: int = Field(default=1, ge=1)
-    """Number of processes over which the frozen weights of all blocks are sharded, as by FSDP and
-    ZeRO-3; a layer's weights are gathered when it runs, which takes time. It combines with any
-    quantization and with offload=blocks. A launcher that requests FSDP sets it to the number of
+    """Number of processes over which FSDP2 shards the frozen weights; a block's are gathered when
+    it runs, while the one before computes. It does not combine with quantization or compile, nor
+    with a model of two experts. A launcher that requests FSDP or ZeRO-3 sets it to the number of
     processes."""
     compile: Literal["off", "on"] = "off"
     """Compile every residual and transformer block with torch.compile. On a CPU, small networks
@@ -158,6 +158,14 @@ class MemorySettings(Settings):
         if "checkpoints" in self.offload and self.checkpointing == "none":
             raise ValueError(
                 "offload=checkpoints needs checkpointed blocks; set checkpointing=blocks"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_native_weights(self) -> Self:
+        if self.shard > 1 and self.quantization != "native":
+            raise ValueError(
+                "shard does not combine with quantized weights; set quantization=native, or shard=1"
             )
         return self
 

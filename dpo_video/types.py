@@ -48,9 +48,12 @@ class Placement:
     """Precision of the weights."""
     _: KW_ONLY
     pack: Callable[[nn.Module], object] | None = None
-    """Called with the frozen denoiser before it is moved to `device`: quantizes, offloads or shards
-    its weights in place, so that a denoiser that does not fit on the device is never there whole.
+    """Called with the frozen denoiser before it is moved to `device`: quantizes or offloads its
+    weights in place, so that a denoiser that does not fit on the device is never there whole.
     Optional for a backbone: whoever loads the model packs a denoiser that is not packed yet."""
+    denoiser_on_host: bool = False
+    """Leave the denoiser in CPU memory, from where training shards its weights over processes.
+    Optional for a backbone: if it is on `device`, that needs more memory for a moment."""
     on_meta: bool = False
     """Build networks from their configurations on the meta device, without weights, to estimate
     memory. `device` is then the device that the model would run on."""

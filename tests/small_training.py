@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from small_animatediff import SHAPE, load_small
+from small_animatediff import load_small
 
-from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
-from dpo_video.strategies import Loss
+from dpo_video.strategies import Loss, VideoModel
 from dpo_video.training.listeners import Listener
 from dpo_video.training.report import StepEvent
 from dpo_video.training.run import train
@@ -36,13 +35,13 @@ SETTINGS = TrainSettings(
 )
 
 
-def make_store(folder: Path, model: AnimateDiffModel, pairs: int = 5) -> PairStore:
+def make_store(folder: Path, model: VideoModel, pairs: int = 5) -> PairStore:
     """Random pairs with half the picture as their region."""
     manifest = Manifest(
         recipe={"made": "at random"},
         identity=model.identity,
         latent_shape=model.latent_shape,
-        fps=SHAPE.fps,
+        fps=model.shape.fps,
     )
     store = PairStore.create(folder, manifest)
     generator = torch.Generator().manual_seed(7)

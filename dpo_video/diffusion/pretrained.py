@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, final
 
@@ -378,6 +378,8 @@ def place_denoiser(denoiser: Network, placement: Placement) -> Network:
     denoiser = denoiser.eval().requires_grad_(False)
     if placement.pack is not None and not placement.on_meta:
         placement.pack(denoiser)
+    if placement.denoiser_on_host:
+        placement = replace(placement, device=torch.device("cpu"))
     return place(denoiser, placement)
 
 

@@ -26,11 +26,11 @@ from dpo_video.estimation.modes import MemoryMode
 from dpo_video.estimation.results import MemoryEstimate
 from dpo_video.memory.blocks import passes
 from dpo_video.memory.cuda_autocast import cuda_autocast_rules
+from dpo_video.memory.fsdp import ShardedBytes, check_shardable, sharded_bytes
 from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.memory.offload import HostAdamW
 from dpo_video.memory.packed_weights import Base, frozen_weights, pack_frozen_weights
 from dpo_video.memory.peak import BLOCK, Peak, peak_bytes
-from dpo_video.memory.sharding import Shard
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Loss, Reference, VideoModel
 from dpo_video.support.memoryless import Memoryless
@@ -42,8 +42,8 @@ CPU = torch.device("cpu")
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEEP = 12  # layers from which on tracing a few of them saves time
 
-WeightStorage = tuple[Base, bool, int]
-"""Quantization, whether the weights are in CPU memory, number of processes that share them."""
+WeightStorage = tuple[Base, bool]
+"""Quantization, and whether the weights are in CPU memory."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def layer_stack(network: nn.Module) -> nn.ModuleList | None:
 
 
 def storage_of(mode: MemoryMode) -> WeightStorage:
-    """How a mode stores the frozen weights."""
-    return mode.quantization, "blocks" in mode.offload, mode.shard
+    """How a mode stores the frozen weights in the trace; sharding is added to it."""
+    return mode.quantization, "blocks" in mode.offload and mode.shard == 1
 
 
 class _Stage:
@@ -152,7 +152,7 @@ class _Stage:
         layers: int | None,
         weights: WeightStorage,
     ) -> None:
-        quantization, on_host, processes = weights
+        quantization, on_host = weights
         self.model, self.prompt = loaded
         stack = layer_stack(self.model.denoiser)
         if layers is not None and stack is not None:
@@ -165,9 +165,8 @@ class _Stage:
         with self._tensors:
             give_tensors(self.policy, CPU)
             self.trained = [p for p in self.policy.parameters() if p.requires_grad]
-            if quantization != "native" or on_host or processes > 1:
-                shard = Shard(rank=0, count=processes) if processes > 1 else None
-                pack_frozen_weights(self.policy, CPU, quantization, on_host=on_host, shard=shard)
+            if quantization != "native" or on_host:
+                pack_frozen_weights(self.policy, CPU, quantization, on_host=on_host)
 
     @property
     def trainable(self) -> int:
@@ -222,14 +221,33 @@ class _StepTrace:
         with self.reference_model.network() as reference:
             give_tensors(reference, CPU)
         self.own = nn.Module() if reference is self.policy else reference
+        self.sharded: list[ShardedBytes] = []
+        if mode.shard > 1:
+            for network in dict.fromkeys((self.policy, reference)):
+                check_shardable(network)
+                self.sharded.append(sharded_bytes(network, mode.shard))
         self.trained, self.optimizer = stage.trained, stage.optimizer
         self.done: MemoryEstimate | None = None
 
     @cached_property
-    def weights(self) -> int:
-        """Bytes on the device of the policy, and of a reference with its own weights."""
+    def unsharded(self) -> int:
+        """Bytes of the weights in the trace: the policy's, and a reference's with its own."""
         packed = _allocated(self._frozen(on_host=False))
         return _bytes(self.policy) + _bytes(self.own) + packed - self.parked
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the weights on the device, with what of sharded ones is gathered at a time."""
+        if not self.sharded:
+            return self.unsharded
+        left_out = sum(each.whole - each.parts for each in self.sharded)
+        gathered = max(each.gathered for each in self.sharded)
+        return self.unsharded - left_out - self.parts_on_host + gathered
+
+    @property
+    def parts_on_host(self) -> int:
+        """Bytes of sharded weights in CPU memory."""
+        return sum(each.parts_of_blocks for each in self.sharded) * ("blocks" in self.mode.offload)
 
     def _frozen(self, *, on_host: bool) -> list[Tensor]:
         """Stored tensors of packed or offloaded weights, on the device or in CPU memory."""
@@ -270,7 +288,8 @@ class _StepTrace:
                     )
             elif traced.fresh:
                 left_out = other.reference_alone()
-                if left_out.total - self.parked < traced.tensors:
+                alone = left_out.total - self.parked - self.unsharded + self.weights
+                if alone < traced.tensors:
                     self.done = traced.model_copy(
                         update={
                             "mode": self.mode,
@@ -322,9 +341,9 @@ class _StepTrace:
             weights=self.weights,
             gradients=adapter,
             optimizer=state,
-            activations=max(0, peak.total - self.parked - self.weights - adapter - state),
+            activations=max(0, peak.total - self.parked - self.unsharded - adapter - state),
             flops=peak.flops // self.settings.batch_size,
-            host=peak.host,
+            host=peak.host + self.parts_on_host,
         )
         return self.done
 

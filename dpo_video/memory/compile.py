@@ -43,8 +43,8 @@ def check_compile(memory: MemorySettings, device: torch.device) -> None:
         # With int8, a compiled block was seen to keep the unpacked weights.
         raise UserError(
             "memory.compile=on would keep whole weights for the backward pass, where "
-            "memory.quantization, memory.offload=blocks and memory.shard hold one layer's at a "
-            "time. Set memory.compile=off, or leave those out."
+            "memory.quantization and memory.offload=blocks hold one layer's at a time and "
+            "memory.shard one block's. Set memory.compile=off, or leave those out."
         )
     if device.type == "cpu":
         from torch._inductor import cpp_builder, exc

@@ -1,11 +1,12 @@
 """Apply memory modes to a network, in one order.
 
-At load (`Placement.pack`): frozen weights are quantized, offloaded or sharded (`packed_weights`).
-Before training (`apply_memory_modes`): attention kernels are set, and `forward` is wrapped. Around
-a block, from the outside in: checkpointing (which may offload the block's inputs), compilation;
+At load (`Placement.pack`): frozen weights are quantized or offloaded (`packed_weights`). Before
+training (`apply_memory_modes`): attention kernels are set, and `forward` is wrapped. Around a
+block, from the outside in: checkpointing (which may offload the block's inputs), compilation;
 inside it, around a layer: chunks, then the unpacking of its weight. Setting a mode again replaces
-it (dpo_video/memory/hooks.py). What the network computes stays the same, except that weights in
-fewer bits are other weights, and that chunks and compiled kernels round differently.
+it (dpo_video/memory/hooks.py). Last, frozen weights are sharded (`fsdp`), whose hooks are around
+all of these. What the network computes stays the same, except that weights in fewer bits are other
+weights, and that chunks and compiled kernels round differently.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Frozen weights in another form: in fewer bits, in CPU memory, or sharded over processes.
+"""Frozen weights in another form: in fewer bits, or in CPU memory.
 
 A layer's weight is unpacked when the layer needs it, in the forward and again in the backward pass,
 and freed after it. So at most one is on the device in full, with checkpointing or without, and an
@@ -31,7 +31,6 @@ from dpo_video.errors import TrainingError, UserError
 from dpo_video.memory.blocks import blocks
 from dpo_video.memory.hooks import wrap_forward
 from dpo_video.memory.offload import to_device, to_host
-from dpo_video.memory.sharding import Shard
 from dpo_video.support.memoryless import Memoryless
 
 Base = Literal["native", "int8", "nf4", "fp8"]
@@ -60,25 +59,11 @@ class PackedWeight:
     device: torch.device
     """Where it is unpacked."""
     on_host: bool
-    shard: Shard | None = None
-    """This process's part, where each process stores a part only."""
-    unsharded: tuple[tuple[torch.Size, torch.dtype], ...] = ()
-    """Shape and dtype of each of `parts` before sharding."""
 
     @classmethod
-    def pack(
-        cls,
-        weight: Tensor,
-        base: Base,
-        device: torch.device,
-        on_host: bool,
-        shard: Shard | None = None,
-    ) -> Self:
+    def pack(cls, weight: Tensor, base: Base, device: torch.device, on_host: bool) -> Self:
         """Pack a weight, on the device."""
         parts = _packed(weight.detach().to(device), base)
-        unsharded = tuple((part.shape, part.dtype) for part in parts)
-        if shard is not None:
-            parts = tuple(shard.take(part) for part in parts)
         return cls(
             parts=tuple(to_host(part) for part in parts) if on_host else parts,
             base=base,
@@ -86,8 +71,6 @@ class PackedWeight:
             dtype=weight.dtype,
             device=device,
             on_host=on_host,
-            shard=shard,
-            unsharded=unsharded,
         )
 
     def unpack(self) -> Tensor:
@@ -95,11 +78,6 @@ class PackedWeight:
         parts = self.parts
         if self.on_host:
             parts = tuple(to_device(part, self.device) for part in parts)
-        if self.shard is not None:
-            parts = tuple(
-                self.shard.gather(part, *described)
-                for part, described in zip(parts, self.unsharded, strict=True)
-            )
         return _unpacked(parts, self.base, self.shape, self.dtype)
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -116,12 +94,7 @@ def check_base(base: Base) -> None:
 
 
 def pack_frozen_weights(
-    network: nn.Module,
-    device: torch.device,
-    base: Base,
-    *,
-    on_host: bool = False,
-    shard: Shard | None = None,
+    network: nn.Module, device: torch.device, base: Base, *, on_host: bool = False
 ) -> int:
     """Pack the frozen matrices of a network's blocks; return how many.
 
@@ -133,7 +106,6 @@ def pack_frozen_weights(
         device: Where weights are unpacked.
         base: Format; "native" keeps their bits.
         on_host: Keep them in CPU memory.
-        shard: Keep this part of each weight; other processes keep the others.
 
     Raises:
         TrainingError: if there are none.
@@ -145,7 +117,7 @@ def pack_frozen_weights(
             wrapper = _wrapper_of(layer)
             if wrapper is None or layer.weight.requires_grad:
                 continue
-            layer.packed_weight = PackedWeight.pack(layer.weight, base, device, on_host, shard)
+            layer.packed_weight = PackedWeight.pack(layer.weight, base, device, on_host)
             wrap_forward(layer, "unpack", wrapper)
             # An adapter asks its layer's weight for device and dtype.
             empty = torch.empty(0, dtype=layer.weight.dtype, device=device)
@@ -157,7 +129,7 @@ def pack_frozen_weights(
     if not count:
         raise TrainingError(
             f"A {type(network).__name__} has no blocks with frozen matrices. Set "
-            "memory.quantization=native and memory.shard=1, and take blocks out of memory.offload."
+            "memory.quantization=native, and take blocks out of memory.offload."
         )
     return count
 

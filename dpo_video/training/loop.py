@@ -22,6 +22,7 @@ from typing import Any
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dpo_video.data.store import PairStore
 from dpo_video.settings import MemorySettings, TrainSettings
@@ -76,6 +77,7 @@ def optimize(
     meter = Meter(accelerator, run.state.step, settings.steps, run.seconds)
     scaling = LossScaling(accelerator)
     passes = settings.gradient_accumulation_steps
+    averages = isinstance(run.network, DistributedDataParallel) and gradient.mode == "joint"
     for step in range(run.state.step, settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
@@ -90,8 +92,8 @@ def optimize(
                 set_global_states(generators)
                 return
             # Modes with several backward passes per batch average the gradients afterwards.
-            synchronises = index == passes - 1 and gradient.mode == "joint"
-            with nullcontext() if synchronises else accelerator.no_sync(run.network):
+            averaged = averages and index == passes - 1
+            with nullcontext() if averaged else accelerator.no_sync(run.network):
                 parts.append(
                     gradient(  # reference, policy, errors, loss, backward
                         pairs.batch,
@@ -103,7 +105,7 @@ def optimize(
                     )
                 )
             keys += pairs.batch.keys
-        if gradient.mode != "joint":
+        if not averages:
             gradient.average(accelerator)
 
         figures = PairFigures.cat(parts)

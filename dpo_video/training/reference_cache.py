@@ -148,6 +148,7 @@ class ReferenceCache:
         on_progress: Callable[[ReferenceCacheReport], None] = lambda report: None,
         stop: Callable[[], bool] = lambda: False,
         part: tuple[int, int] = (0, 1),
+        largest: Callable[[int], int] | None = None,
     ) -> bool:
         """Add the predictions that are missing; False if stopped before the end.
 
@@ -160,6 +161,8 @@ class ReferenceCache:
                 prediction.
             stop: Called after each `on_progress`; the predictions made so far are kept.
             part: Number and count of the processes that fill the cache together.
+            largest: The largest of the numbers that all these processes pass, if they must call
+                `predict` and `stop` equally often.
 
         Raises:
             StoreError: if the cache belongs to other pairs, or differs from what `predict` returns.
@@ -169,7 +172,7 @@ class ReferenceCache:
             return True
         digests = {pair: self._digest(pair) for pair in {draw.pair for draw in draws}}
         if all(self._holds(draw, digests[draw.pair]) for draw in draws):
-            return self._fill(draws, digests, predict, on_progress, stop)
+            return self._fill(draws, digests, predict, on_progress, stop, largest)
 
         def wait(text: str) -> None:
             on_progress(
@@ -178,8 +181,14 @@ class ReferenceCache:
                 )
             )
 
-        with claim(self.folder, part=part, patience=float("inf"), note=wait, stop=stop) as claimed:
-            return claimed and self._fill(draws, digests, predict, on_progress, stop)
+        with claim(
+            self.folder,
+            part=part,
+            patience=float("inf"),
+            note=wait,
+            stop=stop if largest is None else lambda: False,
+        ) as claimed:
+            return claimed and self._fill(draws, digests, predict, on_progress, stop, largest)
 
     def _fill(
         self,
@@ -188,6 +197,7 @@ class ReferenceCache:
         predict: Callable[[PairDraw], Latents],
         on_progress: Callable[[ReferenceCacheReport], None],
         stop: Callable[[], bool],
+        largest: Callable[[int], int] | None,
     ) -> bool:
         missing = [draw for draw in draws if not self._holds(draw, digests[draw.pair])]
         probe = next((draw for draw in draws if draw not in set(missing)), draws[0])
@@ -199,6 +209,7 @@ class ReferenceCache:
                 f"its prediction for pair {probe.pair} is not what the reference predicts now"
             )
         size = prediction.nbytes
+        rounds = len(missing) if largest is None else largest(len(missing))
         self._check_space(size * len(missing))
 
         def stopped(done: int, remaining: float) -> bool:
@@ -219,6 +230,10 @@ class ReferenceCache:
         for done, draw in enumerate(missing, start=1):
             self._save(draw, _narrowed(predict(draw)), digests[draw.pair])
             if stopped(done, (time.monotonic() - started) * (len(missing) - done) / done):
+                return False
+        for _ in range(rounds - len(missing)):  # for the other processes
+            predict(probe)
+            if stopped(len(missing), 0.0):
                 return False
         return True
 

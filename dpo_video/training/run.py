@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from dpo_video.data.store import PairStore
-from dpo_video.errors import TrainingError
 from dpo_video.memory.compile import check_compile
+from dpo_video.memory.fsdp import shard_frozen_weights
 from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Loss, Reference, VideoModel
@@ -115,13 +115,20 @@ def train(
     np.random.seed(derive(seed, "numpy") % 2**32)
     apply_memory_modes(policy, memory)
     reference_model = reference.attach(policy)
-    if reference_model.noise_draws is not None and memory.shard > 1:
-        raise TrainingError(
-            "A cached reference does not support memory.shard: processes that share the weights "
-            "would wait for each other at different pairs. Train with --reference toggle."
+    if memory.shard > 1:
+        with reference_model.network() as own:
+            networks = [policy] if own is policy else [policy, own]
+        shard_frozen_weights(
+            networks, memory.shard, accelerator.device, on_host="blocks" in memory.offload
         )
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    network, optimizer = accelerator.prepare(policy, make_optimizer(parameters, settings, memory))
+    # DistributedDataParallel takes no sharded weights: `Step.average` does its work then.
+    network = accelerator.prepare_model(
+        policy,
+        device_placement=memory.shard == 1,
+        evaluation_mode=memory.shard > 1,
+    )
+    optimizer = accelerator.prepare_optimizer(make_optimizer(parameters, settings, memory))
     gradient = Step(
         model=model,
         policy=network,
@@ -158,10 +165,12 @@ def train(
         model, store, pairs, loss, settings, seed=seed, accelerator=accelerator, state=run.state,
         noise_draws=reference_model.noise_draws, cache=cache,
     )  # fmt: skip
+    agreed = _agreed(stop, accelerator)
     if run.state.step < settings.steps and not sampler.fill_cache(
         lambda inputs: gradient.reference(inputs.batch, inputs.noise, inputs.timestep),
         on_reference_cache,
-        stop,
+        stop if memory.shard == 1 else lambda: agreed(0),
+        together=memory.shard > 1,
     ):
         return
     called = [
@@ -170,7 +179,7 @@ def train(
     ]  # fmt: skip
     for listener in called:
         listener.on_train_begin(run)
-    for event in optimize(run, sampler, gradient, _agreed(stop, accelerator)):
+    for event in optimize(run, sampler, gradient, agreed):
         for listener in called:
             listener.on_step_end(event)
         yield event

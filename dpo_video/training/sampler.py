@@ -164,26 +164,37 @@ class PairSampler:
         predict: Callable[[StepInputs], Latents],
         on_progress: Callable[[ReferenceCacheReport], None],
         stop: Callable[[], bool],
+        *,
+        together: bool = False,
     ) -> bool:
         """Add the predictions that the run needs to the cache; False if stopped before the end.
 
-        Each process predicts its share.
+        Each process predicts its share. With `together` all processes predict equally often, as
+        sharded weights need it, and `stop` must return the same in all of them.
         """
         if self._cache is None or self.noise_draws is None:
             return True
         world, rank = self._accelerator.num_processes, self._accelerator.process_index
         count = min(self.position(self._settings.steps), self.noise_draws * len(self._pairs))
         draws = [self.draw_at(position) for position in range(rank, count, world)]
+        if together and not draws:
+            draws = [self.draw_at(0)]  # of another process too, to predict with it
         done = self._cache.fill(
             draws,
             lambda draw: predict(self._to_device(self._load([draw]))),
             on_progress,
             stop,
             (rank, world),
+            self._largest if together else None,
         )
         if done:
             self._accelerator.wait_for_everyone()
         return done
+
+    def _largest(self, number: int) -> int:
+        """The largest of the numbers that all processes pass."""
+        numbers = torch.tensor(float(number), device=self._accelerator.device)
+        return int(self._accelerator.reduce(numbers, reduction="max"))
 
     def _read(self, step: int, part: int) -> StepInputs:
         """The inputs of one forward pass of this process, on the CPU."""

@@ -129,11 +129,14 @@ class Step:
         """Average the policy's gradients over all processes, if the passes did not."""
         if accelerator.num_processes == 1:
             return
-        for parameter in self.policy.parameters():
-            if parameter.requires_grad:
-                # Another process may have used a part of the network that this one has not.
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = accelerator.reduce(own, reduction="mean")
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        # Another process may have used a part of the network that this one has not.
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flat = torch.cat([gradient.flatten() for gradient in own])  # one collective for all
+        mean = accelerator.reduce(flat, reduction="mean").split([p.numel() for p in trained])
+        for parameter, gradient, part in zip(trained, own, mean, strict=True):
+            # Into memory of its own: kernels round differently by a tensor's alignment.
+            parameter.grad = gradient.copy_(part.view_as(gradient))
 
     def _reference(self, inputs: Inputs) -> Latents:
         with self.autocast():

@@ -91,11 +91,11 @@ def predict(
     diffusers.utils.logging.set_verbosity_error()  # remarks on configurations of older versions
     own = config.tables["reference"]["name"]
     references: dict[str, Any] = {own: config.reference}
-    modes = [mode_of(config)]
+    modes, shard = [mode_of(config)], config.memory.shard
     if not alone:
         references = {**{name: _reference(name) for name in REFERENCES}, **references}
         shown = [
-            mode.model_copy(update={"shard": config.memory.shard})
+            mode if mode.quantization != "native" else mode.model_copy(update={"shard": shard})
             for mode in memory_modes.candidate_modes(list(references), config.loss)
         ]
         modes = [*shown, *(mode for mode in modes if mode not in shown)]

@@ -25,7 +25,6 @@ from dpo_video.data.prompts import load_prompts, prompt_table
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import StoreError, UserError
 from dpo_video.memory.packed_weights import check_base, frozen_weights, pack_frozen_weights
-from dpo_video.memory.sharding import Shard
 from dpo_video.strategies import (
     PACKED,
     Labeler,
@@ -129,13 +128,10 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
     on_host = "blocks" in memory.offload
     # A single process that evaluates a sharded run holds all weights itself.
     shared = memory.shard > 1 and torch.distributed.is_initialized()
-    if memory.quantization == "native" and not on_host and not shared:
-        return config.backbone.load(Placement(device, dtype))
+    if memory.quantization == "native" and (shared or not on_host):
+        return config.backbone.load(Placement(device, dtype, denoiser_on_host=shared))
     check_base(memory.quantization)
-    shard = Shard.among(memory.shard) if shared else None
-    pack = partial(
-        pack_frozen_weights, device=device, base=memory.quantization, on_host=on_host, shard=shard
-    )
+    pack = partial(pack_frozen_weights, device=device, base=memory.quantization, on_host=on_host)
     model = config.backbone.load(Placement(device, dtype, pack=pack))
     if next(frozen_weights(model.denoiser), None) is None:  # the backbone ignored `pack`
         pack(model.denoiser)

@@ -1,164 +1,187 @@
-"""Several processes train what one trains, and share the frozen weights."""
+"""Several processes train what one trains, with replicated and with sharded weights."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given
-from hypothesis import strategies as some
+from diffusers import WanTransformer3DModel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from small_animatediff import load_small
-from small_training import SETTINGS, make_store
+from small_processes import in_processes
+from small_training import SETTINGS, adapter_hash, make_store
+from small_wan import load_small_wan, save_small_wan
+from torch import nn
 
-from benchmarks.trust.processes import hashes, small_model
-from dpo_video.backbone.animatediff import AnimateDiffModel
-from dpo_video.errors import TrainingError, UserError
+from dpo_video.data.store import PairStore
 from dpo_video.loss.global_ import Global
-from dpo_video.memory.packed_weights import frozen_weights, pack_frozen_weights
-from dpo_video.memory.sharding import Shard
+from dpo_video.memory.fsdp import shard_frozen_weights, sharded_bytes
 from dpo_video.reference.cached import Cached
+from dpo_video.reference.copy import Copy
+from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings
+from dpo_video.strategies import Reference
+from dpo_video.training.listeners import Listener
+from dpo_video.training.report import StepEvent
 from dpo_video.training.run import train
-from dpo_video.workflows.config import Config, resolve
-from dpo_video.workflows.session import as_launched
+from dpo_video.training.run_dir import latest_checkpoint, resumable
 
-
-def test_two_processes_that_share_the_weights_train_what_one_trains(tmp_path: Path) -> None:
-    ways = ["one process", "two that share the frozen weights"]
-    assert len(set(hashes(tmp_path, small_model(tmp_path / "small"), ways).values())) == 1
-
-
-@given(count=some.integers(1, 5), size=some.integers(0, 40))
-def test_the_parts_of_a_tensor_are_alike_and_make_it_whole(count: int, size: int) -> None:
-    tensor = torch.arange(size, dtype=torch.int16).view(torch.float16)
-    parts = [Shard(rank=rank, count=count).take(tensor) for rank in range(count)]
-    assert len({len(part) for part in parts}) == 1
-    together = torch.cat(parts)
-    assert torch.equal(together[: tensor.nbytes], tensor.view(torch.uint8))
-    assert len(together) < tensor.nbytes + count  # padding, and nothing twice
-
-
-def test_a_process_stores_its_part_alone(small_model: AnimateDiffModel) -> None:
-    device = torch.device("cpu")
-    pack_frozen_weights(small_model.denoiser, device, "int8", shard=Shard(rank=1, count=4))
-    stored = sum(
-        part.nbytes for each in frozen_weights(small_model.denoiser) for part in each.parts
-    )
-    whole = sum(
-        shape.numel() * dtype.itemsize
-        for each in frozen_weights(small_model.denoiser)
-        for shape, dtype in each.unsharded
-    )
-    assert whole / 4 <= stored < 0.3 * whole
-
-
-def launched(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, *more: str) -> Config:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    return as_launched(resolve(choices={"pairs": "somewhere/"}, assignments=more))
-
-
-def test_fsdp_becomes_memory_shard(monkeypatch: pytest.MonkeyPatch) -> None:
-    asks = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "8"}
-    config = launched(asks, monkeypatch)
-    assert config.memory.shard == config.tables["memory"]["shard"] == 8
-    assert "ACCELERATE_USE_FSDP" not in os.environ  # or Accelerate would do it as well
-    assert (
-        launched({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "1"}, monkeypatch).memory.shard == 1
-    )
-    among = launched(
-        {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "8"}, monkeypatch, "memory.shard=2"
-    )
-    assert among.memory.shard == 2
-
-
-OPTIMIZER = {"offload_optimizer": {"device": "cpu"}}
-
-
-@pytest.mark.parametrize(
-    ("zero", "shard", "offload"),
-    [
-        ({"stage": 1}, 1, ()),
-        ({"stage": 2, **OPTIMIZER}, 1, ("optimizer",)),
-        ({"stage": 3, "offload_param": {"device": "none"}}, 4, ()),
-        (
-            {"stage": 3, "offload_param": {"device": "nvme"}, **OPTIMIZER},
-            4,
-            ("blocks", "optimizer"),
-        ),
-    ],
-)
-def test_deepspeed_settings_become_memory_modes(
-    zero: dict[str, Any],
-    shard: int,
-    offload: tuple[str, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    file = tmp_path / "zero.json"
-    file.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
-    plain = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "4"}
-    by_name = {
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero["stage"]),
-        **{
-            f"ACCELERATE_DEEPSPEED_{part.upper()}_DEVICE": zero[part]["device"]
-            for part in zero.keys() - {"stage"}
+WAYS: Mapping[str, tuple[Mapping[str, Any], Reference]] = {
+    "replicated": ({}, Toggle()),
+    "joint": ({"shard": 2}, Toggle()),
+    "split": (
+        {"shard": 2, "backward": "split", "checkpointing": "blocks", "forward_chunks": 2},
+        Cached(noise_draws=1),
+    ),
+    "linear": (
+        {
+            "shard": 2, "backward": "linear", "checkpointing": 1,
+            "offload": "blocks,optimizer,checkpoints",
         },
-    }
-    for asks in ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}, by_name):
-        config = launched({**plain, **asks}, monkeypatch)
-        assert (config.memory.shard, config.memory.offload) == (shard, offload)
-        assert config.tables["memory"]["offload"] == list(offload)
-        assert not any("DEEPSPEED" in name for name in os.environ)
+        Copy(),
+    ),
+}  # fmt: skip
 
 
-def test_fsdp_offload_becomes_memory_offload(monkeypatch: pytest.MonkeyPatch) -> None:
-    asks = {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true", "WORLD_SIZE": "2"}
-    assert launched(asks, monkeypatch).memory.offload == ("blocks",)
+class KillsItself(Listener):
+    """Ends the second process without notice once the first one has saved."""
+
+    def on_step_end(self, event: StepEvent) -> None:
+        if not self.run.accelerator.is_main_process and event.checkpoint is not None:
+            while not resumable(self.run.out):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("environment", "more", "said"),
-    [
-        (
-            {"WORLD_SIZE": "4"},
-            "memory.shard=3",
-            "does not divide this run's number of proc",
-        ),
-        ({}, "memory.shard=2", "start that many processes"),
-        (
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "nowhere"},
-            "train.steps=1",
-            "'nowhere' cannot be read",
-        ),
-    ],
-)
-def test_an_impossible_launch_is_an_error(
-    environment: dict[str, str], more: str, said: str, monkeypatch: pytest.MonkeyPatch
+def train_way(
+    way: str, folder: Path, out: Path, processes: int, *, network: str = "wan", **options: Any
 ) -> None:
-    with pytest.raises(UserError, match=said):
-        launched(environment, monkeypatch, more)
-
-
-def test_pairs_are_built_before_the_weights_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="Build them first"):
-        as_launched(resolve(choices={"pairs": "jitter"}, assignments=["memory.shard=2"]))
-
-
-def test_a_cache_is_not_filled_by_processes_that_share_the_weights(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
-) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    steps = train(
-        load_small(small_folder), store, Global(), Cached(), SETTINGS,
-        seed=0, out=tmp_path / "run", accelerator=Accelerator(cpu=True),
-        memory=MemorySettings(shard=2),
+    """Train on two pairs a step, over so many processes."""
+    memory, reference = WAYS[way]
+    if processes == 1 or "shard" in options:
+        memory = {**memory, "shard": options.pop("shard", 1)}
+    load = {"wan": load_small_wan, "animatediff": load_small}[network]
+    settings = SETTINGS.model_copy(
+        update={
+            "steps": options.pop("steps", 2), "gradient_accumulation_steps": 2 // processes,
+            "validation_videos": int(network == "animatediff"),
+        }
     )  # fmt: skip
-    with pytest.raises(TrainingError, match="Train with --reference toggle"):
-        next(steps)
+    events = train(
+        load(folder / network), PairStore(folder / f"{network}-pairs"), Global(), reference,
+        settings, seed=0, out=out, accelerator=Accelerator(cpu=True),
+        memory=MemorySettings.model_validate(memory), **options,
+    )  # fmt: skip
+    list(events)
+
+
+def train_in_two(folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("error", message="FSDP2")
+    for way in WAYS:
+        train_way(way, folder, folder / f"two-{way}", 2)
+    train_way("split", folder, folder / "one-split", 2, shard=1)
+    train_way("joint", folder, folder / "two-unet", 2, network="animatediff")
+    count_bytes(folder)
+    train_way("joint", folder, folder / "killed", 2, steps=4, listeners=[KillsItself()])
+
+
+def count_bytes(folder: Path) -> None:
+    """Write the bytes of the tensors alive in a wide network's pass, and those predicted."""
+    network = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=4, text_dim=8,
+        freq_dim=8, ffn_dim=2048, num_layers=3, rope_max_seq_len=8,
+    )  # fmt: skip
+    network.requires_grad_(False)
+    policy = get_peft_model(network, LoraConfig(r=1, target_modules=["ffn.net.2"]))
+    predicted, before = sharded_bytes(policy, 2), alive()
+    shard_frozen_weights([policy], 2, torch.device("cpu"))
+    found = [alive()]
+
+    def look(*_: object) -> None:
+        found.append(alive())
+
+    for block in network.blocks:
+        block.ffn.register_forward_hook(look)
+        block.ffn.register_full_backward_hook(look)
+    inputs = torch.zeros(1, 4, 1, 2, 2), torch.ones(1), torch.zeros(1, 2, 8)
+    policy(*inputs, return_dict=False)[0].sum().backward()
+    rest = before - predicted.whole
+    figures = {
+        "parts": [predicted.parts, found[0] - rest],
+        "gathered": [predicted.gathered, max(found) - found[0]],
+    }
+    (folder / "bytes.json").write_text(json.dumps(figures))
+
+
+def alive() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def resume_in_two(folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    train_way("joint", folder, out, 2, steps=4, resume=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, small_folder: Path) -> Path:
+    """Runs of two processes in every way, and one of which the second process was killed."""
+    found = tmp_path_factory.mktemp("processes")
+    (found / "animatediff").symlink_to(small_folder)
+    save_small_wan(found / "wan")
+    make_store(found / "animatediff-pairs", load_small(small_folder))
+    make_store(found / "wan-pairs", load_small_wan(found / "wan"))
+    codes = in_processes(2, train_in_two, found)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, -signal.SIGKILL)  # it has lost the other one
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_the_adapter_of_one(way: str, folder: Path) -> None:
+    if way != "split":  # it sums the gradients of four videos, in another order than two processes
+        train_way(way, folder, folder / f"one-{way}", 1)
+    assert adapter_hash(folder / f"two-{way}") == adapter_hash(folder / f"one-{way}")
+
+
+def test_sharded_weights_take_the_bytes_that_are_predicted(folder: Path) -> None:
+    for predicted, found in json.loads((folder / "bytes.json").read_text()).values():
+        assert found == pytest.approx(predicted, rel=0.05)
+
+
+def test_a_unet_is_trained_up_to_rounding(folder: Path) -> None:
+    train_way("joint", folder, folder / "one-unet", 1, network="animatediff")
+    one, two = (
+        load_file(latest_checkpoint(folder / f"{name}-unet") / "adapter/adapter_model.safetensors")
+        for name in ("one", "two")
+    )
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sharded_run_resumes_on_any_number_of_processes(processes: int, folder: Path) -> None:
+    train_way("joint", folder, folder / "whole", 1, steps=4)
+    resumed = folder / f"resumed-{processes}"
+    shutil.copytree(folder / "killed", resumed)
+    if processes == 1:
+        train_way("joint", folder, resumed, 1, steps=4, resume=True)
+    else:
+        assert in_processes(2, resume_in_two, folder, resumed) == [0, 0]
+    assert adapter_hash(resumed) == adapter_hash(folder / "whole")

@@ -1,0 +1,49 @@
+"""Several processes on this machine without a launcher, forked from one that has imported them.
+
+codes = in_processes(2, work, argument)
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_IMPORTED = ["small_training", "small_wan", "dpo_video.memory.fsdp"]
+_PATIENCE = 300  # seconds
+
+
+def in_processes(count: int, work: Callable[..., None], *arguments: Any) -> list[int]:
+    """Call a function of a module in every process of a group; return their exit codes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    tests = str(Path(__file__).parent)  # the server reads no other path
+    os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    with socket.socket() as unbound:
+        unbound.bind(("localhost", 0))
+        port = unbound.getsockname()[1]
+    started = [
+        context.Process(target=_member, args=(rank, count, port, work, arguments))
+        for rank in range(count)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(_PATIENCE)
+        process.kill()
+        process.join()
+    return [process.exitcode or 0 for process in started]
+
+
+def _member(
+    rank: int, count: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    """What torch's launcher sets for each process."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    work(*arguments)
