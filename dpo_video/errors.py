@@ -59,9 +59,30 @@ class ExportError(UserError):
     """An export that does not load back as what was exported; its files have been removed."""
 
 
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "max_steps": "steps",
+    "max_train_steps": "steps",
+    "num_steps": "steps",
+    "output_dir": "out",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "lora_rank": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lr_warmup_steps": "warmup_steps",
+    "checkpointing_steps": "save_steps",
+    "checkpoints_total_limit": "save_total_limit",
+    "adam_weight_decay": "weight_decay",
+}
+"""Names of other libraries' options, such as those of TRL, Transformers and diffusers' scripts."""
+
+
 def unknown(what: str, name: str, available: Iterable[str]) -> UserError:
     """The UserError for an unknown name, with the closest available one."""
     options = sorted(available)
-    near = difflib.get_close_matches(name, options, n=1)
+    table, _, last = name.rpartition(".")
+    meant = f"{table}." * bool(table) + _ELSEWHERE.get(last, "")
+    near = [meant] if meant in options else difflib.get_close_matches(name, options, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return UserError(f"Unknown {what} '{name}'.{hint} Available: {', '.join(options) or 'none'}.")

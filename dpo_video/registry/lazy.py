@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,10 @@ def lazy(kind: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
         for entry in entries():
             if (entry.kind, entry.attr) == (kind, name):
                 return registry.load(kind, entry.name)
-        raise AttributeError(f"module 'dpo_video.{kind}' has no attribute '{name}'")
+        lower = {each.lower(): each for each in names()}
+        near = difflib.get_close_matches(name.lower(), lower, n=1)
+        hint = f". Did you mean '{lower[near[0]]}'?" if near else ""
+        raise AttributeError(f"module 'dpo_video.{kind}' has no attribute '{name}'{hint}")
 
     def names() -> list[str]:
         return sorted({entry.attr for entry in entries() if entry.kind == kind})

@@ -19,7 +19,7 @@ from dpo_video.text import command
 from dpo_video.training.checkpoint import Checkpoint
 from dpo_video.types import Remark
 from dpo_video.workflows.config import Config
-from dpo_video.workflows.options import BuildOptions, configure, with_options
+from dpo_video.workflows.options import BuildOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import (
     OpenedSource,
@@ -37,6 +37,7 @@ SKIPPED_SHOWN = 20  # by name; the rest are counted
 
 
 @with_options
+@checked
 def build_pairs(
     pairs: PairBuilder | str | None = None,
     *,

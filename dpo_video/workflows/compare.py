@@ -34,6 +34,7 @@ from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.estimate import choose_blocks
 from dpo_video.workflows.evaluate import evaluate_run
+from dpo_video.workflows.options import checked
 from dpo_video.workflows.presets import Tables
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.resume import Resumption
@@ -54,6 +55,7 @@ _RESERVED = ("pairs", "comparison.json", "comparison.md", "frontier.svg", "index
 _QUIET = {"train.report_to": "none", "train.validation_videos": 0, "build.previews": False}
 
 
+@checked
 def compare(
     entries: Sequence[Path | str] | None = None,
     *,
@@ -255,7 +257,8 @@ def _read(paths: Sequence[Path | str] | None) -> _Entries:
         except ValueError as error:
             raise UserError(f"'{path}' is not valid TOML: {error}. Correct it.") from error
         if tables.keys() & {*configs.ENGINES, *registry.KINDS}:
-            found.append(_Entry(name=path.stem, file=path, table=None))
+            name = path.resolve().parent.name if path.name == "run.toml" else path.stem
+            found.append(_Entry(name=name, file=path, table=None))
             continue
         selection = (
             _selection(tables.pop("selection"), path) if "selection" in tables else selection

@@ -19,7 +19,7 @@ from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
 from dpo_video.training.step import check_backward
 from dpo_video.workflows.config import Config
-from dpo_video.workflows.options import TrainOptions, configure, with_options
+from dpo_video.workflows.options import TrainOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 
 # Of equally fast modes, that of the first reference in this order is recommended.
@@ -31,6 +31,7 @@ REFERENCES = ("toggle", "copy", "cached")
 
 
 @with_options
+@checked
 def estimate(
     *,
     efficiency: float | None = None,

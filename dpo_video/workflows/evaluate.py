@@ -16,13 +16,14 @@ from dpo_video.support.claims import claim
 from dpo_video.training.checkpoint import kept_adapter
 from dpo_video.types import Videos
 from dpo_video.workflows.config import Config
-from dpo_video.workflows.options import EvaluateOptions, configure, with_options
+from dpo_video.workflows.options import EvaluateOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run, verdict_of
 from dpo_video.workflows.session import evaluation_prompts, load_model, pick_device
 
 
 @with_options
+@checked
 def evaluate(
     run: Run | Path | str,
     *,

@@ -20,7 +20,7 @@ from dpo_video.support.urls import is_url
 from dpo_video.training.checkpoint import kept_adapter
 from dpo_video.types import ExportSpec
 from dpo_video.workflows.config import Config
-from dpo_video.workflows.options import configure
+from dpo_video.workflows.options import checked, configure
 from dpo_video.workflows.results import ExportResult
 from dpo_video.workflows.runs import Run, verdict_of
 from dpo_video.workflows.session import load_model, pick_device
@@ -28,6 +28,7 @@ from dpo_video.workflows.session import load_model, pick_device
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@checked
 def export(
     run: Run | Path | str,
     format: str = "diffusers",

@@ -14,7 +14,7 @@ from dpo_video.evaluation.adapter import put_on
 from dpo_video.support.atomic import writing
 from dpo_video.support.claims import WRITER, claim
 from dpo_video.training.checkpoint import kept_adapter
-from dpo_video.workflows.options import Options, configure, with_options
+from dpo_video.workflows.options import Options, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.results import GeneratedVideo
 from dpo_video.workflows.runs import Run
@@ -22,6 +22,7 @@ from dpo_video.workflows.session import load_model, pick_device
 
 
 @with_options
+@checked
 def generate(
     run: Run | Path | str | None = None,
     *,

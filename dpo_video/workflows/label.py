@@ -17,13 +17,14 @@ from dpo_video.paths import check_name
 from dpo_video.strategies import StoreLabeler, Strategy
 from dpo_video.support.claims import WRITER, claim
 from dpo_video.support.interrupts import StopSignal
-from dpo_video.workflows.options import Options, configure, with_options
+from dpo_video.workflows.options import Options, checked, configure, with_options
 from dpo_video.workflows.pairs import opened
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import check_pairs, load_model, pick_device
 
 
 @with_options
+@checked
 def label(
     pairs: PairStore | Path | str,
     labeler: Strategy | str | None = None,

@@ -8,9 +8,10 @@ from typing import Any
 
 from dpo_video.strategies import Backbone, VideoModel
 from dpo_video.workflows import session
-from dpo_video.workflows.options import configure
+from dpo_video.workflows.options import checked, configure
 
 
+@checked
 def load_model(
     backbone: Backbone | str | None = None,
     *,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 from dpo_video import registry
 from dpo_video.data.store import PairStore
-from dpo_video.errors import unknown
+from dpo_video.errors import UserError, unknown
 from dpo_video.strategies import Backbone, Loss, Metric, Reference, Strategy
 from dpo_video.workflows.config import ENGINES, Config, resolve
 
@@ -88,6 +92,45 @@ class EvaluateOptions(Options, total=False):
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True)
+
+
+def checked(function: Function) -> Function:
+    """Check the types of a workflow's own arguments; options are checked when they are resolved.
+
+    The function then raises a UserError for an argument of another type than its annotation.
+    """
+    signature = inspect.signature(function)
+    adapters: dict[str, TypeAdapter[Any]] = {}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not adapters:
+            hints = get_type_hints(function)
+            shared = get_type_hints(Options)
+            for name in ("config", "set", "tier", "device"):
+                hints.setdefault(name, shared[name])
+            for name in hints.keys() - {"return", "options"}:
+                adapters[name] = TypeAdapter(hints[name], config=_STRICT)
+        given = signature.bind(*args, **kwargs).arguments
+        for name, value in {**given, **given.get("options", {})}.items():
+            if name not in adapters:
+                continue
+            try:
+                adapters[name].validate_python(value)
+            except ValidationError as error:
+                own_hint = signature.parameters.get(name)
+                hint = (
+                    own_hint.annotation
+                    if own_hint
+                    else Options.__annotations__[name].__forward_arg__
+                )
+                where = f"{function.__name__}({name}={reprlib.repr(value)})"
+                see = f"help(dpo_video.{function.__name__})"
+                raise UserError(f"{where}: pass a value of type {hint}. See {see}.") from error
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def with_options(function: Function) -> Function:
@@ -133,7 +176,14 @@ def configure(
     recipe, made_with = given.pop("recipe", None), None
     flags = dict(more or {})
     if isinstance(paths, Mapping):
-        flags, paths = {**flags, **paths}, ()
+        for path, value in paths.items():
+            if "." in path:
+                flags[path] = value
+            elif isinstance(value, Mapping):  # {"loss": {"beta": 500}}
+                flags |= {f"{path}.{name}": each for name, each in value.items()}
+            else:
+                raise UserError(f"set = {{{path!r}: ...}} names no option, such as 'loss.beta'.")
+        paths = ()
     if (store := _finished_pairs(pairs)) is not None:
         pairs, made_with = store, PairStore(store).manifest.recipe
     homes = {

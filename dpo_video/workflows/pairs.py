@@ -12,7 +12,7 @@ from dpo_video.data.store import PairStore
 from dpo_video.data.videodpo import VideoDPOExport, export_videodpo
 from dpo_video.errors import UserError
 from dpo_video.strategies import Metric
-from dpo_video.workflows.options import Options, configure, with_options
+from dpo_video.workflows.options import Options, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import apply_labels, evaluation_prompts, load_model, pick_device
 
@@ -23,6 +23,7 @@ def opened(pairs: PairStore | Path | str) -> PairStore:
 
 
 @with_options
+@checked
 def check(
     pairs: PairStore | Path | str,
     *,
@@ -62,6 +63,7 @@ def check(
     )
 
 
+@checked
 def pack(
     pairs: PairStore | Path | str,
     out: Path | str,
@@ -85,6 +87,7 @@ def pack(
     return PairStore(out)
 
 
+@checked
 def export_pairs(
     pairs: PairStore | Path | str, out: Path | str, *, labels: Sequence[str] | None = None
 ) -> VideoDPOExport:

@@ -37,7 +37,7 @@ from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import is_main_process, process_count
 from dpo_video.workflows.estimate import choose_blocks, warn_if_too_large
-from dpo_video.workflows.options import TrainOptions, configure, with_options
+from dpo_video.workflows.options import TrainOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.resume import Resumption, options_of
 from dpo_video.workflows.runs import PROMPTS, Run
@@ -53,6 +53,7 @@ from dpo_video.workflows.session import (
 
 
 @with_options
+@checked
 def train(
     pairs: PairBuilder | PairStore | Path | str | None = None,
     *,

@@ -12,6 +12,7 @@ from rich.console import Console
 from small_evaluation import an_evaluation, with_witness
 from typer.testing import CliRunner
 
+import dpo_video as dv
 from dpo_video.cli import app
 from dpo_video.errors import UserError
 from dpo_video.evaluation.compare import Comparison
@@ -309,6 +310,17 @@ def test_two_entries_of_one_name_are_an_error(tmp_path: Path) -> None:
         (tmp_path / f"{name}.toml").write_text("[one]\npairs = 'local'")
     result = CliRunner().invoke(app, ["compare", *(str(p) for p in tmp_path.glob("*.toml"))])
     assert "Two entries are named 'one'" in str(result.exception)
+
+
+def test_configurations_of_runs_are_named_by_their_folders(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.toml").write_text("[loss]\nname = 'global'\n")
+    paths = [tmp_path / name / "run.toml" for name in ("one", "two", "none")]
+    with pytest.raises(UserError, match=r"Cannot read '.*none/run.toml'"):
+        dv.compare(paths)
+    with pytest.raises(UserError, match=r"Unknown entry 'three'.*Available: one, two"):
+        dv.compare(paths[:2], only=["three"])
 
 
 def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:

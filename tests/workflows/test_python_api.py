@@ -345,6 +345,45 @@ def test_an_unknown_keyword_is_refused_with_the_nearest_one() -> None:
         configure("train", {"stpes": 3})
 
 
+@pytest.mark.parametrize(
+    ("elsewhere", "here"), [("lr", "learning_rate"), ("max_steps", "steps"), ("lora_rank", "rank")]
+)
+def test_options_of_other_libraries_are_named_as_here(elsewhere: str, here: str) -> None:
+    with pytest.raises(UserError, match=f"Unknown option '{elsewhere}'. Did you mean '{here}'"):
+        configure("train", {elsewhere: 1})
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: dv.train(5), r"train\(pairs=5\): pass a value of type PairBuilder \|"),
+        (lambda: dv.train("x", listeners=[print]), r"type Sequence\[Listener\]\. See help\(dpo"),
+        (
+            lambda: dv.train("x", set="loss.beta=5"),
+            r"set=.loss.beta=5.\): pass a value of type M",
+        ),
+        (lambda: dv.evaluate(None), r"evaluate\(run=None\): pass a value of type Run \| Path"),
+        (lambda: dv.estimate(tier=4090), r"estimate\(tier=4090\): pass a value of type str"),
+        (lambda: dv.compare("runs/a"), r"compare\(entries='runs/a'\): pass a value of type Seq"),
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_refused(call: Any, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        call()
+
+
+def test_options_are_set_by_path_or_in_nested_tables() -> None:
+    nested = configure("train", {"loss": "global", "set": {"loss": {"beta": 3.0}}})
+    assert nested == configure("train", {"loss": "global", "set": {"loss.beta": 3.0}})
+    with pytest.raises(UserError, match=r"names no option, such as 'loss.beta'"):
+        configure("train", {"set": {"loss": 3}})
+
+
+def test_a_class_of_another_spelling_is_suggested() -> None:
+    with pytest.raises(AttributeError, match="Did you mean 'DPOP'"):
+        dv.loss.Dpop  # noqa: B018
+
+
 def test_keywords_are_exactly_the_tables_options() -> None:
     for options, models in (
         (TrainOptions, (settings.TrainSettings, settings.BuildSettings, settings.RunSettings)),
