@@ -1,0 +1,110 @@
+"""The study's choice of learning rates, and its answers, on changes that are known."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_evaluation import an_evaluation
+
+from benchmarks.study import analysis
+from dpo_video.errors import UserError
+from dpo_video.evaluation.results import Evaluation
+from dpo_video.evaluation.verdict import MetricResult, Role
+
+PROMPTS = tuple(f"prompt {i}" for i in range(20))
+ROLES = {
+    analysis.TARGET: Role.TARGET,
+    analysis.MOTION: Role.MOTION,
+    analysis.GUARD: Role.GUARD,
+}
+
+
+def evaluated(seed: int, **change: float) -> Evaluation:
+    """An evaluation whose metrics change by these shares, and by noise of 1% per prompt."""
+    rng = np.random.default_rng(seed)
+    base = np.linspace(8, 12, len(PROMPTS))
+    metrics = tuple(
+        MetricResult.measured(
+            name,
+            base.tolist(),
+            (base * (1 + change.get(name, 0.0)) + rng.normal(0, 0.1, len(base))).tolist(),
+            unit="",
+            higher_is_better=role is not Role.TARGET,
+            role=role,
+        )
+        for name, role in ROLES.items()
+    )
+    return an_evaluation(list(PROMPTS)).model_copy(update={"metrics": metrics})
+
+
+def test_the_lowest_error_among_those_that_keep_motion_and_caption_is_chosen() -> None:
+    def changes(error: float, motion: float, guard: float) -> dict[str, float]:
+        return {analysis.TARGET: error, analysis.MOTION: motion, analysis.GUARD: guard}
+
+    assert analysis.chosen_rates({
+        "local-region-1e-4": changes(-0.1, 0.0, 0.0),
+        "local-region-3e-4": changes(-0.3, -0.02, -0.03),
+        "local-region-1e-3": changes(-0.5, -0.04, 0.0),
+        "sft-1e-4": changes(-0.1, -0.05, 0.0),
+        "sft-3e-4": changes(-0.5, 0.0, -0.20),
+    }) == {"local-region": "3e-4", "sft": "1e-4"}  # fmt: skip
+
+
+def test_the_report_has_the_chosen_rates_and_half_the_steps_of_two() -> None:
+    selection = tomllib.loads((analysis.HERE / "selection.toml").read_text())
+    methods = {analysis._split(entry)[0] for entry in selection}
+    report = tomllib.loads(analysis.report_entries(dict.fromkeys(sorted(methods), "3e-4")))
+    assert report.keys() == methods | {f"{name}-20" for name in analysis.HALF}
+    assert all(table["seeds"] == [0, 1, 2, 3, 4] for table in report.values())
+    assert all("train.learning_rate=3e-4" in table["set"] for table in report.values())
+    assert "train.steps=20" in report["local-region-20"]["set"]
+    assert "train.steps=40" in report["local-region"]["set"]
+    asked = {name for each in analysis.QUESTIONS.values() for _, *pair in each for name in pair}
+    assert asked <= report.keys()
+
+
+def test_planted_differences_are_read_and_absent_ones_are_not() -> None:
+    error, motion = analysis.TARGET, analysis.MOTION
+    planted = {
+        "ranked-global": {error: -0.3, motion: -0.1},
+        "ranked-sft": {error: -0.2},
+        "jitter-sdpo": {error: -0.2},
+        "sft": {error: -0.2},
+        "local-region": {error: -0.1},
+        "dense-segment": {motion: 0.0},
+        "dense-global": {motion: 0.0},
+        "local-region-20": {error: -0.1},
+        "local-global-20": {error: 0.0},
+        "local-global": {error: -0.1},
+    }
+    found = {
+        name: [evaluated(100 * i + seed, **change) for seed in range(3)]
+        for i, (name, change) in enumerate(planted.items())
+    }
+    rows = analysis.answers(found)
+    assert [row["reading"] for row in rows] == [
+        "ranked-global lower than ranked-sft",
+        "no difference shown",
+        "local-region higher than sft",
+        "dense-segment higher than ranked-global",
+        "no difference shown",
+        "local-region-20 lower than local-global-20",
+        "no difference shown",
+    ]
+    assert rows[0]["difference"]["relative"] == pytest.approx(-0.1, abs=0.01)
+    assert len(analysis.text(rows).splitlines()) == 2 + len(rows)
+    with pytest.raises(UserError, match="The entry 'sft' is missing"):
+        analysis.answers({name: each for name, each in found.items() if name != "sft"})
+    with pytest.raises(UserError, match="not evaluated on the same base videos"):
+        analysis.between(found["sft"], found["ranked-sft"][:2], error)
+
+
+def test_cells_are_read_from_the_folder_of_a_comparison(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no evaluations"):
+        analysis.cells(tmp_path)
+    for seed in (10, 9):
+        evaluated(seed).save(tmp_path / "sft" / f"seed-{seed}" / "evaluation")
+    assert len(analysis.cells(tmp_path)["sft"]) == 2
