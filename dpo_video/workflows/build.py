@@ -135,7 +135,8 @@ def obtain_pairs(
         note=progress.note,
     ):
         store = PairStore.create(folder, manifest)
-        return _build(config, store, source, model, settings, total, worker, progress)
+        later = exact or bool(config.train.labels)
+        return _build(config, store, source, model, settings, total, worker, progress, later)
 
 
 def _check_recipe(config: Config, manifest: Manifest, resumed: Checkpoint) -> None:
@@ -150,6 +151,17 @@ def _check_recipe(config: Config, manifest: Manifest, resumed: Checkpoint) -> No
     )
 
 
+def _refuse_unlabelled(config: Config, store: PairStore) -> None:
+    kind = config.tables["pairs"]["name"]
+    raise UserError(
+        f"The first pair of kind '{kind}' prefers neither video, so nothing can be learned until "
+        "the pairs are labelled. Let a metric label them (--labeler metric), or build, label and "
+        f"train in turn: dpo-video build --pairs {kind} --out PAIRS, dpo-video label PAIRS "
+        "--labeler NAME, dpo-video train --pairs PAIRS/. The pair is kept in "
+        f"'{store.folder}'."
+    )
+
+
 def _build(
     config: Config,
     store: PairStore,
@@ -159,6 +171,7 @@ def _build(
     total: int,
     worker: Worker,
     progress: Progress,
+    labelled_later: bool,
 ) -> PairStore:
     assert config.pairs is not None
     present = store.made
@@ -182,6 +195,9 @@ def _build(
     ):
         made += 1
         undecided += not report.decided
+        unlabelled = config.pairs.asks_labeler and config.labeler is None
+        if made == undecided and unlabelled and not labelled_later:
+            _refuse_unlabelled(config, store)
         prompts.add(report.prompt)
         progress.update("pairs", report.done, total)
     for skipped in source.skipped[:SKIPPED_SHOWN]:
