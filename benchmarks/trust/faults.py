@@ -243,6 +243,8 @@ def hashes(folder: Path) -> dict[str, str]:
         name = path.relative_to(work).as_posix()
         if path.is_dir() or path.suffix == ".html" or name.startswith("run/tracker/"):
             continue
+        if path.name.startswith(".") and ".writer" in path.name:
+            continue  # the next writer of the folder deletes it
         if name.startswith(("run/checkpoints/step_", "run/samples/")) and LAST not in name:
             continue
         data = path.read_bytes()
@@ -277,7 +279,8 @@ class Campaign:
             required = {*stages, *(inputs.get(each) for each in stages), "build"}
             if stage not in required:
                 continue
-            root = folder / f"undisturbed-{stage}"
+            # The folder in which it is disturbed later, since run.toml holds absolute paths.
+            root, kept = folder / "disturbed", folder / f"undisturbed-{stage}"
             if stage in inputs:
                 shutil.copytree(folder / f"undisturbed-{inputs[stage]}", root)
             else:
@@ -296,6 +299,7 @@ class Campaign:
             self.endings[stage] = ended.output.rstrip().splitlines()[-1]
             report = json.loads((root / "work.synced").read_text())
             self.operations[stage] = report["count"]
+            root.rename(kept)
 
     def fault(self, stage: str, fault: str, random: Random) -> Outcome:
         """Disturb a stage, resume it, and compare the result with the undisturbed one."""

@@ -232,7 +232,12 @@ def _take(path: Path, shared: bool, note: Callable[[str], None]) -> _Lock | Hold
     if found and apart and not (shared and found.shared) and _beats(path, found, note):
         os.close(descriptor)
         return found
-    _write(descriptor, mine)
+    try:
+        with writing(path.parent):
+            _write(descriptor, mine)
+    except BaseException:
+        os.close(descriptor)
+        raise
     if not system:  # of two that have started at once, the later one stays
         time.sleep(1.0)
         if (found := _read(path)) and (found.host, found.pid) != (mine.host, mine.pid):

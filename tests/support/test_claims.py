@@ -248,3 +248,15 @@ def test_a_lock_file_that_its_holder_deletes_meanwhile_is_no_lock(
     monkeypatch.setattr(claims, "_system_lock", lock)
     with claim(tmp_path), pytest.raises(BusyError), claim(tmp_path):
         pytest.fail("two writers")
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(claims, "_write", full)
+    with pytest.raises(UserError, match="the disk is full"), claim(tmp_path):
+        pytest.fail("claimed")
+    monkeypatch.undo()
+    with claim(tmp_path):
+        assert (tmp_path / WRITER).exists()
