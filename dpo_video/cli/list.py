@@ -35,7 +35,8 @@ def list_strategies(
         listed = [row for row in found.strategies if row.kind == each]
         for row in listed:
             name, summary, package = map(one_line, (row.name, row.summary, row.distribution))
-            rows.append((row.kind, Text(name, NAME), summary, package))
+            about = Text(f"({row.note})", WARNING) if row.note else summary
+            rows.append((row.kind, Text(name, NAME), about, package))
         if not listed:
             rows.append((each, Text("none", DIM)))
     show(plain_table(("kind", "name", "what it is", "from"), rows))

@@ -6,8 +6,10 @@ Listing names imports no strategy.
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib.util
 import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -34,6 +36,8 @@ class Listing:
     name: str
     distribution: str
     summary: str
+    note: str = ""
+    """Why the name does not choose it, and what does; or that it is broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +53,31 @@ class Option:
 def listings(kind: str) -> list[Listing]:
     """The installed strategies of a kind, sorted by name."""
     return [
-        Listing(kind=kind, name=name, distribution=entry.distribution, summary=_summary(entry))
+        Listing(
+            kind=kind,
+            name=name,
+            distribution=entry.distribution,
+            summary=_summary(entry),
+            note=_note(entry, same),
+        )
         for name, same in sorted(named(check_kind(kind)).items())
         for entry in same
     ]
+
+
+def unknown_groups() -> list[str]:
+    """One sentence for each package with entry points of a group that is none."""
+    kinds = [*KINDS, "recipe"]
+    found: dict[tuple[str, str], str] = {}
+    for entry in entries():
+        if entry.kind not in kinds:
+            near = difflib.get_close_matches(entry.kind, kinds, n=1)
+            meant = f" Did its author mean dpo_video.{near[0]}?" if near else ""
+            found[entry.distribution, entry.kind] = (
+                f"{entry.distribution} has entry points of the group 'dpo_video.{entry.kind}', "
+                f"which does not exist.{meant}"
+            )
+    return list(found.values())
 
 
 def is_store(name: str) -> bool:
@@ -69,6 +94,8 @@ def load(kind: str, name: str) -> type[Strategy]:
     Raises:
         UserError: for an unknown kind or name.
         PluginError: for a name that several packages use, or a plugin that is broken.
+
+    A built-in strategy hides a plugin's of the same name; `package:name` chooses that one.
     """
     if name not in named(check_kind(kind)) and (kind, name) in _SESSION:
         return _SESSION[kind, name]
@@ -108,7 +135,9 @@ def name_of(strategy: Strategy) -> str:
         if (entry.kind, entry.attr) == (strategy.kind, cls.__qualname__) and (
             entry.module == cls.__module__ or entry.load() is cls
         ):
-            return entry.name
+            return (
+                entry.name if _chosen(named(entry.kind)[entry.name]) == [entry] else entry.qualified
+            )
     _SESSION[strategy.kind, cls.__name__] = cls
     return cls.__name__
 
@@ -141,19 +170,39 @@ def find(kind: str, name: str) -> Entry:
 
     Raises:
         UserError: for an unknown name.
-        PluginError: for a name that several packages use.
+        PluginError: for a name that several plugins use and no built-in strategy.
     """
+    if ":" in name:
+        qualified = {each.qualified: each for each in entries() if each.kind == kind}
+        package, _, last = name.partition(":")
+        wanted = f"{re.sub(r'[-_.]+', '-', package).lower()}:{last}"
+        if wanted not in qualified:
+            raise unknown(kind, name, qualified)
+        return qualified[wanted]
     found = named(kind)
     if name not in found:
         raise unknown(kind, name, found)
-    entry, *others = found[name]
-    if others:
+    same = found[name]
+    chosen = _chosen(same)
+    if len(chosen) > 1:
         raise PluginError(
             f"Several packages provide a {kind} '{name}': "
-            f"{', '.join(each.distribution for each in found[name])}. Uninstall all but one; "
-            "all others still work."
+            f"{', '.join(each.distribution for each in same)}. Name the package as well: "
+            f"{' or '.join(each.qualified for each in same)}."
         )
-    return entry
+    return chosen[0]
+
+
+def _chosen(same: list[Entry]) -> list[Entry]:
+    """Those of several entry points of one name that the plain name can mean."""
+    return [each for each in same if each.built_in] or same
+
+
+def is_installed(kind: str, name: str) -> bool:
+    """Whether a name, plain or as `package:name`, is one of a strategy; nothing is imported."""
+    return (kind, name) in _SESSION or any(
+        name in (entry.name, entry.qualified) for entry in entries() if entry.kind == kind
+    )
 
 
 def named(kind: str) -> dict[str, list[Entry]]:
@@ -165,6 +214,17 @@ def named(kind: str) -> dict[str, list[Entry]]:
             if entry.value not in {other.value for other in same}:
                 same.append(entry)
     return found
+
+
+def _note(entry: Entry, same: list[Entry]) -> str:
+    """What a list says of an entry point whose plain name does not choose it."""
+    if not entry.can_be_typed:
+        return "broken: its name has other characters than letters, digits, _ and -"
+    if entry.built_in or len(same) == 1:
+        return ""
+    if any(each.built_in for each in same):
+        return f"hidden by the built-in; choose it as {entry.qualified}"
+    return f"same name as another package's; choose it as {entry.qualified}"
 
 
 def _fault(loaded: Any, kind: str, entry: Entry) -> str:

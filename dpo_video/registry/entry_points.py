@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions
@@ -10,7 +11,10 @@ from typing import Any
 
 from dpo_video.text import one_line
 
-_GROUP = re.compile(r"dpo_video\.([a-z]+)")
+PLUGINS = "DPO_VIDEO_PLUGINS"
+"""Environment variable: `off`, or the only packages whose entry points count, with commas."""
+_OURS = "dpo-video"
+_GROUP = re.compile(r"dpo_video\.([a-z_]+)")
 _VALUE = re.compile(r"(?P<module>[\w.]+)\s*(:\s*(?P<attr>[\w.]+))?\s*(\[.*\])?")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
@@ -36,6 +40,21 @@ class Entry:
         return (match["attr"] if (match := _VALUE.fullmatch(self.value)) else "") or ""
 
     @property
+    def package(self) -> str:
+        """Normalised name of the distribution, without its version."""
+        return _normalised(self.distribution.partition(" ")[0])
+
+    @property
+    def qualified(self) -> str:
+        """A name that no other package can have: `package:name`."""
+        return f"{self.package}:{self.name}"
+
+    @property
+    def built_in(self) -> bool:
+        """Whether this package provides it."""
+        return self.module.partition(".")[0] == __name__.partition(".")[0]
+
+    @property
     def can_be_typed(self) -> bool:
         """Whether the name is valid on a command line and in a TOML file."""
         return _NAME.fullmatch(self.name) is not None
@@ -50,7 +69,10 @@ def _scan() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     entries: list[Entry] = []
     unreadable: list[str] = []
     seen: set[str] = set()
+    wanted = _wanted()
     for distribution in distributions():
+        if wanted is not None and _normalised(_called(distribution).split()[0]) not in wanted:
+            continue
         try:
             points = [each for each in distribution.entry_points if _GROUP.fullmatch(each.group)]
         except Exception as error:  # a damaged file may raise anything
@@ -63,7 +85,7 @@ def _scan() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
         if not points:
             continue
         called = _called(distribution)
-        if (name := called.partition(" ")[0].lower()) in seen:
+        if (name := _normalised(called.partition(" ")[0])) in seen:
             continue  # another copy further down the path
         seen.add(name)
         entries += [
@@ -91,6 +113,20 @@ def unreadable() -> tuple[str, ...]:
 def forget() -> None:
     """Clear the cache, after something was installed."""
     _scan.cache_clear()
+
+
+def _wanted() -> set[str] | None:
+    """The packages whose entry points count; None for all."""
+    given = os.environ.get(PLUGINS, "").strip()
+    if not given:
+        return None
+    names = set() if given.lower() == "off" else {_normalised(n) for n in given.split(",")}
+    return {_OURS, *names}
+
+
+def _normalised(name: str) -> str:
+    """A distribution's name as pip compares it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def _called(distribution: Distribution) -> str:

@@ -20,7 +20,7 @@ class Catalog:
     kinds: Sequence[str]
     strategies: Sequence[registry.Listing]
     unreadable: Sequence[str]
-    """One sentence for each package whose entry points cannot be read."""
+    """One sentence for each package whose entry points cannot be read, or have no known group."""
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One row per strategy."""
@@ -51,7 +51,7 @@ def list_strategies(kind: str | None = None) -> Catalog:
             for each in kinds
             for listing in (recipes.listings() if each == recipes.KIND else registry.listings(each))
         ],
-        unreadable=unreadable(),
+        unreadable=[*unreadable(), *registry.unknown_groups()],
     )
 
 

@@ -82,13 +82,25 @@ class Config:
     pair_store: str | None
     """The folder or URL of finished pairs; None where `pairs` builds them."""
     labeler: Labeler | StoreLabeler | None
-    loss: Loss
-    reference: Reference
+    trained_by: tuple[Loss, Reference] | None
+    """None if they were not asked for: see `kinds` of `resolve`."""
     metrics: Mapping[str, Metric]
     tables: Tables
     """All of the above as plain tables, defaults included."""
     notes: tuple[str, ...] = ()
     """What a user should know about how they were merged, a sentence each."""
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the training."""
+        assert self.trained_by is not None
+        return self.trained_by[0]
+
+    @property
+    def reference(self) -> Reference:
+        """The reference of the training."""
+        assert self.trained_by is not None
+        return self.trained_by[1]
 
     def versions(self) -> dict[str, str]:
         """The installed version of each main package."""
@@ -116,6 +128,7 @@ def resolve(
     assignments: Sequence[str] = (),
     made_with: Mapping[str, Any] | None = None,
     shared: Sequence[str] = (),
+    kinds: Collection[str] = registry.KINDS,
 ) -> Config:
     """Merge the sources of options and make the strategies.
 
@@ -131,6 +144,8 @@ def resolve(
         made_with: The recipe of finished pairs. Their backbone is taken unless another one is
             named; its options and precision, unless the file or another option sets them.
         shared: The same from a file, such as an entry's: they do not set secrets.
+        kinds: The kinds of strategies that are needed. The others are neither made nor looked for,
+            so that a run can be evaluated without the plugin of its loss; their tables are kept.
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
@@ -156,6 +171,7 @@ def resolve(
         table, option = path.split(".", 1)
         tables.setdefault(table, {}).setdefault(option, value)
     backbone_class = registry.load("backbone", backbone)
+    absent: list[str] = []
     if metrics or "metric" not in tables:
         guards = cast(type[Backbone], backbone_class).guards
         before = tables.get("metric", {})
@@ -165,6 +181,10 @@ def resolve(
                 tables["metric"][registry.name_of(metric)] = _set_by_hand(metric)
             else:
                 tables["metric"][metric] = before.get(metric, {})
+    elif not set(registry.KINDS) <= set(kinds):
+        absent = sorted(n for n in tables["metric"] if not registry.is_installed("metric", n))
+        for missing in absent:
+            del tables["metric"][missing]
     for text in shared:
         _assign(tables, *_read_assignment(text))
     given += [(path, value) for path, value in (flags or {}).items() if value is not None]
@@ -180,11 +200,12 @@ def resolve(
         model if isinstance(model, str) else None,
     )
     notes = [] if file is None else presets.overridden_by(file, tables)
-    _keep_secrets(tables, {path for path, _ in given}, file)
+    notes += [f"Not measured: no installed package provides the metric '{n}'." for n in absent]
+    _keep_secrets(tables, {path for path, _ in given}, file, kinds)
     for path, value in given:
         _assign(tables, path, value)
     presets.fill(tables, cast(type[Backbone], backbone_class).training, _TABLES)
-    config = _make(tables)
+    config = _make(tables, kinds)
     notes += presets.departures(config.tables)
     notes += presets.kept_from_pairs(made, config.tables)
     if recipe is None and file is None:
@@ -215,14 +236,17 @@ def _table(recipe: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
     return dict(table) if isinstance(table, Mapping) else {}
 
 
-def _keep_secrets(tables: Tables, given: Collection[str], file: Path | None) -> None:
+def _keep_secrets(
+    tables: Tables, given: Collection[str], file: Path | None, kinds: Collection[str]
+) -> None:
     """Refuse secrets that a file names; what it names the receiver of gets none by default."""
     places = [(kind, tables[kind].get("name"), tables[kind]) for kind in tables.keys() & _CHOSEN]
     places += [(f"metric.{name}", name, table) for name, table in tables["metric"].items()]
     for path, name, table in places:
-        if not isinstance(name, str) or not isinstance(table, Mapping):
-            continue  # refused later
-        cls = registry.load(path.partition(".")[0], name)
+        kind = path.partition(".")[0]
+        if kind not in kinds or not isinstance(name, str) or not isinstance(table, Mapping):
+            continue  # not made, or refused later
+        cls = registry.load(kind, name)
         for secret, receiver in cls.secrets.items():
             if table.get(secret):
                 raise UserError(
@@ -327,14 +351,15 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _make(tables: Tables) -> Config:
+def _make(tables: Tables, kinds: Collection[str]) -> Config:
     engines = {name: _build(model, tables.get(name, {}), name) for name, model in ENGINES.items()}
-    known = {listing.name for listing in registry.listings("metric")}
-    if strays := sorted(engines["evaluate"].min_effects.keys() - known):  # type: ignore[attr-defined]
-        raise unknown("metric", strays[0], known)
+    if set(registry.KINDS) <= set(kinds):
+        for name in engines["evaluate"].min_effects:  # type: ignore[attr-defined]
+            if not registry.is_installed("metric", name):
+                raise unknown("metric", name, registry.named("metric"))
     made: dict[str, Any] = dict.fromkeys(("backbone", "pairs", "labeler", "loss", "reference"))
     store = _store(tables["pairs"]) if "store" in tables["pairs"] else None
-    for kind in made:
+    for kind in set(made) & set(kinds):
         if kind in tables and not (kind == "pairs" and store is not None):
             options = {key: value for key, value in tables[kind].items() if key != "name"}
             name = _name(tables, kind)
@@ -345,6 +370,7 @@ def _make(tables: Tables) -> Config:
     metrics = {
         name: cast(Metric, _build(registry.load("metric", name), table, f"metric.{name}", name))
         for name, table in tables["metric"].items()
+        if "metric" in kinds
     }
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
     for kind, strategy in {**made, "labeler": resolved_labeler}.items():
@@ -352,8 +378,13 @@ def _make(tables: Tables) -> Config:
             resolved[kind] = {"name": tables[kind]["name"], **_dump(strategy)}
         elif kind == "pairs" and store is not None:
             resolved["pairs"] = {"store": _recorded(store)}
+        elif kind in tables and kind not in kinds:
+            resolved[kind] = tables[kind]
     resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
-    return Config(**engines, **made, pair_store=store, metrics=metrics, tables=resolved)  # type: ignore[arg-type]
+    loss, reference = made.pop("loss"), made.pop("reference")
+    trained_by = None if loss is None or reference is None else (loss, reference)
+    rest: dict[str, Any] = {"pair_store": store, "metrics": metrics, "tables": resolved}
+    return Config(**engines, **made, trained_by=trained_by, **rest)  # type: ignore[arg-type]
 
 
 def _give_metrics(labeler: LabelerFactory) -> tuple[LabelerFactory, Labeler]:

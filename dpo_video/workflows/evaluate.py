@@ -52,7 +52,9 @@ def evaluate(
     """
     run = Run.open(run)
     options["config"] = options.get("config") or run.folder / "run.toml"
-    config = configure("evaluate", options)
+    config = configure("evaluate", options, kinds=("backbone", "metric"))
+    for note in config.notes:
+        progress.note(note)
     return evaluate_run(
         run,
         config,

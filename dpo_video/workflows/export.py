@@ -62,7 +62,9 @@ def export(
     if format not in set(Format):
         raise unknown("format", format, [each.value for each in Format])
     target = Format(format)
-    config = configure("run", {"config": run.folder / "run.toml", "device": device})
+    config = configure(
+        "run", {"config": run.folder / "run.toml", "device": device}, kinds=("backbone",)
+    )
     if target is Format.MERGED and "model" not in type(config.backbone).model_fields:
         raise UserError(
             f"The backbone '{config.tables['backbone']['name']}' has no option 'model' that could "

@@ -63,7 +63,7 @@ def generate(
     if run is not None:
         run = Run.open(run)
         options["config"] = options.get("config") or run.folder / "run.toml"
-    config = configure("evaluate", options)
+    config = configure("evaluate", options, kinds=("backbone",))
     with ExitStack() as stack:
         adapter = None
         if run is not None:

@@ -53,7 +53,8 @@ def label(
             f"'{store.where}' is read-only. Copy the pairs to this machine, label them there, "
             "and copy the folder labels/ back."
         )
-    config = configure("train", {**options, "labeler": labeler}, store)
+    needed = ("backbone", "labeler", "metric")
+    config = configure("train", {**options, "labeler": labeler}, store, kinds=needed)
     if config.labeler is None:
         raise UserError("label needs --labeler NAME (see `dpo-video list labeler`).")
     table = config.tables["labeler"]

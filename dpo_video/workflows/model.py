@@ -28,5 +28,5 @@ def load_model(
         device: "cuda", "cuda:N", "mps" or "cpu"; the best one by default.
     """
     options = {"backbone": backbone, "config": config, "set": set, "device": device}
-    resolved = configure("train", options)
+    resolved = configure("train", options, kinds=("backbone",))
     return session.load_model(resolved, session.pick_device(resolved.run.device))

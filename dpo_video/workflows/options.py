@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
@@ -151,6 +151,7 @@ def configure(
     options: Mapping[str, Any],
     pairs: object = None,
     more: Mapping[str, Any] | None = None,
+    kinds: Collection[str] = registry.KINDS,
 ) -> Config:
     """Resolve the keyword arguments of a workflow.
 
@@ -161,6 +162,7 @@ def configure(
             bring the backbone that they were made with, its options and its precision, where no
             other option says otherwise.
         more: Options by their paths.
+        kinds: The kinds of strategies that are needed; see `resolve`.
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
@@ -204,6 +206,7 @@ def configure(
         flags=flags,
         assignments=paths,
         made_with=made_with,
+        kinds=kinds,
     )
 
 

@@ -50,7 +50,7 @@ def check(
     store = opened(pairs)
     flags = {} if prompts is None else {"evaluate.prompts": str(prompts)}
     given = {**options, "labels": labels, "metrics": metrics}
-    config = configure("train", given, store, flags)
+    config = configure("train", given, store, flags, kinds=("backbone", "metric"))
     model = load_model(config, pick_device(config.run.device))
     store = apply_labels(config, store).store
     return audit(
@@ -101,5 +101,5 @@ def export_pairs(
         out: The folder of the files.
         labels: Labels to use instead of the pairs' own; a vote if there are several.
     """
-    config = configure("train", {"labels": labels})
+    config = configure("train", {"labels": labels}, kinds=("backbone",))
     return export_videodpo(apply_labels(config, opened(pairs)).store, Path(out))

@@ -92,17 +92,53 @@ def test_a_broken_plugin_is_named_with_its_package(
     sys.modules.pop("dpo_broken", None)
 
 
-def test_a_name_of_two_packages_is_refused_and_others_still_load(install: Install) -> None:
+def test_a_name_of_two_packages_is_chosen_with_the_package(install: Install) -> None:
     install("dpo-one", SOUND, "sound", "Sound")
-    install("dpo-two", SOUND, "sound", "Sound")
-    install("dpo-three", SOUND, "region", "Sound")
-    rows = [(listing.name, listing.distribution) for listing in registry.listings("loss")]
-    assert ("sound", "dpo-one 1.0") in rows and ("sound", "dpo-two 1.0") in rows
-    with pytest.raises(PluginError, match=r"'sound': (dpo-one 1.0, dpo-two|dpo-two 1.0, dpo-one)"):
+    install("dpo_Two", SOUND, "sound", "Sound")
+    notes = {each.distribution: each.note for each in registry.listings("loss") if each.note}
+    assert notes["dpo-one 1.0"] == "same name as another package's; choose it as dpo-one:sound"
+    with pytest.raises(PluginError, match=r"the package as well: dpo-\w+:sound or dpo-\w+:sound"):
         registry.load("loss", "sound")
-    with pytest.raises(PluginError, match=r"'region': .*dpo-three 1\.0.*Uninstall all but one"):
-        registry.load("loss", "region")
-    assert registry.load("loss", "global").__name__ == "Global"
+    one, two = (registry.load("loss", f"dpo-{name}:sound") for name in ("one", "two"))
+    assert (one.__module__, two.__module__) == ("dpo_one", "dpo_Two")
+    assert registry.load("loss", "DPO_one:sound") is one
+    assert registry.name_of(one()) == "dpo-one:sound"
+    with pytest.raises(UserError, match=r"Unknown loss 'dpo-on:sound'\. Did you mean 'dpo-one:s"):
+        registry.load("loss", "dpo-on:sound")
+
+
+def test_a_built_in_strategy_wins_over_a_plugins(install: Install) -> None:
+    install("dpo-three", SOUND, "region", "Sound")
+    assert registry.load("loss", "region").__name__ == "Region"
+    assert registry.load("loss", "dpo-three:region").__name__ == "Sound"
+    assert registry.load("loss", "dpo-video:region").__name__ == "Region"
+    assert registry.name_of(registry.load("loss", "dpo-three:region")()) == "dpo-three:region"
+    result = CliRunner().invoke(app, ["list", "loss"], env={"COLUMNS": "200"})
+    assert "(hidden by the built-in; choose it as dpo-three:region)" in result.output
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [("", {"dpo-one", "dpo-two"}), ("off", set()), ("DPO_two, x", {"dpo-two"})]
+)
+def test_plugins_can_be_switched_off(
+    install: Install, monkeypatch: pytest.MonkeyPatch, value: str, kept: set[str]
+) -> None:
+    install("dpo-one", SOUND, "one", "Sound")
+    install("dpo-two", SOUND, "two", "Sound")
+    monkeypatch.setenv(entries.PLUGINS, value)
+    entries.forget()
+    listed = {each.distribution.split()[0] for each in registry.listings("loss")}
+    assert listed & {"dpo-one", "dpo-two", "dpo-video"} == {"dpo-video", *kept}
+
+
+def test_an_entry_point_of_no_known_group_is_named(install: Install) -> None:
+    install("dpo-one", SOUND, "one", "Sound", "losses")
+    (sentence,) = registry.unknown_groups()
+    assert sentence == (
+        "dpo-one 1.0 has entry points of the group 'dpo_video.losses', which does not exist. Did "
+        "its author mean dpo_video.loss?"
+    )
+    assert "dpo_video.losses" in CliRunner().invoke(app, ["list", "loss"]).output
 
 
 def test_listing_imports_no_strategy(install: Install) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import SHAPE
+from conftest import SHAPE, Install
 from typer.testing import CliRunner
 
 import dpo_video as dv
@@ -22,6 +23,7 @@ from dpo_video import registry, settings
 from dpo_video.cli import app
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError
+from dpo_video.registry import entry_points
 from dpo_video.strategies import Loss
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.training.report import StepEvent
@@ -404,6 +406,53 @@ def test_a_loss_of_the_session_trains(pairs: PairStore) -> None:
 
     run = dv.train(pairs, loss=Halved(beta=10), device="cpu", out="own-run", **TRAIN)
     assert run.config.tables["loss"] == {"name": "Halved", "beta": 10.0}
+
+
+LEFT = """
+from dpo_video.loss.global_ import Global
+from dpo_video.metric.frame_difference import FrameDifference
+from dpo_video.reference.toggle import Toggle
+from dpo_video.strategies import Loss, Metric, Reference
+
+class TheLoss(Loss):
+    slope: float = 10.0
+
+    def __call__(self, errors):
+        return Global(beta=self.slope)(errors)
+
+class TheReference(Reference):
+    def attach(self, policy):
+        return Toggle().attach(policy)
+
+class TheMetric(Metric):
+    higher_is_better = False
+    role = "target"
+    unit = ""
+
+    def __call__(self, videos, prompts):
+        return FrameDifference()(videos, prompts)
+"""
+
+
+def test_a_run_outlives_its_plugins(pairs: PairStore, install: Install, tmp_path: Path) -> None:
+    install("dpo-left", LEFT, "left", "TheLoss")
+    for kind, name in (("reference", "TheReference"), ("metric", "TheMetric")):
+        install(f"dpo-left-{kind}", LEFT, "left", name, kind)
+    run = dv.train(
+        pairs, loss="left", reference="left", metrics=["left", "frame_difference"], device="cpu",
+        out="left-run", **TRAIN,
+    )  # fmt: skip
+    for info in tmp_path.glob("*.dist-info"):
+        shutil.rmtree(info)
+    entry_points.forget()
+    progress = Kept()
+    found = dv.evaluate(run, progress=progress, **EVALUATE)
+    assert [metric.name for metric in found.metrics] == ["frame_difference"]
+    assert "Not measured: no installed package provides the metric 'left'." in progress.notes
+    dv.generate(run, prompt="a square", num_inference_steps=1, out="left.mp4")
+    assert dv.export(run, "peft").folder.exists()
+    with pytest.raises(UserError, match=r"Unknown (loss|reference|metric) 'left'"):
+        dv.train(pairs, config=run.folder / "run.toml", device="cpu", out="left-again")
 
 
 def test_a_run_shows_itself(run: dv.Run) -> None:
