@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -42,6 +43,7 @@ from dpo_video.paths import check_name
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.atomic import append_line, write_bytes, write_tensors, write_text, writing
 from dpo_video.support.urls import folder_of, is_url, without_credentials
+from dpo_video.text import one_line
 from dpo_video.types import Context, Pair, PairBatch
 
 REMOTE_FILES = Path("runs/remote")
@@ -134,9 +136,11 @@ class PairStore:
                         write_text(path, manifest.model_dump_json(indent=2) + "\n")
         store = cls(folder)
         if store.manifest.key != manifest.key:
+            changed = "; ".join(_changes(store.manifest.recipe, manifest.recipe)[:3])
             raise StoreError(
-                f"'{folder}' holds pairs that were built with other options. Name another folder "
-                "with --out, or delete it."
+                f"'{folder}' holds pairs that were built with other options"
+                f"{f' ({changed})' if changed else ''}. Name another folder with --out, or delete "
+                "it."
             )
         return store
 
@@ -424,3 +428,19 @@ def _context_name(pair: Pair) -> str:
     """A hash of the prompt's text, or of the tensors if the prompt came encoded."""
     named = pair.prompt.encode() if pair.context is None else save(dict(pair.context))
     return hashlib.sha256(named).hexdigest()[:16]
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:
+    """What differs between two recipes, by the options' paths."""
+    found = []
+    for name in sorted({*before, *after}):
+        old, new, here = before.get(name), after.get(name), f"{path}{name}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _changes(old, new, f"{here}.")
+        elif old != new:
+            found.append(f"{here}: {_brief(old)} before, {_brief(new)} now")
+    return found
+
+
+def _brief(value: object) -> str:
+    return "not set" if value is None else one_line(reprlib.repr(value))

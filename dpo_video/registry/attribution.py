@@ -5,7 +5,10 @@ It is read from entry points and tracebacks, so that strategies are called witho
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from dpo_video.registry.entry_points import Entry, entries
@@ -36,6 +39,30 @@ def plugin_of(thing: object) -> Entry | None:
         entry for entry in same if (entry.module, entry.attr) == (cls.__module__, cls.__name__)
     )
     return next(exact, next(iter(same), None))
+
+
+def made_by(thing: object) -> tuple[str, str] | None:
+    """Package of a plugin's strategy, and its version with a hash of its source code.
+
+    None for a built-in strategy, and for a class that is defined in this session.
+    """
+    if (entry := plugin_of(thing)) is None:
+        return None
+    digest = hashlib.sha256()
+    for path in _source(type(thing).__module__):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    version = entry.distribution.partition(" ")[2]
+    return entry.package, f"{version} (source {digest.hexdigest()[:12]})"
+
+
+def _source(module: str) -> list[Path]:
+    """The Python files of a module's top-level package, in a fixed order."""
+    file = getattr(sys.modules[_top(module)], "__file__", None)
+    if file is None:  # a namespace package
+        file = getattr(sys.modules[module], "__file__", None)
+        return [Path(file)] if file else []
+    path = Path(file)
+    return sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
 
 
 def sentence(entry: Entry, error: BaseException) -> str:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from dpo_video import registry
 from dpo_video.errors import UserError, unknown
 from dpo_video.paths import absolute
+from dpo_video.registry.attribution import made_by
 from dpo_video.settings import (
     BuildSettings,
     EvaluateSettings,
@@ -103,8 +104,10 @@ class Config:
         return self.trained_by[1]
 
     def versions(self) -> dict[str, str]:
-        """The installed version of each main package."""
+        """The installed version of each main package, and of those whose strategies are used."""
         versions = {name: version(name) for name in _PACKAGES}
+        used = [self.backbone, self.pairs, self.labeler, *(self.trained_by or ())]
+        versions.update(filter(None, map(made_by, [*used, *self.metrics.values()])))
         return {**versions, "python": platform.python_version()}
 
     def toml(self, changes: Sequence[Mapping[str, Any]] = ()) -> str:

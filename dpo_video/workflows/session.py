@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -25,6 +26,7 @@ from dpo_video.data.prompts import load_prompts, prompt_table
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import StoreError, UserError
 from dpo_video.memory.packed_weights import check_base, frozen_weights, pack_frozen_weights
+from dpo_video.registry.attribution import made_by
 from dpo_video.strategies import (
     PACKED,
     Labeler,
@@ -275,8 +277,11 @@ def store_manifest(config: Config, model: VideoModel, clips: str) -> Manifest:
     if config.memory.quantization != "native":  # it changes the model's samples
         tables["memory"] = {"quantization": config.memory.quantization}
     assert config.pairs is not None
-    made_by = config.pairs.pairs_version
-    version = {"pairs_version": made_by} if made_by > 1 else {}
+    number = config.pairs.pairs_version
+    version: dict[str, Any] = {"pairs_version": number} if number > 1 else {}
+    used = (config.pairs, config.labeler, config.backbone)
+    if plugins := dict(filter(None, map(made_by, used))):
+        version["plugins"] = plugins
     return Manifest(
         recipe={**tables, **version, "seed": config.run.seed, "clips": clips},
         identity=model.identity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -485,3 +486,38 @@ def test_load_model_loads_a_backbone(backbone: Any) -> None:
     model = dv.load_model(backbone, device="cpu")
     assert model.shape.frames == SHAPE.frames
     assert next(model.denoiser.parameters()).dtype is torch.float32
+
+
+SPEED = '''
+from typing import ClassVar
+from dpo_video.pairs.jitter import Jitter
+from dpo_video.strategies import PairBuilder
+
+class Speed(PairBuilder):
+    """Pairs of the builder `jitter`."""
+
+    asks_labeler: ClassVar[bool] = False
+    needs_video: ClassVar[bool] = False
+
+    def __call__(self, clip, model, labeler, generator):
+        return Jitter(num_inference_steps=1)(clip, model, labeler, generator)
+'''
+
+
+def test_pairs_of_another_version_of_a_plugin_are_not_taken(
+    backbone: Any, install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    install("dpo-speed", SPEED, "speed", "Speed", "pairs")
+    build: dict[str, Any] = {"backbone": backbone, "prompt": "a", "count": 1, "device": "cpu"}
+    store = dv.build_pairs("speed", out="made", **build)
+    (plugin,) = store.manifest.recipe["plugins"].items()
+    assert plugin[0] == "dpo-speed" and re.fullmatch(r"1\.0 \(source [0-9a-f]{12}\)", plugin[1])
+    assert len(dv.build_pairs("speed", out="made", **build)) == 1
+    run = dv.train("speed", loss="global", out="runs/one", **build, **TRAIN)
+    assert run.versions["dpo-speed"] == plugin[1]
+    (tmp_path / "dpo_speed.py").write_text(SPEED + "# Another one.\n")
+    with pytest.raises(UserError, match=r"plugins\.dpo-speed: '1\.0 \(source .* before, '1\.0 \("):
+        dv.build_pairs("speed", out="made", **build)
+    dv.train("speed", loss="global", out="runs/two", **build, **TRAIN)
+    assert len(list((tmp_path / "runs" / "pairs").iterdir())) == 2
