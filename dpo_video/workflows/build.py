@@ -19,6 +19,7 @@ from dpo_video.text import command
 from dpo_video.training.checkpoint import Checkpoint
 from dpo_video.types import Remark
 from dpo_video.workflows.config import Config
+from dpo_video.workflows.launcher import hidden, launcher_request, notes_on
 from dpo_video.workflows.options import BuildOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import (
@@ -60,7 +61,14 @@ def build_pairs(
         UserError: for options that do not fit together, and for a pair that is not finite.
         BusyError: if another process is building these pairs.
     """
-    config = configure("build", options, pairs)
+    request = launcher_request()
+    if request.shard > 1:
+        raise UserError(
+            "Each process of a build holds a complete model, and the launcher asks for FSDP or "
+            "ZeRO-3. Launch it without (accelerate launch --multi_gpu); memory.offload=blocks "
+            "keeps the weights in CPU memory."
+        )
+    config = configure("build", options, pairs, launched=request.options)
     if config.pairs is None:
         raise UserError(
             f"'{config.pair_store}' holds pairs already. Name a strategy to build others."
@@ -68,14 +76,15 @@ def build_pairs(
     part = _worker(worker)
     if part.number and worker is None:  # started by a launcher: one process reports
         progress = SILENT
-    for note in config.notes:
+    for note in (*config.notes, *notes_on(config, request, memory=False)):
         progress.note(note)
     builder_labeler(config)
-    model = load_model(config, pick_device(config.run.device))
     folder = PAIRS if out is None else Path(out)
-    return obtain_pairs(
-        config, model, folder, exact=out is not None, worker=part, progress=progress
-    )
+    with hidden():
+        model = load_model(config, pick_device(config.run.device))
+        return obtain_pairs(
+            config, model, folder, exact=out is not None, worker=part, progress=progress
+        )
 
 
 def obtain_pairs(

@@ -34,6 +34,7 @@ from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.estimate import choose_blocks
 from dpo_video.workflows.evaluate import evaluate_run
+from dpo_video.workflows.launcher import refuse_launcher
 from dpo_video.workflows.options import checked
 from dpo_video.workflows.presets import Tables
 from dpo_video.workflows.progress import SILENT, Progress
@@ -108,6 +109,7 @@ def compare(
         UserError: for an entry that cannot be read or resolved, before the first one runs.
         BusyError: if another process is writing `out`.
     """
+    refuse_launcher("compare")
     folder = Path(out)
     flags = {
         "train.steps": steps,

@@ -1,7 +1,7 @@
 """The configuration of a run, merged from defaults, a recipe, a tier, a file and single options.
 
-Precedence, lowest first: defaults, the backbone's, a recipe, a tier's presets, a TOML file,
-strategies by name, and single options (`--set loss.beta=500`, and flags such as --seed).
+Precedence, lowest first: defaults, the backbone's, a launcher's, a recipe, a tier's presets, a TOML
+file, strategies by name, and single options (`--set loss.beta=500`, and flags such as --seed).
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ def resolve(
     flags: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
     made_with: Mapping[str, Any] | None = None,
+    launched: Mapping[str, Any] | None = None,
     shared: Sequence[str] = (),
     kinds: Collection[str] = registry.KINDS,
 ) -> Config:
@@ -146,6 +147,7 @@ def resolve(
         assignments: Texts such as "loss.beta=500".
         made_with: The recipe of finished pairs. Their backbone is taken unless another one is
             named; its options and precision, unless the file or another option sets them.
+        launched: Options by path that a launcher asks for. They override defaults only.
         shared: The same from a file, such as an entry's: they do not set secrets.
         kinds: The kinds of strategies that are needed. The others are neither made nor looked for,
             so that a run can be evaluated without the plugin of its loss; their tables are kept.
@@ -207,7 +209,12 @@ def resolve(
     _keep_secrets(tables, {path for path, _ in given}, file, kinds)
     for path, value in given:
         _assign(tables, path, value)
-    presets.fill(tables, cast(type[Backbone], backbone_class).training, _TABLES)
+    training = dict(cast(type[Backbone], backbone_class).training)
+    for path, value in (launched or {}).items():
+        table, option = path.split(".")
+        defaults = training if table == "train" else tables.setdefault(table, {})
+        defaults[option] = value if table == "train" else defaults.get(option, value)
+    presets.fill(tables, training, _TABLES)
     config = _make(tables, kinds)
     notes += presets.departures(config.tables)
     notes += presets.kept_from_pairs(made, config.tables)

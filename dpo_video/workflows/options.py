@@ -152,6 +152,7 @@ def configure(
     pairs: object = None,
     more: Mapping[str, Any] | None = None,
     kinds: Collection[str] = registry.KINDS,
+    launched: Mapping[str, Any] | None = None,
 ) -> Config:
     """Resolve the keyword arguments of a workflow.
 
@@ -163,6 +164,7 @@ def configure(
             other option says otherwise.
         more: Options by their paths.
         kinds: The kinds of strategies that are needed; see `resolve`.
+        launched: The same from a launcher, beneath all others but the defaults.
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
@@ -207,6 +209,7 @@ def configure(
         assignments=paths,
         made_with=made_with,
         kinds=kinds,
+        launched=launched,
     )
 
 

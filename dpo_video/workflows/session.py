@@ -40,7 +40,6 @@ from dpo_video.text import command
 from dpo_video.types import Placement, Prompt, Remark, Skipped
 from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config
-from dpo_video.workflows.distributed import launcher_request
 from dpo_video.workflows.presets import Tables
 
 NUM_PROMPTS = 47  # of an evaluation, of the backbone's own
@@ -323,41 +322,6 @@ def apply_labels(config: Config, store: PairStore) -> Labelled:
         store=store.relabelled(preferred),
         pairs=sum(pair < len(store) for pair in preferred),
     )
-
-
-def as_launched(config: Config) -> Config:
-    """Apply the launcher's FSDP or DeepSpeed settings to the [memory] options.
-
-    FSDP and DeepSpeed themselves are not used: only the frozen weights are large, and they have no
-    gradients to reduce.
-
-    Raises:
-        UserError: if memory.shard does not divide the number of processes, or DeepSpeed's file
-            cannot be read.
-    """
-    request = launcher_request()
-    world = distributed.process_count()
-    memory = config.memory
-    changes = {
-        "shard": world if request.shard and memory.shard == 1 else memory.shard,
-        "offload": tuple(dict.fromkeys((*memory.offload, *request.offload))),
-    }
-    memory = memory.model_copy(update=changes)
-    if world % memory.shard:
-        raise UserError(
-            f"memory.shard={memory.shard} does not divide this run's number of processes, {world}. "
-            f"Set it to {world} or a divisor, or start that many processes: accelerate launch "
-            f"--num_processes {memory.shard} -m dpo_video train ..."
-        )
-    if memory.shard > 1 and config.pairs is not None:
-        raise UserError(
-            "With memory.shard no process holds a complete model, so pairs cannot be built during "
-            "training. Build them first (dpo-video build, with memory.offload=blocks if the model "
-            "is too large), then train with --pairs FOLDER/."
-        )
-    options = {"shard": memory.shard, "offload": list(memory.offload)}
-    tables = {**config.tables, "memory": {**config.tables["memory"], **options}}
-    return replace(config, memory=memory, tables=tables)
 
 
 def accelerator_for(config: Config, folder: Path) -> Accelerator:

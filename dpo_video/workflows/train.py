@@ -37,6 +37,7 @@ from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import is_main_process, process_count
 from dpo_video.workflows.estimate import choose_blocks, warn_if_too_large
+from dpo_video.workflows.launcher import as_launched, hidden, launcher_request, notes_on
 from dpo_video.workflows.options import TrainOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.resume import Resumption, options_of
@@ -44,7 +45,6 @@ from dpo_video.workflows.runs import PROMPTS, Run
 from dpo_video.workflows.session import (
     accelerator_for,
     apply_labels,
-    as_launched,
     builder_labeler,
     load_model,
     start_trackers,
@@ -94,9 +94,11 @@ def train(
     main = is_main_process()
     if not main:
         progress = SILENT
+    request = launcher_request()
     with ExitStack() as stack:
+        stack.enter_context(hidden())
         if out is None:
-            config = configure("train", options, pairs)
+            config = configure("train", options, pairs, launched=request.options)
             folder = _new_folder(config, stack, claimed=main)
         else:
             folder = Path(out)
@@ -104,11 +106,11 @@ def train(
                 stack.enter_context(claim_run(folder, progress))
             if _exists(folder, resume=resume, auto_resume=auto_resume, progress=progress):
                 options["config"] = options.get("config") or folder / "run.toml"
-            config = configure("train", options, pairs)
+            config = configure("train", options, pairs, launched=request.options)
         check_backward(config.loss, config.memory)
         builder_labeler(config)
         validation_prompts(config, progress.note)
-        requested, config = config.memory, as_launched(config)
+        config = as_launched(config, request)
         resumption = Resumption.of(folder, partial(progress.note, warning=True))
         resumption.check(config, process_count(), accept=accept_changes)
         accelerator = accelerator_for(config, folder)
@@ -117,14 +119,10 @@ def train(
             resumption = replace(resumption, folder=folder)
         for note in (
             *config.notes,
+            *notes_on(config, request),
             *_larger_batch(options.get("recipe"), config, accelerator.num_processes),
         ):
             progress.note(note)
-        if config.memory != requested:
-            progress.note(
-                f"Set by the launcher: memory.shard={config.memory.shard}, "
-                f"memory.offload={','.join(config.memory.offload) or 'none'}."
-            )
         check_compile(config.memory, accelerator.device)
         if config.memory.checkpointing == "auto":
             config = choose_blocks(
