@@ -10,21 +10,31 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _IMPORTED = ["small_training", "small_wan", "dpo_video.memory.fsdp"]
 _PATIENCE = 300  # seconds
 
 
-def in_processes(count: int, work: Callable[..., None], *arguments: Any) -> list[int]:
-    """Call a function of a module in every process of a group; return their exit codes."""
-    context = multiprocessing.get_context("forkserver")
+def in_processes(
+    count: int,
+    work: Callable[..., None],
+    *arguments: Any,
+    start: Literal["forkserver", "spawn"] = "forkserver",
+) -> list[int]:
+    """Call a function of a module in every process of a group; return their exit codes.
+
+    Args:
+        count: Number of processes.
+        work: The function.
+        arguments: Its arguments.
+        start: "spawn" imports less, for work that needs no model.
+    """
+    context = multiprocessing.get_context(start)
     context.set_forkserver_preload(_IMPORTED)
     tests = str(Path(__file__).parent)  # the server reads no other path
     os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
-    with socket.socket() as unbound:
-        unbound.bind(("localhost", 0))
-        port = unbound.getsockname()[1]
+    port = free_port()
     started = [
         context.Process(target=_member, args=(rank, count, port, work, arguments))
         for rank in range(count)
@@ -36,6 +46,12 @@ def in_processes(count: int, work: Callable[..., None], *arguments: Any) -> list
         process.kill()
         process.join()
     return [process.exitcode or 0 for process in started]
+
+
+def free_port() -> int:
+    with socket.socket() as unbound:
+        unbound.bind(("localhost", 0))
+        return int(unbound.getsockname()[1])
 
 
 def _member(

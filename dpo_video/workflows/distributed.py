@@ -33,8 +33,11 @@ _POLL = 0.01  # seconds
 def rendezvous_url() -> str | None:
     """The `init_method` of `init_process_group`; None where torch's default is safe.
 
-    A restarting launcher keeps one store for all attempts, so a process could read an address that
-    an earlier attempt has left there.
+    A workaround: torch's launcher keeps one store for all attempts, so a restarted process may read
+    an address that an earlier attempt has left there (https://github.com/pytorch/pytorch/issues/
+    135712 and 167288). TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, set before the launcher starts, avoids
+    it for the c10d backend only. tests/workflows/test_distributed.py tells when torch no longer
+    needs this module's rendezvous.
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return f"{_SCHEME}://" if shared else None

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from small_processes import free_port, in_processes
 from torch.distributed import HashStore, Store
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.rendezvous import rendezvous
 
 from dpo_video.workflows.distributed import attempt_store, rendezvous_url
 
@@ -59,3 +65,36 @@ def test_only_a_launchers_store_needs_our_rendezvous(
     assert rendezvous_url() is None
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert rendezvous_url() == "dpo-video://"
+
+
+def leave_a_key(found: Path) -> None:
+    """A worker of torch's launcher: fails at first; once restarted, says what it finds."""
+    store, _, _ = next(iter(rendezvous("env://")))
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        store.set("left", "by attempt 0")
+        raise SystemExit(1)
+    found.write_text(str(store.check(["left"])))
+
+
+def launch_both(ports: Mapping[str, int], folder: Path) -> None:
+    for backend, port in ports.items():
+        launch(backend, port, folder / backend)
+
+
+def launch(backend: str, port: int, found: Path) -> None:
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=1, run_id="one", max_restarts=1,
+        rdzv_backend=backend, rdzv_endpoint=f"localhost:{port}",
+        rdzv_configs={"rank": 0}, start_method="fork", monitor_interval=0.02,
+    )  # fmt: skip
+    elastic_launch(config, leave_a_key)(found)
+
+
+def test_torchs_launcher_still_needs_our_rendezvous(tmp_path: Path) -> None:
+    ports = {"static": free_port(), "c10d": free_port()}
+    assert in_processes(1, launch_both, ports, tmp_path, start="spawn") == [0]
+    for backend in ports:
+        assert (tmp_path / backend).read_text() == "True", (
+            f"This torch keeps attempts apart with the {backend} backend. Once the oldest "
+            "supported torch does with both, remove the rendezvous of workflows/distributed.py."
+        )
