@@ -6,9 +6,10 @@ One process takes two pairs per step in sequence (accumulation 2); two processes
 average their gradients with gloo. Halving a gradient is exact in binary floating point, and the sum
 of two terms does not depend on their order, so the adapters must be identical to the bit; with more
 processes or other communication libraries they agree to rounding. Further: two processes whose
-frozen weights FSDP2 shards, as a launcher requests it; two of which one is killed after the second
-step and which the launcher restarts (--max-restarts); two with separate launchers, as on two nodes,
-of which one is lost with its launcher and replaced; and two that are killed, resumed by one.
+frozen weights FSDP2 shards, as a launcher requests it; two such ones of which one is killed after
+the second step and which the launcher restarts (--max-restarts); two with separate launchers, as on
+two nodes, of which one is lost with its launcher and replaced; and two that are killed, resumed by
+one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 STEPS = 4
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate launch sets them
 SAVED = 2  # steps until the checkpoint after which processes are killed
 
 
@@ -124,10 +126,10 @@ class Runs:
         self.run(2, self.arguments(name))
 
     def sharded(self, name: str) -> None:
-        self.run(2, self.arguments(name), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+        self.run(2, self.arguments(name), FSDP)
 
     def restarted(self, name: str) -> None:
-        launcher = self.start(command(2, self.arguments(name, "--auto-resume"), restarts=1))
+        launcher = self.start(command(2, self.arguments(name, "--auto-resume"), restarts=1), FSDP)
         until(lambda: self.saved(name), launcher)
         os.kill(workers(launcher.pid)[1], signal.SIGKILL)
         if launcher.wait():
@@ -174,7 +176,7 @@ WAYS: Mapping[str, tuple[str, Callable[[Runs, str], None]]] = {
     "one process": ("alone", Runs.alone),
     "two processes": ("two", Runs.two),
     "two that share the frozen weights": ("sharded", Runs.sharded),
-    "two, one killed, restarted by the launcher": ("restarted", Runs.restarted),
+    "two that share them, one killed, restarted by the launcher": ("restarted", Runs.restarted),
     "two nodes, one lost and replaced": ("replaced", Runs.replaced),
     "two, both killed, resumed by one": ("killed", Runs.killed),
 }

@@ -70,8 +70,8 @@ def shard_frozen_weights(
 
 
 def _own_memory(network: nn.Module, inputs: object, outputs: Any) -> Any:
-    """Copies of outputs that are views, on which FSDP2's backward hooks would not be safe."""
-    return tree_map_only(Tensor, lambda each: each.clone() if each._is_view() else each, outputs)
+    """Copies of the outputs: on views, FSDP2's backward hooks would not be safe."""
+    return tree_map_only(Tensor, Tensor.clone, outputs)
 
 
 def check_shardable(network: nn.Module) -> None:

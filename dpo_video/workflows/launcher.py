@@ -59,13 +59,15 @@ class LauncherRequest:
     """Whether blocks are compiled."""
 
     @property
-    def memory(self) -> str:
-        """The requests that are memory modes, as text; empty if there are none."""
-        parts = [f"shard={self.shard}"] * (self.shard > 1)
-        parts += ["checkpointing=blocks"] * self.checkpointing
-        parts += [f"offload={','.join(self.offload)}"] * bool(self.offload)
-        parts += ["compile=on"] * self.compile
-        return ", ".join(f"memory.{part}" for part in parts)
+    def memory(self) -> dict[str, Any]:
+        """The memory modes that it asks for, by path."""
+        asked = {
+            "shard": self.shard if self.shard > 1 else None,
+            "checkpointing": "blocks" if self.checkpointing else None,
+            "offload": ",".join(self.offload) or None,
+            "compile": "on" if self.compile else None,
+        }
+        return {f"memory.{name}": value for name, value in asked.items() if value is not None}
 
 
 @contextmanager
@@ -244,7 +246,8 @@ def as_launched(config: Config, request: LauncherRequest) -> Config:
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(
-            f"The launcher asks for {request.memory}, and memory.{reason}. Change one of the two."
+            f"The launcher asks for {_listed(request.memory)}, and memory.{reason}. Change one of "
+            "the two."
         ) from error
     if world % memory.shard:
         raise UserError(
@@ -269,28 +272,35 @@ def notes_on(config: Config, request: LauncherRequest, *, memory: bool = True) -
         request: The launcher's settings.
         memory: Whether the memory modes concern this command.
     """
-    tables = config.tables
-    taken, left = [], []
-    for path, value in request.options.items():
+    asked = request.options | (request.memory if memory else {})
+    now: dict[str, Any] = {}
+    for path in asked:
         table, option = path.split(".")
-        now = tables[table][option]
-        text = f"{path}={value}"
-        taken += [text] * (now == value)
-        left += [f"{text} is left out, because this run sets {now}"] * (now != value)
-    taken += [request.memory] * (memory and bool(request.memory))
-    notes = [f"Set by the launcher: {', '.join(taken)}."] * bool(taken)
-    return notes + [f"The launcher's {text}." for text in left]
+        now[path] = getattr(getattr(config, table), option)
+    if set(request.offload) <= set(config.memory.offload):  # beside the run's own
+        now["memory.offload"] = asked.get("memory.offload")
+    taken = {path: value for path, value in asked.items() if now[path] == value}
+    notes = [f"Set by the launcher: {_listed(taken)}."] if taken else []
+    return notes + [
+        f"The launcher's {path}={value} is left out, because this run sets {now[path]}."
+        for path, value in asked.items()
+        if path not in taken
+    ]
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path}={value}" for path, value in options.items())
 
 
 def refuse_launcher(command: str) -> None:
     """Raise a UserError if a launcher started several processes or set something."""
     request = launcher_request()
-    asked = [f"{path}={value}" for path, value in request.options.items()]
-    asked += [request.memory] * bool(request.memory)
-    asked += [f"{process_count()} processes"] * (process_count() > 1)
+    asked = request.options | request.memory
+    if process_count() > 1:
+        asked["processes"] = process_count()
     if asked:
         raise UserError(
-            f"dpo-video {command} takes no settings from a launcher ({', '.join(asked)}). Start it "
+            f"dpo-video {command} takes no settings from a launcher ({_listed(asked)}). Start it "
             "without one, and set options of its own."
         )
 

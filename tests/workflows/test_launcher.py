@@ -294,6 +294,13 @@ def test_an_option_of_the_run_overrides_the_launchers() -> None:
     assert notes_on(config, request) == [
         "The launcher's train.mixed_precision=bf16 is left out, because this run sets no."
     ]
+    config, request = launched(
+        [*FSDP, "--fsdp_activation_checkpointing=true"], "memory.checkpointing=2"
+    )
+    assert notes_on(config, request) == [
+        "Set by the launcher: memory.shard=4.",
+        "The launcher's memory.checkpointing=blocks is left out, because this run sets 2.",
+    ]
 
 
 def test_fewer_processes_than_there_are_share_the_weights() -> None:
