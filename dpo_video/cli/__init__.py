@@ -25,6 +25,7 @@ from dpo_video.cli import (
     export_pairs,
     generate,
     label,
+    new,
     pack,
     show,
     train,
@@ -55,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": listing.list_strategies,
     "show": show.show_strategy,
     "config": config.config,
+    "new": new.new,
     "bench": bench.bench,
 }
 for _name, _command in COMMANDS.items():
