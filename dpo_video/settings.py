@@ -184,8 +184,9 @@ class EvaluateSettings(Settings):
     """Seed of the first video's initial noise; every further video takes the next one, unless its
     prompt has one in the file. Independent of run.seed, so that runs with other seeds are evaluated
     on the same noise."""
-    batch_size: int = Field(default=4, ge=1)
-    """Videos per sampling batch."""
+    batch_size: int = Field(default=1, ge=1)
+    """Videos that are sampled at once. More are faster where the memory allows it, and change the
+    last digits."""
     num_inference_steps: int | None = Field(default=None, ge=1)
     """Number of sampling steps. Default: the backbone's."""
     guidance_scale: float | None = Field(default=None, ge=0)

@@ -100,6 +100,13 @@ class VideoModel(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Context:
         """Encode prompts to the denoiser's conditioning."""
 
+    def encode_negative(self, prompt: str | None = None) -> None:  # noqa: B027 # optional
+        """Encode a negative prompt (None: the backbone's) now, and keep it for `sample`.
+
+        So `sample` needs no text encoder. A model that does nothing, as by default, encodes it
+        when it is needed.
+        """
+
     def unread(self, prompt: str) -> str:
         """The end of a prompt that the text encoder cuts off; empty, as by default, if none is."""
         return ""

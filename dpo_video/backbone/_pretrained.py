@@ -18,6 +18,8 @@ from dpo_video.errors import UserError
 from dpo_video.strategies import Backbone, Sampling, VideoModel
 from dpo_video.types import Clip, Context, Latents, Region, VideoShape
 
+_NEGATIVES_KEPT = 64  # encoded; each may be megabytes
+
 
 class PretrainedBackbone(Backbone):
     """A family whose models show anything, and that has no clips of its own."""
@@ -144,9 +146,15 @@ class PretrainedModel(VideoModel):
         """Latent frames of the smallest video."""
         return 1
 
+    def encode_negative(self, prompt: str | None = None) -> None:
+        """Encode a negative prompt, once."""
+        self._negative_context(self._negative_prompt if prompt is None else prompt, 1)
+
     def _negative_context(self, prompt: str, count: int) -> Context:
         """An encoded negative prompt, repeated."""
         if prompt not in self._negatives:
+            if len(self._negatives) == _NEGATIVES_KEPT:
+                del self._negatives[next(iter(self._negatives))]
             self._negatives[prompt] = self.encode_prompts([prompt])
         return {
             name: value.expand(count, -1, -1) for name, value in self._negatives[prompt].items()

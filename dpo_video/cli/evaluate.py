@@ -12,7 +12,7 @@ from dpo_video.cli.options import Json, option, takes
 
 
 @takes(
-    "prompts", "num_prompts", "num_videos_per_prompt", "metrics", "min_effect",
+    "prompts", "num_prompts", "num_videos_per_prompt", "batch_size", "metrics", "min_effect",
     "tolerance", "min_prompts", "set", "device", "deterministic", "checkpoint",
 )  # fmt: skip
 def evaluate(

@@ -103,6 +103,9 @@ FLAGS: Mapping[str, Any] = {
         "Number of videos of each prompt and model, each with its own seed; 1 by default.",
         min=1,
     ),
+    "batch_size": _flag(
+        int, "--batch-size", "Videos that are sampled at once; 1 by default.", min=1
+    ),
     "min_effect": _flag(
         float, "--min-effect", "Least relative change of a target that counts.", min=0
     ),

@@ -1,55 +1,35 @@
-"""Measure base and tuned model: the same prompts and noise, every metric on every video."""
+"""Measure base and tuned model: the same prompts and noise, every metric on every video.
+
+Videos are drawn, measured and written one batch at a time, so the memory does not depend on their
+number, and what is finished is not done again.
+"""
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dpo_video.data.build import PROMPTS_KEPT, Worker
 from dpo_video.data.prompts import batched_prompts, negative_option
+from dpo_video.data.video_writer import video_bytes
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
-from dpo_video.errors import UserError
 from dpo_video.evaluation.adapter import put_on
-from dpo_video.evaluation.change import Witness
-from dpo_video.evaluation.verdict import MetricResult, Role
-from dpo_video.registry.attribution import plugin_of, sentence
+from dpo_video.evaluation.measuring import Measurement, Meters
+from dpo_video.evaluation.videos import VideoRecord, VideoSet, hash_of
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
-from dpo_video.types import Prompt, Videos
+from dpo_video.support.claims import claim
+from dpo_video.support.hashing import file_digest
+from dpo_video.types import Context, Prompt, Videos
 
-
-@dataclass(frozen=True, kw_only=True)
-class LeftOut:
-    """A metric without a result."""
-
-    name: str
-    reason: str
-    """The reason, as a sentence."""
-    error: Exception | None = None
-    """The exception of a plugin's metric."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """The videos of both networks and the metrics on them."""
-
-    base: Videos
-    tuned: Videos
-    metrics: tuple[MetricResult, ...]
-    left_out: tuple[LeftOut, ...] = ()
-
-
-class _Second(TypedDict, total=False):
-    """Fields of a `MetricResult` on its second measurement."""
-
-    witness: Witness
-    no_witness: str
+_POLL = 0.2  # seconds
+Report = Callable[[int], None]
 
 
 def measure(
@@ -58,14 +38,19 @@ def measure(
     metrics: Mapping[str, Metric],
     prompts: Sequence[Prompt],
     settings: EvaluateSettings,
+    folder: Path,
     *,
-    base: Videos | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
+    base_folder: Path | None = None,
+    drawn_from: object = None,
+    worker: Worker = Worker(),  # noqa: B008 - it is frozen
+    on_progress: Report = lambda done: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """Sample videos of the base model, put the adapter on, sample again, and measure both sets.
 
-    A metric that gives a value that is not finite, and a plugin's metric that fails, is left out.
-    A metric with a witness (`Metric.witness`) is measured by it as well.
+    Every video is written to `folder` with its values, and finished ones are not drawn again. A
+    metric that gives a value that is not finite, and a plugin's metric that fails, is left out. A
+    metric with a witness (`Metric.witness`) is measured by it as well.
 
     Args:
         model: The base model; the adapter is put on its denoiser.
@@ -73,94 +58,96 @@ def measure(
         metrics: The metrics by name.
         prompts: One per video, with its seed (`data.prompts.prompt_table`).
         settings: Sampling and thresholds.
-        base: The base model's videos for the same prompts and settings, if they exist already.
+        folder: Receives the videos of both models.
+        base_folder: Where the base's videos are kept for other evaluations; each set of them has a
+            folder of its own there. `folder` by default.
+        drawn_from: What else the videos depend on, as JSON-ready data.
+        worker: The part of the videos that this process draws. It waits for the others.
         on_progress: Called with the number of finished videos, of `2 * len(prompts)`.
+        note: Receives a sentence before a wait for another evaluation.
 
     Raises:
         UserError: if a video is not finite, or every target metric was left out.
         Exception: the exception of a plugin's metric, if it is the reason.
     """
-    sets: list[Videos] = [] if base is None else [base]
-    while len(sets) < 2:
-        denoiser = put_on(model, adapter) if sets else model.denoiser
-        batches: list[Tensor] = []
-        for videos in sample_videos(model, denoiser, prompts, settings):
-            batches.append(videos)
-            on_progress(len(sets) * len(prompts) + sum(len(batch) for batch in batches))
-        sets.append(torch.cat(batches))
-    base, tuned = sets
+    batches = list(batched_prompts(prompts, settings.batch_size))
+    common = [
+        model.identity, str(model.device.type), torch.__version__, drawn_from,
+        settings.num_inference_steps, settings.guidance_scale,
+    ]  # fmt: skip
+    shown = VideoSet.of(folder, "base", common, batches)
+    base = replace(shown, folder=(base_folder or folder) / f"base-{hash_of(shown.keys)[:10]}")
+    trained = [file_digest(path) for path in sorted(adapter.glob("adapter_*"))]
+    tuned = VideoSet.of(folder, "tuned", [common, trained], batches)
+    meters = Meters.of(metrics)
+    sampler = _Sampler(model=model, settings=settings)
+    part = (worker.number, worker.count)
+    finished = _Finished([base, tuned], meters.keys, on_progress)
+    with claim(base.folder, part=part, patience=float("inf"), note=note):
+        _draw(base, batches, meters, sampler, lambda: model.denoiser, worker, finished)
+    _draw(tuned, batches, meters, sampler, lambda: put_on(model, adapter), worker, finished)
+    before, after = finished.records()
+    base.link_into(shown)
     texts = [prompt.text for prompt in prompts]
-    found = [
-        _measure(name, metric, base, tuned, texts, settings) for name, metric in metrics.items()
+    return meters.results(before, after, texts, settings)
+
+
+class _Finished:
+    """What is on the disk, of all processes."""
+
+    def __init__(self, sets: Sequence[VideoSet], metrics: Sequence[str], report: Report) -> None:
+        self._sets, self._metrics, self._report = sets, metrics, report
+        self._open = {(each.side, i) for each in sets for i in range(len(each))}
+
+    def update(self) -> bool:
+        """Look for newly finished videos, and report their number; whether all are finished."""
+        for each in self._sets:
+            for index in range(len(each)):
+                if (each.side, index) in self._open and not each.lacks(index, self._metrics):
+                    self._open.remove((each.side, index))
+        self._report(sum(map(len, self._sets)) - len(self._open))
+        return not self._open
+
+    def records(self) -> list[list[VideoRecord]]:
+        """The records of all videos, after waiting for those of other processes."""
+        while not self.update():
+            time.sleep(_POLL)
+        found = [[each.record(index) for index in range(len(each))] for each in self._sets]
+        return [[record for record in side if record is not None] for side in found]
+
+
+def _draw(
+    videos: VideoSet,
+    batches: Sequence[Sequence[Prompt]],
+    meters: Meters,
+    sampler: _Sampler,
+    denoiser: Callable[[], nn.Module],
+    worker: Worker,
+    finished: _Finished,
+) -> None:
+    """Draw, measure and write the videos that are missing, a batch at a time."""
+    starts = [sum(map(len, batches[:number])) for number in range(len(batches))]
+    missing = [
+        (start, batch)
+        for number, (start, batch) in enumerate(zip(starts, batches, strict=True))
+        if number % worker.count == worker.number
+        and any(videos.lacks(start + i, meters.keys) for i in range(len(batch)))
     ]
-    results = tuple(each for each in found if isinstance(each, MetricResult))
-    left_out = tuple(each for each in found if isinstance(each, LeftOut))
-    if left_out and not any(result.role is Role.TARGET for result in results):
-        for metric in left_out:
-            raise metric.error or UserError(metric.reason)
-    return Measurement(base=base, tuned=tuned, metrics=results, left_out=left_out)
-
-
-def _measure(
-    name: str,
-    metric: Metric,
-    base: Videos,
-    tuned: Videos,
-    prompts: Sequence[str],
-    settings: EvaluateSettings,
-) -> MetricResult | LeftOut:
-    try:
-        before, after = (
-            metric_values(metric, videos, prompts, settings.batch_size) for videos in (base, tuned)
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        if (plugin := plugin_of(metric)) is None:
-            raise
-        return LeftOut(name=name, reason=sentence(plugin, error), error=error)
-    for which, measured in (("base", before), ("tuned", after)):
-        for prompt, value in zip(prompts, measured, strict=True):
-            if not math.isfinite(value):
-                reason = (
-                    f"The metric '{name}' is left out: it is {value} for the {which} model's video "
-                    f"of '{prompt}'. Select other metrics with --metric NAME, or fix it."
-                )
-                return LeftOut(name=name, reason=reason)
-    return MetricResult.measured(
-        name,
-        before,
-        after,
-        unit=metric.unit,
-        higher_is_better=metric.higher_is_better,
-        role=Role(metric.role),
-        prompts=prompts,
-        min_effect=settings.min_effects.get(name, settings.min_effect),
-        tolerance=settings.tolerance,
-        **_witness(metric, base, tuned, prompts, settings),
-    )
-
-
-def _witness(
-    metric: Metric, base: Videos, tuned: Videos, prompts: Sequence[str], settings: EvaluateSettings
-) -> _Second:
-    """The second measurement of a metric, or the reason why it failed."""
-    try:
-        if (second := metric.witness()) is None:
-            return {}
-        name, other = second
-        before, after = (
-            metric_values(other, videos, prompts, settings.batch_size) for videos in (base, tuned)
-        )
-    except UserError as error:
-        return {"no_witness": str(error)}
-    except Exception as error:
-        if (plugin := plugin_of(metric)) is None:
-            raise
-        return {"no_witness": sentence(plugin, error)}
-    if not all(map(math.isfinite, (*before, *after))):
-        return {"no_witness": f"A value by {name} is not finite."}
-    return {"witness": Witness.measured(name, before, after, prompts=prompts)}
+    finished.update()
+    if not missing:
+        return
+    network = denoiser()
+    drawn = sampler.batches(network, [batch for _, batch in missing])
+    for (start, batch), pixels in zip(missing, drawn, strict=True):
+        texts = [row.text for row in batch]
+        values, failed = meters.measure(pixels, texts)
+        for number, video in enumerate(pixels):
+            own = {key: each[number] for key, each in values.items()}
+            encoded = video_bytes(video, sampler.model.shape.fps)
+            videos.write(start + number, encoded, own, failed)
+        found = [videos.record(start + number) for number in range(len(batch))]
+        meters.check_targets([each for each in found if each is not None], videos.side, texts)
+        finished.update()
 
 
 def sample_videos(
@@ -174,33 +161,53 @@ def sample_videos(
     Raises:
         UserError: if a video is not finite.
     """
-    for batch in batched_prompts(prompts, settings.batch_size):
-        texts = [prompt.text for prompt in batch]
-        latents = model.sample(
-            model.encode_prompts(texts),
-            initial_noise(model, [prompt.seed or 0 for prompt in batch]),
-            denoiser=denoiser,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            **negative_option(batch[0].negative_prompt),
-        )
-        videos = model.decode_videos(latents).cpu()
-        check_finite(latents, videos, texts)
-        yield videos
+    sampler = _Sampler(model=model, settings=settings)
+    return sampler.batches(denoiser, list(batched_prompts(prompts, settings.batch_size)))
 
 
-def metric_values(
-    metric: Metric, videos: Videos, prompts: Sequence[str], batch: int
-) -> list[float]:
-    """A metric's value for every video, computed `batch` videos at a time.
+@dataclass(kw_only=True)
+class _Sampler:
+    """Draws videos. Prompts are encoded some at a time, and the text encoder is freed again."""
 
-    Raises:
-        ValueError: if the number of values is not that of the videos.
-    """
-    parts = [
-        metric(videos[i : i + batch], prompts[i : i + batch]) for i in range(0, len(videos), batch)
-    ]
-    found = [float(value) for value in torch.cat(parts)]
-    if len(found) != len(videos):
-        raise ValueError(f"{len(found)} values for {len(videos)} videos")
-    return found
+    model: VideoModel
+    settings: EvaluateSettings
+    _encoded: dict[str, Context] = field(default_factory=dict)
+
+    def batches(self, denoiser: nn.Module, batches: Sequence[Sequence[Prompt]]) -> Iterator[Videos]:
+        """Yield the videos of each batch, on the CPU.
+
+        Raises:
+            UserError: if a video is not finite.
+        """
+        model, settings = self.model, self.settings
+        for number, batch in enumerate(batches):
+            texts = [row.text for row in batch]
+            if any(text not in self._encoded for text in texts):
+                self._encode(batches[number:])
+            contexts = [self._encoded[text] for text in texts]
+            latents = model.sample(
+                {name: torch.cat([each[name] for each in contexts]) for name in contexts[0]},
+                initial_noise(model, [row.seed or 0 for row in batch]),
+                denoiser=denoiser,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                **negative_option(batch[0].negative_prompt),
+            )
+            videos = model.decode_videos(latents).cpu()
+            check_finite(latents, videos, texts)
+            yield videos
+
+    def _encode(self, batches: Sequence[Sequence[Prompt]]) -> None:
+        """Encode the next prompts, at most PROMPTS_KEPT and those of the first batch."""
+        model = self.model
+        self._encoded.clear()
+        for number, batch in enumerate(batches):
+            if number and len(self._encoded) + len(batch) > PROMPTS_KEPT:
+                break
+            for row in batch:
+                if row.text not in self._encoded:
+                    context = model.encode_prompts([row.text])
+                    self._encoded[row.text] = {name: each.cpu() for name, each in context.items()}
+            if self.settings.guidance_scale != 1:
+                model.encode_negative(batch[0].negative_prompt)
+        model.release()

@@ -1,7 +1,8 @@
 """What the page of an evaluation shows: one self-contained HTML file.
 
-The videos are inside the file and no request leaves it. Prompts, names and settings are other
-people's text: jinja escapes all of it, and the page's own security policy allows no other script.
+The videos are inside the file, or in files that it links to, and no request leaves it. Prompts,
+names and settings are other people's text: jinja escapes all of it, and the page's own security
+policy allows no other script.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from dpo_video.support.formatting import apart, brief
 from dpo_video.training.diagnosis import WINDOW
 from dpo_video.training.report import StepReport
 
+Sides = tuple[bytes | str, bytes | str]
+"""Videos of base and tuned model: mp4, or the address of a file."""
+
 
 def page_context(
     metrics: Sequence[MetricResult],
@@ -27,7 +31,7 @@ def page_context(
     seeds: Sequence[int],
     *,
     training: Sequence[StepReport] = (),
-    videos: Sequence[tuple[bytes, bytes]] = (),
+    videos: Sequence[Sides] = (),
 ) -> dict[str, Any]:
     """The variables of the page's template, except the evaluation itself.
 
@@ -36,8 +40,8 @@ def page_context(
         prompts: One prompt per video.
         seeds: One seed per prompt.
         training: The reports of the training's steps.
-        videos: mp4 (h264) of base and tuned model, one pair per prompt in the order of the prompts;
-            empty leaves the videos out.
+        videos: mp4 (h264) of base and tuned model, one pair per prompt in the order of the prompts:
+            bytes are embedded, a text is the address of a link. Empty leaves the videos out.
 
     Raises:
         ValueError: if there are videos, but not one pair per prompt.
@@ -141,6 +145,9 @@ class _Card:
     prompt: str
     seed: int
     sources: tuple[str, str] | None
+    """Base and tuned video inside the page."""
+    links: tuple[str, str] | None
+    """Their files, where they are not inside."""
     scores: list[_Score]
 
 
@@ -148,22 +155,41 @@ def _cards(
     metrics: Sequence[MetricResult],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    videos: Sequence[tuple[bytes, bytes]],
+    videos: Sequence[Sides],
 ) -> list[_Card]:
     cards = []
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        sources = None
+        sources = links = None
         if videos:
-            base, tuned = (
-                f"data:video/mp4;base64,{base64.b64encode(video).decode()}"
-                for video in videos[index]
-            )
-            sources = (base, tuned)
+            base, tuned = videos[index]
+            if isinstance(base, str) or isinstance(tuned, str):
+                links = (str(base), str(tuned))
+            else:
+                sources = (_embedded(base), _embedded(tuned))
         scores = [_score(metric, index) for metric in metrics]
         cards.append(
-            _Card(number=index + 1, prompt=prompt, seed=seed, sources=sources, scores=scores)
+            _Card(
+                number=index + 1,
+                prompt=prompt,
+                seed=seed,
+                sources=sources,
+                links=links,
+                scores=scores,
+            )
         )
     return cards
+
+
+def _embedded(video: bytes) -> str:
+    return f"data:video/mp4;base64,{base64.b64encode(video).decode()}"
+
+
+def embedding_order(metrics: Sequence[MetricResult], count: int) -> list[int]:
+    """Indices of the videos in the order in which a page embeds them: the typical one first."""
+    texts = [""] * count
+    typical = _typical(_cards(metrics, texts, range(count), ()))
+    first = 0 if typical is None else typical.number - 1
+    return [first, *(index for index in range(count) if index != first)]
 
 
 def _typical(cards: Sequence[_Card]) -> _Card | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from rich import box
@@ -13,14 +15,16 @@ from rich.table import Table
 from dpo_video.errors import UserError, first_fault, unknown
 from dpo_video.evaluation.change import Change
 from dpo_video.evaluation.rendering import templates
-from dpo_video.evaluation.report import page_context
+from dpo_video.evaluation.report import Sides, embedding_order, page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, rules
 from dpo_video.support.formatting import apart, cell, html_table
 from dpo_video.support.statistics import Record
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.training.report import StepReport
 
-_JSON, _PAGE, _VIDEOS = "evaluation.json", "index.html", "videos"
+_JSON, _PAGE = "evaluation.json", "index.html"
+EMBEDDED = 32 * 2**20  # bytes of videos inside a page
+VIDEOS = "videos"  # folder of the videos, in that of the evaluation
 _SHORT = {"no clear change": "unclear", "not shown to be kept": "unclear"}
 _HEADER = ("metric", "better", "base", "tuned", "change", "95% interval", "result")
 
@@ -185,20 +189,35 @@ class Evaluation(Record):
     def page(self, path: Path | str) -> Path:
         """Write the self-contained page: metrics, charts, training, settings and the videos.
 
-        The videos of a saved or loaded evaluation are embedded; without them the page has none.
+        The videos of a saved or loaded evaluation are embedded up to `EMBEDDED` bytes, and the
+        others linked, so that a browser can open the page; without them the page has none.
         """
         from dpo_video.support.atomic import write_text
 
-        videos: list[tuple[bytes, bytes]] = []
-        if self._folder is not None:
-            pairs = [_video_paths(self._folder, i) for i in range(len(self.prompts))]
-            if all(side.is_file() for pair in pairs for side in pair):
-                videos = [(base.read_bytes(), tuned.read_bytes()) for base, tuned in pairs]
         path = Path(path)
-        write_text(path, self.html(videos))
+        write_text(path, self.html(self._videos(path.parent)))
         return path
 
-    def html(self, videos: Sequence[tuple[bytes, bytes]] = ()) -> str:
+    def _videos(self, page: Path) -> list[Sides]:
+        """The videos of a page in a folder: the first ones' bytes, and links to the others."""
+        if self._folder is None:
+            return []
+        files = [_video_paths(self._folder, i) for i in range(len(self.prompts))]
+        if not all(side.is_file() for pair in files for side in pair):
+            return []
+        videos: list[Sides] = [
+            (_address(base, page), _address(tuned, page)) for base, tuned in files
+        ]
+        room = EMBEDDED
+        for index in embedding_order(self.metrics, len(files)):
+            base, tuned = files[index]
+            room -= base.stat().st_size + tuned.stat().st_size
+            if room < 0:
+                break
+            videos[index] = (base.read_bytes(), tuned.read_bytes())
+        return videos
+
+    def html(self, videos: Sequence[Sides] = ()) -> str:
         """The page's text, with the given videos (see `page_context`)."""
         context = page_context(
             self.metrics,
@@ -232,7 +251,15 @@ def _numbers(change: Change) -> tuple[str, str, str, str]:
     return base, tuned, change.change_text, change.interval_text
 
 
+def _address(file: Path, page: Path) -> str:
+    """The address of a file for a page in a folder."""
+    try:
+        return quote(Path(os.path.relpath(file, page)).as_posix())
+    except ValueError:  # on Windows, another drive
+        return file.resolve().as_uri()
+
+
 def _video_paths(folder: Path, index: int) -> tuple[Path, Path]:
     """The files of base and tuned model for a prompt."""
-    base, tuned = (folder / _VIDEOS / f"{index:03d}-{side}.mp4" for side in ("base", "tuned"))
+    base, tuned = (folder / VIDEOS / f"{index:03d}-{side}.mp4" for side in ("base", "tuned"))
     return base, tuned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -19,6 +18,7 @@ from dpo_video.text import command
 from dpo_video.training.checkpoint import Checkpoint
 from dpo_video.types import Remark
 from dpo_video.workflows.config import Config
+from dpo_video.workflows.distributed import launched_worker
 from dpo_video.workflows.launcher import hidden, launcher_request, notes_on
 from dpo_video.workflows.options import BuildOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
@@ -245,10 +245,7 @@ def _summarized(remarks: Sequence[Remark]) -> list[str]:
 
 def _worker(given: str | None) -> Worker:
     """This process's part of a build: of `given`, or of the launcher's RANK and WORLD_SIZE."""
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    launched = Worker()
-    if rank.isdecimal() and world.isdecimal() and int(rank) < int(world):
-        launched = Worker(number=int(rank), count=int(world))
+    launched = launched_worker()
     if given is None:
         return launched
     number, _, count = given.partition("/")

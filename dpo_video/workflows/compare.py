@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpo_video import registry
 from dpo_video.errors import UserError, unknown
 from dpo_video.evaluation.compare import Comparison
-from dpo_video.evaluation.evaluate import sample_videos
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.rows import Cell
 from dpo_video.paths import check_name
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.claims import claim
 from dpo_video.support.reading import read_toml
-from dpo_video.support.tensor_tree import load_state, save_state
 from dpo_video.text import command
 from dpo_video.training.run_dir import checkpoints
-from dpo_video.types import Videos
 from dpo_video.workflows import config as configs
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
@@ -360,7 +354,6 @@ def _measured(tables: Tables) -> Tables:
 def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Evaluation:
     accelerator = accelerator_for(config, folder)
     model = load_model(config, accelerator.device)
-    base = _base_videos(config, out, progress)
     with claim_run(folder, progress):
         resumption = Resumption.of(folder, partial(progress.note, warning=True))
         resumption.check(config, accelerator.num_processes, accept=False)
@@ -378,25 +371,6 @@ def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Eva
             config,
             folder / "evaluation",
             command=command("evaluate", folder),
-            base=base,
+            base_folder=out,
             progress=progress,
         )
-
-
-def _base_videos(config: Config, out: Path, progress: Progress) -> Videos:
-    """The base model's videos, drawn once for all entries with equal settings."""
-    model = load_model(config, pick_device(config.run.device))
-    prompts = evaluation_prompts(config)
-    tables = _measured(config.tables)
-    rows = [asdict(prompt) for prompt in prompts]
-    settings = [model.identity, tables["backbone"], tables["evaluate"], rows]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
-    path = out / f"base-{digest}.safetensors"
-    if not path.exists():
-        drawn: list[Videos] = []
-        for part in sample_videos(model, model.denoiser, prompts, config.evaluate):
-            drawn.append(part)
-            progress.update("base videos", sum(map(len, drawn)), len(prompts))
-        save_state(path, {"videos": torch.cat(drawn)})
-    videos: Videos = load_state(path)["videos"]
-    return videos

@@ -13,6 +13,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined] # public by
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler
 
+from dpo_video.data.build import Worker
+
 
 def process_count() -> int:
     """Number of processes that the launcher started for this run."""
@@ -24,6 +26,13 @@ def is_main_process() -> bool:
     """Whether this is the process that writes, before the processes have met."""
     rank = os.environ.get("RANK", "0")
     return not (rank.isdecimal() and 0 < int(rank) < process_count())
+
+
+def launched_worker() -> Worker:
+    """This process's part of work that a launcher's processes share without meeting."""
+    rank, world = os.environ.get("RANK", "0"), process_count()
+    known = rank.isdecimal() and int(rank) < world
+    return Worker(number=int(rank), count=world) if known else Worker()
 
 
 _SCHEME = "dpo-video"

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Unpack
 
 from dpo_video import text
-from dpo_video.data.video_writer import video_bytes
-from dpo_video.evaluation.evaluate import Measurement, measure
-from dpo_video.evaluation.results import Evaluation
+from dpo_video.evaluation.evaluate import measure
+from dpo_video.evaluation.measuring import Measurement
+from dpo_video.evaluation.results import VIDEOS, Evaluation
 from dpo_video.evaluation.verdict import EvaluationVerdict, judge_evaluation
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import claim
 from dpo_video.training.checkpoint import kept_adapter
-from dpo_video.types import Videos
 from dpo_video.workflows.config import Config
+from dpo_video.workflows.distributed import launched_worker
 from dpo_video.workflows.options import EvaluateOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run, verdict_of
@@ -81,19 +81,28 @@ def evaluate_run(
     *,
     command: str,
     checkpoint: int | None = None,
-    base: Videos | None = None,
+    base_folder: Path | None = None,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Evaluate a run with a resolved configuration; `base` are the base's videos if known."""
+    """Evaluate a run with a resolved configuration.
+
+    The base's videos are kept in `base_folder`, by default the run's, for its other checkpoints.
+    """
     # What can be refused comes before the videos, which may take hours.
     rows = evaluation_prompts(config, progress.note)
     prompts = tuple(row.text for row in rows)
     negatives = tuple(row.negative_prompt for row in rows)
     trained = tuple(sorted({*run.prompts} & {*prompts}))
     reports, toml, versions = run.reports, run.toml, run.versions
-    settings = config.evaluate
+    settings, worker = config.evaluate, launched_worker()
+    if worker.number:
+        progress = SILENT
     with (
-        claim(folder, instead="name another folder with --out"),
+        claim(
+            folder,
+            part=(worker.number, worker.count),
+            instead="name another folder with --out",
+        ),
         kept_adapter(run.folder, checkpoint) as adapter,
     ):
         model = load_model(config, pick_device(config.run.device))
@@ -103,8 +112,12 @@ def evaluate_run(
             config.metrics,
             rows,
             settings,
-            base=base,
+            folder / VIDEOS,
+            base_folder=base_folder or run.folder,
+            drawn_from=[config.tables["backbone"], config.run.deterministic],
+            worker=worker,
             on_progress=lambda done: progress.update("videos", done, 2 * len(rows)),
+            note=progress.note,
         )
         evaluation = Evaluation(
             name=run.name,
@@ -124,7 +137,8 @@ def evaluate_run(
             versions=versions,
             facts=_facts(config, model, adapter),
         )
-        evaluation.save(folder, _encoded(measured, model.shape.fps))
+        if not worker.number:
+            evaluation.save(folder)
     return evaluation
 
 
@@ -144,10 +158,3 @@ def _facts(config: Config, model: VideoModel, adapter: Path) -> dict[str, str]:
     if config.memory.quantization != "native":
         facts["Base quantized to"] = config.memory.quantization
     return facts
-
-
-def _encoded(measured: Measurement, fps: float) -> list[tuple[bytes, bytes]]:
-    return [
-        (video_bytes(first, fps), video_bytes(second, fps))
-        for first, second in zip(measured.base, measured.tuned, strict=True)
-    ]

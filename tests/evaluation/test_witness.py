@@ -14,8 +14,10 @@ from conftest import load_small
 from rich.console import Console
 from small_evaluation import an_evaluation, with_witness
 
+from dpo_video.evaluation.adapter import put_on
 from dpo_video.evaluation.change import Witness
-from dpo_video.evaluation.evaluate import Measurement, measure
+from dpo_video.evaluation.evaluate import measure, sample_videos
+from dpo_video.evaluation.measuring import Measurement
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.verdict import MetricResult, Role, judge_evaluation
 from dpo_video.metric.dynamic_degree import DynamicDegree
@@ -116,6 +118,9 @@ def test_a_result_keeps_its_witness_on_disk(tmp_path: Path) -> None:
         Evaluation(**{**dict(evaluation), "metrics": metrics})
 
 
+TWO = [Prompt(text=text, seed=0) for text in ("a", "b")]
+
+
 @pytest.fixture(scope="module")
 def adapter(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
@@ -129,8 +134,9 @@ def measured(small_folder: Path, adapter: Path, **metrics: Metric) -> Measuremen
         load_small(small_folder),
         adapter,
         metrics,
-        [Prompt(text=text, seed=0) for text in ("a", "b")],
+        TWO,
         settings,
+        adapter.with_name(f"measured-{'-'.join(metrics)}"),
     )
 
 
@@ -146,7 +152,12 @@ def test_an_evaluation_measures_flow_metrics_with_a_second_flow(
     )
     warp, motion, difference = found.metrics
     assert warp.witness is not None and warp.witness.name == "DIS"
-    for videos, values in ((found.base, warp.witness.base), (found.tuned, warp.witness.tuned)):
+    model, settings = load_small(small_folder), EvaluateSettings(num_inference_steps=1)
+    for denoiser, values in (
+        (lambda: model.denoiser, warp.witness.base),
+        (lambda: put_on(model, adapter), warp.witness.tuned),
+    ):
+        videos = torch.cat(list(sample_videos(model, denoiser(), TWO, settings)))
         expected = WarpError(flow="dis")(videos, ["a", "b"])
         torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-5, atol=0)
     assert motion.witness is not None and motion.witness.name == "Lucas-Kanade"

@@ -154,11 +154,12 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
         {**broken, "frame_difference": FrameDifference()},
         [Prompt(text="a", seed=0), Prompt(text="b", seed=1)],
         settings,
+        tmp_path / "videos",
     )
     assert [result.name for result in comparison.metrics] == ["frame_difference"]
     reasons = {metric.name: metric.reason for metric in comparison.left_out}
     assert "'blind' of dpo-blind 1.0 failed (KeyError: 'a')" in reasons["blind"]
-    assert "'short' of dpo-short 1.0 failed (ValueError: 0 values for 2" in reasons["short"]
+    assert "'short' of dpo-short 1.0 failed (ValueError: 0 values for 1" in reasons["short"]
     assert "'void' is left out: it is nan for the base model's video of 'a'" in reasons["void"]
 
     class Ours(FrameDifference.__base__):  # type: ignore[misc, name-defined]
@@ -175,10 +176,16 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
             {"ours": ours},
             [Prompt(text="a")],
             settings,
+            tmp_path / "one",
         )
     with pytest.raises(KeyError):  # no metric is left
         measure(
-            load_small(small_folder), tmp_path / "adapter", broken, [Prompt(text="a")], settings
+            load_small(small_folder),
+            tmp_path / "adapter",
+            broken,
+            [Prompt(text="a")],
+            settings,
+            tmp_path / "none",
         )
 
 
