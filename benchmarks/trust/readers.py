@@ -317,7 +317,12 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
         from dpo_video.loss.global_ import Global
         from dpo_video.reference.toggle import Toggle
         from dpo_video.settings import TrainSettings
-        from dpo_video.training.checkpoint import RunFingerprint, restore
+        from dpo_video.training.checkpoint import (
+            RunFingerprint,
+            check_unchanged,
+            newest_checkpoint,
+            restore,
+        )
         from dpo_video.training.lora import adapt
         from dpo_video.training.run import train
 
@@ -353,7 +358,9 @@ def checkpoint(name: str, damage: Damage) -> Callable[[Bench], Reading]:
             try:
                 if len(data) % 2 and path.suffix == ".safetensors":
                     _read_state(path)
-                at = restore(out, policy, optimizer, fingerprint, None)
+                checkpoint = newest_checkpoint(out)
+                check_unchanged(checkpoint, fingerprint)
+                at = restore(checkpoint, policy, optimizer, None)
                 assert at.step >= 0, f"resumes from step {at.step}"
                 # An accepted checkpoint must train.
                 for parameter in parameters:
