@@ -46,6 +46,11 @@ def command(*words: str | Path) -> str:
     return " ".join(["dpo-video", *(quoted(_undashed(word)) for word in words)])
 
 
+def label_command(pairs: str | Path) -> str:
+    """The command that labels pairs by metrics, which needs no person and no model."""
+    return command("label", pairs, "--labeler", "metric")
+
+
 def quoted(word: str | Path) -> str:
     """A word of a command, quoted for a shell; control characters are escaped."""
     text = str(word)

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from dpo_video.cli.console import BOLD, say
 from dpo_video.cli.options import BUILDING, option, takes
-from dpo_video.text import command
 
 
 @takes(*BUILDING)
@@ -28,11 +27,8 @@ def build(
     """
     from dpo_video.cli.display import TerminalProgress
     from dpo_video.workflows.build import build_pairs
+    from dpo_video.workflows.pairs import next_step
 
     with TerminalProgress() as progress:
         store = build_pairs(**options, out=out, worker=worker, progress=progress)
-    say(
-        f"{len(store)} pairs in ",
-        (str(store.folder), BOLD),
-        f". Train on them: {command('train', '--pairs', f'{store.folder}/')}",
-    )
+    say(f"{len(store)} pairs in ", (str(store.folder), BOLD), f". {next_step(store)}")

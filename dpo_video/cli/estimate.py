@@ -12,7 +12,7 @@ from dpo_video.cli.options import Json, option, takes
 DOES_NOT_FIT = 3  # exit code
 
 
-@takes("recipe", "backbone", "loss", "reference", "set", "config", "tier")
+@takes("recipe", "pairs", "backbone", "loss", "reference", "set", "config", "tier")
 def estimate(
     options: dict[str, Any],
     efficiency: Annotated[

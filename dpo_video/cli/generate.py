@@ -11,7 +11,7 @@ from dpo_video.cli.options import option, takes
 
 
 @takes(
-    "backbone", "set", "config", "prompt", "seed", "num_inference_steps", "guidance_scale",
+    "backbone", "set", "config", "prompts", "seed", "num_inference_steps", "guidance_scale",
     "checkpoint", "device", "deterministic",
 )  # fmt: skip
 def generate(
@@ -20,19 +20,41 @@ def generate(
         Path | None,
         typer.Argument(help="Folder of a run; without one the base model generates."),
     ] = None,
+    pairs: Annotated[
+        str | None,
+        option("--pairs", "Folder or URL of finished pairs, whose base model generates."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, option("--prompt", "Prompt of the videos; repeat for more.")
+    ] = None,
     num_videos: Annotated[
-        int, option("--num-videos", "Number of videos, each with the next seed.", min=1)
+        int, option("--num-videos", "Number of videos of each prompt, with the next seeds.", min=1)
     ] = 1,
     out: Annotated[
         Path | None,
-        option("--out", "File ending in .mp4 or .gif, numbered; by default video.mp4."),
+        option(
+            "--out",
+            "Folder of the videos, or file ending in .mp4 or .gif; by default video.mp4, or videos "
+            "for several prompts.",
+        ),
     ] = None,
 ) -> None:
-    """Generate videos with a run's tuned model, or with a base model."""
+    """Generate videos with a run's tuned model, or with a base model.
+
+    A folder gets a named file for every prompt and seed, and a metadata.jsonl. Videos that exist
+    there are not drawn again, so an interrupted command is run again to draw the rest.
+    """
     from dpo_video.cli.display import TerminalProgress
     from dpo_video.workflows.generate import generate
 
+    several = options["prompts"] is not None or len(prompt or ()) > 1
     with TerminalProgress() as progress:
         generate(
-            run, num_videos=num_videos, out=out or Path("video.mp4"), progress=progress, **options
+            run,
+            pairs=pairs,
+            prompt=prompt,
+            num_videos=num_videos,
+            out=out or Path("videos" if several else "video.mp4"),
+            progress=progress,
+            **options,
         )

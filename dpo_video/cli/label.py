@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dpo_video.cli.console import BOLD, say, show, show_json
+from dpo_video.cli.console import say, show, show_json
 from dpo_video.cli.options import Json, option, takes
-from dpo_video.text import command
 
 
 @takes("labeler", "backbone", "set", "config", "device")
@@ -30,6 +29,7 @@ def label(
     """
     from dpo_video.cli.display import TerminalProgress
     from dpo_video.workflows.label import label
+    from dpo_video.workflows.pairs import next_step, opened
 
     with TerminalProgress() as progress:
         summary = label(pairs, name=name, seconds=seconds, progress=progress, **options)
@@ -38,5 +38,4 @@ def label(
         return
     show(summary.summary, summary.table(), *summary.details())
     if summary.labelled:
-        again = command("train", "--pairs", pairs, "--labels", summary.name)
-        say("Train on them: ", (again, BOLD))
+        say(next_step(opened(pairs), "--labels", summary.name))

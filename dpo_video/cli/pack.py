@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from dpo_video.cli.console import BOLD, say
-from dpo_video.text import command
 
 
 def pack(
@@ -24,7 +23,7 @@ def pack(
     copied, previews are not. Run an interrupted command again to complete the copy.
     """
     from dpo_video.cli.display import TerminalProgress
-    from dpo_video.workflows.pairs import pack
+    from dpo_video.workflows.pairs import next_step, pack
 
     with TerminalProgress() as progress:
         store = pack(pairs, folder, shard_mib=shard_mib, progress=progress)
@@ -32,5 +31,5 @@ def pack(
     say(
         f"{len(store)} pairs in {files} files in ",
         (str(folder), BOLD),
-        f". Train on them: {command('train', '--pairs', f'{folder}/')}",
+        f". {next_step(store)}",
     )

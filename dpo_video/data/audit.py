@@ -112,7 +112,7 @@ def audit(
         checks.difference(finite),
         checks.duplicates(finite),
         checks.region(finite),
-        checks.labels(finite),
+        checks.labels(finite, store.where),
         *(checks.motion(name, values) for name, values in moved.items()),
         checks.shortcut(finite),
         checks.prompts(texts),

@@ -17,6 +17,7 @@ from dpo_video.data.store import PairStore
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.reading import composed, one_spaced
 from dpo_video.support.statistics import Record, paired_difference
+from dpo_video.text import label_command
 
 NEAR = 0.01
 """Root mean square difference, in standard deviations of the latents, below which two videos count
@@ -222,8 +223,8 @@ def region(pairs: Sequence[PairSummary]) -> Finding:
     )
 
 
-def labels(pairs: Sequence[PairSummary]) -> Finding:
-    """Check that the labels are balanced and that few frames are ties."""
+def labels(pairs: Sequence[PairSummary], where: str) -> Finding:
+    """Check that the labels of the pairs in `where` are balanced and that few frames are ties."""
     decided = [pair for pair in pairs if pair.label]
     firsts = sum(pair.label > 0 for pair in decided)
     ties = sum(pair.decided == 0 for pair in pairs)
@@ -232,7 +233,7 @@ def labels(pairs: Sequence[PairSummary]) -> Finding:
     if not any(pair.decided for pair in pairs):
         return check.problem(
             "Every pair is a tie, so nothing can be learned.",
-            "Label them: dpo-video label PAIRS --labeler NAME.",
+            f"Label them, by metrics or by another labeler: {label_command(where)}",
         )
     counted = f"The first is better in {firsts} pairs, the second in {len(decided) - firsts}; "
     counted += f"{ties} are ties."

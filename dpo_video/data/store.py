@@ -286,6 +286,11 @@ class PairStore:
         view._preferences = preferences
         return view
 
+    @property
+    def has_regions(self) -> bool:
+        """Whether the two videos of any pair are equal outside a region."""
+        return any(record.region_share != 1 for record in self.records)
+
     def decided(self) -> list[int]:
         """Indices of the pairs that have a preference in any frame."""
         if self._preferences is None:  # no tensors, because there may be very many
@@ -297,14 +302,25 @@ class PairStore:
         if self.manifest.latent_shape != model.latent_shape:
             raise StoreError(
                 f"The pairs in '{self.where}' have latents of shape {self.manifest.latent_shape}; "
-                f"the backbone's are {model.latent_shape}. Build pairs for this backbone."
+                f"the backbone's are {model.latent_shape}. {self._for_this_backbone}"
             )
         if weights_of(self.manifest.identity) != weights_of(model.identity):
             raise StoreError(
                 f"The pairs in '{self.where}' were made with other weights "
-                f"({self.manifest.identity}; the backbone's are {model.identity}). Build pairs "
-                "for this backbone."
+                f"({self.manifest.identity}; the backbone's are {model.identity}). "
+                f"{self._for_this_backbone}"
             )
+
+    @property
+    def _for_this_backbone(self) -> str:
+        made_with = self.manifest.recipe.get("backbone")
+        if not isinstance(made_with, Mapping):
+            return "Build pairs for this backbone."
+        model = f" with the model {made_with['model']}" if "model" in made_with else ""
+        return (
+            f"They were made with {made_with.get('name')}{model}. Leave out --backbone and its "
+            "options, so that those of the pairs are taken, or build pairs for this backbone."
+        )
 
     def tensors(self, record: PairRecord) -> dict[str, Tensor]:
         """The stored tensors of a pair, with its own preference."""

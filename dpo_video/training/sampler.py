@@ -22,7 +22,7 @@ from dpo_video.errors import TrainingError
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, VideoModel
 from dpo_video.support.rng import generator
-from dpo_video.text import command
+from dpo_video.text import label_command
 from dpo_video.training.checkpoint import TrainState
 from dpo_video.training.reference_cache import PairDraw, ReferenceCache, ReferenceCacheReport
 from dpo_video.types import Latents, PairBatch, PerPair
@@ -63,7 +63,7 @@ def trainable_pairs(
     """
     if not len(store):
         raise TrainingError(f"'{store.where}' holds no pairs. Build some first.")
-    if loss.needs_region and all(row.region_share == 1 for row in store.records):
+    if loss.needs_region and not store.has_regions:
         raise TrainingError(
             f"The pairs in '{store.where}' have no regions: their two videos may differ "
             "everywhere. Train them with --loss global, or build pairs that have regions "
@@ -85,8 +85,8 @@ def trainable_pairs(
         )
     raise TrainingError(
         f"All {len(store)} pairs in '{store.where}' are ties, from which there is nothing to "
-        f"learn. Label them ({command('label', store.where, '--labeler', 'NAME')}, then train with "
-        "--labels NAME), or build them with a --labeler."
+        "learn. Build them with a --labeler, or label them by metrics and train with --labels "
+        f"metric: {label_command(store.where)}"
     )
 
 

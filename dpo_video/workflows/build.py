@@ -14,7 +14,7 @@ from dpo_video.errors import RunError, UserError
 from dpo_video.settings import BuildSettings
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.claims import claim
-from dpo_video.text import command
+from dpo_video.text import label_command
 from dpo_video.training.checkpoint import Checkpoint
 from dpo_video.types import Remark
 from dpo_video.workflows.config import Config
@@ -220,7 +220,7 @@ def _build(
     if undecided:
         progress.note(
             f"{undecided} of {made} pairs prefer neither video, so nothing is learned from them. "
-            f"Label them: {command('label', store.folder, '--labeler', 'NAME')}"
+            f"Label them, by metrics or by another labeler: {label_command(store.folder)}"
         )
     if worker.count > 1 and (waiting := store.made - len(store)):
         progress.note(

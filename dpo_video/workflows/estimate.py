@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Unpack
 
 import diffusers
 import torch
 
 from dpo_video import registry
+from dpo_video.data.store import PairStore
 from dpo_video.errors import BudgetError, UserError
 from dpo_video.estimation import modes as memory_modes
 from dpo_video.estimation.estimate import estimate_memory
@@ -17,6 +19,7 @@ from dpo_video.estimation.modes import BACKWARDS, MemoryMode
 from dpo_video.estimation.results import GIB, NOT_COMPILED, Estimate, MemoryEstimate
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
+from dpo_video.strategies import PairBuilder
 from dpo_video.training.step import check_backward
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import TrainOptions, checked, configure, with_options
@@ -33,6 +36,7 @@ REFERENCES = ("toggle", "copy", "cached")
 @with_options
 @checked
 def estimate(
+    pairs: PairBuilder | PairStore | Path | str | None = None,
     *,
     efficiency: float | None = None,
     progress: Progress = SILENT,
@@ -43,6 +47,7 @@ def estimate(
     It needs no GPU and no weights: the training's own step runs on shapes.
 
     Args:
+        pairs: Finished pairs, whose backbone, options and precision are taken, or a pair builder.
         efficiency: Assumed share of a card's published speed, in (0, 1]; by default the
             backbone's.
         progress: Receives the progress.
@@ -52,7 +57,7 @@ def estimate(
         UserError: for a wrong option, or a model whose configuration cannot be read.
     """
     tier = options.get("tier")
-    config = configure("train", options)
+    config = configure("train", options, pairs)
     for note in config.notes:
         progress.note(note)
     card = find_tier(tier) if tier else None

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Self, Unpack
 
+from torch import nn
+
+from dpo_video.data.prompts import load_prompts, negative_option, prompt_table
+from dpo_video.data.store import PairStore
+from dpo_video.data.video_folder import VideoFolder, video_names
 from dpo_video.data.video_writer import write_video
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import UserError
 from dpo_video.evaluation.adapter import put_on
+from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import writing
 from dpo_video.support.claims import WRITER, claim
+from dpo_video.support.hashing import file_digest
+from dpo_video.text import quoted
 from dpo_video.training.checkpoint import kept_adapter
+from dpo_video.types import Prompt, Video
+from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import Options, checked, configure, with_options
+from dpo_video.workflows.pairs import opened
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.results import GeneratedVideo
 from dpo_video.workflows.runs import Run
@@ -26,7 +41,9 @@ from dpo_video.workflows.session import load_model, pick_device
 def generate(
     run: Run | Path | str | None = None,
     *,
-    prompt: str | None = None,
+    pairs: PairStore | Path | str | None = None,
+    prompt: str | Sequence[str] | None = None,
+    prompts: Path | str | None = None,
     seed: int | None = None,
     num_videos: int = 1,
     out: Path | str | None = None,
@@ -40,10 +57,15 @@ def generate(
 
     Args:
         run: The run or its folder; None for the base model of `backbone`.
-        prompt: The prompt of all videos; by default the backbone's evaluation prompts.
-        seed: Seed of the first video, 0 by default; each further video takes the next one.
-        num_videos: Number of videos.
-        out: An .mp4 or .gif file, numbered if there are several videos; None writes no file.
+        pairs: Finished pairs, or their folder or URL, whose base model generates.
+        prompt: One prompt or several; by default the backbone's evaluation prompts.
+        prompts: A file of prompts, or `training` or `evaluation`, the package's lists.
+        seed: Seed of the first video, 0 by default; each further video takes the next one, unless
+            its prompt has a seed in the file.
+        num_videos: Number of videos of each prompt; without prompts, of all.
+        out: A folder, which gets a named file for every video and a metadata.jsonl: a video that
+            exists there is not drawn again. Or an .mp4 or .gif file, numbered if there are several
+            videos of one prompt; it is overwritten. None writes no file.
         num_inference_steps: Sampling steps; the backbone's own number by default.
         guidance_scale: Classifier-free guidance; the backbone's own by default.
         checkpoint: The step of the run to take; the last checkpoint by default.
@@ -55,49 +77,146 @@ def generate(
         RunError: if there is no such run or checkpoint.
         BusyError: if another process is writing `out`.
     """
-    file = None if out is None else Path(out)
-    if file is not None and file.suffix.lower() not in (".mp4", ".gif"):
-        raise UserError(f"Cannot write '{file}': videos end in .mp4 or .gif. Change --out.")
     if checkpoint is not None and run is None:
         raise UserError("--checkpoint needs a run: dpo-video generate RUN --checkpoint N")
+    if run is not None and pairs is not None:
+        raise UserError("A run and --pairs name two models. Leave one of them out.")
     if run is not None:
         run = Run.open(run)
         options["config"] = options.get("config") or run.folder / "run.toml"
-    config = configure("evaluate", options, kinds=("backbone",))
+    store = opened(pairs) if pairs is not None else None
+    config = configure("evaluate", options, store, kinds=("backbone",))
+    rows = _rows(config, prompt, prompts, num_videos, seed or 0, progress)
+    target = None if out is None else _Target.of(Path(out), rows)
     with ExitStack() as stack:
         adapter = None
         if run is not None:
             adapter = stack.enter_context(kept_adapter(run.folder, checkpoint))
-        if file is not None:
-            name = f".{file.name}{WRITER}"
-            stack.enter_context(claim(file.parent, name, instead="name another file with --out"))
-        model = load_model(config, pick_device(config.run.device))
-        denoiser = put_on(model, adapter) if adapter else model.denoiser
-        prompts = [prompt] * num_videos if prompt else config.backbone.prompts(num_videos)
-        videos = []
-        for i, text in enumerate(prompts):
-            number = (seed or 0) + i
-            latents = model.sample(
-                model.encode_prompts([text]),
-                initial_noise(model, [number]),
-                denoiser=denoiser,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+        if target is not None:
+            stack.enter_context(
+                claim(target.folder, target.lock, instead="name another one with --out")
             )
-            pixels = model.decode_videos(latents).cpu()
-            check_finite(latents, pixels, [text])
-            path = file
-            if file is not None and num_videos > 1:
-                path = file.with_stem(f"{file.stem}_{i:02d}")
-            if path is not None:
-                with writing(path):
-                    scale = max(1, 256 // model.shape.height)
-                    write_video(path, pixels[0], model.shape.fps, scale)
-                progress.note(f"{path}  seed {number}  {text}")
-            progress.update("videos", i + 1, num_videos)
+        record = VideoFolder(target.folder) if target and target.recorded else None
+        model = load_model(config, pick_device(config.run.device))
+        base = _key(config, model, adapter, num_inference_steps, guidance_scale)
+        denoiser = put_on(model, adapter) if adapter else model.denoiser
+        videos = []
+        for i, row in enumerate(rows):
+            name = target.names[i] if target else None
+            path = target.folder / name if target and name else None
+            key = hashlib.sha256(json.dumps([*base, *astuple(row)]).encode()).hexdigest()[:16]
+            drawn = None
+            if record is None or not record.has(str(name), key):
+                drawn = _draw(model, row, denoiser, num_inference_steps, guidance_scale)
+                if record is not None:
+                    record.forget(str(name))
+                if path is not None:
+                    with writing(path):
+                        scale = max(1, 256 // model.shape.height)
+                        write_video(path, drawn, model.shape.fps, scale)
+                    progress.note(f"{path}  seed {row.seed}  {row.text}")
+                if record is not None:
+                    record.add(str(name), row, key)
+            progress.update("videos", i + 1, len(rows))
             videos.append(
                 GeneratedVideo(
-                    prompt=text, seed=number, fps=model.shape.fps, video=pixels[0], path=path
+                    prompt=row.text,
+                    seed=row.seed or 0,
+                    fps=model.shape.fps,
+                    video=None if record else drawn,
+                    path=path,
+                    existed=drawn is None,
                 )
             )
+        if existed := sum(video.existed for video in videos):
+            progress.note(f"{existed} of {len(rows)} videos existed already.")
         return videos
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """Where videos are written."""
+
+    folder: Path
+    names: list[str]
+    lock: str = WRITER
+    recorded: bool = False
+    """Whether the folder keeps a record of what each video was drawn from."""
+
+    @classmethod
+    def of(cls, out: Path, rows: Sequence[Prompt]) -> Self:
+        """One file, numbered ones, or named ones in a folder of their own.
+
+        Raises:
+            UserError: if it is neither a video nor a folder, or a video for several prompts.
+        """
+        if out.is_dir() or not out.suffix:
+            return cls(folder=out, names=video_names(rows), recorded=True)
+        if out.suffix.lower() not in (".mp4", ".gif"):
+            raise UserError(
+                f"Cannot write '{out}': videos end in .mp4 or .gif, and a folder has no ending. "
+                "Change --out."
+            )
+        if len({row.text for row in rows}) > 1:
+            raise UserError(
+                f"'{out}' is one file, and there are several prompts. Name a folder: --out "
+                f"{quoted(out.with_suffix(''))}"
+            )
+        numbered = [out.with_stem(f"{out.stem}_{i:02d}").name for i in range(len(rows))]
+        names = numbered if len(rows) > 1 else [out.name]
+        return cls(folder=out.parent, names=names, lock=f".{out.name}{WRITER}")
+
+
+def _rows(
+    config: Config,
+    prompt: str | Sequence[str] | None,
+    prompts: Path | str | None,
+    num_videos: int,
+    seed: int,
+    progress: Progress,
+) -> list[Prompt]:
+    """The prompt and the seed of every video."""
+    given = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    if prompts is not None:
+        if given:
+            raise UserError("--prompt and --prompts exclude each other. Leave one of them out.")
+        return prompt_table(load_prompts(str(prompts), progress.note), num_videos, seed)
+    if given:
+        return prompt_table([Prompt(text=text) for text in given], num_videos, seed)
+    own = config.backbone.prompts(num_videos)
+    return prompt_table([Prompt(text=text) for text in own], 1, seed)
+
+
+def _draw(
+    model: VideoModel,
+    row: Prompt,
+    denoiser: nn.Module,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+) -> Video:
+    latents = model.sample(
+        model.encode_prompts([row.text]),
+        initial_noise(model, [row.seed or 0]),
+        denoiser=denoiser,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        **negative_option(row.negative_prompt),
+    )
+    pixels = model.decode_videos(latents).cpu()
+    check_finite(latents, pixels, [row.text])
+    return pixels[0]
+
+
+def _key(
+    config: Config,
+    model: VideoModel,
+    adapter: Path | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+) -> list[Any]:
+    """Everything but its prompt and seed that a video depends on."""
+    weights = "" if adapter is None else file_digest(adapter / "adapter_model.safetensors")
+    return [
+        model.identity, weights, config.tables["backbone"], config.train.mixed_precision,
+        num_inference_steps, guidance_scale,
+    ]  # fmt: skip

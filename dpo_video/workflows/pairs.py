@@ -12,6 +12,7 @@ from dpo_video.data.store import PairStore
 from dpo_video.data.videodpo import VideoDPOExport, export_videodpo
 from dpo_video.errors import UserError
 from dpo_video.strategies import Metric
+from dpo_video.text import command, label_command
 from dpo_video.workflows.options import Options, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import apply_labels, evaluation_prompts, load_model, pick_device
@@ -20,6 +21,15 @@ from dpo_video.workflows.session import apply_labels, evaluation_prompts, load_m
 def opened(pairs: PairStore | Path | str) -> PairStore:
     """A pair set by its folder or URL."""
     return pairs if isinstance(pairs, PairStore) else PairStore(pairs)
+
+
+def next_step(store: PairStore, *options: str) -> str:
+    """What to do with finished pairs: train on them with a loss that suits them, or label them."""
+    if not (options or store.decided()):
+        return f"Label them, then train with --labels: {label_command(store.folder)}"
+    where = f"{store.folder}/" if store.local else store.where
+    loss = () if store.has_regions else ("--loss", "global")
+    return f"Train on them: {command('train', '--pairs', where, *loss, *options)}"
 
 
 @with_options

@@ -18,13 +18,19 @@ class GeneratedVideo:
     prompt: str
     seed: int
     fps: float
-    video: Video
-    """Pixels in [0, 1], on the CPU."""
+    video: Video | None
+    """Pixels in [0, 1], on the CPU; None if it is one of a folder, which may hold very many."""
     path: Path | None
     """The file that it was written to."""
+    existed: bool = False
+    """Whether an earlier call has drawn it."""
 
     def _repr_html_(self) -> str:
-        data = base64.b64encode(video_bytes(self.video, self.fps)).decode()
+        if self.video is not None:
+            content = video_bytes(self.video, self.fps)
+        else:
+            content = self.path.read_bytes() if self.path else b""
+        data = base64.b64encode(content).decode()
         return f'<video autoplay loop muted controls src="data:video/mp4;base64,{data}"></video>'
 
 

@@ -309,9 +309,11 @@ def apply_labels(config: Config, store: PairStore) -> Labelled:
         return Labelled(config=config, store=store, pairs=len(store))
     for label_set in label_sets:
         if label_set.recipe.pairs != store.manifest.key:
+            labeler = str(label_set.recipe.labeler.get("name", "metric"))
+            again = ("--labeler", labeler, "--as", f"{label_set.path.stem}-2")
             raise StoreError(
                 f"'{label_set.path}' holds labels of other pairs than '{store.where}'. Label "
-                f"these: {command('label', store.where, '--labeler', 'NAME', '--as', 'ANOTHER')}"
+                f"these: {command('label', store.where, *again)}"
             )
     preferred = preferences(label_sets, store.manifest.latent_shape[1])
     names = tuple(label_set.pinned for label_set in label_sets)
@@ -372,7 +374,9 @@ def check_pairs(config: Config, store: PairStore, model: VideoModel) -> None:
     """A StoreError unless the pairs were made with this model, shape and precision."""
     then = store.manifest.recipe.get("train", {}).get("mixed_precision", "no")
     now = config.train.mixed_precision
-    if then != now and store.manifest.identity != model.identity:
+    made_with = store.manifest.recipe.get("backbone") or config.tables["backbone"]
+    same = made_with.get("name") == config.tables["backbone"]["name"]
+    if same and then != now and store.manifest.identity != model.identity:
         raise StoreError(
             f"The pairs in '{store.where}' were made with train.mixed_precision={then}, and this "
             f"run has train.mixed_precision={now}, which changes the latents. Set "
