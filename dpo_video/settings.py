@@ -215,5 +215,10 @@ class RunSettings(Settings):
     refused. On a CPU it costs `tiny` no measurable time; on a GPU it is untested."""
     clips: LocalPath | None = None
     """Folder of real videos, or one video file. Default: the clips of the backbone."""
+    slow_down: bool = False
+    """Use clips that are shorter than the backbone's videos and have enough frames, slowed down.
+    Otherwise they are skipped."""
+    scene_cuts: bool = False
+    """Use clips with a scene cut. Otherwise they are skipped."""
     prompt: str | None = None
     """Caption of clips without one, or the only prompt of pairs that need no clip."""

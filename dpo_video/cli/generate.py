@@ -11,21 +11,14 @@ from dpo_video.cli.options import option, takes
 
 
 @takes(
-    "backbone", "set", "config", "prompts", "seed", "num_inference_steps", "guidance_scale",
-    "checkpoint", "device", "deterministic",
+    "pairs", "backbone", "set", "config", "prompt", "prompts", "seed", "num_inference_steps",
+    "guidance_scale", "checkpoint", "device", "deterministic",
 )  # fmt: skip
 def generate(
     options: dict[str, Any],
     run: Annotated[
         Path | None,
         typer.Argument(help="Folder of a run; without one the base model generates."),
-    ] = None,
-    pairs: Annotated[
-        str | None,
-        option("--pairs", "Folder or URL of finished pairs, whose base model generates."),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, option("--prompt", "Prompt of the videos; repeat for more.")
     ] = None,
     num_videos: Annotated[
         int, option("--num-videos", "Number of videos of each prompt, with the next seeds.", min=1)
@@ -39,7 +32,7 @@ def generate(
         ),
     ] = None,
 ) -> None:
-    """Generate videos with a run's tuned model, or with a base model.
+    """Generate videos with a run's tuned model, with a base model, or with that of finished pairs.
 
     A folder gets a named file for every prompt and seed, and a metadata.jsonl. Videos that exist
     there are not drawn again, so an interrupted command is run again to draw the rest.
@@ -47,12 +40,10 @@ def generate(
     from dpo_video.cli.display import TerminalProgress
     from dpo_video.workflows.generate import generate
 
-    several = options["prompts"] is not None or len(prompt or ()) > 1
+    several = options["prompts"] is not None or len(options["prompt"] or ()) > 1
     with TerminalProgress() as progress:
         generate(
             run,
-            pairs=pairs,
-            prompt=prompt,
             num_videos=num_videos,
             out=out or Path("videos" if several else "video.mp4"),
             progress=progress,

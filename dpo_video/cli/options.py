@@ -88,7 +88,9 @@ FLAGS: Mapping[str, Any] = {
         "Use deterministic kernels; identical runs give identical bits.",
     ),
     "clips": _flag(str, "--clips", "Folder of real videos, or one video."),
-    "prompt": _flag(str, "--prompt", "Prompt of the videos, and caption of clips that have none."),
+    "prompt": _flag(
+        list[str], "--prompt", "Prompt of the videos, and caption of clips that have none."
+    ),
     "count": _flag(int, "--count", "Number of pairs to build."),
     "steps": _flag(int, "--steps", "Number of optimizer steps.", min=1),
     "labels": _flag(

@@ -8,13 +8,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
 
-from dpo_video.data.fitting import fit_video, fits, too_short
+import torch
+
+from dpo_video.data.captions import METADATA, read_caption, read_metadata
+from dpo_video.data.fitting import fit_video, fits
 from dpo_video.data.folders import count_types, find_videos, not_read
+from dpo_video.data.scene_cuts import find_cuts
 from dpo_video.data.video import (
     VIDEO_SUFFIXES,
     VideoError,
@@ -24,22 +29,13 @@ from dpo_video.data.video import (
     read_video,
 )
 from dpo_video.errors import UserError
-from dpo_video.support.reading import (
-    Names,
-    composed,
-    decomposed,
-    one_spaced,
-    parse_json,
-    read_lines,
-    read_text,
-)
+from dpo_video.support.reading import Names, composed
+from dpo_video.support.rng import generator
 from dpo_video.types import Clip, Remark, Skipped, Video, VideoShape
 
-METADATA = "metadata.jsonl"
 WINDOWS = 8  # most clips cut from one file, so that a long film does not dominate
 NOTICED = 1.02  # times; a smaller change of speed is not reported
 SLOWED = "Slowed down, because it is shorter than the clip"
-COLUMNS = "Columns that are not read"
 CAPTIONING = (
     f"Caption it by a line in {METADATA} ({{file_name, text}}), "
     "by a text file of the same name beside it, or caption all clips with --prompt."
@@ -72,15 +68,20 @@ class ClipFolder(Sequence[Clip]):
         windows: Sequence[_Window],
         skipped: list[Skipped],
         remarks: Sequence[Remark],
+        *,
+        scene_cuts: bool,
     ) -> None:
         """Use `open_clips`."""
         self.root = root
         self.shape = shape
         self.skipped = skipped
-        """Files without a usable clip; grows when `cycle` or iteration finds a damaged one."""
+        """Files and clips that are not used; grows when `cycle` or iteration decodes one."""
         self.remarks = remarks
         """On files that are shown otherwise than they were filmed, and on metadata.jsonl."""
         self._windows = tuple(windows)
+        self._order = _spread_order(self._windows)
+        self._scene_cuts = scene_cuts
+        self._left_out: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -96,32 +97,46 @@ class ClipFolder(Sequence[Clip]):
         return Clip(name=self.name(index), caption=window.caption, video=video)
 
     def __iter__(self) -> Iterator[Clip]:
-        """All clips that can be decoded; the others are added to `skipped`."""
+        """All clips that can be used; the others are added to `skipped`."""
         clips = (self._try(index) for index in range(len(self)))
         return (clip for clip in clips if clip is not None)
 
     def cycle(self, index: int) -> Clip:
-        """Clip `index` modulo the number of clips.
+        """Clip `index` of an endless sequence that is spread over the files.
 
-        A clip that cannot be decoded is added to `skipped` and replaced by the next one that can.
+        It has the first window of every file, in an order of which each beginning is spread over
+        the names, then the second windows, and so on, and starts over after the last one. A clip
+        that is damaged or has a scene cut is added to `skipped` and replaced by any of the others,
+        drawn anew at each index.
 
         Raises:
-            VideoError: If no clip can be decoded.
+            VideoError: If no clip can be used.
         """
-        for step in range(len(self)):
-            clip = self._try((index + step) % len(self))
-            if clip is not None:
+        clip = self._try(self._order[index % len(self)])
+        if clip is not None:
+            return clip
+        for other in torch.randperm(len(self), generator=generator(index, "gap")).tolist():
+            if (clip := self._try(other)) is not None:
                 return clip
-        raise VideoError(f"No clip of {self.root} can be decoded. {self.skipped[-1].reason}")
+        raise VideoError(f"No clip of {self.root} can be used. {self.skipped[-1].reason}")
 
     def _try(self, index: int) -> Clip | None:
-        try:
-            return self[index]
-        except VideoError as error:
-            damaged = Skipped(name=self.name(index), reason=str(error))
-            if damaged not in self.skipped:
-                self.skipped.append(damaged)
+        if index in self._left_out:
             return None
+        try:
+            clip = self[index]
+            assert clip.video is not None
+            if self._scene_cuts or not (cuts := find_cuts(clip.video)):
+                return clip
+            reason = (
+                f"it has a scene cut after {cuts[0] / self.shape.fps:.2f} s. Cut it there, or use "
+                "it as it is: --set run.scene_cuts=true"
+            )
+        except VideoError as error:
+            reason = str(error)
+        self._left_out.add(index)
+        self.skipped.append(Skipped(name=self.name(index), reason=reason))
+        return None
 
     def name(self, index: int) -> str:
         """The file's path in the folder, with `#t=START,END` in seconds if it has several clips."""
@@ -144,12 +159,36 @@ class ClipFolder(Sequence[Clip]):
         content = {
             "shape": [shape.frames, shape.height, shape.width, shape.fps],
             "clips": [[w.file, w.size, w.caption, w.start] for w in self._windows],
+            "scene_cuts": self._scene_cuts,
+            "order": 2,  # of `cycle`
         }
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
+def _spread_order(windows: Sequence[_Window]) -> list[int]:
+    """Indices of all windows: the first ones of all files, the second ones, and so on.
+
+    Within a round the files come in bit-reversed order (van der Corput), so that any number of them
+    is spread over the names.
+    """
+    rounds: list[tuple[int, int]] = []
+    files: dict[str, int] = {}
+    seen: Counter[str] = Counter()
+    for window in windows:
+        number = files.setdefault(window.file, len(files))
+        rounds.append((seen[window.file], int(f"{number:032b}"[::-1], 2)))
+        seen[window.file] += 1
+    return sorted(range(len(windows)), key=rounds.__getitem__)
+
+
 def open_clips(
-    folder: Path, shape: VideoShape, prompt: str | None = None, *, windows: int = WINDOWS
+    folder: Path,
+    shape: VideoShape,
+    prompt: str | None = None,
+    *,
+    windows: int = WINDOWS,
+    slow_down: bool = False,
+    scene_cuts: bool = False,
 ) -> ClipFolder:
     """List the clips of a folder, or of a single video.
 
@@ -162,6 +201,8 @@ def open_clips(
         shape: The backbone's shape.
         prompt: Caption of files that have none.
         windows: Most clips that a long file is cut into, one after the other.
+        slow_down: Use files that are shorter than a clip and have enough frames, slowed down.
+        scene_cuts: Use clips with a scene cut.
 
     Raises:
         UserError: If there is no such folder, it has no clips, a clip has no caption, or
@@ -180,14 +221,14 @@ def open_clips(
     root = folder.parent if single else folder
     skipped: list[Skipped] = []
     remarks: list[Remark] = []
-    captions = _read_metadata(root / METADATA, remarks)
+    captions = read_metadata(root / METADATA, remarks)
     names = [folder.name] if single else find_videos(root, skipped)
     if captions is not None and not single:
         skipped += _missing(root, captions, names, skipped)
     found: list[_Window] = []
     for name in names:
         try:
-            starts, spread, info = _cut(root / name, shape, windows)
+            starts, spread, info = _cut(root / name, shape, windows, slow_down, "run")
         except VideoError as error:
             skipped.append(Skipped(name=name, reason=str(error)))
             continue
@@ -211,7 +252,7 @@ def open_clips(
             if names
             else f"{folder} holds no videos. Put some there, or folders of png or jpg frames.{why}"
         )
-    return ClipFolder(root, shape, found, skipped, remarks)
+    return ClipFolder(root, shape, found, skipped, remarks, scene_cuts=scene_cuts)
 
 
 def _missing(
@@ -241,13 +282,18 @@ class Beginning(NamedTuple):
     remarks: list[Remark]
 
 
-def read_beginning(path: Path, shape: VideoShape) -> Beginning:
+def read_beginning(path: Path, shape: VideoShape, *, slow_down: bool = False) -> Beginning:
     """Read the beginning of a video or of a folder of frames.
+
+    Args:
+        path: The file or folder.
+        shape: The backbone's shape.
+        slow_down: Slow down a video that is too short and has enough frames.
 
     Raises:
         VideoError: If there is no such file, or it is damaged or too short.
     """
-    _, spread, info = _cut(path, shape, 1)
+    _, spread, info = _cut(path, shape, 1, slow_down, "pairs")
     slower = _slower(info, shape) if spread else 1.0
     remarks = _remarks(f"{path.parent.name}/{path.name}", info, slower)
     return Beginning(_decode(path, shape, 0.0, spread), slower, remarks)
@@ -284,8 +330,12 @@ def _decode(path: Path, shape: VideoShape, start: float, spread: bool) -> Video:
         raise VideoError(f"{path.name}: {error}") from error
 
 
-def _cut(path: Path, shape: VideoShape, windows: int) -> tuple[list[float], bool, VideoInfo]:
+def _cut(
+    path: Path, shape: VideoShape, windows: int, slow_down: bool, table: str
+) -> tuple[list[float], bool, VideoInfo]:
     """Start times of a file's clips in seconds, whether it is slowed down, and its length.
+
+    `table` is the one that has the option `slow_down`.
 
     Raises:
         VideoError: If it is damaged or too short.
@@ -300,9 +350,13 @@ def _cut(path: Path, shape: VideoShape, windows: int) -> tuple[list[float], bool
     ]
     if fits(info.frames, info.fps, shape):
         return starts, False, info
-    if info.frames >= shape.frames:
-        return [0.0], True, info
-    raise VideoError(f"too short: {too_short(info.frames, info.fps, shape)}.")
+    reason = f"too short: it lasts {info.seconds:.2f} s, and {length:.2f} s are needed"
+    if info.frames < shape.frames:
+        raise VideoError(f"{reason}.")
+    if not slow_down:
+        slower = f"{_slower(info, shape):.3g} times slower: --set {table}.slow_down=true"
+        raise VideoError(f"{reason}. Use a longer one, or show it {slower}")
+    return [0.0], True, info
 
 
 def stored_bytes(path: Path) -> int:
@@ -312,75 +366,3 @@ def stored_bytes(path: Path) -> int:
         with contextlib.suppress(OSError):
             total += file.stat().st_size
     return total
-
-
-def read_caption(path: Path) -> str | None:
-    """The caption in a text file beside a video, if there is one."""
-    name = f"{path.name if path.is_dir() else path.stem}.txt"
-    file = next(
-        (
-            path.parent / form
-            for form in dict.fromkeys((name, composed(name), decomposed(name)))
-            if (path.parent / form).is_file()
-        ),
-        None,
-    )
-    if file is None:
-        return None
-    try:
-        return one_spaced(read_text(file))
-    except OSError as error:
-        raise UserError(
-            f"{file} cannot be read: {error.strerror}. Save it as UTF-8 text."
-        ) from error
-
-
-def _read_metadata(path: Path, remarks: list[Remark]) -> dict[str, str] | None:
-    """Captions by relative path, in Unicode's composed form; None without a file."""
-    if not path.exists():
-        return None
-    captions: dict[str, str] = {}
-    columns: set[str] = set()
-    try:
-        for number, line in read_lines(path):
-            name, text, others = _read_line(line, f"Line {number} of {path}")
-            if name in captions:
-                raise UserError(
-                    f"Line {number} of {path} names {name} again. Remove one of the two."
-                )
-            captions[name] = text
-            columns |= others
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}. Save it as UTF-8 text."
-        ) from error
-    remarks += unread_columns(path.name, columns)
-    return captions
-
-
-def unread_columns(name: str, columns: set[str]) -> list[Remark]:
-    """The remark on columns of a list that nothing reads."""
-    if not columns:
-        return []
-    return [Remark(what=COLUMNS, name=name, detail=", ".join(sorted(columns)))]
-
-
-def _read_line(line: str, where: str) -> tuple[str, str, set[str]]:
-    """File, caption and the names of other columns."""
-    wanted = 'Write it as {"file_name": "clip.mp4", "text": "its caption"}.'
-    try:
-        entry = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}). {wanted}") from error
-    name, text = (
-        (entry.get("file_name"), entry.get("text")) if isinstance(entry, dict) else (None, None)
-    )
-    if not (isinstance(name, str) and name.strip() and isinstance(text, str) and text.strip()):
-        raise UserError(f"{where} lacks a file_name or a text. {wanted}")
-    relative = PurePosixPath(name.replace("\\", "/"))
-    if relative.is_absolute() or ".." in relative.parts or PureWindowsPath(name).drive:
-        raise UserError(
-            f"{where} names {name}, which is outside the folder. "
-            "Move the file into it, and name it relative to the folder."
-        )
-    return composed(relative.as_posix()), one_spaced(text), entry.keys() - {"file_name", "text"}

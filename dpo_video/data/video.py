@@ -112,7 +112,25 @@ def read_video(
             no frames from `start` on.
         UserError: If the frames would take more than `MAX_BYTES`.
     """
-    shots = _shots(path, start, folder_fps)
+    if start > SEEK_FROM and not path.is_dir():
+        with contextlib.suppress(MissedError, VideoError):
+            # A file may be readable from its beginning alone.
+            return _read(path, fps, start, frames, cover, folder_fps, seek=True)
+    return _read(path, fps, start, frames, cover, folder_fps, seek=False)
+
+
+def _read(
+    path: Path,
+    fps: float | None,
+    start: float,
+    frames: int | None,
+    cover: Size | None,
+    folder_fps: float,
+    *,
+    seek: bool,
+) -> Footage:
+    """As `read_video`, from a key frame before `start` or from the beginning."""
+    shots = _shots(path, start if seek else 0.0, folder_fps)
     chosen: Iterator[Shot] = (shot for shot in shots if shot.time >= start - EPSILON)
     if fps is not None:
         chosen = _nearest(shots, fps, start)
@@ -230,7 +248,11 @@ def _nearest(shots: Iterator[Shot], fps: float, start: float) -> Iterator[Shot]:
 
 
 def _shots(path: Path, start: float, folder_fps: float) -> Iterator[Shot]:
-    """A file's frames in order, from `start` or earlier; times in seconds since its beginning."""
+    """A file's frames in order, from a key frame before `start`; times since its beginning, s.
+
+    Raises:
+        MissedError: If no such key frame is found.
+    """
     if path.is_dir():
         for index, file in enumerate(_frames_of(path)):
             yield Shot(time=index / folder_fps, picture=partial(_still, file))
@@ -239,15 +261,8 @@ def _shots(path: Path, start: float, folder_fps: float) -> Iterator[Shot]:
     if kind == "webp":
         yield from _animated(path)
         return
-    if start > SEEK_FROM:
-        try:
-            with open_film(path, kind) as film:
-                yield from film.shots(start)
-                return
-        except MissedError:
-            pass
     with open_film(path, kind) as film:
-        yield from film.shots(0)
+        yield from film.shots(start)
 
 
 def _still(file: Path, cover: Size | None) -> Picture:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_video.data.clips import METADATA
+from dpo_video.data.captions import METADATA
 from dpo_video.errors import UserError
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.reading import composed, parse_json, read_lines

@@ -17,13 +17,8 @@ from jaxtyping import Float
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from dpo_video.data.clips import (
-    NOTICED,
-    read_beginning,
-    read_caption,
-    stored_bytes,
-    unread_columns,
-)
+from dpo_video.data.captions import read_caption, unread_columns
+from dpo_video.data.clips import NOTICED, read_beginning, stored_bytes
 from dpo_video.data.fitting import fit_video
 from dpo_video.data.folders import count_types, find_videos, not_read, storable
 from dpo_video.data.segments import split
@@ -87,14 +82,19 @@ class VideoFiles:
         """All files of the pair."""
         return [path for path in (self.chosen, self.rejected, self.mask) if path is not None]
 
-    def read(self, model: VideoModel, remarks: list[Remark]) -> VideoPair:
+    def read(
+        self, model: VideoModel, remarks: list[Remark], *, slow_down: bool = False
+    ) -> VideoPair:
         """Decode the pair, and add what is to be known about its files; a UserError if it fails."""
-        both = [read_beginning(path, model.shape) for path in (self.chosen, self.rejected)]
+        both = [
+            read_beginning(path, model.shape, slow_down=slow_down)
+            for path in (self.chosen, self.rejected)
+        ]
         chosen, rejected = (each.video for each in both)
         if torch.equal(chosen, rejected):
             raise UserError("both files hold the same video")
         found = [remark for each in both for remark in each.remarks]
-        mask = None if self.mask is None else _read_mask(self.mask, model.shape, found)
+        mask = None if self.mask is None else _read_mask(self.mask, model.shape, found, slow_down)
         if mask is not None and not (mask * (chosen - rejected).abs().sum(dim=0)).any():
             raise UserError(f"the two videos do not differ where {self.mask} is white")
         labels = None if self.labels is None else torch.tensor(self.labels)
@@ -162,6 +162,8 @@ class Listing:
     """Files that give no pair; grows while pairs are read."""
     remarks: list[Remark] = field(default_factory=list)
     """On files that are used; grows while pairs are read."""
+    slow_down: bool = False
+    """Whether videos that are too short are slowed down."""
 
     def read(self, model: VideoModel) -> Iterator[Clip]:
         """Every pair that can be read; the others are added to `skipped`.
@@ -172,7 +174,11 @@ class Listing:
         usable = False
         for pair in self.pairs:
             try:
-                clip = pair.read(model, self.remarks)
+                clip = (
+                    pair.read(model, self.remarks, slow_down=self.slow_down)
+                    if isinstance(pair, VideoFiles)
+                    else pair.read(model, self.remarks)
+                )
             except UserError as error:
                 self.skipped.append(Skipped(name=pair.name, reason=str(error)))
                 continue
@@ -193,7 +199,7 @@ class Listing:
             [pair.name, pair.prompt, getattr(pair, "labels", None), *map(stored_bytes, pair.paths)]
             for pair in self.pairs
         ]
-        text = json.dumps([asdict(shape), pairs])
+        text = json.dumps([asdict(shape), pairs, self.slow_down])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -383,12 +389,14 @@ def _prompt_beside(paths: Sequence[Path], prompt: str | None) -> str:
     return found
 
 
-def _read_mask(path: Path, shape: VideoShape, remarks: list[Remark]) -> Float[Tensor, "F H W"]:
+def _read_mask(
+    path: Path, shape: VideoShape, remarks: list[Remark], slow_down: bool
+) -> Float[Tensor, "F H W"]:
     """1 where a picture or a video is closer to white than to black."""
     if path.suffix.lower() in FRAME_SUFFIXES:
         still = read_picture(path)[:, None].expand(-1, shape.frames, -1, -1)
         video = fit_video(still, shape.fps, shape)
     else:
-        video, _, found = read_beginning(path, shape)
+        video, _, found = read_beginning(path, shape, slow_down=slow_down)
         remarks += found
     return (video.mean(dim=0) >= 0.5).float()

@@ -57,6 +57,9 @@ class Folder(SuppliedPairs):
     """The folder, or the .jsonl file."""
     seconds: float = Field(default=SECONDS, gt=0)
     """Length of the segments of `labels`."""
+    slow_down: bool = False
+    """Use videos that are shorter than the backbone's and have enough frames, slowed down; of a
+    pair, this may slow one video alone. Otherwise such pairs are skipped."""
 
     @property
     def needs_video(self) -> bool:
@@ -66,6 +69,7 @@ class Folder(SuppliedPairs):
     def source(self, model: VideoModel, prompt: str | None) -> PairSource:
         """List the files; each pair is decoded when it is read."""
         listing = list_pairs(self.path, model, prompt, self.seconds)
+        listing.slow_down = self.slow_down
         return PairSource(
             clips=listing.read(model),
             count=len(listing.pairs),

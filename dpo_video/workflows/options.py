@@ -39,6 +39,8 @@ class BuildOptions(Options, total=False):
     """The recipe whose values hold where no other option is given."""
     labeler: Strategy | str | None
     clips: Path | str | None
+    slow_down: bool | None
+    scene_cuts: bool | None
     prompt: str | None
     prompts: Path | str | None
     seed: int | None
@@ -177,6 +179,12 @@ def configure(
     }
     file, paths = given.pop("config", None), given.pop("set", ())
     metrics, tier = given.pop("metrics", ()), given.pop("tier", None)
+    if isinstance(prompt := given.get("prompt"), list | tuple):
+        if len(prompt) > 1:
+            raise UserError(
+                "There are several --prompt. Name one, or a file of prompts with --prompts FILE."
+            )
+        (given["prompt"],) = prompt
     recipe, made_with = given.pop("recipe", None), None
     flags = dict(more or {})
     if isinstance(paths, Mapping):

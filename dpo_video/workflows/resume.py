@@ -22,6 +22,8 @@ _PAIRS = (
     "pairs.",
     "labeler.",
     "run.clips",
+    "run.slow_down",
+    "run.scene_cuts",
     "run.prompt",
     "build.count",
     "build.prompts",

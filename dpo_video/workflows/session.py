@@ -214,7 +214,13 @@ def open_source(
             contents=own.contents,
         )
     if run.clips is not None:
-        folder = open_clips(Path(run.clips), model.shape, run.prompt)
+        folder = open_clips(
+            Path(run.clips),
+            model.shape,
+            run.prompt,
+            slow_down=run.slow_down,
+            scene_cuts=run.scene_cuts,
+        )
         return OpenedSource(
             clips=folder.cycle,
             fingerprint=folder.fingerprint,

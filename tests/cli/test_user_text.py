@@ -42,9 +42,13 @@ def test_folders_and_prompts_of_any_name_pass_through_all_commands(
     prompt = f"a sign that says {FOLDER}"
 
     told = said(0, "build", *build, f"--prompt={prompt}", "--out", pairs)
-    assert commands(told)[-1] == ["dpo-video", "train", "--pairs", f"./{pairs}/"]
+    assert commands(told)[-1] == [
+        "dpo-video", "train", "--pairs", f"./{pairs}/", "--loss", "global"
+    ]  # fmt: skip
     told = said(0, "pack", f"./{pairs}", packed)
-    assert commands(told)[-1] == ["dpo-video", "train", "--pairs", f"{packed}/"]
+    assert commands(told)[-1] == [
+        "dpo-video", "train", "--pairs", f"{packed}/", "--loss", "global"
+    ]  # fmt: skip
     told = said(0, "train", "--pairs", f"./{pairs}/", *small, *quick, "--out", run)
     assert commands(told)[-1] == ["dpo-video", "evaluate", f"./{run}"]
     told = said(0, "generate", f"./{run}", f"--prompt={prompt}", "--num-inference-steps=1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_video import CLIPS, stamped, stamps, write_any, write_frames
 
 from dpo_video.data.clips import ClipFolder, open_clips
 from dpo_video.data.video import VideoError
+from dpo_video.data.video_writer import write_video
 from dpo_video.errors import UserError
 from dpo_video.types import VideoShape
 
@@ -106,10 +108,15 @@ def test_long_files_are_cut_into_windows_that_do_not_overlap(tmp_path: Path) -> 
     assert len(open_clips(tmp_path, SHAPE, "a test", windows=2)) == 3
 
 
-def test_short_files_with_enough_frames_are_slowed_down_and_named(tmp_path: Path) -> None:
+def test_short_files_are_skipped_or_if_asked_for_slowed_down_and_named(tmp_path: Path) -> None:
     add(tmp_path, "a.mp4", count=8, fps=20)
     add(tmp_path, "b.mp4")
     clips = open_clips(tmp_path, SHAPE, "a test")
+    assert names(clips) == ["b.mp4"] and reasons(clips) == {
+        "a.mp4": "too short: it lasts 0.40 s, and 1.00 s are needed. Use a longer one, or show it "
+        "2.5 times slower: --set run.slow_down=true"
+    }
+    clips = open_clips(tmp_path, SHAPE, "a test", slow_down=True)
     assert clips[0].video is not None
     assert stamps(clips[0].video) == list(range(8))
     (remark,) = clips.remarks
@@ -212,9 +219,7 @@ def test_unusable_files_are_named_and_skipped(tmp_path: Path) -> None:
     clips = open_clips(tmp_path, SHAPE, "a test")
     assert names(clips) == ["good.mp4"]
     assert set(reasons(clips)) == {"short.mp4", "noise.mp4", "empty.webm"}
-    assert reasons(clips)["short.mp4"] == (
-        "too short: it has 0.20 s (5 frames), and 1.00 s or 8 frames are needed."
-    )
+    assert reasons(clips)["short.mp4"] == ("too short: it lasts 0.20 s, and 1.00 s are needed.")
     assert "damaged" in reasons(clips)["noise.mp4"]
 
 
@@ -244,6 +249,54 @@ def test_an_index_past_the_end_starts_over(tmp_path: Path) -> None:
     assert clips[-1].name == "b.mp4"
     with pytest.raises(IndexError):
         clips[2]
+
+
+def test_any_number_of_clips_is_spread_over_all_files(tmp_path: Path) -> None:
+    for name in "abcde":
+        add(tmp_path, f"{name}.mp4", count=16 if name < "e" else 8)
+    clips = open_clips(tmp_path, SHAPE, "a test")
+    drawn = [clips.cycle(index).name for index in range(10)]
+    assert [name[0] for name in drawn] == [*"aecbd", *"acbd", "a"]
+    assert [name[5:] for name in drawn[:2]] == ["#t=0,1", ""]
+    assert {name[5:] for name in drawn[2:5]} == {"#t=0,1"}
+    assert {name[5:] for name in drawn[5:9]} == {"#t=1,2"}
+    assert names(clips)[:3] == ["a.mp4#t=0,1", "a.mp4#t=1,2", "b.mp4#t=0,1"]
+
+
+def test_what_fills_the_gaps_of_damaged_clips_is_spread_over_the_others(tmp_path: Path) -> None:
+    add(tmp_path, "bad.mp4", count=64)
+    for number in range(8):
+        add(tmp_path, f"good{number}.mp4", count=16)
+    clips = open_clips(tmp_path, SHAPE, "a test")
+    (tmp_path / "bad.mp4").write_bytes(b"overwritten")
+    assert len(clips) == 24
+    used = Counter(clips.cycle(index).name for index in range(3 * len(clips)))
+    assert len(used) == 16 and len(clips.skipped) == 8
+    assert max(used.values()) <= 3 * min(used.values())
+
+
+def spliced(folder: Path, name: str, cut: int, count: int = 16) -> None:
+    """A video of 8 frames a second that shows another scene from a frame on."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 32), indexing="ij")
+    before = torch.stack([0.2 + 0.6 * x, 0.5 * y, 0.1 + 0 * x])
+    after = torch.stack([0.1 + 0 * x, 0.9 - 0.8 * x, 0.3 + 0.5 * y])
+    frames = [before if index < cut else after for index in range(count)]
+    write_video(folder / name, torch.stack(frames, dim=1), 8)
+
+
+def test_clips_with_a_scene_cut_are_skipped_unless_asked_for(tmp_path: Path) -> None:
+    spliced(tmp_path, "a.mp4", 12)
+    spliced(tmp_path, "b.mp4", 8, 8)
+    clips = open_clips(tmp_path, SHAPE, "a test")
+    assert {clips.cycle(index).name for index in range(6)} == {"a.mp4#t=0,1", "b.mp4"}
+    (skipped,) = clips.skipped
+    assert skipped.name == "a.mp4#t=1,2" and "a scene cut after 0.50 s" in skipped.reason
+    clips = open_clips(tmp_path, SHAPE, "a test", scene_cuts=True)
+    assert len({clips.cycle(index).name for index in range(3)}) == 3 and not clips.skipped
+    spliced(tmp_path, "a.mp4", 4, 8)
+    (tmp_path / "b.mp4").unlink()
+    with pytest.raises(VideoError, match=r"No clip .* can be used.*--set run.scene_cuts=true"):
+        open_clips(tmp_path, SHAPE, "a test").cycle(0)
 
 
 def test_a_folder_without_usable_clips_is_an_error(tmp_path: Path) -> None:
@@ -295,7 +348,9 @@ def test_the_real_clips_open_and_decode() -> None:
 
 def test_clips_too_short_for_the_backbone_are_skipped() -> None:
     shape = VideoShape(frames=49, height=60, width=90, fps=8.0)
-    clips = open_clips(CLIPS, shape, "a girl sits down")
-    assert reasons(clips).keys() == {"grand_prix_1906.mp4"}
+    assert reasons(open_clips(CLIPS, shape, "x", slow_down=True)).keys() == {"grand_prix_1906.mp4"}
+    with pytest.raises(UserError, match=r"needed. Use a longer one.* --set run.slow_down=true"):
+        open_clips(CLIPS / "sitting_down.mp4", shape, "a girl sits down")
+    clips = open_clips(CLIPS, shape, "a girl sits down", slow_down=True)
     (clip,) = clips
     assert clip.video is not None and clip.video.shape[1] == 49

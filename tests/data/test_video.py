@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dpo_video.data import video as module
+from dpo_video.data.films import Film, Shot
 from dpo_video.data.fitting import fit_video
 from dpo_video.data.video import VideoError, natural_key, probe_video, read_video
 from dpo_video.data.video_writer import gif_bytes, video_bytes, write_video
@@ -424,3 +426,25 @@ def test_an_unknown_codec_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.webm").write_bytes(data.replace(b"V_VP9", b"V_XYZ"))
     with pytest.raises(VideoError, match="no installed decoder reads it"):
         read_video(tmp_path / "a.webm")
+
+
+def test_a_file_in_which_seeking_fails_is_read_from_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_any(tmp_path / "a.mp4", stamped(30), fps=10)
+    expected = read_video(tmp_path / "a.mp4", fps=10, start=2.0, frames=8).frames
+    assert stamps(expected / 255) == list(range(20, 28))
+    shots = Film.shots
+
+    def broken(self: Film, start: float) -> Iterator[Shot]:
+        for index, shot in enumerate(shots(self, start)):
+            if start > 0 and index == 2:  # after frames that look sound
+                raise VideoError("damaged after a key frame")
+            yield shot
+
+    monkeypatch.setattr(Film, "shots", broken)
+    found = read_video(tmp_path / "a.mp4", fps=10, start=2.0, frames=8).frames
+    assert torch.equal(found, expected)
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:2000])
+    with pytest.raises(VideoError, match="is damaged"):  # from the beginning as well
+        read_video(tmp_path / "a.mp4", fps=10, start=2.0, frames=8)

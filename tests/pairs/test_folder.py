@@ -273,12 +273,16 @@ def test_names_of_two_systems_are_a_pair(small_model: AnimateDiffModel, tmp_path
     assert [pair.source for pair in made(small_model, root)] == ["caf\u00e9"]
 
 
-def test_videos_that_are_slowed_down_are_named(
+def test_videos_that_are_too_short_are_skipped_or_slowed_down_and_named(
     small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     root = folders(tmp_path, ["a", "b"])
     write(root / "rejected" / "b.mp4", 3, fps=3 * SHAPE.fps)
     source = opened(small_model, root)
+    assert [clip.name for clip in source.clips] == ["a"]
+    (skipped,) = source.skipped
+    assert skipped.name == "b" and "3 times slower: --set pairs.slow_down=true" in skipped.reason
+    source = opened(small_model, root, slow_down=True)
     list(source.clips)
     slowed, unequal = source.remarks
     assert (slowed.name, slowed.detail) == (

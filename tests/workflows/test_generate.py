@@ -84,7 +84,7 @@ def test_a_drawn_folder_is_a_list_of_prompts_and_a_folder_of_clips(model: dict[s
         Prompt(text="a cat", seed=7, negative_prompt="blur"),
         Prompt(text="猫", seed=2),
     ]
-    assert [clip.caption for clip in open_clips(Path("drawn"), SHAPE)] == [
+    assert [clip.caption for clip in open_clips(Path("drawn"), SHAPE, scene_cuts=True)] == [
         "A dog, running!", "a cat", "猫"
     ]  # fmt: skip
 
