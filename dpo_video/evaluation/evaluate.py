@@ -16,6 +16,7 @@ from torch import nn
 
 from dpo_video.data.build import PROMPTS_KEPT, Worker
 from dpo_video.data.prompts import batched_prompts, negative_option
+from dpo_video.data.video import read_video
 from dpo_video.data.video_writer import video_bytes
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
@@ -30,6 +31,8 @@ from dpo_video.types import Context, Prompt, Videos
 
 _POLL = 0.2  # seconds
 Report = Callable[[int], None]
+Source = Callable[[Sequence[Sequence[Prompt]]], Iterator[Videos]]
+"""Returns the videos of each batch of prompts, on the CPU."""
 
 
 def measure(
@@ -83,13 +86,66 @@ def measure(
     sampler = _Sampler(model=model, settings=settings)
     part = (worker.number, worker.count)
     finished = _Finished([base, tuned], meters.keys, on_progress)
+    work = _Work(batches=batches, meters=meters, fps=model.shape.fps, worker=worker)
     with claim(base.folder, part=part, patience=float("inf"), note=note):
-        _draw(base, batches, meters, sampler, lambda: model.denoiser, worker, finished)
-    _draw(tuned, batches, meters, sampler, lambda: put_on(model, adapter), worker, finished)
+        work.draw(base, lambda each: sampler.batches(model.denoiser, each), finished)
+    work.draw(tuned, lambda each: sampler.batches(put_on(model, adapter), each), finished)
     before, after = finished.records()
     base.link_into(shown)
-    texts = [prompt.text for prompt in prompts]
-    return meters.results(before, after, texts, settings)
+    return meters.results(before, after, [prompt.text for prompt in prompts], settings)
+
+
+def measure_files(
+    base: Sequence[Path],
+    tuned: Sequence[Path],
+    prompts: Sequence[str],
+    metrics: Mapping[str, Metric],
+    settings: EvaluateSettings,
+    folder: Path,
+    *,
+    fps: float,
+    worker: Worker = Worker(),  # noqa: B008 - it is frozen
+    on_progress: Report = lambda done: None,
+) -> Measurement:
+    """Measure finished videos of two models, and write them to `folder` as `measure` does.
+
+    Args:
+        base: One file per prompt.
+        tuned: Those of the other model.
+        prompts: What the videos show, for metrics that read it.
+        metrics: The metrics by name.
+        settings: Thresholds.
+        folder: Receives the videos, encoded again.
+        fps: Frames per second of the encoded videos.
+        worker: The part of the videos that this process measures.
+        on_progress: Called with the number of measured videos, of `2 * len(prompts)`.
+
+    Raises:
+        UserError: if a video cannot be read, or every target metric was left out.
+    """
+    sides = {"base": base, "tuned": tuned}
+    sets = [
+        VideoSet(folder=folder, side=side, keys=tuple(hash_of(file_digest(f)) for f in files))
+        for side, files in sides.items()
+    ]
+    meters, batches = Meters.of(metrics), [[Prompt(text=text)] for text in prompts]
+    finished = _Finished(sets, meters.keys, on_progress)
+    work = _Work(batches=batches, meters=meters, fps=fps, worker=worker)
+    for videos, files in zip(sets, sides.values(), strict=True):
+        work.draw(videos, _reader(files, batches), finished)
+    before, after = finished.records()
+    return meters.results(before, after, prompts, settings)
+
+
+def _reader(files: Sequence[Path], batches: Sequence[Sequence[Prompt]]) -> Source:
+    """Reads the finished video of each prompt."""
+    by_row = {id(batch[0]): file for batch, file in zip(batches, files, strict=True)}
+
+    def read(asked: Sequence[Sequence[Prompt]]) -> Iterator[Videos]:
+        for batch in asked:
+            yield read_video(by_row[id(batch[0])]).frames.float().div(255)[None]
+
+    return read
 
 
 class _Finished:
@@ -116,38 +172,38 @@ class _Finished:
         return [[record for record in side if record is not None] for side in found]
 
 
-def _draw(
-    videos: VideoSet,
-    batches: Sequence[Sequence[Prompt]],
-    meters: Meters,
-    sampler: _Sampler,
-    denoiser: Callable[[], nn.Module],
-    worker: Worker,
-    finished: _Finished,
-) -> None:
-    """Draw, measure and write the videos that are missing, a batch at a time."""
-    starts = [sum(map(len, batches[:number])) for number in range(len(batches))]
-    missing = [
-        (start, batch)
-        for number, (start, batch) in enumerate(zip(starts, batches, strict=True))
-        if number % worker.count == worker.number
-        and any(videos.lacks(start + i, meters.keys) for i in range(len(batch)))
-    ]
-    finished.update()
-    if not missing:
-        return
-    network = denoiser()
-    drawn = sampler.batches(network, [batch for _, batch in missing])
-    for (start, batch), pixels in zip(missing, drawn, strict=True):
-        texts = [row.text for row in batch]
-        values, failed = meters.measure(pixels, texts)
-        for number, video in enumerate(pixels):
-            own = {key: each[number] for key, each in values.items()}
-            encoded = video_bytes(video, sampler.model.shape.fps)
-            videos.write(start + number, encoded, own, failed)
-        found = [videos.record(start + number) for number in range(len(batch))]
-        meters.check_targets([each for each in found if each is not None], videos.side, texts)
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is the same for both sides of an evaluation."""
+
+    batches: Sequence[Sequence[Prompt]]
+    meters: Meters
+    fps: float
+    worker: Worker
+
+    def draw(self, videos: VideoSet, source: Source, finished: _Finished) -> None:
+        """Draw, measure and write the videos that are missing, a batch at a time."""
+        starts = [sum(map(len, self.batches[:number])) for number in range(len(self.batches))]
+        missing = [
+            (start, batch)
+            for number, (start, batch) in enumerate(zip(starts, self.batches, strict=True))
+            if number % self.worker.count == self.worker.number
+            and any(videos.lacks(start + i, self.meters.keys) for i in range(len(batch)))
+        ]
         finished.update()
+        if not missing:
+            return
+        drawn = source([batch for _, batch in missing])
+        for (start, batch), pixels in zip(missing, drawn, strict=True):
+            texts = [row.text for row in batch]
+            values, failed = self.meters.measure(pixels, texts)
+            for number, video in enumerate(pixels):
+                own = {key: each[number] for key, each in values.items()}
+                videos.write(start + number, video_bytes(video, self.fps), own, failed)
+            found = [videos.record(start + number) for number in range(len(batch))]
+            records = [each for each in found if each is not None]
+            self.meters.check_targets(records, videos.side, texts)
+            finished.update()
 
 
 def sample_videos(

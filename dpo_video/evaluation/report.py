@@ -28,7 +28,7 @@ Sides = tuple[bytes | str, bytes | str]
 def page_context(
     metrics: Sequence[MetricResult],
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    seeds: Sequence[int | None],
     *,
     training: Sequence[StepReport] = (),
     videos: Sequence[Sides] = (),
@@ -38,7 +38,7 @@ def page_context(
     Args:
         metrics: The results.
         prompts: One prompt per video.
-        seeds: One seed per prompt.
+        seeds: One seed per prompt; None for a finished video.
         training: The reports of the training's steps.
         videos: mp4 (h264) of base and tuned model, one pair per prompt in the order of the prompts:
             bytes are embedded, a text is the address of a link. Empty leaves the videos out.
@@ -143,7 +143,7 @@ class _Score:
 class _Card:
     number: int
     prompt: str
-    seed: int
+    seed: int | None
     sources: tuple[str, str] | None
     """Base and tuned video inside the page."""
     links: tuple[str, str] | None
@@ -154,7 +154,7 @@ class _Card:
 def _cards(
     metrics: Sequence[MetricResult],
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    seeds: Sequence[int | None],
     videos: Sequence[Sides],
 ) -> list[_Card]:
     cards = []

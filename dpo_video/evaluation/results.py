@@ -14,6 +14,7 @@ from rich.table import Table
 
 from dpo_video.errors import UserError, first_fault, unknown
 from dpo_video.evaluation.change import Change
+from dpo_video.evaluation.human import HumanPreference
 from dpo_video.evaluation.rendering import templates
 from dpo_video.evaluation.report import Sides, embedding_order, page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, rules
@@ -40,7 +41,7 @@ class Evaluation(Record):
     """Name of the run."""
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    """One per video, as the prompts."""
+    """One per video, as the prompts; none for finished videos."""
     negative_prompts: tuple[str | None, ...] = ()
     """One per video, None for the backbone's; empty if no prompt has its own."""
     trained_prompts: tuple[str, ...] = ()
@@ -52,6 +53,8 @@ class Evaluation(Record):
     min_prompts: int
     """Number of prompts that a verdict needs."""
     verdict: EvaluationVerdict
+    preference: HumanPreference | None = None
+    """What people preferred on the labelling page, without knowing which video is which."""
     training: tuple[StepReport, ...] = ()
     training_verdict: TrainingVerdict | None = None
     command: str
@@ -68,7 +71,7 @@ class Evaluation(Record):
     @model_validator(mode="after")
     def _lengths_agree(self) -> Self:
         videos = len(self.prompts)
-        lengths = [len(self.seeds)]
+        lengths = [len(self.seeds)] if self.seeds else []
         witnesses = [metric.witness for metric in self.metrics if metric.witness is not None]
         lengths += [
             len(values)
@@ -103,7 +106,7 @@ class Evaluation(Record):
 
         with writing(folder):
             for i, pair in enumerate(videos):
-                for path, data in zip(_video_paths(folder, i), pair, strict=True):
+                for path, data in zip(video_paths(folder, i), pair, strict=True):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(data)
             self._folder = folder
@@ -153,9 +156,10 @@ class Evaluation(Record):
         """What was evaluated, as a sentence."""
         videos, prompts = len(self.prompts), len(set(self.prompts))
         different = f" of {prompts} different prompts" if prompts < videos else ""
+        drawn = "from the same prompts and seeds" if self.seeds else "paired by their names"
         return (
-            f"{videos} videos{different} from each model, from the same prompts and seeds; 95% "
-            "intervals of the paired difference."
+            f"{videos} videos{different} from each model, {drawn}; 95% intervals of the paired "
+            "difference."
         )
 
     @property
@@ -202,7 +206,7 @@ class Evaluation(Record):
         """The videos of a page in a folder: the first ones' bytes, and links to the others."""
         if self._folder is None:
             return []
-        files = [_video_paths(self._folder, i) for i in range(len(self.prompts))]
+        files = [video_paths(self._folder, i) for i in range(len(self.prompts))]
         if not all(side.is_file() for pair in files for side in pair):
             return []
         videos: list[Sides] = [
@@ -222,7 +226,7 @@ class Evaluation(Record):
         context = page_context(
             self.metrics,
             self.prompts,
-            self.seeds,
+            self.seeds or [None] * len(self.prompts),
             training=self.training,
             videos=videos,
         )
@@ -259,7 +263,7 @@ def _address(file: Path, page: Path) -> str:
         return file.resolve().as_uri()
 
 
-def _video_paths(folder: Path, index: int) -> tuple[Path, Path]:
+def video_paths(folder: Path, index: int) -> tuple[Path, Path]:
     """The files of base and tuned model for a prompt."""
     base, tuned = (folder / VIDEOS / f"{index:03d}-{side}.mp4" for side in ("base", "tuned"))
     return base, tuned

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from dpo_video import text
-from dpo_video.evaluation.evaluate import measure
+from dpo_video.data.build import Worker
+from dpo_video.data.video import probe_video
+from dpo_video.errors import UserError
+from dpo_video.evaluation.evaluate import measure, measure_files
+from dpo_video.evaluation.finished_videos import caption_of, paired_videos
+from dpo_video.evaluation.human import preference_in
 from dpo_video.evaluation.measuring import Measurement
 from dpo_video.evaluation.results import VIDEOS, Evaluation
 from dpo_video.evaluation.verdict import EvaluationVerdict, judge_evaluation
+from dpo_video.exporting.foreign_lora import peft_adapter
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import claim
 from dpo_video.training.checkpoint import kept_adapter
+from dpo_video.types import Prompt
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import launched_worker
 from dpo_video.workflows.options import EvaluateOptions, checked, configure, with_options
@@ -25,22 +34,34 @@ from dpo_video.workflows.session import evaluation_prompts, load_model, pick_dev
 @with_options
 @checked
 def evaluate(
-    run: Run | Path | str,
+    run: Run | Path | str | None = None,
     *,
+    lora: Path | str | None = None,
+    base: Path | str | None = None,
+    tuned: Path | str | None = None,
     checkpoint: int | None = None,
     out: Path | str | None = None,
+    page: bool = False,
     command: str | None = None,
     progress: Progress = SILENT,
     **options: Unpack[EvaluateOptions],
 ) -> Evaluation:
-    """Compare a run's tuned model with its base on identical prompts and seeds.
+    """Compare a tuned model with its base on identical prompts and seeds.
 
-    Writes evaluation.json, the videos of both models and a self-contained page, index.html.
+    Writes evaluation.json, the videos of both models and a page, index.html. Finished videos are
+    not drawn again: after an interruption the same call resumes.
 
     Args:
         run: The run or its folder.
+        lora: Instead of a run, a LoRA of any origin for `backbone`: a .safetensors file, a folder,
+            or a hub id.
+        base: Instead of a run, a folder of finished videos of the base model.
+        tuned: With `base`, a folder of videos of the same names. The prompt of NAME.mp4 is in
+            NAME.txt, or else its name.
         checkpoint: The step to evaluate; the last checkpoint by default.
-        out: The folder to write; by default RUN/evaluation, or RUN/evaluation-STEP.
+        out: The folder to write; by default RUN/evaluation, or RUN/evaluation-STEP, or below runs/.
+        page: Afterwards, let people compare base and tuned blindly on the labelling page. Their
+            answers are kept, and their win rate is on the report.
         command: The command that repeats this evaluation, for the page.
         progress: Receives the progress.
         options: See `EvaluateOptions`.
@@ -50,28 +71,56 @@ def evaluate(
         RunError: if there is no such run or checkpoint.
         BusyError: if another process is writing the same evaluation.
     """
-    run = Run.open(run)
-    options["config"] = options.get("config") or run.folder / "run.toml"
+    folders = base is not None or tuned is not None
+    if (run is not None) + (lora is not None) + folders != 1 or (base is None) != (tuned is None):
+        raise UserError(
+            "Name what to evaluate: a run (dpo-video evaluate RUN), a LoRA (--lora FILE --backbone "
+            "NAME), or two folders of videos (--base DIR --tuned DIR)."
+        )
+    folder = evaluation_folder(run, checkpoint, out, lora=lora, tuned=tuned)
+    if run is None and checkpoint is not None:
+        raise UserError("--checkpoint needs a run: dpo-video evaluate RUN --checkpoint N")
+    if run is not None:
+        run = Run.open(run)
+        options["config"] = options.get("config") or run.folder / "run.toml"
+    elif folders and options.get("backbone") is None:
+        options["backbone"] = "animatediff"  # its metrics are for any video; nothing is loaded
     config = configure("evaluate", options, kinds=("backbone", "metric"))
     for note in config.notes:
         progress.note(note)
-    return evaluate_run(
-        run,
-        config,
-        evaluation_folder(run, checkpoint, out),
-        checkpoint=checkpoint,
-        command=command or text.command("evaluate", run.folder),
-        progress=progress,
-    )
+    if run is not None:
+        command = command or text.command("evaluate", run.folder)
+        return evaluate_run(
+            run, config, folder, checkpoint=checkpoint, command=command, progress=progress
+        )
+    worker = launched_worker()
+    progress = SILENT if worker.number else progress
+    with claim(
+        folder, part=(worker.number, worker.count), instead="name another folder with --out"
+    ):
+        if lora is not None:
+            command = command or text.command("evaluate", "--lora", str(lora))
+            return _evaluate_lora(str(lora), config, folder, worker, command, progress)
+        assert base is not None and tuned is not None
+        command = command or text.command("evaluate", "--base", base, "--tuned", tuned)
+        return _evaluate_files(Path(base), Path(tuned), config, folder, worker, command, progress)
 
 
 def evaluation_folder(
-    run: Run, checkpoint: int | None = None, out: Path | str | None = None
+    run: Run | Path | str | None,
+    checkpoint: int | None = None,
+    out: Path | str | None = None,
+    *,
+    lora: Path | str | None = None,
+    tuned: Path | str | None = None,
 ) -> Path:
-    """Where the evaluation of a checkpoint is written."""
+    """Where an evaluation is written."""
     if out is not None:
         return Path(out)
-    return run.folder / ("evaluation" if checkpoint is None else f"evaluation-{checkpoint}")
+    if run is None:
+        return Path("runs") / f"evaluation-{Path(str(lora or tuned)).resolve().stem}"
+    parent = run.folder if isinstance(run, Run) else Path(run)
+    return parent / ("evaluation" if checkpoint is None else f"evaluation-{checkpoint}")
 
 
 def evaluate_run(
@@ -90,11 +139,9 @@ def evaluate_run(
     """
     # What can be refused comes before the videos, which may take hours.
     rows = evaluation_prompts(config, progress.note)
-    prompts = tuple(row.text for row in rows)
-    negatives = tuple(row.negative_prompt for row in rows)
-    trained = tuple(sorted({*run.prompts} & {*prompts}))
+    trained = tuple(sorted({*run.prompts} & {row.text for row in rows}))
     reports, toml, versions = run.reports, run.toml, run.versions
-    settings, worker = config.evaluate, launched_worker()
+    worker = launched_worker()
     if worker.number:
         progress = SILENT
     with (
@@ -106,39 +153,124 @@ def evaluate_run(
         kept_adapter(run.folder, checkpoint) as adapter,
     ):
         model = load_model(config, pick_device(config.run.device))
-        measured = measure(
-            model,
-            adapter,
-            config.metrics,
-            rows,
-            settings,
-            folder / VIDEOS,
-            base_folder=base_folder or run.folder,
-            drawn_from=[config.tables["backbone"], config.run.deterministic],
-            worker=worker,
-            on_progress=lambda done: progress.update("videos", done, 2 * len(rows)),
-            note=progress.note,
+        measured = _measure(
+            model, adapter, rows, config, folder, base_folder or run.folder, worker, progress
         )
-        evaluation = Evaluation(
-            name=run.name,
-            prompts=prompts,
-            seeds=tuple(row.seed or 0 for row in rows),
-            negative_prompts=negatives if any(text is not None for text in negatives) else (),
-            frames=model.shape.frames,
-            fps=model.shape.fps,
-            metrics=measured.metrics,
-            trained_prompts=trained,
-            min_prompts=settings.min_prompts,
-            verdict=_verdict(measured, settings.min_prompts, len(trained), progress),
-            training=tuple(reports),
-            training_verdict=verdict_of(reports),
-            command=text.without_credentials(command),
-            run_toml=toml,
-            versions=versions,
-            facts=_facts(config, model, adapter),
-        )
-        if not worker.number:
-            evaluation.save(folder)
+        return _written(
+            measured, config, folder, worker, progress,
+            name=run.name, **_drawn(rows, model), trained_prompts=trained, command=command,
+            training=tuple(reports), training_verdict=verdict_of(reports), run_toml=toml,
+            versions=versions, facts=_facts(config, model, Checkpoint=adapter.parent.name),
+        )  # fmt: skip
+
+
+def _evaluate_lora(
+    lora: str, config: Config, folder: Path, worker: Worker, command: str, progress: Progress
+) -> Evaluation:
+    rows = evaluation_prompts(config, progress.note)
+    model = load_model(config, pick_device(config.run.device))
+    with tempfile.TemporaryDirectory(prefix="dpo-video-") as scratch:
+        adapter = peft_adapter(lora, model, Path(scratch) / "adapter")
+        measured = _measure(model, adapter, rows, config, folder, folder, worker, progress)
+    return _written(
+        measured, config, folder, worker, progress,
+        name=Path(lora).name, **_drawn(rows, model), command=command, run_toml=config.toml(),
+        facts=_facts(config, model, LoRA=lora),
+    )  # fmt: skip
+
+
+def _evaluate_files(
+    base: Path,
+    tuned: Path,
+    config: Config,
+    folder: Path,
+    worker: Worker,
+    command: str,
+    progress: Progress,
+) -> Evaluation:
+    pairs = paired_videos(base, tuned)
+    infos = [probe_video(first) for first, _ in pairs]
+    prompts = tuple(caption_of(first, second) for first, second in pairs)
+    measured = measure_files(
+        [first for first, _ in pairs],
+        [second for _, second in pairs],
+        prompts,
+        config.metrics,
+        config.evaluate,
+        folder / VIDEOS,
+        fps=infos[0].fps,
+        worker=worker,
+        on_progress=lambda done: progress.update("videos", done, 2 * len(pairs)),
+    )
+    return _written(
+        measured, config, folder, worker, progress,
+        name=f"{tuned.name} against {base.name}", prompts=prompts, seeds=(),
+        frames=max(info.frames for info in infos), fps=infos[0].fps, command=command,
+        run_toml="", facts={"Base": str(base), "Tuned": str(tuned)},
+    )  # fmt: skip
+
+
+def _measure(
+    model: VideoModel,
+    adapter: Path,
+    rows: Sequence[Prompt],
+    config: Config,
+    folder: Path,
+    base_folder: Path,
+    worker: Worker,
+    progress: Progress,
+) -> Measurement:
+    return measure(
+        model,
+        adapter,
+        config.metrics,
+        rows,
+        config.evaluate,
+        folder / VIDEOS,
+        base_folder=base_folder,
+        drawn_from=[config.tables["backbone"], config.run.deterministic],
+        worker=worker,
+        on_progress=lambda done: progress.update("videos", done, 2 * len(rows)),
+        note=progress.note,
+    )
+
+
+def _drawn(rows: Sequence[Prompt], model: VideoModel) -> dict[str, Any]:
+    """The fields of an evaluation that say what was drawn."""
+    negatives = tuple(row.negative_prompt for row in rows)
+    return {
+        "prompts": tuple(row.text for row in rows),
+        "seeds": tuple(row.seed or 0 for row in rows),
+        "negative_prompts": negatives if any(text is not None for text in negatives) else (),
+        "frames": model.shape.frames,
+        "fps": model.shape.fps,
+    }
+
+
+def _written(
+    measured: Measurement,
+    config: Config,
+    folder: Path,
+    worker: Worker,
+    progress: Progress,
+    *,
+    command: str,
+    trained_prompts: tuple[str, ...] = (),
+    **fields: Any,
+) -> Evaluation:
+    """The evaluation; one process writes it."""
+    least = config.evaluate.min_prompts
+    evaluation = Evaluation(
+        metrics=measured.metrics,
+        min_prompts=least,
+        verdict=_verdict(measured, least, len(trained_prompts), progress),
+        trained_prompts=trained_prompts,
+        command=text.without_credentials(command),
+        preference=preference_in(folder, len(fields["prompts"])),
+        **fields,
+    )
+    if not worker.number:
+        evaluation.save(folder)
     return evaluation
 
 
@@ -153,8 +285,8 @@ def _verdict(
     return verdict.model_copy(update={"details": (*verdict.details, *reasons)})
 
 
-def _facts(config: Config, model: VideoModel, adapter: Path) -> dict[str, str]:
-    facts = {"Checkpoint": adapter.parent.name, "Device": str(model.device)}
+def _facts(config: Config, model: VideoModel, **facts: str) -> dict[str, str]:
+    facts["Device"] = str(model.device)
     if config.memory.quantization != "native":
         facts["Base quantized to"] = config.memory.quantization
     return facts

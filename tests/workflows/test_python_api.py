@@ -365,7 +365,7 @@ def test_options_of_other_libraries_are_named_as_here(elsewhere: str, here: str)
             lambda: dv.train("x", set="loss.beta=5"),
             r"set=.loss.beta=5.\): pass a value of type M",
         ),
-        (lambda: dv.evaluate(None), r"evaluate\(run=None\): pass a value of type Run \| Path"),
+        (lambda: dv.evaluate(3), r"evaluate\(run=3\): pass a value of type Run \| Path"),
         (lambda: dv.estimate(tier=4090), r"estimate\(tier=4090\): pass a value of type str"),
         (lambda: dv.compare("runs/a"), r"compare\(entries='runs/a'\): pass a value of type Seq"),
     ],
