@@ -456,20 +456,36 @@ def run_prompts(bench: Bench) -> Reading:
     return Reading(seeds=[b'["a square", "a circle"]', b"[]"], damage=mutate.damage_json, read=read)
 
 
-def evaluation_prompts(bench: Bench) -> Reading:
-    from dpo_video.workflows import session
-    from dpo_video.workflows.config import resolve
+def prompts(suffix: str, seed: str, damage: Damage) -> Callable[[Bench], Reading]:
+    def reading(bench: Bench) -> Reading:
+        from dpo_video.workflows import session
+        from dpo_video.workflows.config import resolve
 
-    path = bench.folder / "prompts.txt"
-    config = resolve(flags={"evaluate.prompts": str(path)})
+        path = bench.folder / f"prompts{suffix}"
+        config = resolve(flags={"evaluate.prompts": str(path)})
+
+        def read(data: bytes) -> object:
+            place(path, data)
+            return session.evaluation_prompts(config)
+
+        return Reading(seeds=[seed.encode()], damage=damage, read=read)
+
+    return reading
+
+
+def drawn_videos(bench: Bench) -> Reading:
+    """The record of a folder of drawn videos."""
+    from dpo_video.data.video_folder import VideoFolder
+
+    root = bench.folder / "drawn"
+    root.mkdir(exist_ok=True)
 
     def read(data: bytes) -> object:
-        place(path, data)
-        return session.evaluation_prompts(config)
+        place(root / "metadata.jsonl", data)
+        return VideoFolder(root).has("0.mp4", "0123")
 
-    return Reading(
-        seeds=["a square\nein Kreis, gr\u00fcn\n".encode()], damage=mutate.damage, read=read
-    )
+    lines = [{"file_name": f"{i}.mp4", "text": "a", "seed": i, "drawn": "0123"} for i in range(3)]
+    return Reading(seeds=[json_lines(lines)], damage=mutate.damage_lines, read=read)
 
 
 def entries(bench: Bench) -> Reading:
@@ -658,7 +674,12 @@ READERS: dict[str, Callable[[Bench], Reading]] = {
     "adapter weights": adapter("adapter_model.safetensors", mutate.damage_safetensors),
     "log.jsonl": log,
     "training prompts": run_prompts,
-    "evaluation prompts": evaluation_prompts,
+    "prompts.txt": prompts(".txt", "a square\nein Kreis, gr\u00fcn\n", mutate.damage),
+    "prompts.csv": prompts(
+        ".csv", 'prompt,seed,negative_prompt\n"a square, red",3,blur\na cat,,\n', mutate.damage
+    ),
+    "prompts.jsonl": prompts(".jsonl", '{"prompt": "a cat", "seed": 3}\n' * 3, mutate.damage_lines),
+    "drawn videos": drawn_videos,
     "mp4": video(".mp4"),
     "gif": video(".gif"),
     "webm": video(".webm"),

@@ -394,7 +394,8 @@ def leakage(texts: Sequence[str], evaluation: Sequence[str]) -> Finding:
     if len(shared) / max(1, len(evaluated)) > LEAK:
         return check.problem(
             f"{message}, such as '{shared[0]}'.",
-            "Leave those pairs out: the evaluation would measure memorisation.",
+            "Evaluate on other prompts (--prompts), or leave those pairs out: it would measure "
+            "memorisation.",
             [i for i, text in enumerate(texts) if _plain(text) in evaluated],
         )
     if shared:

@@ -371,7 +371,7 @@ def test_pairs_of_another_backbone_are_refused(
     larger = [*small, "--set=backbone.height=32"]
     done = run("train", "--pairs", pairs, *larger, *QUICK, "--out", tmp_path / "run")
     assert done.code == 2
-    assert "(4, 4, 4, 4); the backbone's are (4, 4, 8, 4). Build pairs for this" in done.err
+    assert "(4, 4, 4, 4); the backbone's are (4, 4, 8, 4). They were made with animat" in done.err
     done = run("build", "--pairs", pairs, *small)
     assert done.code == 2 and "holds pairs already" in done.err
 

@@ -276,6 +276,39 @@ def key_variable(config: Config) -> str:
     return config.labeler.key_variable  # type: ignore[union-attr]
 
 
+MADE = {"backbone": {"name": "wan", "frames": 33, "height": 240}, "seed": 0}
+
+
+def test_finished_pairs_bring_their_backbone_its_options_and_their_precision(
+    tmp_path: Path,
+) -> None:
+    def taken(*assignments: str, made: dict[str, Any] = MADE, **options: Any) -> tuple[Any, ...]:
+        tables = resolved(*assignments, made_with=made, **options).tables
+        backbone = tables["backbone"]
+        size = backbone["name"], backbone.get("frames"), backbone.get("height")
+        return (*size, tables["train"]["mixed_precision"])
+
+    assert taken() == ("wan", 33, 240, "no")
+    assert taken(choices={"backbone": "wan"}) == ("wan", 33, 240, "no")
+    half = {**MADE, "train": {"mixed_precision": "bf16"}, "memory": {"quantization": "int8"}}
+    assert taken(made=half) == ("wan", 33, 240, "bf16")
+    assert resolved(made_with=half).memory.quantization == "int8"
+    # A recipe and a tier do not change the precision of latents that exist, and that is said.
+    tiered = {"tier": "4090", "recipe": "localdpo"}
+    assert taken(made=MADE, **tiered) == ("wan", 33, 240, "no")
+    notes = resolved(made_with=MADE, **tiered).notes
+    assert any("mixed_precision=no, which the tier 4090 does not change" in n for n in notes)
+    # Whoever names something else gets it.
+    assert taken("backbone.frames=17", "train.mixed_precision='bf16'") == ("wan", 17, 240, "bf16")
+    assert taken(choices={"backbone": "tiny"}) == ("tiny", None, None, "no")
+    file = written(tmp_path, "[backbone]\nname = 'wan'\nframes = 9\n")
+    assert taken(file=file) == ("wan", 9, 240, "no")
+    file = written(tmp_path, "[train]\nsteps = 3\n")
+    assert taken(file=file) == ("wan", 33, 240, "no")
+    for recipe in ({}, {"made": "by hand"}, {"backbone": "wan"}, {"backbone": {"model": "x"}}):
+        assert taken(made=recipe)[0] == "tiny"
+
+
 def test_a_file_cannot_name_a_secret(tmp_path: Path) -> None:
     file = written(tmp_path, f'{VLM}key_variable = "AWS_SECRET_ACCESS_KEY"\n')
     with pytest.raises(UserError, match=r"names a secret.*--set labeler\.key_variable=NAME"):
