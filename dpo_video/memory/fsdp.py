@@ -36,7 +36,7 @@ def shard_frozen_weights(
     made before. Wrappers of `forward` (checkpointing, chunks) stay as they are.
 
     Args:
-        networks: Each the outermost module that is called, on any device.
+        networks: On any device. Each is called as a whole, inside another module or not.
         count: Number of processes that share the weights, neighbours by rank. It divides the number
             of all processes.
         device: Where they run.
@@ -66,7 +66,10 @@ def shard_frozen_weights(
         network.register_forward_hook(_own_memory)
         # Sharded after each pass as well: what one process does between passes, such as saving a
         # checkpoint, then changes nothing for the others.
+        named = type(network)
         fully_shard(network, mesh=mesh, reshard_after_forward=True, ignored_params=adapter)
+        # FSDP2 has put a class of its own below the network's, whose name PEFT would save.
+        type(network).__name__, type(network).__module__ = named.__name__, named.__module__
 
 
 def _own_memory(network: nn.Module, inputs: object, outputs: Any) -> Any:

@@ -117,7 +117,8 @@ def train(
     reference_model = reference.attach(policy)
     if memory.shard > 1:
         with reference_model.network() as own:
-            networks = [policy] if own is policy else [policy, own]
+            # The base model: validation videos call it without the policy around it.
+            networks = [policy.get_base_model(), *([] if own is policy else [own])]
         shard_frozen_weights(
             networks, memory.shard, accelerator.device, on_host="blocks" in memory.offload
         )

@@ -157,7 +157,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_folder: Path) -> Path
 def test_two_processes_train_the_adapter_of_one(way: str, folder: Path) -> None:
     if way != "split":  # it sums the gradients of four videos, in another order than two processes
         train_way(way, folder, folder / f"one-{way}", 1)
-    assert adapter_hash(folder / f"two-{way}") == adapter_hash(folder / f"one-{way}")
+    one, two = (folder / f"{name}-{way}" for name in ("one", "two"))
+    assert adapter_hash(two) == adapter_hash(one)
+    configurations = [latest_checkpoint(run) / "adapter/adapter_config.json" for run in (one, two)]
+    assert configurations[0].read_text() == configurations[1].read_text()
 
 
 def test_sharded_weights_take_the_bytes_that_are_predicted(folder: Path) -> None:
