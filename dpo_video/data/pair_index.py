@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class PairRecord:
     """The region's share of the latent elements."""
     preference: tuple[Annotated[float, Field(allow_inf_nan=True)], ...]
     """Per latent frame, before any labels. `dpo-video check` reports values that are not finite."""
+    latents_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
+    """Hash of the pair's tensors, checked when they are read; "" for none."""
+    context_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
+    """The same of the encoded prompt's."""
 
     @property
     def key(self) -> str:
@@ -126,6 +131,9 @@ class PairIndex:
 
     def __len__(self) -> int:
         return len(self.ready) + len(self.waiting)
+
+    def __iter__(self) -> Iterator[PairRecord]:
+        return itertools.chain(self.ready, self.waiting.values())
 
     def add(self, records: Iterable[PairRecord], path: str) -> None:
         """Add records in any order; repeated equal ones are ignored.

@@ -42,6 +42,7 @@ from dpo_video.errors import StoreError, first_fault
 from dpo_video.paths import check_name
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.atomic import append_line, write_bytes, write_tensors, write_text, writing
+from dpo_video.support.hashing import tensors_digest
 from dpo_video.support.urls import folder_of, is_url, without_credentials
 from dpo_video.text import one_line
 from dpo_video.types import Context, Pair, PairBatch
@@ -115,7 +116,7 @@ class PairStore:
         self.refresh()
         self.records: Sequence[PairRecord] = self._index.ready
         self._shards = self._open_shards()
-        self._read_context: Callable[[str], dict[str, Tensor]] = self._fetch_context
+        self._read_context: Callable[[str, str], dict[str, Tensor]] = self._fetch_context
         if not self.local:  # the system caches local files
             self._read_context = lru_cache(maxsize=PROMPTS_KEPT)(self._fetch_context)
 
@@ -213,19 +214,25 @@ class PairStore:
             if index in self:
                 return
             preview(self.preview(index))
+            tensors = {name: vars(pair)[name] for name in PARTS}
+            name = _context_name(pair)
+            encoded = f"contexts/{name}"
+            context_file = self.folder / f"{encoded}.safetensors"
+            if encoded in self._shards or context_file.exists():
+                context = self._load(encoded)  # another machine's may differ in the last bits
+            else:
+                write_tensors(context_file, dict(context))
             record = checked(
                 index=index,
                 prompt=pair.prompt,
-                context=_context_name(pair),
+                context=name,
                 source=pair.source,
                 strength=pair.strength,
                 region_share=pair.region.mean().item(),
                 preference=tuple(pair.preference.tolist()),
+                latents_hash=_hash(tensors),
+                context_hash=_hash(context),
             )
-            context_file = self.folder / f"{record.context_file}.safetensors"
-            if record.context_file not in self._shards and not context_file.exists():
-                write_tensors(context_file, dict(context))
-            tensors = {name: vars(pair)[name] for name in PARTS}
             write_tensors(self.folder / f"{record.latents_file}.safetensors", tensors)
             append_line(self.folder / "pairs.jsonl", record.line())
             self.refresh()
@@ -237,7 +244,7 @@ class PairStore:
         if self._preferences is not None:
             for record, part in zip(records, parts, strict=True):
                 part["preference"] = self.preference(record.index)
-        contexts = [self._read_context(record.context) for record in records]
+        contexts = [self.context(record) for record in records]
         shapes = {tuple((name, part[name].shape) for name in sorted(part)) for part in contexts}
         if len(shapes) > 1:
             raise StoreError(
@@ -332,11 +339,51 @@ class PairStore:
         shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
         if shapes != expected or not all(part.is_floating_point() for part in found.values()):
             raise self._foreign(name, "a pair of this store")
+        if record.latents_hash not in ("", _hash(found)):
+            raise self._foreign(name, "what was written")
         return found
 
     def context(self, record: PairRecord) -> dict[str, Tensor]:
         """A pair's encoded prompt, with a leading axis of 1."""
-        return self._read_context(record.context)
+        return self._read_context(record.context, record.context_hash)
+
+    def forget_missing(self) -> int:
+        """Forget the pairs whose files are gone, to build them again; return how many.
+
+        Their labels are kept. Only pairs of a local folder that are not packed can be built again.
+        """
+        if not (missing := self._missing()):
+            return 0
+        with writing(self.folder), locked(self.folder):
+            self.refresh()
+            missing = self._missing()
+            kept = [record.line() + b"\n" for record in self._index if record.index not in missing]
+            write_bytes(self.folder / "pairs.jsonl", b"".join(kept))
+            self._index, self._read_bytes = PairIndex(), 0
+            self.refresh()
+            self.records = self._index.ready
+        return len(missing)
+
+    def is_complete(self) -> bool:
+        """Whether the files of all pairs exist."""
+        return not self._missing()
+
+    def _missing(self) -> set[int]:
+        if not self.local:
+            return set()
+        present = {
+            f"{folder}/{path.stem}"
+            for folder in ("latents", "contexts")
+            for path in (self.folder / folder).glob("*.safetensors")
+        }
+        return {
+            record.index
+            for record in self._index
+            if any(
+                name not in present and name not in self._shards
+                for name in (record.latents_file, record.context_file)
+            )
+        }
 
     def fetch_labels(self, name: str) -> None:
         """Copy the labels of a remote store to its local folder.
@@ -355,11 +402,13 @@ class PairStore:
                     with locked(self.folder):
                         write_bytes(self.folder / file, data)
 
-    def _fetch_context(self, context: str) -> dict[str, Tensor]:
+    def _fetch_context(self, context: str, expected: str) -> dict[str, Tensor]:
         name = f"contexts/{context}"
         tensors = self._load(name)
         if not tensors or not all(part.ndim and len(part) == 1 for part in tensors.values()):
             raise self._foreign(name, "an encoded prompt")
+        if expected not in ("", _hash(tensors)):
+            raise self._foreign(name, "what was written")
         return tensors
 
     def _load(self, name: str) -> dict[str, Tensor]:
@@ -369,7 +418,7 @@ class PairStore:
             return self._storage.load(f"{name}.safetensors")
         except (OSError, SafetensorError, ValueError) as error:
             raise StoreError(
-                f"'{self._path(name)}' cannot be read ({error}). {self._next_step()}"
+                f"'{self._path(name)}' cannot be read ({error}). {self._next_step(name)}"
             ) from error
 
     def _path(self, name: str) -> str:
@@ -377,12 +426,17 @@ class PairStore:
         return self._storage.path(shard)
 
     def _foreign(self, name: str, expected: str) -> StoreError:
-        return StoreError(f"'{self._path(name)}' does not hold {expected}. {self._next_step()}")
+        return StoreError(f"'{self._path(name)}' does not hold {expected}. {self._next_step(name)}")
 
-    def _next_step(self) -> str:
-        if self.local:
-            return f"Delete '{self.where}' and build the pairs again."
-        return "Copy the pairs there again."
+    def _next_step(self, name: str) -> str:
+        if not self.local:
+            return "Copy the pairs there again."
+        if name in self._shards:
+            return "Pack the pairs again, or copy that file again."
+        return (
+            "Delete that file, if it exists, and run the build of these pairs again: it builds "
+            "what is missing, and keeps the rest and the labels."
+        )
 
     def _open_shards(self) -> Shards:
         try:
@@ -444,6 +498,10 @@ def _context_name(pair: Pair) -> str:
     """A hash of the prompt's text, or of the tensors if the prompt came encoded."""
     named = pair.prompt.encode() if pair.context is None else save(dict(pair.context))
     return hashlib.sha256(named).hexdigest()[:16]
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    return tensors_digest(tensors)[:16]
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], path: str = "") -> list[str]:

@@ -133,7 +133,8 @@ def obtain_pairs(
         folder /= f"{names}-{manifest.key}"
     if (folder / "store.json").exists():
         store = PairStore(folder)
-        if store.manifest.key == manifest.key and len(store) >= total:
+        finished = store.manifest.key == manifest.key and len(store) >= total
+        if finished and store.is_complete():
             progress.note(f"Using {store.made} pairs built earlier: {store.folder}")
             return store
     with claim(
@@ -144,6 +145,8 @@ def obtain_pairs(
         note=progress.note,
     ):
         store = PairStore.create(folder, manifest)
+        if missing := store.forget_missing():
+            progress.note(f"Files of {missing} pairs are missing; they are built again.")
         later = exact or bool(config.train.labels)
         return _build(config, store, source, model, settings, total, worker, progress, later)
 

@@ -107,7 +107,7 @@ def test_another_recipe_has_another_key_and_is_refused(
     other = MANIFEST.model_copy(update=change)
     assert other.key != MANIFEST.key
     store.append(random_pair(0), context_of("a red square"))
-    with pytest.raises(StoreError, match=r"other options\. Name another folder with --out"):
+    with pytest.raises(StoreError, match=r"other options( \(seed: 0 before, 1 now\))?\. Name another folder"):
         PairStore.create(store.folder, other)
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_or_missing_tensor_file_is_named(store: PairStore) -> None:
     data = path.read_bytes()
     for damage in (b"", data[:50], data[:-1], b"\x00" * len(data)):
         path.write_bytes(damage)
-        with pytest.raises(StoreError, match=r"00001\.safetensors' cannot be read .*build the pa"):
+        with pytest.raises(StoreError, match=r"00001\.safetensors' cannot be read .*run the build of"):
             store.batch([0, 1])
     path.unlink()
     with pytest.raises(StoreError, match=r"00001\.safetensors' cannot be read"):
@@ -285,6 +285,36 @@ def test_a_file_with_other_tensors_is_refused(store: PairStore) -> None:
         save_file(other, path)
         with pytest.raises(StoreError, match="does not hold a pair of this store"):
             store.batch([0])
+
+
+def test_changed_values_are_not_what_was_written(store: PairStore) -> None:
+    add(store, 0)
+    path = store.folder / "latents" / "00000.safetensors"
+    pair = load_file(path)
+    save_file({**pair, "first": pair["first"].nextafter(torch.tensor(9.0))}, path)
+    with pytest.raises(StoreError, match=r"00000\.safetensors' does not hold what was written"):
+        store.batch([0])
+    save_file(pair, path)
+    assert len(store.batch([0]).keys) == 1
+    (path,) = (store.folder / "contexts").iterdir()
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
+    with pytest.raises(StoreError, match=r"contexts/.* does not hold what was written"):
+        store.batch([0])
+
+
+@pytest.mark.parametrize("lost", ["latents/00001.safetensors", "contexts/*.safetensors"])
+def test_pairs_without_files_are_forgotten(store: PairStore, lost: str) -> None:
+    add(store, 0, 1, 2)
+    assert store.is_complete() and store.forget_missing() == 0
+    for path in store.folder.glob(lost):
+        path.unlink()
+    assert not store.is_complete()
+    kept = {0, 2} if "latents" in lost else set()
+    assert store.forget_missing() == 3 - len(kept) and store.is_complete()
+    assert {index for index in range(3) if index in store} == kept
+    assert {index for index in range(3) if index in PairStore(store.folder)} == kept
+    add(store, *sorted({0, 1, 2} - kept))
+    assert len(store) == 3
 
 
 # --- a disk that says no ---------------------------------------------------------------------
