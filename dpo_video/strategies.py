@@ -41,7 +41,9 @@ from dpo_video.types import (
 class Strategy(BaseModel):
     """Base of all kinds: frozen options, no unknown ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
     kind: ClassVar[str]
     secrets: ClassVar[Mapping[str, str]] = {}
     """Options that name a secret, such as an environment variable with a key, each with the option

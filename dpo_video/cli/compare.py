@@ -53,7 +53,7 @@ def compare(
     recipe = "localdpo", set = ["train.learning_rate=1e-4"], and for several trainings seeds =
     [0, 1, 2].
 
-    The table [selection] with prompts = 16 sets 16 prompts apart that choose the best entry; the
+    The table `selection` with prompts = 16 sets 16 prompts apart that choose the best entry; the
     report is on the others.
 
     Every cell is a run of its own, OUT/ENTRY/seed-N. Finished cells are not run again.

@@ -19,7 +19,12 @@ from dpo_video.strategies import Metric, VideoModel
 from dpo_video.support.formatting import cell, html_table
 from dpo_video.support.statistics import Record
 
-_STYLES = {Level.FINE: "green", Level.NOTICE: "yellow", Level.PROBLEM: "bold red"}
+_STYLES = {
+    Level.FINE: "green",
+    Level.UNKNOWN: "dim",
+    Level.NOTICE: "yellow",
+    Level.PROBLEM: "bold red",
+}
 
 
 class Audit(Record):

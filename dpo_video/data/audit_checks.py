@@ -7,17 +7,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import partialmethod
+from pathlib import Path
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from dpo_video.data.audit_stats import PairSummary, held_out_accuracy, statistic_names
+from dpo_video.data.labels import names
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import VideoModel, weights_of
 from dpo_video.support.reading import composed, one_spaced
 from dpo_video.support.statistics import Record, paired_difference
-from dpo_video.text import label_command
+from dpo_video.support.urls import is_url
+from dpo_video.text import command, label_command
 
 NEAR = 0.01
 """Root mean square difference, in standard deviations of the latents, below which two videos count
@@ -43,6 +46,8 @@ class Level(StrEnum):
     """Severity of a finding."""
 
     FINE = "fine"
+    UNKNOWN = "unknown"
+    """It could not be checked."""
     NOTICE = "notice"
     """Harmless or not, depending on the aim of the training."""
     PROBLEM = "problem"
@@ -75,6 +80,7 @@ class _Check:
                        pairs=tuple(pairs), figures=self.figures)  # fmt: skip
 
     fine = partialmethod(__call__, Level.FINE)
+    unknown = partialmethod(__call__, Level.UNKNOWN)
     notice = partialmethod(__call__, Level.NOTICE)
     problem = partialmethod(__call__, Level.PROBLEM)
 
@@ -132,14 +138,13 @@ def scale(pairs: Sequence[PairSummary]) -> Finding:
 
 def difference(pairs: Sequence[PairSummary]) -> Finding:
     """Check that the two videos of every pair differ."""
-    decided = [pair for pair in pairs if pair.label]
-    typical = float(np.median([pair.distance for pair in decided])) if decided else 0.0
+    typical = float(np.median([pair.distance for pair in pairs])) if pairs else 0.0
     check = _Check("difference", distance=typical)
-    same = [pair.index for pair in decided if pair.distance == 0]
-    near = [pair.index for pair in decided if 0 < pair.distance < NEAR]
+    same = [pair.index for pair in pairs if pair.distance == 0]
+    near = [pair.index for pair in pairs if 0 < pair.distance < NEAR]
     if same:
         return check.problem(
-            f"{_count(same, pairs)} prefer a video to itself ({_listed(same)}).",
+            f"{_count(same, pairs)} hold the same video twice ({_listed(same)}).",
             "Leave them out: their margin is always 0.",
             same,
         )
@@ -159,7 +164,7 @@ def duplicates(pairs: Sequence[PairSummary]) -> Finding:
     """Check that no pair occurs twice or with contradicting labels."""
     check = _Check("duplicates")
     if len(pairs) < 2:
-        return check.fine("There are fewer than two pairs to compare.")
+        return check.unknown("There are fewer than two pairs to compare.")
     groups: dict[tuple[str, ...], list[PairSummary]] = defaultdict(list)
     for pair in pairs:
         groups[tuple(sorted(pair.hashes))].append(pair)
@@ -215,7 +220,7 @@ def region(pairs: Sequence[PairSummary]) -> Finding:
     check = _Check("region")
     bad = [pair.index for pair in pairs if pair.outside > 0]
     if not bad:
-        return check.fine("Outside their regions the videos are equal to the bit.")
+        return check.fine("Outside their regions, if they have any, the videos are bit-identical.")
     return check.problem(
         f"The videos of {_count(bad, pairs)} differ outside their region ({_listed(bad)}).",
         "Copy one video's latents there, or mark the region where they really differ.",
@@ -231,12 +236,17 @@ def labels(pairs: Sequence[PairSummary], where: str) -> Finding:
     thin = [pair.index for pair in pairs if 0 < pair.decided <= DECIDED]
     check = _Check("labels", first_better=firsts, second_better=len(decided) - firsts, ties=ties)
     if not any(pair.decided for pair in pairs):
+        sets = names(Path(where)) if not is_url(where) else []
         return check.problem(
             "Every pair is a tie, so nothing can be learned.",
-            f"Label them, by metrics or by another labeler: {label_command(where)}",
+            f"Audit them with their labels: {command('check', where, '--labels', sets[0])}"
+            if sets
+            else f"Label them, by metrics or by another labeler: {label_command(where)}",
         )
     counted = f"The first is better in {firsts} pairs, the second in {len(decided) - firsts}; "
     counted += f"{ties} are ties."
+    if even := len(pairs) - len(decided) - ties:
+        counted += f" {even} prefer each in as many frames: only the loss segment learns from them."
     if 2 * ties > len(pairs):
         return check.notice(
             counted,
@@ -264,7 +274,7 @@ def motion(name: str, values: Sequence[tuple[float, float]]) -> Finding:
     """Check that chosen videos do not move less; `values` is a metric of (chosen, rejected)."""
     check = _Check(f"motion ({name})")
     if len(values) < FEWEST:
-        return check.fine(f"{len(values)} decoded pairs are too few to compare.")
+        return check.unknown(f"{len(values)} decoded pairs are too few to compare.")
     chosen, rejected = np.array(values).T
     gap = paired_difference(rejected, chosen)
     relative = gap.relative if gap.relative is not None else 0.0
@@ -290,7 +300,7 @@ def shortcut(pairs: Sequence[PairSummary]) -> Finding:
     check = _Check("shortcut")
     decided = [pair for pair in pairs if pair.label]
     if len(decided) < FEWEST:
-        return check.fine(f"{len(decided)} decided pairs are too few to tell.")
+        return check.unknown(f"{len(decided)} decided pairs are too few to tell.")
     rows = np.stack([pair.label * (pair.statistics[0] - pair.statistics[1]) for pair in decided])
     accuracy = held_out_accuracy(rows)
     draw = np.random.default_rng(0)

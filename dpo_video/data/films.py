@@ -343,7 +343,18 @@ def _turn(matrix: Any, film: Film) -> tuple[bool, bool, bool]:
 
 
 def _render(frame: Any, film: Film, cover: Size | None) -> Picture:
-    """The frame upright, in SDR, over black, shrunk to cover a size."""
+    """The frame upright, in SDR, over black, shrunk to cover a size.
+
+    Raises:
+        VideoError: if its pixel format cannot be converted.
+    """
+    try:
+        return _rendered(frame, film, cover)
+    except av.FFmpegError as error:  # outside of `open_film`, when the frame is used
+        raise VideoError(damaged(film.path, f"({error.strerror})")) from error
+
+
+def _rendered(frame: Any, film: Film, cover: Size | None) -> Picture:
     look = _Look.of(frame, film)
     transposed, mirrored, flipped = look.turn
     aspect = float(film.stream.sample_aspect_ratio or 1)  # DV and DVD pixels are not square

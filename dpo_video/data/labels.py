@@ -27,6 +27,7 @@ from dpo_video.errors import StoreError, UserError, first_fault, unknown
 from dpo_video.support.atomic import append_line, write_text, writing
 from dpo_video.support.reading import read_bytes
 from dpo_video.support.statistics import cohen_kappa
+from dpo_video.text import label_command
 from dpo_video.types import SegmentLabel
 
 FOLDER = "labels"
@@ -223,8 +224,9 @@ class LabelSet:
 
 
 def names(store: Path) -> list[str]:
-    """The names of a store's label sets."""
-    return sorted(path.stem for path in (store / FOLDER).glob("*.json"))
+    """The names of a store's label sets that have labels."""
+    headers = (store / FOLDER).glob("*.json")
+    return sorted(path.stem for path in headers if _size(path.with_suffix(".jsonl")))
 
 
 def vote(labels: Sequence[Sequence[SegmentLabel]]) -> tuple[SegmentLabel, ...]:
@@ -251,6 +253,11 @@ def open_label_sets(store: Path, chosen: Sequence[str]) -> list[LabelSet]:
             raise UserError(
                 f"The labels '{name}' in '{store}' are no longer those that this run was started "
                 f"with. Start a new run with them as they are now: --labels {name}."
+            )
+        if not label_set.lines:
+            raise UserError(
+                f"The labels '{name}' in '{store}' are empty. Label the pairs again: "
+                f"{label_command(store)}"
             )
         label_sets.append(label_set)
     return label_sets
@@ -304,6 +311,10 @@ def _majority(labels: Iterable[SegmentLabel]) -> SegmentLabel:
 
 def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _path(store: Path, name: str) -> Path:

@@ -101,19 +101,19 @@ class Witness(Change):
     def conflict(self, first: Change) -> str:
         """How it differs from the first measurement, in words; empty if the two agree.
 
-        They disagree if the changes have different signs, if one interval excludes zero and the
-        other does not, or if the intervals do not overlap.
+        They disagree if one interval excludes zero and the other does not, if both do and the
+        changes have different signs, or if the intervals do not overlap. Two changes of which
+        neither is shown do not disagree.
         """
         ours, others = self.relative_interval, first.relative_interval
         if ours is None or others is None:
             ours, others = self.interval, first.interval
         clear, first_clear = (low > 0 or high < 0 for low, high in (ours, others))
         reasons = []
-        if self.difference.difference * first.difference.difference < 0:
+        opposite = self.difference.difference * first.difference.difference < 0
+        if opposite and (clear or first_clear):
             rose = self.difference.difference > 0
-            instead = "it rose instead of falling" if rose else "it fell instead of rising"
-            neither = "" if clear or first_clear else ", but neither interval excludes zero"
-            reasons.append(instead + neither)
+            reasons.append("it rose instead of falling" if rose else "it fell instead of rising")
         if clear != first_clear:
             reasons.append(f"its interval {'excludes' if clear else 'includes'} zero")
         if ours[0] > others[1] or ours[1] < others[0]:

@@ -120,6 +120,14 @@ def obtain_pairs(
         store = PairStore(config.pair_store)
         check_pairs(config, store, model)
         progress.note(f"Using the {len(store)} pairs in {store.where}.")
+        unused = {
+            "--clips": config.run.clips,
+            "--prompt": config.run.prompt,
+            "--prompts": config.build.prompts,
+            "--count": config.build.count,
+        }
+        if given := [flag for flag, value in unused.items() if value is not None]:
+            progress.note(f"Not used, because the pairs exist: {', '.join(given)}.", warning=True)
         return store
     source = open_source(config, model, progress.note)
     manifest = store_manifest(config, model, source.fingerprint)

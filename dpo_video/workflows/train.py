@@ -12,15 +12,17 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dpo_video.data.build import Worker
+from dpo_video.data.films import SUFFIXES
 from dpo_video.data.store import PairStore
-from dpo_video.errors import BusyError, RunError, UserError
+from dpo_video.errors import BusyError, RunError, TrainingError, UserError
 from dpo_video.memory.compile import check_compile
 from dpo_video.settings import TrainSettings
-from dpo_video.strategies import PairBuilder, VideoModel
+from dpo_video.strategies import Loss, PairBuilder, VideoModel
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.claims import claim
 from dpo_video.support.interrupts import StopSignal, deferred
@@ -33,6 +35,7 @@ from dpo_video.training.run import train as train_loop
 from dpo_video.training.run_dir import checkpoints, read_log
 from dpo_video.training.sampler import trainable_pairs
 from dpo_video.training.step import check_backward
+from dpo_video.types import PairErrors
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import is_main_process, process_count
@@ -102,6 +105,7 @@ def train(
             folder = _new_folder(config, stack, claimed=main)
         else:
             folder = Path(out)
+            _check_folder(folder)
             if main:  # of several processes; the others write nothing
                 stack.enter_context(claim_run(folder, progress))
             if _exists(folder, resume=resume, auto_resume=auto_resume, progress=progress):
@@ -164,6 +168,19 @@ def train(
         except StopSignal as signal:
             signal.command = command("train", "--out", folder, "--resume")
             raise
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder of pairs or videos, in which samples of the run would pass for clips."""
+    if not folder.is_dir() or (folder / "run.toml").exists():
+        return
+    found = "pairs" if (folder / "store.json").exists() else ""
+    if not found and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
+        found = "videos"
+    if found:
+        raise RunError(
+            f"'{folder}' holds {found}, and is no folder of a run. Name another one with --out."
+        )
 
 
 def _exists(folder: Path, *, resume: bool, auto_resume: bool, progress: Progress) -> bool:
@@ -250,7 +267,8 @@ def run_training(
     changes = resumption.changes(config, accelerator.num_processes)
     validation = validation_prompts(config)
     _announce(config, folder, accelerator, progress)
-    for note in _left_out(store, trainable_pairs(store, config.loss, model, settings), settings):
+    trained_on = trainable_pairs(store, config.loss, model, settings)
+    for note in _left_out(store, trained_on, settings, config.loss):
         progress.note(note)
     reports: list[StepReport] = []
     diagnosis = Diagnosis(settings.steps)
@@ -289,6 +307,12 @@ def run_training(
                 reports.append(event.report)
                 diagnosis.add(event.report)
                 progress.step(event, diagnosis.verdict(), settings.steps)
+            if reports and all(report.skipped for report in reports):
+                raise TrainingError(
+                    f"None of {len(reports)} steps changed the adapter: every loss or gradient was "
+                    "not finite. Check the pairs (dpo-video check) and the options of the loss, or "
+                    "set train.mixed_precision=bf16 or no."
+                )
             with saving(folder):
                 accelerator.end_training()
     except StopSignal as signal:
@@ -331,8 +355,14 @@ def _larger_batch(recipe: str | None, config: Config, processes: int) -> list[st
     ]
 
 
-def _left_out(store: PairStore, pairs: Sequence[int], settings: TrainSettings) -> list[str]:
-    """Notes on pairs that are not trained on, or teach some losses nothing."""
+def _left_out(
+    store: PairStore, pairs: Sequence[int], settings: TrainSettings, loss: Loss
+) -> list[str]:
+    """Notes on pairs that are not trained on, or teach some losses nothing.
+
+    Raises:
+        TrainingError: if the loss needs a preferred video, and no pair has one.
+    """
     notes, decided = [], store.decided()
     if left_out := len(decided) - len(pairs):
         notes.append(
@@ -344,12 +374,35 @@ def _left_out(store: PairStore, pairs: Sequence[int], settings: TrainSettings) -
             f"{left_out} of {len(store)} pairs are left out: they prefer neither video in any "
             "frame."
         )
-    if even := sum(not store.preference(index).sum() for index in pairs):
+    even = sum(not store.preference(index).sum() for index in pairs)
+    if even == len(pairs) > 0 and not _looks_at_frames(loss):
+        raise TrainingError(
+            f"All {even} pairs are even, with as many frames for one video as for the other, so "
+            "this loss learns nothing from them. Use --loss segment, or other labels."
+        )
+    if even:
         notes.append(
             f"{even} of {len(store)} pairs are even, with as many frames for one video as for the "
             "other: only a loss that looks at frames (segment) learns from them."
         )
     return notes
+
+
+def _looks_at_frames(loss: Loss) -> bool:
+    """Whether a loss has a gradient on a pair with one frame for each of its videos."""
+    shape = (1, 1, 2, 1, 1)
+    policy = [torch.full(shape, 1.0 + n, requires_grad=True) for n in range(2)]
+    errors = PairErrors(
+        policy_first=policy[0], policy_second=policy[1],
+        reference_first=torch.zeros(shape), reference_second=torch.zeros(shape),
+        policy_product=torch.zeros(shape), preference=torch.tensor([[1.0, -1.0]]),
+        region=torch.ones(shape), strength=torch.ones(1),
+    )  # fmt: skip
+    value = loss(errors).loss.sum()
+    if not value.requires_grad:
+        return False
+    slopes = torch.autograd.grad(value, policy, allow_unused=True)
+    return any(slope is not None and bool(slope.any()) for slope in slopes)
 
 
 class _CacheNotes:

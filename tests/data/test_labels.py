@@ -24,6 +24,7 @@ from dpo_video.data.labels import (
     agreement,
     fingerprint,
     names,
+    open_label_sets,
     vote,
 )
 from dpo_video.errors import StoreError, UserError
@@ -207,8 +208,16 @@ def test_another_recipe_needs_another_name(
     other = RECIPE.model_copy(update=change)
     with pytest.raises(UserError, match=r"labels that were given with other options.*--as NAME"):
         LabelSet.open_or_create(tmp_path, "mine", other)
-    LabelSet.open_or_create(tmp_path, "other", other)
+    LabelSet.open_or_create(tmp_path, "other", other).record(0, [1] * len(other.segments))
     assert names(tmp_path) == ["mine", "other"]
+
+
+def test_a_set_without_labels_is_none(label_set: LabelSet, tmp_path: Path) -> None:
+    assert names(tmp_path) == []
+    with pytest.raises(UserError, match=r"The labels 'mine' in .* are empty\. Label the pairs"):
+        open_label_sets(tmp_path, ["mine"])
+    label_set.record(0, [1, 1])
+    assert names(tmp_path) == ["mine"] and open_label_sets(tmp_path, ["mine"])
     assert labels_of(LabelSet(tmp_path, "mine")) == {0: [1, 1]}
 
 
@@ -226,6 +235,7 @@ def test_a_name_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_an_unknown_name_suggests_the_nearest(label_set: LabelSet, tmp_path: Path) -> None:
+    label_set.record(0, [1, 1])
     with pytest.raises(UserError, match=r"Unknown set of labels.*Did you mean 'mine'\?"):
         LabelSet(tmp_path, "mime")
 

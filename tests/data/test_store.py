@@ -107,7 +107,7 @@ def test_another_recipe_has_another_key_and_is_refused(
     other = MANIFEST.model_copy(update=change)
     assert other.key != MANIFEST.key
     store.append(random_pair(0), context_of("a red square"))
-    with pytest.raises(StoreError, match=r"other options( \(seed: 0 before, 1 now\))?\. Name another folder"):
+    with pytest.raises(StoreError, match=r"other options( \(seed: 0 .*\))?\. Name another f"):
         PairStore.create(store.folder, other)
 
 
@@ -269,7 +269,7 @@ def test_a_damaged_or_missing_tensor_file_is_named(store: PairStore) -> None:
     data = path.read_bytes()
     for damage in (b"", data[:50], data[:-1], b"\x00" * len(data)):
         path.write_bytes(damage)
-        with pytest.raises(StoreError, match=r"00001\.safetensors' cannot be read .*run the build of"):
+        with pytest.raises(StoreError, match=r"00001\.safetensors' cannot be read .*the build of"):
             store.batch([0, 1])
     path.unlink()
     with pytest.raises(StoreError, match=r"00001\.safetensors' cannot be read"):
