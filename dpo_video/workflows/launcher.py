@@ -57,6 +57,8 @@ class LauncherRequest:
     """Whether all blocks are checkpointed, unless memory.checkpointing says otherwise."""
     compile: bool = False
     """Whether blocks are compiled."""
+    remarks: list[str] = field(default_factory=list)
+    """What a user should know about settings that change nothing, a sentence each."""
 
     @property
     def memory(self) -> dict[str, Any]:
@@ -281,11 +283,15 @@ def notes_on(config: Config, request: LauncherRequest, *, memory: bool = True) -
         now["memory.offload"] = asked.get("memory.offload")
     taken = {path: value for path, value in asked.items() if now[path] == value}
     notes = [f"Set by the launcher: {_listed(taken)}."] if taken else []
-    return notes + [
-        f"The launcher's {path}={value} is left out, because this run sets {now[path]}."
-        for path, value in asked.items()
-        if path not in taken
-    ]
+    return (
+        notes
+        + [
+            f"The launcher's {path}={value} is left out, because this run sets {now[path]}."
+            for path, value in asked.items()
+            if path not in taken
+        ]
+        + request.remarks
+    )
 
 
 def _listed(options: Mapping[str, Any]) -> str:
@@ -323,11 +329,13 @@ def _read_deepspeed(request: LauncherRequest, given: Mapping[str, str]) -> None:
     else:
         zero = _read_deepspeed_file(request, Path(file))
     stage = str(zero.get("stage", 0))
-    if stage not in ("0", "3"):
-        raise _refused(
-            f"DeepSpeed's ZeRO stage {stage}, which partitions the adapter's optimizer state only,",
-            "Launch without --use_deepspeed; or with --zero_stage 3, or --use_fsdp --fsdp_version "
-            "2, by which FSDP2 shards the frozen weights.",
+    if stage not in ("0", "1", "2", "3"):
+        raise _refused(f"DeepSpeed's ZeRO stage {stage}", "The stages are 0 to 3.")
+    if stage in ("1", "2"):
+        request.remarks.append(
+            f"DeepSpeed's ZeRO stage {stage} partitions the optimizer's state. Here each process "
+            "keeps the adapter's, which is small, with the same result. --zero_stage 3 shards the "
+            "frozen weights."
         )
     if stage == "3":
         request.shard = process_count()
