@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.tiers
 
 As predicted by `dpo-video estimate --tier T --backbone B --set backbone.model=M`, on shapes and
-without a GPU; written to tiers.json and tiers.md. Exit code 1 if a preset does not fit its card.
+without a GPU; written to tiers.json and tiers.md, with everything besides the steps: building
+pairs, validation videos, an evaluation. Exit code 1 if something does not fit its card.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import torch
 from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, fewest_blocks
 from dpo_video.estimation.results import GIB
 from dpo_video.estimation.tiers import Tier, tiers
+from dpo_video.estimation.tracing import TraceCache
 from dpo_video.workflows.config import resolve
-from dpo_video.workflows.estimate import mode_of, predict
+from dpo_video.workflows.estimate import mode_of, phases_of, predict
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 MODELS = {
@@ -56,6 +59,15 @@ def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
     else:
         found = predict(config, alone=True)
         need, blocks = found.estimates[0], found.blocks
+    checked = replace(config, memory=need.mode.memory)
+    traces = TraceCache()
+    found = predict(checked, alone=True, traces=traces)
+    checked = replace(
+        checked,
+        memory=checked.memory.model_copy(update={"text_encoder": config.memory.text_encoder}),
+    )
+    phases = phases_of(checked, found, traces)
+    largest = max(phases, key=lambda phase: phase.total, default=None)
     size = config.backbone.model_dump(include={"frames", "height", "width"})
     return {
         "predicted": True,
@@ -71,7 +83,9 @@ def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
         "gib": need.total / GIB,
         "host_gib": need.host / GIB,
         "tflop": need.flops / 1e12,
-        "fits": need.total <= memory,
+        "phases": {phase.name: phase.total / GIB for phase in phases},
+        "largest": "" if largest is None else f"{largest.name} {largest.total / GIB:.1f}",
+        "fits": need.total <= memory and all(phase.fits(tier) for phase in phases),
         "seconds": round(time.monotonic() - began, 1),
     }
 
@@ -79,15 +93,16 @@ def row(tier: Tier, model: str, backbone: str) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table in Markdown."""
     lines = [
-        "| model | tier | rank | mode | blocks | GiB of the card | host GiB | TFLOP per pair |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | tier | rank | mode | blocks | GiB of the card | host GiB | TFLOP per pair "
+        "| largest besides the steps, GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for each in rows:
         lines.append(
             f"| {each['model']}, {each['frames']}x{each['height']}x{each['width']} "
             f"| {each['tier']} | {each['rank']} | {each['brief']} | {each['blocks']} "
             f"| {each['gib']:.1f} of {each['card_gib']:.1f} | {each['host_gib']:.1f} "
-            f"| {each['tflop']:,.0f} |"
+            f"| {each['tflop']:,.0f} | {each['largest']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -137,6 +137,9 @@ class MemorySettings(Settings):
     inputs of checkpointed blocks. blocks: the frozen weights of all blocks, copied to the device
     layer by layer, which takes time. optimizer: the state of AdamW, whose step then runs on the
     CPU. Tested on CPUs only so far."""
+    text_encoder: Literal["device", "host"] = "device"
+    """Where the weights of the text encoder's blocks are kept. host: in CPU memory, copied to the
+    device layer by layer, for cards that cannot hold it beside the denoiser and the VAE."""
     quantization: Literal["native", "int8", "nf4", "fp8"] = "native"
     """Precision of the frozen weights of all blocks: native, or 8 or 4 bits. It changes the
     numbers: policy and reference are then a quantized model, and the run records it wherever it

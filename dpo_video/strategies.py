@@ -102,12 +102,16 @@ class VideoModel(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Context:
         """Encode prompts to the denoiser's conditioning."""
 
-    def encode_negative(self, prompt: str | None = None) -> None:  # noqa: B027 # optional
+    def negative_context(self, prompt: str | None = None) -> Context | None:
         """Encode a negative prompt (None: the backbone's) now, and keep it for `sample`.
 
-        So `sample` needs no text encoder. A model that does nothing, as by default, encodes it
-        when it is needed.
+        So `sample` needs no text encoder. Returns it with a leading axis of 1, on the CPU; None, as
+        by default, if the model encodes it only when it is needed.
         """
+        return None
+
+    def keep_negative(self, context: Context) -> None:  # noqa: B027 # optional
+        """Keep what `negative_context` once returned for the backbone's own negative prompt."""
 
     def unread(self, prompt: str) -> str:
         """The end of a prompt that the text encoder cuts off; empty, as by default, if none is."""

@@ -54,6 +54,8 @@ class Placement:
     denoiser_on_host: bool = False
     """Leave the denoiser in CPU memory, from where training shards its weights over processes.
     Optional for a backbone: if it is on `device`, that needs more memory for a moment."""
+    pack_text_encoder: Callable[[nn.Module], object] | None = None
+    """The same for the text encoder."""
     on_meta: bool = False
     """Build networks from their configurations on the meta device, without weights, to estimate
     memory. `device` is then the device that the model would run on."""

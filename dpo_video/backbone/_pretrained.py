@@ -146,9 +146,20 @@ class PretrainedModel(VideoModel):
         """Latent frames of the smallest video."""
         return 1
 
-    def encode_negative(self, prompt: str | None = None) -> None:
+    def negative_context(self, prompt: str | None = None) -> Context:
         """Encode a negative prompt, once."""
-        self._negative_context(self._negative_prompt if prompt is None else prompt, 1)
+        found = self._negative_context(self._negative_prompt if prompt is None else prompt, 1)
+        return {name: value.cpu() for name, value in found.items()}
+
+    def keep_negative(self, context: Context) -> None:
+        """Keep an encoded negative prompt of this model, if its shapes are right."""
+        expected = self.prompt_shapes() or {}
+        if {name: (1, *shape) for name, shape in expected.items()} == {
+            name: tuple(value.shape) for name, value in context.items()
+        }:
+            self._negatives[self._negative_prompt] = {
+                name: value.to(self.device, self.dtype) for name, value in context.items()
+            }
 
     def _negative_context(self, prompt: str, count: int) -> Context:
         """An encoded negative prompt, repeated."""

@@ -31,7 +31,7 @@ from dpo_video.backbone._pretrained import (
     to_pixels,
 )
 from dpo_video.diffusion.experts import Experts
-from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place_denoiser
+from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place, place_denoiser
 from dpo_video.diffusion.sampling import Schedule, denoise, first_step
 from dpo_video.errors import UserError
 from dpo_video.paths import ModelSource
@@ -112,6 +112,8 @@ class Wan(PretrainedBackbone):
     """Negative prompt of classifier-free guidance."""
     text_length: int = Field(default=512, ge=1)
     """Tokens per prompt; longer prompts are truncated."""
+    tiling: bool = False
+    """Encode and decode videos in tiles: less memory, more time, slightly different pixels."""
 
     @field_validator("frames")
     @classmethod
@@ -191,6 +193,15 @@ def _scheduler(checkpoint: Checkpoint, shift: float | None) -> Any:
     return scheduler.from_config(config, **({} if shift is None else {shift_name: shift}))
 
 
+def _load_vae(checkpoint: Checkpoint, tiling: bool) -> AutoencoderKLWan:
+    # Always fp32, as diffusers' documentation of Wan recommends: half precision shows.
+    vae = checkpoint.load(AutoencoderKLWan, "vae", dtype=torch.float32)
+    vae = place(vae, checkpoint.placement)
+    if tiling:
+        vae.enable_tiling()
+    return vae
+
+
 def _check_shape(options: Wan, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """A UserError if the denoiser does not take the VAE's latents, or latents of this shape."""
     if denoiser["in_channels"] != vae["z_dim"]:
@@ -236,8 +247,7 @@ class WanModel(PretrainedModel):
             ),
             # diffusers' WanPipeline
             sampling=Sampling(num_inference_steps=50, guidance_scale=5.0),
-            # Always fp32, as diffusers' documentation of Wan recommends: half precision shows.
-            vae=checkpoint.lazy(AutoencoderKLWan, "vae", dtype=torch.float32),
+            vae=Lazy(lambda: _load_vae(checkpoint, options.tiling)),
             vae_config=vae_config,
             text_encoder=checkpoint.lazy(UMT5EncoderModel, "text_encoder"),
             negative_prompt=options.negative_prompt,

@@ -28,9 +28,10 @@ def estimate(
 ) -> None:
     """Predict memory and time of a run in every memory mode, before a weight is loaded.
 
-    It needs no GPU and no weights: the training's own step runs on shapes. --tier names the card
-    and applies its presets. The exit code is 0 if the configured mode fits that card or none is
-    named, 3 if it does not fit, and 2 if the command itself was wrong.
+    It needs no GPU and no weights: the training's own step runs on shapes, and so do building
+    pairs, validation videos and an evaluation. --tier names the card and applies its presets. The
+    exit code is 0 if all of it fits that card or none is named, 3 if something does not fit, and 2
+    if the command itself was wrong.
     """
     from dpo_video.cli.display import TerminalProgress
     from dpo_video.workflows.estimate import estimate
@@ -40,6 +41,7 @@ def estimate(
     if as_json:
         show_json(found.to_dict())
     else:
-        show(found.headline, "", found.table(), ("\n" + found.legend, DIM), "\n" + found.verdict)
+        show(found.headline, "", found.table(), "", found.phase_table())
+        show(("\n" + found.legend, DIM), "\n" + found.verdict)
     if found.fits is False or not found.within_budget:
         raise typer.Exit(DOES_NOT_FIT)

@@ -85,7 +85,7 @@ def build(
     def encode(prompt: str) -> Context:
         return {name: value.cpu() for name, value in model.encode_prompts([prompt]).items()}
 
-    total = wanted(settings, available)
+    total, kept = wanted(settings, available), False
     for index in range(worker.number, total, worker.count):
         if index in store:
             continue
@@ -97,6 +97,9 @@ def build(
         pair = builder(clip, model, labeler, generator(*drawn))
         context = encode(pair.prompt) if pair.context is None else pair.context
         _check_finite(pair, context, index)
+        if not kept:
+            store.keep_negative(model.negative_context())
+            kept = True
         shown = preview(pair, model) if settings.previews else None
         store.append(pair, context, index, partial(_write_preview, shown, model.shape))
         yield BuildReport(
@@ -131,13 +134,16 @@ def _write_preview(video: Video | None, shape: VideoShape, path: Path) -> None:
 
 def preview(pair: Pair, model: VideoModel) -> Video:
     """First video, second video and region side by side."""
-    first, second = model.decode_videos(torch.stack([pair.first, pair.second]).to(model.device))
+    first, second = (  # one at a time: two do not fit on every GPU
+        model.decode_videos(latents[None].to(model.device))[0].cpu()
+        for latents in (pair.first, pair.second)
+    )
     region: Float[Tensor, "1 F H W"] = torch.nn.functional.interpolate(
         pair.region[None], size=first.shape[1:]
     )[0]
     # The second video dimmed outside its region shows what was repainted.
-    shown = second.cpu() * (0.3 + 0.7 * region)
-    return torch.cat([first.cpu(), second.cpu(), shown], dim=-1)
+    shown = second * (0.3 + 0.7 * region)
+    return torch.cat([first, second, shown], dim=-1)
 
 
 def cycle_prompts(prompts: Sequence[Prompt]) -> Source:

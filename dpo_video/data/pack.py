@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dpo_video.data.shards import INDEX, Shard, ShardIndex
-from dpo_video.data.store import PairStore
+from dpo_video.data.store import NEGATIVE, PairStore
 from dpo_video.errors import StoreError
 from dpo_video.support.atomic import write_bytes, write_tensors, write_text, writing
 from dpo_video.support.claims import claim
@@ -74,6 +74,8 @@ def _pack(store: PairStore, folder: Path, size: int, digest: str) -> Iterator[Pa
             names, number = names[count:], number + 1
             done = sum(len(shard.holds) for shard in shards)
             yield PackReport(done=done, total=total)
+    if (negative := store.negative_context()) is not None:
+        write_tensors(folder / NEGATIVE, negative)
     for path in sorted((store.folder / "labels").glob("*.json*")):
         write_bytes(folder / "labels" / path.name, path.read_bytes())
     lines = b"".join(record.line() + b"\n" for record in store.records)

@@ -4,6 +4,7 @@
     pairs.jsonl                 one line per pair, appended once its files are on the disk
     latents/00000.safetensors   first, second, preference, region
     contexts/HASH.safetensors   an encoded prompt, shared by its pairs
+    negative.safetensors        the model's encoded negative prompt, for validation videos
     previews/00000.mp4          first video, second video and region side by side
     shards.json, shards/        packed pairs and prompts, if any (see shards.py)
 
@@ -49,6 +50,7 @@ from dpo_video.types import Context, Pair, PairBatch
 
 REMOTE_FILES = Path("runs/remote")
 """Local folder of what belongs to remote pairs: labels and reference caches."""
+NEGATIVE = "negative.safetensors"
 PARTS = ("first", "second", "preference", "region")
 PROMPTS_KEPT = 32  # encoded prompts of remote pairs in memory
 
@@ -236,6 +238,20 @@ class PairStore:
             write_tensors(self.folder / f"{record.latents_file}.safetensors", tensors)
             append_line(self.folder / "pairs.jsonl", record.line())
             self.refresh()
+
+    def keep_negative(self, context: Context | None) -> None:
+        """Keep the model's encoded negative prompt, so that sampling needs no text encoder."""
+        path = self.folder / NEGATIVE
+        if context is not None and not path.exists():
+            with writing(self.folder):
+                write_tensors(path, dict(context))
+
+    def negative_context(self) -> dict[str, Tensor] | None:
+        """The encoded negative prompt of the model; None if it was not kept."""
+        try:
+            return self._storage.load(NEGATIVE)
+        except (OSError, SafetensorError, ValueError):
+            return None
 
     def batch(self, indices: Sequence[int]) -> PairBatch:
         """Read pairs and stack them on the CPU. Safe from several threads at once."""

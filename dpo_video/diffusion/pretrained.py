@@ -72,8 +72,7 @@ class Checkpoint:
     """The option that names the source, for error messages."""
     placement: Placement = field(default_factory=Placement)
     """With `on_meta`, networks are built on the meta device in the dtype that they would be loaded
-    in, tokenizers and text encoders are None, and only JSON is read (for known models, the
-    package's own)."""
+    in, tokenizers are None, and only JSON is read (for known models, the package's own)."""
 
     def __post_init__(self) -> None:
         model = find_model(self.source)
@@ -184,14 +183,21 @@ class Checkpoint:
 
         def load() -> Loaded:
             network: Any = self.load(kind, part, dtype=dtype)
+            pack = self.placement.pack_text_encoder
+            if part == "text_encoder" and pack is not None and not self.placement.on_meta:
+                pack(network.requires_grad_(False))
             placed: Loaded = place(network, self.placement)
             return placed
 
         return Lazy(load)
 
     def _build_on_meta(self, cls: Any, part: str, dtype: torch.dtype | None) -> Any:
+        if issubclass(cls, PreTrainedModel):
+            config = cls.config_class.from_dict(dict(self.config(part)))
+            with torch.device("meta"):
+                return cls(config).to(dtype or self.placement.dtype)
         if dtype is None:
-            return None  # a tokenizer or a text encoder
+            return None  # a tokenizer
         with torch.device("meta"):
             network = cls.from_config(dict(self.config(part)))
         # As in from_pretrained: a class may keep modules in fp32; if it does, buffers stay too.

@@ -62,6 +62,33 @@ class MemoryEstimate(Record):
 
 
 @final
+class PhaseEstimate(Record):
+    """Predicted peak memory of a part of a run besides its steps, in bytes, and its operations."""
+
+    name: str
+    """Such as "evaluate: decode"."""
+    weights: int
+    """Bytes of the networks on the device, and of the optimizer's state during a training."""
+    activations: int
+    """Bytes of all other tensors."""
+    flops: int
+    """Operations of the whole part."""
+
+    @property
+    def total(self) -> int:
+        """Bytes of GPU memory required: tensors, fragmentation and CUDA's context."""
+        return round(self.weights + (1 + FRAGMENTS) * self.activations + CONTEXT)
+
+    def fits(self, tier: Tier) -> bool:
+        """Whether a card holds it."""
+        return self.total <= tier.memory_gib * GIB
+
+    def hours(self, tier: Tier, efficiency: float) -> float:
+        """Hours on a card, at that share of its published speed."""
+        return self.flops / (tier.tflops * 1e12 * efficiency) / 3600
+
+
+@final
 class Estimate(Record):
     """Predicted memory and time of a run, mode by mode. Nothing in it was measured."""
 
@@ -82,6 +109,8 @@ class Estimate(Record):
     pairs: int
     """Pairs that the run visits: steps x accumulation x batch size."""
     estimates: tuple[MemoryEstimate, ...]
+    phases: tuple[PhaseEstimate, ...] = ()
+    """Everything besides the steps: building pairs, validation videos, an evaluation."""
     asked: MemoryMode | None = None
     """The mode that the configuration asks for."""
     tier: Tier | None = None
@@ -116,9 +145,16 @@ class Estimate(Record):
 
     @property
     def fits(self) -> bool | None:
-        """Whether the mode asked for fits the card; None without a card or a mode."""
+        """Whether the mode asked for and all phases fit the card; None without a card or mode."""
         asked = self._asked
-        return None if self.tier is None or asked is None else asked.fits(self.tier)
+        if self.tier is None or asked is None:
+            return None
+        return asked.fits(self.tier) and not self._too_large
+
+    @property
+    def _too_large(self) -> list[PhaseEstimate]:
+        """The phases that do not fit the card."""
+        return [] if self.tier is None else [p for p in self.phases if not p.fits(self.tier)]
 
     @property
     def recommended(self) -> MemoryEstimate | None:
@@ -177,7 +213,7 @@ class Estimate(Record):
             }
 
         assumed = {"efficiency": self.efficiency, "context": CONTEXT, "fragments": FRAGMENTS}
-        own = {"estimates", "asked", "tier", "efficiency"}
+        own = {"estimates", "phases", "asked", "tier", "efficiency"}
         return {
             **self.model_dump(mode="json", exclude=own),
             "assumed": assumed,
@@ -186,6 +222,15 @@ class Estimate(Record):
             "fits": self.fits,
             "recommended": best.mode.model_dump(mode="json") if best else None,
             "estimates": [row(each) for each in self.estimates],
+            "phases": [
+                {
+                    **phase.model_dump(mode="json"),
+                    "total": phase.total,
+                    "fits": {card.name: phase.fits(card) for card in cards},
+                    "hours": {card.name: phase.hours(card, self.efficiency) for card in cards},
+                }
+                for phase in self.phases
+            ],
         }
 
     # --- for a person ----------------------------------------------------------------------------
@@ -234,11 +279,19 @@ class Estimate(Record):
         parts = []
         if asked is not None:
             adapter = asked.gradients + asked.optimizer
+            fits = "fits" if asked.fits(self.tier) else "does not fit"
             parts.append(
                 f"The configured mode needs {asked.total / GIB:.1f} GiB (weights "
                 f"{asked.weights / GIB:.1f}, adapter {adapter / GIB:.1f}, activations "
-                f"{asked.activations / GIB:.1f}) and {'fits' if self.fits else 'does not fit'} "
+                f"{asked.activations / GIB:.1f}) and {fits} "
                 f"{self.tier.card} ({self.tier.memory_gib:g} GiB)."
+            )
+        for phase in self._too_large:
+            parts.append(f"{phase.name} needs {phase.total / GIB:.1f} GiB and does not fit.")
+        if self._too_large:
+            parts.append(
+                "Keep the text encoder in CPU memory (--set memory.text_encoder=host), use the VAE "
+                "in tiles (--set backbone.tiling=true), or lower evaluate.batch_size."
             )
         best = self.recommended
         if best is None:
@@ -248,7 +301,7 @@ class Estimate(Record):
             )
         elif asked is None:
             parts.append(f"Recommended: {best.mode}.")
-        elif best.mode != asked.mode and (not self.fits or best.flops < asked.flops):
+        elif best.mode != asked.mode and (not asked.fits(self.tier) or best.flops < asked.flops):
             other = best.mode.quantization != asked.mode.quantization
             note = " (it changes the numbers)" if other else ""
             parts.append(f"Recommended{note}: {best.mode.flags(asked.mode)}")
@@ -281,6 +334,23 @@ class Estimate(Record):
             if self.tier is not None:
                 texts[1].stylize("green" if each.fits(self.tier) else "red")
             table.add_row(*texts, style="bold" if each.mode == self.asked else "")
+        return table
+
+    def phase_table(self) -> Table:
+        """Everything besides the steps, as a table for the terminal."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("besides the steps", "GiB", f"h ({self._shown.name})", "fits from"):
+            left = name in ("besides the steps", "fits from")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        cards = sorted(tiers().values(), key=lambda each: each.memory_gib)
+        for phase in self.phases:
+            hours = phase.hours(self._shown, self.efficiency)
+            memory = cell(f"{phase.total / GIB:.1f}")
+            if self.tier is not None:
+                memory.stylize("green" if phase.fits(self.tier) else "red")
+            first = next((card.name for card in cards if phase.fits(card)), "none")
+            time = cell(f"{hours:,.1f}" if phase.flops else "")
+            table.add_row(cell(phase.name), memory, time, cell(first))
         return table
 
     def _repr_html_(self) -> str:

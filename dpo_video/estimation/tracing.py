@@ -161,8 +161,8 @@ class _Stage:
             self.policy = adapt(self.model, settings, seed=0)
             self.references = {name: each.attach(self.policy) for name, each in references.items()}
         self._optimizers: dict[bool, Optimizer] = {}
-        self._tensors = Memoryless()
-        with self._tensors:
+        self.tensors = Memoryless()
+        with self.tensors:
             give_tensors(self.policy, CPU)
             self.trained = [p for p in self.policy.parameters() if p.requires_grad]
             if quantization != "native" or on_host:
@@ -185,7 +185,7 @@ class _Stage:
     ) -> dict[MemoryMode, MemoryEstimate]:
         """Trace a step in each mode."""
         estimates: dict[MemoryMode, MemoryEstimate] = {}
-        with self._tensors:
+        with self.tensors:
             for memory in dict.fromkeys(mode.memory for mode in modes):
                 apply_memory_modes(self.policy, memory)
                 done: list[_StepTrace] = []
@@ -232,8 +232,8 @@ class _StepTrace:
     @cached_property
     def unsharded(self) -> int:
         """Bytes of the weights in the trace: the policy's, and a reference's with its own."""
-        packed = _allocated(self._frozen(on_host=False))
-        return _bytes(self.policy) + _bytes(self.own) + packed - self.parked
+        packed = allocated(frozen_parts(self.policy, on_host=False))
+        return network_bytes(self.policy) + network_bytes(self.own) + packed - self.parked
 
     @cached_property
     def weights(self) -> int:
@@ -249,27 +249,16 @@ class _StepTrace:
         """Bytes of sharded weights in CPU memory."""
         return sum(each.parts_of_blocks for each in self.sharded) * ("blocks" in self.mode.offload)
 
-    def _frozen(self, *, on_host: bool) -> list[Tensor]:
-        """Stored tensors of packed or offloaded weights, on the device or in CPU memory."""
-        found = (each for each in frozen_weights(self.policy) if each.on_host == on_host)
-        return [part for each in found for part in each.parts]
-
     @cached_property
     def parked(self) -> int:
         """Bytes of the expert that is not in use, without its adapter."""
-        return _allocated(
-            tensor
-            for experts in self.policy.modules()
-            if isinstance(experts, Experts) and experts.park
-            for name, tensor in experts.transformer_2.named_parameters()
-            if ".lora_" not in name
-        )
+        return parked_bytes(self.policy)
 
     @cached_property
     def is_a_copy(self) -> bool:
         """Whether the reference is the policy, or a copy of it without the adapter."""
-        adapter = _allocated(self.trained)
-        return _bytes(self.own) in (0, _bytes(self.policy) - adapter)
+        adapter = allocated(self.trained)
+        return network_bytes(self.own) in (0, network_bytes(self.policy) - adapter)
 
     def derive_from(self, done: Sequence[_StepTrace]) -> MemoryEstimate | None:
         """Derive the estimate from a trace of another reference; None if that is not possible.
@@ -326,8 +315,8 @@ class _StepTrace:
                 lambda: _discard(self.step(batch, noise, timestep, reference_prediction=cached)),
                 networks=[self.policy, self.own, gradients],
                 optimizer=optimizer,
-                weights=self._frozen(on_host=False),
-                host=self._frozen(on_host=True),
+                weights=frozen_parts(self.policy, on_host=False),
+                host=frozen_parts(self.policy, on_host=True),
             )
         adapter = sum(p.nbytes for p in self.trained)
         for parameter in self.trained:
@@ -402,21 +391,42 @@ def give_tensors(network: nn.Module, device: torch.device) -> None:
 
     Under `Memoryless` these have a device and no memory.
     """
+    shared: dict[int, nn.Parameter] = {}  # a text encoder has two names for its embedding
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                module._parameters[name] = nn.Parameter(made, parameter.requires_grad)
+                if id(parameter) not in shared:
+                    made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    shared[id(parameter)] = nn.Parameter(made, parameter.requires_grad)
+                module._parameters[name] = shared[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
-def _bytes(network: nn.Module) -> int:
-    return _allocated((*network.parameters(), *network.buffers()))
+def frozen_parts(network: nn.Module, *, on_host: bool) -> list[Tensor]:
+    """Stored tensors of packed or offloaded weights, on the device or in CPU memory."""
+    found = (each for each in frozen_weights(network) if each.on_host == on_host)
+    return [part for each in found for part in each.parts]
 
 
-def _allocated(tensors: Iterable[Tensor]) -> int:
+def parked_bytes(policy: nn.Module) -> int:
+    """Bytes of the expert that is not in use, without its adapter."""
+    return allocated(
+        tensor
+        for experts in policy.modules()
+        if isinstance(experts, Experts) and experts.park
+        for name, tensor in experts.transformer_2.named_parameters()
+        if ".lora_" not in name
+    )
+
+
+def network_bytes(network: nn.Module) -> int:
+    """Bytes of a network's parameters and buffers."""
+    return allocated((*network.parameters(), *network.buffers()))
+
+
+def allocated(tensors: Iterable[Tensor]) -> int:
     """Bytes rounded up to the allocator's blocks."""
     return sum(BLOCK * math.ceil(tensor.nbytes / BLOCK) for tensor in tensors)
 

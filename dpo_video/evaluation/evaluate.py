@@ -249,7 +249,8 @@ class _Sampler:
                 guidance_scale=settings.guidance_scale,
                 **negative_option(batch[0].negative_prompt),
             )
-            videos = model.decode_videos(latents).cpu()
+            # One at a time, so that the decoder's memory does not grow with the batch.
+            videos = torch.cat([model.decode_videos(one).cpu() for one in latents.split(1)])
             check_finite(latents, videos, texts)
             yield videos
 
@@ -265,5 +266,5 @@ class _Sampler:
                     context = model.encode_prompts([row.text])
                     self._encoded[row.text] = {name: each.cpu() for name, each in context.items()}
             if self.settings.guidance_scale != 1:
-                model.encode_negative(batch[0].negative_prompt)
+                model.negative_context(batch[0].negative_prompt)
         model.release()

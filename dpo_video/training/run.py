@@ -107,6 +107,10 @@ def train(
     pairs = trainable_pairs(store, loss, model, settings)
     shown = validation_prompts[: settings.validation_videos]
     encoded = [EncodedPrompt.of(prompt, model) for prompt in shown]
+    if settings.validation_videos:  # sampling them must not load the text encoder again
+        if (negative := store.negative_context()) is not None:
+            model.keep_negative(negative)
+        model.negative_context()
     model.release()  # the encoders
     policy = adapt(model, settings, seed)
     fingerprint = RunFingerprint.of(model, store, policy, accelerator.mixed_precision)

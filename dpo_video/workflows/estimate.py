@@ -10,13 +10,21 @@ import diffusers
 import torch
 
 from dpo_video import registry
+from dpo_video.data.build import wanted
 from dpo_video.data.store import PairStore
 from dpo_video.errors import BudgetError, UserError
 from dpo_video.estimation import modes as memory_modes
 from dpo_video.estimation.estimate import estimate_memory
 from dpo_video.estimation.fewest_blocks import BUDGET_SHARE, fewest_blocks
 from dpo_video.estimation.modes import BACKWARDS, MemoryMode
-from dpo_video.estimation.results import GIB, NOT_COMPILED, Estimate, MemoryEstimate
+from dpo_video.estimation.phases import Plan, predict_phases
+from dpo_video.estimation.results import (
+    GIB,
+    NOT_COMPILED,
+    Estimate,
+    MemoryEstimate,
+    PhaseEstimate,
+)
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
 from dpo_video.strategies import PairBuilder
@@ -24,6 +32,7 @@ from dpo_video.training.step import check_backward
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import TrainOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
+from dpo_video.workflows.session import evaluation_prompts
 
 # Of equally fast modes, that of the first reference in this order is recommended.
 _ANNOUNCED = (
@@ -75,11 +84,41 @@ def estimate(
         progress.note(str(error), warning=True)
         within_budget = False
     found = predict(config, card=card, traces=traces)
+    found = found.model_copy(update={"phases": phases_of(config, found, traces)})
     compiled = config.memory.compile == "on"
     update: dict[str, Any] = {"within_budget": within_budget, "compiled": compiled}
     if efficiency is not None:
         update["efficiency"] = efficiency
     return found.model_copy(update=update)
+
+
+def phases_of(config: Config, found: Estimate, traces: TraceCache) -> tuple[PhaseEstimate, ...]:
+    """Predict what a configuration needs besides the training steps.
+
+    Args:
+        config: The configuration.
+        found: Its estimate.
+        traces: The traces of that estimate.
+    """
+    assert found.asked is not None
+    step = found.for_mode(found.asked)
+    assert step is not None
+    train, settings = config.train, config.evaluate
+    checkpoints = -(-train.steps // train.save_steps)
+    plan = Plan(
+        pairs=0 if config.pairs is None else wanted(config.build, None),
+        samples_per_pair=getattr(config.pairs, "samples", 1),
+        encodes=config.pairs is not None and config.pairs.needs_video,
+        pair_steps=getattr(config.pairs, "num_inference_steps", None),
+        validation_videos=train.validation_videos * checkpoints,
+        videos=len(evaluation_prompts(config)),
+        batch_size=settings.batch_size,
+        evaluation_steps=settings.num_inference_steps,
+    )
+    return predict_phases(
+        config.backbone, train, found.asked, step, plan,
+        text_encoder_on_host=config.memory.text_encoder == "host", traces=traces,
+    )  # fmt: skip
 
 
 def predict(

@@ -129,11 +129,15 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
     on_host = "blocks" in memory.offload
     # A single process that evaluates a sharded run holds all weights itself.
     shared = memory.shard > 1 and torch.distributed.is_initialized()
+    pack_text = None
+    if memory.text_encoder == "host":
+        pack_text = partial(pack_frozen_weights, device=device, base="native", on_host=True)
+    placement = Placement(device, dtype, denoiser_on_host=shared, pack_text_encoder=pack_text)
     if memory.quantization == "native" and (shared or not on_host):
-        return config.backbone.load(Placement(device, dtype, denoiser_on_host=shared))
+        return config.backbone.load(placement)
     check_base(memory.quantization)
     pack = partial(pack_frozen_weights, device=device, base=memory.quantization, on_host=on_host)
-    model = config.backbone.load(Placement(device, dtype, pack=pack))
+    model = config.backbone.load(replace(placement, pack=pack, denoiser_on_host=False))
     if next(frozen_weights(model.denoiser), None) is None:  # the backbone ignored `pack`
         pack(model.denoiser)
     if memory.quantization != "native":

@@ -11,8 +11,9 @@ from dpo_video.estimation.estimate import estimate_memory
 from dpo_video.estimation.fewest_blocks import BUDGET_SHARE
 from dpo_video.estimation.results import GIB
 from dpo_video.estimation.tiers import find_tier, tier_of_card, tiers
+from dpo_video.estimation.tracing import TraceCache
 from dpo_video.workflows.config import resolve
-from dpo_video.workflows.estimate import mode_of
+from dpo_video.workflows.estimate import mode_of, phases_of, predict
 
 
 def test_the_presets_are_those_of_video_dpo() -> None:
@@ -125,6 +126,21 @@ def test_the_smallest_card_holds_its_presets_with_all_blocks_checkpointed() -> N
     ).estimates  # fmt: skip
     assert need.mode.checkpointing == "blocks"
     assert need.total <= BUDGET_SHARE * find_tier("t4").memory_gib * GIB
+
+
+# benchmarks/tiers.py covers all tiers.
+@pytest.mark.parametrize("backbone", ["animatediff", "cogvideox", "wan"])
+def test_the_smallest_card_builds_samples_evaluates_and_resumes(backbone: str) -> None:
+    flags = {"memory.checkpointing": "blocks"}
+    config = resolve(tier="t4", choices={"backbone": backbone}, flags=flags)
+    traces, card = TraceCache(), find_tier("t4")
+    found = predict(config, alone=True, traces=traces)
+    phases = phases_of(config, found, traces)
+    assert {phase.name.split(":")[0] for phase in phases} == {
+        "build", "validation videos", "evaluate",
+    }  # fmt: skip
+    assert [phase.name for phase in phases if not phase.fits(card)] == []
+    assert all(phase.flops for phase in phases if "text encoder" not in phase.name)
 
 
 def test_a_resolved_run_stores_options_and_no_tier_name(tmp_path: Path) -> None:
