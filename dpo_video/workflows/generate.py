@@ -87,7 +87,8 @@ def generate(
     store = opened(pairs) if pairs is not None else None
     config = configure("evaluate", options, store, kinds=("backbone",))
     rows = _rows(config, prompt, prompts, num_videos, seed or 0, progress)
-    target = None if out is None else _Target.of(Path(out), rows)
+    listed = prompts is not None or (bool(prompt) and not isinstance(prompt, str))
+    target = None if out is None else _Target.of(Path(out), rows, listed=listed)
     with ExitStack() as stack:
         adapter = None
         if run is not None:
@@ -144,8 +145,13 @@ class _Target:
     """Whether the folder keeps a record of what each video was drawn from."""
 
     @classmethod
-    def of(cls, out: Path, rows: Sequence[Prompt]) -> Self:
+    def of(cls, out: Path, rows: Sequence[Prompt], *, listed: bool) -> Self:
         """One file, numbered ones, or named ones in a folder of their own.
+
+        Args:
+            out: What the user names.
+            rows: A prompt for every video.
+            listed: Whether the user has named several prompts.
 
         Raises:
             UserError: if it is neither a video nor a folder, or a video for several prompts.
@@ -157,7 +163,7 @@ class _Target:
                 f"Cannot write '{out}': videos end in .mp4 or .gif, and a folder has no ending. "
                 "Change --out."
             )
-        if len({row.text for row in rows}) > 1:
+        if listed and len({row.text for row in rows}) > 1:
             raise UserError(
                 f"'{out}' is one file, and there are several prompts. Name a folder: --out "
                 f"{quoted(out.with_suffix(''))}"
