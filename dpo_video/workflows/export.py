@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,10 +19,11 @@ from dpo_video.settings import MemorySettings
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import WRITER, claim
 from dpo_video.support.urls import is_url
-from dpo_video.training.checkpoint import kept_adapter
+from dpo_video.training.checkpoint import check_manifest, kept_adapter
 from dpo_video.types import ExportSpec
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import checked, configure
+from dpo_video.workflows.presets import Tables
 from dpo_video.workflows.results import ExportResult
 from dpo_video.workflows.runs import Run, verdict_of
 from dpo_video.workflows.session import load_model, pick_device
@@ -141,7 +144,7 @@ def _summary(run: Run, config: Config, checkpoint: str) -> RunSummary:
     step = int(checkpoint.removeprefix("step_"))
     return RunSummary(
         name=run.name,
-        tables=config.tables,
+        tables=_trained_with(run, config, checkpoint),
         versions=run.versions,
         pairs=_pairs(config),
         checkpoint=checkpoint,
@@ -149,6 +152,19 @@ def _summary(run: Run, config: Config, checkpoint: str) -> RunSummary:
         verdict=verdict_of(run.reports[:step]),
         evaluation=run.evaluation(step),
     )
+
+
+def _trained_with(run: Run, config: Config, checkpoint: str) -> Tables:
+    """The run's options as its checkpoint recorded them; run.toml may have been edited since."""
+    tables = {name: dict(table) for name, table in config.tables.items()}
+    recorded: Mapping[str, Any] = {}
+    with suppress(RunError):  # its training may have deleted it meanwhile
+        recorded = check_manifest(run.folder / "checkpoints" / checkpoint, "adapter").options
+    for path, value in recorded.items():
+        table, _, option = path.partition(".")
+        if table in ("train", "loss") and option in tables.get(table, {}):
+            tables[table][option] = value
+    return tables
 
 
 def _pairs(config: Config) -> str:

@@ -409,6 +409,14 @@ def test_a_loss_of_the_session_trains(pairs: PairStore) -> None:
     assert run.config.tables["loss"] == {"name": "Halved", "beta": 10.0}
 
 
+def test_the_card_says_what_the_checkpoint_was_trained_with(run: dv.Run, tmp_path: Path) -> None:
+    copied = shutil.copytree(run.folder, tmp_path / "copied")
+    text = (copied / "run.toml").read_text()
+    (copied / "run.toml").write_text(text.replace("rank = 2", "rank = 8"))
+    card = (dv.export(copied, "peft").folder / "README.md").read_text()
+    assert "rank 2," in card and "rank 8" not in card
+
+
 LEFT = """
 from dpo_video.loss.global_ import Global
 from dpo_video.metric.frame_difference import FrameDifference
