@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -35,6 +35,7 @@ CODECS = frozenset({
     "qtrle", "rawvideo", "svq1", "svq3", "theora", "utvideo", "v210", "vc1", "vp6", "vp6f", "vp8",
     "vp9", "wmv1", "wmv2", "wmv3", "wrapped_avframe",
 })  # fmt: skip
+_TAGS = ("color_trc", "color_primaries", "colorspace")
 MAX_DECODED = 1 << 36  # pixels of one read: a quarter of an hour in full HD
 NO_VIDEO = 0x400 | 0x800  # dispositions of attached pictures and of timed thumbnails
 _FFMPEG = {  # what ffmpeg's formats call themselves
@@ -114,6 +115,17 @@ class Shot:
     picture: Callable[[Size | None], Picture]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What a frame is rendered by besides itself. FFmpeg frees a stream when its file is closed."""
+
+    path: Path
+    tags: Mapping[str, int]
+    """Numbers of H.273 by name."""
+    aspect: float
+    """Width of a pixel by its height."""
+
+
 class MissedError(Exception):
     """A seek that did not find its frame."""
 
@@ -160,9 +172,18 @@ class Film:
             else:
                 yield None, decoded
 
+    def _facts(self) -> _Facts:
+        """What is known by now; decoding a frame may tell more."""
+        codec = self.stream.codec_context
+        return _Facts(
+            path=self.path,
+            tags={name: int(getattr(codec, name, colours.UNSPECIFIED)) for name in _TAGS},
+            aspect=float(self.stream.sample_aspect_ratio or 1),  # of DV and DVD, not 1
+        )
+
     def _look(self, frame: Any) -> bool:
         """Note how the first frame has to be treated; a VideoError if it cannot be shown."""
-        self.treatments = _Look.of(frame, self).treatments(frame)
+        self.treatments = _Look.of(frame, self._facts()).treatments(frame)
         return True
 
     treatments: tuple[str, ...] = ()
@@ -200,7 +221,7 @@ class Film:
                     f"{self.path} takes too long to decode up to {float(time):.0f} s. Cut or "
                     "shrink it."
                 )
-            yield Shot(time=float(time), picture=partial(_render, frame, self))
+            yield Shot(time=float(time), picture=partial(_render, frame, self._facts()))
 
     def _frames(self) -> Iterator[Any]:
         for packet in self._container.demux(self.stream):
@@ -252,15 +273,13 @@ class _Look:
     interlaced: bool
 
     @classmethod
-    def of(cls, frame: Any, film: Film) -> _Look:
+    def of(cls, frame: Any, film: _Facts) -> _Look:
         """Read the frame's tags.
 
         Raises:
             VideoError: If it cannot be shown as it is meant.
         """
-        transfer, primaries, matrix = (
-            _tag(frame, film, name) for name in ("color_trc", "color_primaries", "colorspace")
-        )
+        transfer, primaries, matrix = (_tag(frame, film, name) for name in _TAGS)
         names = _side_data(frame)
         advice = "Convert it to SDR in BT.709"
         if "MASTERING_DISPLAY_METADATA" in names and transfer == colours.UNSPECIFIED:
@@ -301,16 +320,14 @@ class _Look:
         return tuple(found)
 
 
-def _unshown(film: Film, what: str, advice: str) -> VideoError:
+def _unshown(film: _Facts, what: str, advice: str) -> VideoError:
     return VideoError(f"{film.path} {what}, which is not read. {advice}.")
 
 
-def _tag(frame: Any, film: Film, name: str) -> int:
+def _tag(frame: Any, film: _Facts, name: str) -> int:
     """A number of H.273 of the frame, else of its stream."""
     found = int(getattr(frame, name, colours.UNSPECIFIED))
-    if found == colours.UNSPECIFIED:
-        found = int(getattr(film.stream.codec_context, name, colours.UNSPECIFIED))
-    return found
+    return film.tags[name] if found == colours.UNSPECIFIED else found
 
 
 def _side_data(frame: Any) -> dict[str, Any]:
@@ -318,7 +335,7 @@ def _side_data(frame: Any) -> dict[str, Any]:
     return {held[index].type.name: held[index] for index in range(len(held))}
 
 
-def _turn(matrix: Any, film: Film) -> tuple[bool, bool, bool]:
+def _turn(matrix: Any, film: _Facts) -> tuple[bool, bool, bool]:
     """The turn by quarters, with or without mirroring, that a display matrix asks for.
 
     A point (p, q) of the picture is shown at (a p + c q, b p + d q); see ffmpeg's display.h.
@@ -342,7 +359,7 @@ def _turn(matrix: Any, film: Film) -> tuple[bool, bool, bool]:
     )
 
 
-def _render(frame: Any, film: Film, cover: Size | None) -> Picture:
+def _render(frame: Any, film: _Facts, cover: Size | None) -> Picture:
     """The frame upright, in SDR, over black, shrunk to cover a size.
 
     Raises:
@@ -354,11 +371,10 @@ def _render(frame: Any, film: Film, cover: Size | None) -> Picture:
         raise VideoError(damaged(film.path, f"({error.strerror})")) from error
 
 
-def _rendered(frame: Any, film: Film, cover: Size | None) -> Picture:
+def _rendered(frame: Any, film: _Facts, cover: Size | None) -> Picture:
     look = _Look.of(frame, film)
     transposed, mirrored, flipped = look.turn
-    aspect = float(film.stream.sample_aspect_ratio or 1)  # DV and DVD pixels are not square
-    width = max(round(frame.width * aspect), 1)
+    width = max(round(frame.width * film.aspect), 1)
     if frame.height * width > MAX_PIXELS:
         raise _unshown(film, f"is shown at {width} x {frame.height} pixels", "Shrink it")
     upright = (width, frame.height) if transposed else (frame.height, width)

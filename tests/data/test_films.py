@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import av
@@ -18,6 +20,7 @@ from test_video import stamped, stamps, write_any
 
 from dpo_video.data import films
 from dpo_video.data.video import VideoError, probe_video, read_video
+from dpo_video.data.video_writer import write_video
 
 COLOURS = np.array([(230, 40, 40), (40, 60, 160), (128, 128, 128), (12, 90, 30)], np.uint8)
 PICTURE = COLOURS.repeat(16, axis=0).reshape(1, 64, 3).repeat(32, axis=0)  # four stripes
@@ -356,3 +359,18 @@ def test_frames_shrink_before_they_are_converted(tmp_path: Path) -> None:
     )  # fmt: skip
     assert read_video(path, cover=(8, 8)).frames.shape == (3, 2, 8, 16)
     assert torch.equal(read_video(path).frames[:, 0], read_video(path).frames[:, 1])
+
+
+def test_a_frame_holds_nothing_of_its_closed_file(tmp_path: Path) -> None:
+    """FFmpeg frees a stream with its file; a frame that asked it afterwards ended the process."""
+    path = tmp_path / "a.mp4"
+    video = torch.rand(3, 4, 32, 48)
+    write_video(path, video, 8.0)
+    with films.open_film(path, "mp4") as film:
+        shots = list(film.shots(0.0))
+        before = [shot.picture(None) for shot in shots]
+    gc.collect()
+    for shot, picture in zip(shots, before, strict=True):
+        assert isinstance(shot.picture, partial)
+        assert not any(isinstance(part, films.Film) for part in shot.picture.args)
+        assert (shot.picture(None) == picture).all()
