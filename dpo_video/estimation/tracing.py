@@ -393,15 +393,16 @@ def give_tensors(network: nn.Module, device: torch.device) -> None:
     """
     shared: dict[int, nn.Parameter] = {}  # a text encoder has two names for its embedding
     for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
                 if id(parameter) not in shared:
                     made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                     shared[id(parameter)] = nn.Parameter(made, parameter.requires_grad)
-                module._parameters[name] = shared[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                setattr(module, name, shared[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta:
+                empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                setattr(module, name, empty)
 
 
 def frozen_parts(network: nn.Module, *, on_host: bool) -> list[Tensor]:
