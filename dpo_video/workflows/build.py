@@ -14,7 +14,7 @@ from dpo_video.errors import RunError, UserError
 from dpo_video.settings import BuildSettings
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.claims import claim
-from dpo_video.text import label_command
+from dpo_video.text import command, label_command
 from dpo_video.training.checkpoint import Checkpoint
 from dpo_video.types import Remark
 from dpo_video.workflows.config import Config
@@ -176,8 +176,9 @@ def _refuse_unlabelled(config: Config, store: PairStore) -> None:
     raise UserError(
         f"The first pair of kind '{kind}' prefers neither video, so nothing can be learned until "
         "the pairs are labelled. Let a metric label them (--labeler metric), or build, label and "
-        f"train in turn: dpo-video build --pairs {kind} --out PAIRS, dpo-video label PAIRS "
-        "--labeler NAME, dpo-video train --pairs PAIRS/. The pair is kept in "
+        f"train in turn: {command('build', '--pairs', kind, '--out', 'PAIRS')}, then "
+        f"{label_command('PAIRS')}, then "
+        f"{command('train', '--pairs', 'PAIRS/', '--labels', 'metric')}. The pair is kept in "
         f"'{store.folder}'."
     )
 

@@ -188,8 +188,11 @@ def resolve(
                 tables["metric"][metric] = before.get(metric, {})
     elif not set(registry.KINDS) <= set(kinds):
         absent = sorted(n for n in tables["metric"] if not registry.is_installed("metric", n))
+        effects = tables.get("evaluate", {}).get("min_effects")
         for missing in absent:
             del tables["metric"][missing]
+            if isinstance(effects, dict):
+                effects.pop(missing, None)
     for text in shared:
         _assign(tables, *_read_assignment(text))
     given += [(path, value) for path, value in (flags or {}).items() if value is not None]
@@ -363,7 +366,7 @@ def _encodes(text: str) -> bool:
 
 def _make(tables: Tables, kinds: Collection[str]) -> Config:
     engines = {name: _build(model, tables.get(name, {}), name) for name, model in ENGINES.items()}
-    if set(registry.KINDS) <= set(kinds):
+    if "metric" in kinds:
         for name in engines["evaluate"].min_effects:  # type: ignore[attr-defined]
             if not registry.is_installed("metric", name):
                 raise unknown("metric", name, registry.named("metric"))

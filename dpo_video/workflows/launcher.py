@@ -298,7 +298,7 @@ def _listed(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{path}={value}" for path, value in options.items())
 
 
-def refuse_launcher(command: str) -> None:
+def refuse_launcher(name: str) -> None:
     """Raise a UserError if a launcher started several processes or set something."""
     request = launcher_request()
     asked = request.options | request.memory
@@ -306,7 +306,7 @@ def refuse_launcher(command: str) -> None:
         asked["processes"] = process_count()
     if asked:
         raise UserError(
-            f"dpo-video {command} takes no settings from a launcher ({_listed(asked)}). Start it "
+            f"dpo-video {name} takes no settings from a launcher ({_listed(asked)}). Start it "
             "without one, and set options of its own."
         )
 
