@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import SHAPE, load_small
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_training import SETTINGS, adapter_hash, make_store, run
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
@@ -309,17 +309,23 @@ def test_a_policy_that_differs_at_step_0_is_refused(
         run(small_folder, store, tmp_path / "run", loss=Lopsided())
 
 
+def with_value(store: PairStore, index: int, value: float) -> PairStore:
+    """The store with this number in a pair, as one that was written before pairs had hashes."""
+    path = store.folder / "latents" / f"{index:05d}.safetensors"
+    tensors = load_file(path)
+    tensors["first"][0, 0, 0, 0] = value
+    save_file(tensors, path)
+    lines = (store.folder / "pairs.jsonl").read_text().splitlines()
+    records = [{**json.loads(line), "latents_hash": ""} for line in lines]
+    (store.folder / "pairs.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    return PairStore(store.folder)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model)
-    broken = store.batch([2])
-    path = store.folder / "latents" / "00002.safetensors"
-    tensors = load_file(path)
-    tensors["first"] = torch.full_like(broken.first[0], float("nan"))
-    from safetensors.torch import save_file
-
-    save_file(tensors, path)
+    store = with_value(store, 2, float("nan"))
     strict = SETTINGS.model_copy(update={"skips": 0})
     with pytest.raises(TrainingError, match=r"not finite.* were 00002\. .*train\.skips allows 0"):
         run(small_folder, store, tmp_path / "run", strict, loss=Global())
@@ -528,13 +534,8 @@ def test_a_stopped_run_saves_and_resumes_to_the_same_bytes(
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     store = make_store(tmp_path / "pairs", small_model, pairs=1)
-    path = store.folder / "latents" / "00000.safetensors"
-    tensors = load_file(path)
-    tensors["first"][0, 0, 0, 0] = float("inf")
-    save_file(tensors, path)
+    store = with_value(store, 0, float("inf"))
     settings = SETTINGS.model_copy(update={"steps": 2, "validation_videos": 0, "skips": 2})
     progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
     assert [(p.report.skipped, list(p.nonfinite_pairs)) for p in progress] == [
