@@ -102,7 +102,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"| {each['model']}, {each['frames']}x{each['height']}x{each['width']} "
             f"| {each['tier']} | {each['rank']} | {each['brief']} | {each['blocks']} "
             f"| {each['gib']:.1f} of {each['card_gib']:.1f} | {each['host_gib']:.1f} "
-            f"| {each['tflop']:,.0f} | {each['largest']} |"
+            f"| {each['tflop']:,.0f} | {each.get('largest', 'not counted')} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -90,7 +90,7 @@ def test_a_missing_log_and_evaluation_are_stated() -> None:
 
 
 def test_the_card_shows_the_second_measurement() -> None:
-    evaluation = an_evaluation(["a", "b", "c"])
+    evaluation = an_evaluation([f"prompt {i}" for i in range(16)])
     warp = with_witness(evaluation.metrics[0], 3.0)
     assert warp.witness is not None and warp.disagreement
     evaluation = evaluation.model_copy(update={"metrics": (warp,)})

@@ -90,7 +90,8 @@ def test_two_runs_are_equal_to_the_bit_and_say_how_they_ran(
                 if path.suffix == ".safetensors"
             }
         )
-    assert len(files[0]) == 3 and files[0] == files[1]
+    # Latents, the prompt, the negative prompt, and the adapter.
+    assert len(files[0]) == 4 and files[0] == files[1]
 
 
 def test_an_operation_that_cannot_be_repeated_is_named(
