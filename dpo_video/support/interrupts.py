@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -74,15 +75,29 @@ def _handled(act: Callable[[int], None]) -> Iterator[Callable[[], int | None]]:
         elif number == signal.SIGINT and not _launched():
             _end_now(number)
 
+    def lost(unraisable: Any) -> None:
+        """Send a signal again whose exception Python dropped: in a callback of C, or `__del__`."""
+        nonlocal first
+        if not isinstance(stop := unraisable.exc_value, StopSignal):
+            hook(unraisable)
+            return
+        first = None
+        sender = threading.Timer(0.01, os.kill, (os.getpid(), stop.number))
+        sender.daemon = True
+        sender.start()
+
     before = {}
+    hook = sys.unraisablehook
     # Only the main thread can handle signals; nohup and `command &` ignore some on purpose.
     if threading.current_thread() is threading.main_thread():
         before = {n: h for n in NUMBERS if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, handle)
+    sys.unraisablehook = lost
     try:
         yield lambda: first
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

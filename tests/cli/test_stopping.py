@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from dpo_video.cli.stopping import exit_on_signal
-from dpo_video.support.interrupts import NUMBERS, StopSignal, deferred
+from dpo_video.support.interrupts import NUMBERS, StopSignal, deferred, raised
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has none of these to catch")
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
@@ -146,3 +147,16 @@ def test_a_closed_terminal_does_not_break_the_saving() -> None:
     assert b"ready" in os.read(terminal, 100)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_python_drops_is_sent_again(number: signal.Signals) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    with pytest.raises(StopSignal) as stopped, raised():
+        Dying()  # what is raised in __del__ is dropped
+        time.sleep(5)
+        pytest.fail("the signal was lost")
+    assert stopped.value.number == number
