@@ -1,7 +1,7 @@
 """Choose the learning rates of the study, and answer its questions. See README.md.
 
     python -m benchmarks.study.analysis rates runs/selection --out benchmarks/study/report.toml
-    python -m benchmarks.study.analysis answers runs/report --out study.json
+    python -m benchmarks.study.analysis answers runs/report-* --out study.json
 
 Both read the evaluations that `dpo-video compare` wrote: one folder per entry and training seed.
 """
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dpo_video.errors import UserError
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.support.formatting import percent
-from dpo_video.support.statistics import PairedDifference, paired_difference
+from dpo_video.support.statistics import t_quantile
 
 HERE = Path(__file__).parent
 TARGET, MOTION, GUARD = "warp_error", "dynamic_degree", "caption_match"
+METRICS = (TARGET, "frame_difference", MOTION, GUARD, "sharpness")
 KEPT = -0.03
 """Least mean change of motion and caption match of a learning rate that can be chosen."""
 SEEDS = range(5)
@@ -46,30 +46,34 @@ QUESTIONS = {
         (TARGET, "local-region", "local-global"),
     ],
 }
-"""A metric and two methods each: the first one's value minus the second one's."""
-
-Array = NDArray[np.float64]
+"""A metric and two methods each: the first one's change minus the second one's."""
 
 
-def cells(folder: Path) -> dict[str, list[Evaluation]]:
-    """The evaluations of every entry of a comparison, in the order of the training seeds."""
-    found: dict[str, list[Evaluation]] = {}
-    for entry in sorted(path for path in folder.iterdir() if path.is_dir()):
-        seeds = sorted(entry.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
-        finished = [Evaluation.load(seed / "evaluation") for seed in seeds]
-        if finished:
-            found[entry.name] = finished
+def cells(folders: Sequence[Path]) -> dict[str, dict[int, Evaluation]]:
+    """The evaluations of every entry of a comparison: entry to training seed to evaluation."""
+    found: dict[str, dict[int, Evaluation]] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*/seed-*/evaluation")):
+            seed = int(path.parent.name.removeprefix("seed-"))
+            entry = found.setdefault(path.parents[1].name, {})
+            if seed in entry:
+                raise UserError(f"Two evaluations of seed {seed} of '{path.parents[1].name}'.")
+            entry[seed] = Evaluation.load(path)
     if not found:
-        raise UserError(f"'{folder}' has no evaluations. Name the folder of a comparison.")
+        names = ", ".join(f"'{folder}'" for folder in folders)
+        raise UserError(f"No evaluations in {names}. Name the folders of a comparison.")
     return found
 
 
-def relative_changes(evaluation: Evaluation) -> dict[str, float]:
-    """Change of the mean of every metric, relative to the base's."""
-    return {
-        name: float(np.mean(evaluation[name].tuned) / np.mean(evaluation[name].base) - 1)
-        for name in (TARGET, MOTION, GUARD)
-    }
+def relative_change(evaluation: Evaluation, metric: str) -> float:
+    """Change of the mean of a metric over the prompts, relative to the base's mean.
+
+    Prompts without a value on either side are left out of both means.
+    """
+    base = np.asarray(evaluation[metric].base, dtype=np.float64)
+    tuned = np.asarray(evaluation[metric].tuned, dtype=np.float64)
+    finite = np.isfinite(base) & np.isfinite(tuned)
+    return float(tuned[finite].mean() / base[finite].mean() - 1)
 
 
 def chosen_rates(changes: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
@@ -118,44 +122,63 @@ def report_entries(rates: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def between(
-    first: Sequence[Evaluation], second: Sequence[Evaluation], metric: str
-) -> PairedDifference:
-    """First method minus second, relative to the base, over prompts and training seeds.
+def summary(values: Mapping[int, float]) -> dict[str, Any]:
+    """Mean and 95% interval over the replicates: Student's t, one value per training seed."""
+    sample = np.array(list(values.values()))
+    if len(sample) < 2:
+        raise UserError(f"An interval needs 2 training seeds or more, not {len(sample)}.")
+    half = t_quantile(len(sample) - 1) * float(sample.std(ddof=1)) / len(sample) ** 0.5
+    mean = float(sample.mean())
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": dict(values)}
+
+
+def changes(found: Mapping[str, Mapping[int, Evaluation]]) -> dict[str, dict[str, Any]]:
+    """Entry to metric to its relative change over the replicates."""
+    return {
+        entry: {
+            metric: summary({seed: relative_change(each, metric) for seed, each in runs.items()})
+            for metric in METRICS
+        }
+        for entry, runs in found.items()
+    }
+
+
+def difference(
+    first: Mapping[int, Evaluation], second: Mapping[int, Evaluation], metric: str
+) -> dict[str, Any]:
+    """First method's relative change minus the second's, paired by replicate.
 
     Raises:
         UserError: if the two were not evaluated on the same base videos and seeds.
     """
-    base = first[0][metric].base
-    if len(first) != len(second) or any(each[metric].base != base for each in (*first, *second)):
+    if first.keys() != second.keys() or any(
+        not np.array_equal(first[seed][metric].base, second[seed][metric].base, equal_nan=True)
+        for seed in first
+    ):
         raise UserError("Two methods were not evaluated on the same base videos. Evaluate again.")
-    gained = [
-        np.asarray(base) + np.asarray(one[metric].tuned) - np.asarray(other[metric].tuned)
-        for one, other in zip(first, second, strict=True)
-    ]
-    return paired_difference(base, np.stack(gained), prompts=first[0].prompts)
+    return summary({
+        seed: relative_change(first[seed], metric) - relative_change(second[seed], metric)
+        for seed in first
+    })  # fmt: skip
 
 
-def answers(found: Mapping[str, Sequence[Evaluation]]) -> list[dict[str, Any]]:
+def answers(found: Mapping[str, Mapping[int, Evaluation]]) -> list[dict[str, Any]]:
     """The paired differences that answer each question."""
     rows = []
     for question, comparisons in QUESTIONS.items():
         for metric, first, second in comparisons:
             if missing := sorted({first, second} - found.keys()):
                 raise UserError(f"The entry '{missing[0]}' is missing. Run the whole report.")
-            difference = between(found[first], found[second], metric)
-            low, high = difference.relative_low, difference.relative_high
-            if low is None or high is None:
-                raise UserError(f"The base's mean {metric} is 0, so nothing is relative to it.")
-            clear = low > 0 or high < 0
+            result = difference(found[first], found[second], metric)
+            clear = result["low"] > 0 or result["high"] < 0
+            side = "lower" if result["high"] < 0 else "higher"
             rows.append({
                 "question": question,
                 "metric": metric,
                 "first": first,
                 "second": second,
-                "difference": difference.model_dump(),
-                "reading": (f"{first} {'lower' if high < 0 else 'higher'} than {second}"
-                            if clear else "no difference shown"),
+                "difference": result,
+                "reading": f"{first} {side} than {second}" if clear else "no difference shown",
             })  # fmt: skip
     return rows
 
@@ -163,17 +186,32 @@ def answers(found: Mapping[str, Sequence[Evaluation]]) -> list[dict[str, Any]]:
 def text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The answers as a Markdown table."""
     lines = [
-        "| question | metric | methods | difference, relative to the base | reading |",
+        "| question | metric | methods | difference of the changes | reading |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        change = row["difference"]
-        low, high = percent(change["relative_low"]), percent(change["relative_high"])
         lines.append(
             f"| {row['question']} | `{row['metric']}` | `{row['first']}` minus `{row['second']}` | "
-            f"{percent(change['relative'])} ({low} to {high}) | {row['reading']} |"
+            f"{_interval(row['difference'])} | {row['reading']} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The changes of every entry as a Markdown table."""
+    lines = [
+        "| entry | " + " | ".join(f"`{name}`" for name in METRICS) + " |",
+        "|---|" + "---|" * len(METRICS),
+    ]
+    for entry, metrics in found.items():
+        cells = " | ".join(_interval(metrics[name]) for name in METRICS)
+        lines.append(f"| {entry} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(result: Mapping[str, Any]) -> str:
+    low, high = percent(result["low"]), percent(result["high"])
+    return f"{percent(result['mean'])} ({low} to {high})"
 
 
 def _split(entry: str) -> tuple[str, str]:
@@ -185,19 +223,23 @@ def _split(entry: str) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=("rates", "answers"))
-    parser.add_argument("folder", type=Path, help="folder of the comparison")
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of the comparison")
     parser.add_argument("--out", type=Path, help="file of the result; by default it is printed")
     given = parser.parse_args()
-    found = cells(given.folder)
+    found = cells(given.folders)
     if given.action == "rates":
-        changes = {entry: relative_changes(each[0]) for entry, each in found.items()}
-        result = report_entries(chosen_rates(changes))
-        for entry, each in changes.items():
+        measured = {
+            entry: {name: relative_change(each, name) for name in METRICS}
+            for entry, runs in found.items()
+            for each in runs.values()
+        }
+        result = report_entries(chosen_rates(measured))
+        for entry, each in measured.items():
             print(entry, *(f"{name} {percent(value)}" for name, value in each.items()), sep="  ")
     else:
-        rows = answers(found)
-        result = json.dumps(rows, indent=2) + "\n"
-        print(text(rows))
+        by_entry, rows = changes(found), answers(found)
+        result = json.dumps({"changes": by_entry, "answers": rows}, indent=2) + "\n"
+        print(table(by_entry), text(rows), sep="\n")
     if given.out:
         given.out.write_text(result, encoding="utf-8")
     elif given.action == "rates":

@@ -490,7 +490,7 @@ def drawn_videos(bench: Bench) -> Reading:
 
 def entries(bench: Bench) -> Reading:
     """The entries of `compare`, up to the configuration of each."""
-    from dpo_video.workflows import compare
+    from dpo_video.workflows import entries
 
     path = bench.folder / "entries.toml"
     text = (
@@ -501,7 +501,7 @@ def entries(bench: Bench) -> Reading:
 
     def read(data: bytes) -> object:
         place(path, data)
-        found = compare._read([path])
+        found = entries.read_entries([path])
         return [(each.seeds, each.resolve({"run.seed": 1}).toml()) for each in found.entries]
 
     return Reading(seeds=[text.encode()], damage=mutate.damage_toml, read=read)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from dpo_video.cli.console import BOLD, say
 from dpo_video.cli.options import BUILDING, option, takes
+from dpo_video.support.formatting import counted
 
 
 @takes(*BUILDING)
@@ -31,4 +32,4 @@ def build(
 
     with TerminalProgress() as progress:
         store = build_pairs(**options, out=out, worker=worker, progress=progress)
-    say(f"{len(store)} pairs in ", (str(store.folder), BOLD), f". {next_step(store)}")
+    say(f"{counted(len(store), 'pair')} in ", (str(store.folder), BOLD), f". {next_step(store)}")

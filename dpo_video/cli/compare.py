@@ -19,7 +19,10 @@ def compare(
     options: dict[str, Any],
     entries: Annotated[
         list[Path] | None,
-        typer.Argument(help="TOML files of entries, or a run.toml; by default the package's own."),
+        typer.Argument(
+            help="TOML files of entries, or a run.toml; by default the package's own. Or folders "
+            "of finished runs."
+        ),
     ] = None,
     only: Annotated[
         list[str] | None, option("--only", "Name of an entry to run; repeat for more.")
@@ -48,6 +51,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Build, train and evaluate several entries of a file with the same seeds and prompts.
+
+    Folders of finished runs are compared by the evaluations that they have, and nothing is trained:
+    dpo-video compare runs/a runs/b.
 
     An entry is a table of a TOML file: its name in brackets, pairs = "local", loss = "region",
     recipe = "localdpo", set = ["train.learning_rate=1e-4"], and for several trainings seeds =

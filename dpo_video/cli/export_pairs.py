@@ -9,6 +9,7 @@ import typer
 
 from dpo_video.cli.console import BOLD, WARNING, say
 from dpo_video.cli.options import takes
+from dpo_video.support.formatting import counted
 
 
 @takes("labels")
@@ -25,7 +26,7 @@ def export_pairs(
     from dpo_video.workflows.pairs import export_pairs
 
     done = export_pairs(pairs, folder, **options)
-    say(f"{done.written} pairs in ", (str(folder), BOLD))
+    say(f"{counted(done.written, 'pair')} in ", (str(folder), BOLD))
     for count, what in (
         (done.undecided, "left out: neither video is preferred"),
         (done.simplified, "written by the majority of their labels, which differ between frames"),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dpo_video.cli.console import BOLD, say
+from dpo_video.support.formatting import counted
 
 
 def pack(
@@ -29,7 +30,7 @@ def pack(
         store = pack(pairs, folder, shard_mib=shard_mib, progress=progress)
     files = len(list((folder / "shards").iterdir()))
     say(
-        f"{len(store)} pairs in {files} files in ",
+        f"{counted(len(store), 'pair')} in {counted(files, 'file')} in ",
         (str(folder), BOLD),
         f". {next_step(store)}",
     )

@@ -16,7 +16,7 @@ from dpo_video.data.audit_checks import Finding, Level
 from dpo_video.data.audit_stats import PairSummary, summarize
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import Metric, VideoModel
-from dpo_video.support.formatting import cell, html_table
+from dpo_video.support.formatting import cell, counted, html_table
 from dpo_video.support.statistics import Record
 
 _STYLES = {
@@ -43,7 +43,9 @@ class Audit(Record):
     def summary(self) -> str:
         """The counts in one line."""
         problems = f"{self.problems or 'no'} problem{'s' * (self.problems > 1)}"
-        return f"{self.pairs} pairs: {problems}, {self._count(Level.NOTICE)} worth a look."
+        return (
+            f"{counted(self.pairs, 'pair')}: {problems}, {self._count(Level.NOTICE)} worth a look."
+        )
 
     def table(self) -> Table:
         """One row per check, for a terminal."""

@@ -17,6 +17,7 @@ from dpo_video.data.audit_stats import PairSummary, held_out_accuracy, statistic
 from dpo_video.data.labels import names
 from dpo_video.data.store import PairStore
 from dpo_video.strategies import VideoModel, weights_of
+from dpo_video.support.formatting import counted
 from dpo_video.support.reading import composed, one_spaced
 from dpo_video.support.statistics import Record, paired_difference
 from dpo_video.support.urls import is_url
@@ -342,7 +343,7 @@ def prompts(texts: Sequence[str]) -> Finding:
             f"{most} of {len(texts)} pairs have the prompt '{text}'.",
             "Fine for one subject; otherwise the policy learns that prompt's look. Add others.",
         )
-    message = f"{len(counts)} different prompts in {len(texts)} pairs."
+    message = f"{len(counts)} different prompts in {counted(len(texts), 'pair')}."
     if 2 * len(counts) < len(texts):
         return check.notice(
             message,

@@ -25,6 +25,7 @@ from torch import Tensor
 from dpo_video.data.segments import broadcast
 from dpo_video.errors import StoreError, UserError, first_fault, unknown
 from dpo_video.support.atomic import append_line, write_text, writing
+from dpo_video.support.formatting import counted
 from dpo_video.support.reading import read_bytes
 from dpo_video.support.statistics import cohen_kappa
 from dpo_video.text import label_command
@@ -216,8 +217,9 @@ class LabelSet:
                 ) from error
             if len(line.labels) != len(self.recipe.segments):
                 raise StoreError(
-                    f"Line {number} of '{self.path}' has {len(line.labels)} labels for "
-                    f"{len(self.recipe.segments)} segments. Delete that line: the others are kept."
+                    f"Line {number} of '{self.path}' has {counted(len(line.labels), 'label')} for "
+                    f"{counted(len(self.recipe.segments), 'segment')}. Delete that line: the "
+                    "others are kept."
                 )
             lines.append(line)
         return lines

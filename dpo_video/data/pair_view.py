@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dpo_video.data.pair_index import PairRecord
-from dpo_video.support.formatting import html_table, plain_table
+from dpo_video.support.formatting import counted, html_table, plain_table
 
 HEADER = ("pair", "prompt", "source", "frames preferred", "region")
 SHOWN = 10  # rows of a table
@@ -26,7 +26,9 @@ def _cells(row: PairRecord) -> tuple[str, ...]:
 
 def pair_table(rows: Sequence[PairRecord]) -> Table:
     """The first pairs as a table."""
-    caption = f"{len(rows)} pairs" + (f", the first {SHOWN} shown" if len(rows) > SHOWN else "")
+    caption = f"{counted(len(rows), 'pair')}" + (
+        f", the first {SHOWN} shown" if len(rows) > SHOWN else ""
+    )
     return plain_table(HEADER, map(_cells, rows[:SHOWN]), caption=caption, caption_justify="left")
 
 
@@ -38,5 +40,5 @@ def pair_html(where: str, rows: Sequence[PairRecord], previews: Sequence[Path]) 
         for path in previews[:PREVIEWS]
         if path.is_file()
     )
-    caption = f"{len(rows)} pairs in {where}"
+    caption = f"{counted(len(rows), 'pair')} in {where}"
     return f"<p>{escape(caption)}</p>{videos}" + html_table(HEADER, map(_cells, rows[:SHOWN]))

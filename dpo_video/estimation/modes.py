@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from dpo_video.settings import MemorySettings
+from dpo_video.support.formatting import counted
 from dpo_video.support.statistics import Record
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class MemoryMode(Record):
     def __str__(self) -> str:
         """The mode in option names."""
         count = self.checkpointing
-        parts = [self.reference, f"{count} blocks" if isinstance(count, int) else count]
+        parts = [self.reference, f"{counted(count, 'block')}" if isinstance(count, int) else count]
         parts += [self.backward]
         parts += [f"forward_chunks={self.forward_chunks}"] if self.forward_chunks > 1 else []
         parts += [f"offload={','.join(self.offload)}"] if self.offload else []
@@ -51,7 +52,7 @@ class MemoryMode(Record):
     def brief(self) -> str:
         """The mode in at most 40 characters."""
         count = self.checkpointing
-        blocks = f"{count} blocks" if isinstance(count, int) else "blocks"
+        blocks = f"{counted(count, 'block')}" if isinstance(count, int) else "blocks"
         parts = [self.reference, "" if count == "none" else blocks, self.backward]
         parts += [f"/{self.forward_chunks}" if self.forward_chunks > 1 else ""]
         parts += [f"cpu:{''.join(part[0] for part in self.offload)}" if self.offload else ""]

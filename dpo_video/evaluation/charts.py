@@ -222,11 +222,13 @@ def _path(x: Axis, y: Axis, steps: Sequence[int], values: Sequence[float]) -> st
 
 
 class Spread(NamedTuple):
-    """A value and its interval."""
+    """A value and its interval, whose ends can lie outside of the picture."""
 
     value: float
     low: float
     high: float
+    cut_low: bool = False
+    cut_high: bool = False
 
     @classmethod
     def exact(cls, value: float) -> Spread:
@@ -266,7 +268,7 @@ def scatter(
     height: float = 328,
     inline: bool = False,
 ) -> str:
-    """Draw panels below each other; names are right of each panel and do not overlap.
+    """Draw panels below each other: marks with numbers, whose names are right of each panel.
 
     Args:
         title: Title for people who cannot see it.
@@ -288,7 +290,7 @@ def scatter(
         .render(
             title=title,
             panels=drawn,
-            width=round(left + width + 32 + _LETTER * longest),
+            width=round(left + width + 40 + _LETTER * longest),
             height=round(top - 14),
             inline=inline,
         )
@@ -298,14 +300,13 @@ def scatter(
 def _panel(panel: Panel, left: float, top: float, right: float, bottom: float) -> dict[str, object]:
     limits = panel.limits or {}
     zero = [0.0] if panel.origin else []
-    xs = [value for point in panel.points for value in point.x] + zero
-    ys = [value for point in panel.points for value in point.y] + zero + list(limits.values())
+    xs = [value for point in panel.points for value in point.x[:3]] + zero
+    ys = [value for point in panel.points for value in point.y[:3]] + zero + list(limits.values())
     # Points are right of the names of the limits.
     names = 6.0 + _LETTER * max(map(len, limits), default=-1)
     x = panel.x(xs, left + names, right - (12.0 if limits else 0.0))
     y = panel.y(ys, bottom, top)
     points = sorted(panel.points, key=lambda point: -point.y.value)
-    labels = _apart([y(point.y.value) for point in points], bottom)
     return {
         "title": panel.title,
         "frame": {"left": left, "right": right, "top": top, "bottom": bottom},
@@ -318,24 +319,29 @@ def _panel(panel: Panel, left: float, top: float, right: float, bottom: float) -
                 "name": point.name,
                 "x": x(point.x.value),
                 "y": y(point.y.value),
-                "x_ends": (x(point.x.low), x(point.x.high)),
-                "y_ends": (y(point.y.low), y(point.y.high)),
+                "ends": _ends(point, x, y),
                 "hollow": point.hollow,
-                "label": label,
+                "label": top + 6 + _LABEL_HEIGHT * rank,
             }
-            for point, label in zip(points, labels, strict=True)
+            for rank, point in enumerate(points)
         ],
     }
 
 
-def _apart(heights: Sequence[float], bottom: float) -> list[float]:
-    """Heights of labels, from the top down, moved so that no two overlap."""
-    labels: list[float] = []
-    for height in heights:
-        labels.append(max(height, labels[-1] + _LABEL_HEIGHT) if labels else height)
-    # Labels that would lie below the frame push the others up again.
-    limit = bottom
-    for index in range(len(labels) - 1, -1, -1):
-        labels[index] = min(labels[index], limit)
-        limit = labels[index] - _LABEL_HEIGHT
-    return [round(label, 1) for label in labels]
+def _ends(point: Point, x: Axis, y: Axis) -> list[dict[str, object]]:
+    """The ends of the intervals: position, direction as an angle, and whether they are cut."""
+    return [
+        {"x": x(end), "y": y(point.y.value), "angle": angle, "cut": cut}
+        for end, angle, cut in (
+            (point.x.low, 180, point.x.cut_low),
+            (point.x.high, 0, point.x.cut_high),
+        )
+        if point.x.low != point.x.high
+    ] + [
+        {"x": x(point.x.value), "y": y(end), "angle": angle, "cut": cut}
+        for end, angle, cut in (
+            (point.y.low, 90, point.y.cut_low),
+            (point.y.high, 270, point.y.cut_high),
+        )
+        if point.y.low != point.y.high
+    ]

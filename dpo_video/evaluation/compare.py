@@ -15,7 +15,7 @@ from dpo_video.evaluation.rendering import asset, templates
 from dpo_video.evaluation.rows import Cell, Row, Selection, on_common_metrics, pool
 from dpo_video.evaluation.verdict import BETTER, KEPT, NOT_SHOWN, WORSE, Role, rules
 from dpo_video.support.atomic import write_text
-from dpo_video.support.formatting import MINUS, cell, html_table
+from dpo_video.support.formatting import MINUS, cell, counted, html_table
 from dpo_video.support.statistics import PairedDifference, Record
 
 
@@ -124,8 +124,8 @@ class Comparison(Record):
         """An SVG: the change of the first target against the change of the motion.
 
         A hollow mark means that a guard got worse: the gain came at a loss of fidelity. Intervals
-        are cut at half the range of the changes beyond it, because those of two seeds are so wide
-        that nothing else could be seen.
+        are cut, with an arrow, at half the range of the changes beyond it, because those of two
+        seeds are so wide that nothing else could be seen.
 
         Args:
             inline: Whether it is part of a page that has its style.
@@ -197,11 +197,13 @@ class Comparison(Record):
     @property
     def _sample(self) -> str:
         change = self.rows[0].metrics[0].difference
-        different = f" of {change.prompts} prompts" if change.prompts < change.pairs else ""
+        different = (
+            f" of {counted(change.prompts, 'prompt')}" if change.prompts < change.pairs else ""
+        )
         return (
-            f"{change.pairs} videos{different} per entry, from the same prompts and noise as the "
-            "base model's. Changes are means over the training seeds, with 95% intervals over "
-            "prompts and seeds; those of one seed cover the prompts only."
+            f"{counted(change.pairs, 'video')}{different} per entry, from the same prompts and "
+            "noise as the base model's. Changes are means over the training seeds, with 95% "
+            "intervals over prompts and seeds; those of one seed cover the prompts only."
         )
 
     @property
@@ -277,14 +279,12 @@ def _spreads(changes: Sequence[PairedDifference]) -> list[charts.Spread]:
     means = [0.0, *(change.relative or 0.0 for change in changes)]
     margin = (max(means) - min(means)) / 2
     low, high = min(means) - margin, max(means) + margin
-    return [
-        charts.Spread(
-            change.relative or 0.0,
-            max(change.relative_low or 0.0, low),
-            min(change.relative_high or 0.0, high),
-        )
-        for change in changes
-    ]
+    spreads = []
+    for change in changes:
+        below, above = change.relative_low or 0.0, change.relative_high or 0.0
+        ends = max(below, low), min(above, high)
+        spreads.append(charts.Spread(change.relative or 0.0, *ends, below < low, above > high))
+    return spreads
 
 
 def _tick(change: float) -> str:

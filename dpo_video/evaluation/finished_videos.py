@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpo_video.data.video import VIDEO_SUFFIXES, natural_key, read_video
 from dpo_video.errors import UserError
+from dpo_video.support.formatting import counted
 from dpo_video.support.reading import one_spaced, read_text
 
 
@@ -26,8 +27,8 @@ def paired_videos(base: Path, tuned: Path) -> list[tuple[Path, Path]]:
     names = sorted(sides[0], key=natural_key)
     if len(names) < 2:
         raise UserError(
-            f"'{base}' holds {len(names)} videos, and an evaluation needs two or more of each "
-            "model."
+            f"'{base}' holds {counted(len(names), 'video')}, and an evaluation needs two or more "
+            "of each model."
         )
     pairs = [(sides[0][name], sides[1][name]) for name in names]
     for first, second in pairs:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from dpo_video.support.formatting import percent
+from dpo_video.support.formatting import counted, percent
 from dpo_video.support.statistics import Record
 
 ANSWERS = "preferences.json"
@@ -48,7 +48,7 @@ class HumanPreference(Record):
         """The result as a sentence."""
         people = "1 person" if self.raters == 1 else f"{self.raters} people"
         counts = f"{self.tuned} tuned, {self.base} base, {self.equal} equal"
-        head = f"Blind comparison by {people} on {self.pairs} pairs ({counts})"
+        head = f"Blind comparison by {people} on {counted(self.pairs, 'pair')} ({counts})"
         if self.rate is None or self.interval is None:
             return f"{head}: no pair is decided."
         low, high = (percent(end).lstrip("+") for end in self.interval)

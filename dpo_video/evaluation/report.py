@@ -17,7 +17,7 @@ from typing import Any
 from dpo_video.evaluation import charts
 from dpo_video.evaluation.rendering import asset
 from dpo_video.evaluation.verdict import MetricResult, Role
-from dpo_video.support.formatting import apart, brief
+from dpo_video.support.formatting import apart, brief, counted
 from dpo_video.training.diagnosis import WINDOW
 from dpo_video.training.report import StepReport
 
@@ -204,9 +204,9 @@ def _score(metric: MetricResult, index: int) -> _Score:
     gain = tuned - base if metric.higher_is_better else base - tuned
     if not math.isfinite(gain):
         gain = 0.0
-    sign, word = ("\N{BLACK UP-POINTING TRIANGLE}", "better") if gain > 0 else ("", "equal")
+    sign, word = ("\N{CHECK MARK}", "better") if gain > 0 else ("", "equal")
     if gain < 0:
-        sign, word = "\N{BLACK DOWN-POINTING TRIANGLE}", "worse"
+        sign, word = "\N{BALLOT X}", "worse"
     before, after = apart(base, tuned)
     return _Score(label=metric.label, base=before, tuned=after, sign=sign, word=word, gain=gain)
 
@@ -243,16 +243,16 @@ def _differences(metric: MetricResult, cards: Sequence[_Card]) -> _Figure:
         labels.append({"number": card.number, "word": score.word, "title": title})
     return _Figure(
         title=metric.label,
-        note=f"{better} of {len(cards)} videos better",
+        note=f"{better} of {counted(len(cards), 'video')} better",
         chart=charts.bars(
             [sign * scores[card.number].gain for card in order],
             low=change.low,
             mean=change.difference,
             high=change.high,
         ),
-        summary=f"Difference of {metric.label} for each of {len(cards)} videos, sorted: {better} "
-        f"better; mean {brief(change.difference)}, 95% interval {brief(change.low)} to "
-        f"{brief(change.high)}.",
+        summary=f"Difference of {metric.label} for each of {counted(len(cards), 'video')}, "
+        f"sorted: {better} better; mean {brief(change.difference)}, 95% interval "
+        f"{brief(change.low)} to {brief(change.high)}.",
         labels=labels,
         better_is_up=metric.higher_is_better,
     )

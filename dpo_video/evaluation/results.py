@@ -18,7 +18,7 @@ from dpo_video.evaluation.human import HumanPreference
 from dpo_video.evaluation.rendering import templates
 from dpo_video.evaluation.report import Sides, embedding_order, page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, rules
-from dpo_video.support.formatting import apart, cell, html_table
+from dpo_video.support.formatting import apart, cell, counted, html_table
 from dpo_video.support.statistics import Record
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.training.report import StepReport
@@ -158,8 +158,8 @@ class Evaluation(Record):
         different = f" of {prompts} different prompts" if prompts < videos else ""
         drawn = "from the same prompts and seeds" if self.seeds else "paired by their names"
         return (
-            f"{videos} videos{different} from each model, {drawn}; 95% intervals of the paired "
-            "difference."
+            f"{counted(videos, 'video')}{different} from each model, {drawn}; 95% intervals of "
+            "the paired difference."
         )
 
     @property

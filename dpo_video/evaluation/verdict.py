@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from dpo_video.evaluation.change import Change, Witness, compared
-from dpo_video.support.formatting import apart, limit, percent
+from dpo_video.support.formatting import apart, counted, limit, percent
 from dpo_video.support.statistics import Record
 
 MIN_PROMPTS = 8
@@ -17,8 +17,8 @@ TOLERANCE = 0.03
 """Relative loss of motion or of a guard that still counts as keeping it."""
 FEW = 16
 """Number of prompts below which an interval of very skewed values covers less than 93%."""
-BETTER = ("\N{BLACK UP-POINTING TRIANGLE}", "better")
-WORSE = ("\N{BLACK DOWN-POINTING TRIANGLE}", "worse")
+BETTER = ("\N{CHECK MARK}", "better")
+WORSE = ("\N{BALLOT X}", "worse")
 UNCLEAR = ("\N{WHITE CIRCLE}", "no clear change")
 KEPT = ("\N{BLACK CIRCLE}", "kept")
 NOT_SHOWN = ("\N{WHITE CIRCLE}", "not shown to be kept")
@@ -258,7 +258,8 @@ def judge_evaluation(
         details.append(f"{_names(once).capitalize()} {verb} not measured a second time. {reason}")
     if min_prompts <= fewest < FEW:
         details.append(
-            f"With {fewest} prompts the intervals are rough; evaluate more (--num-prompts)."
+            f"With {counted(fewest, 'prompt')} the intervals are rough; evaluate more "
+            "(--num-prompts)."
         )
     if (runs := metrics[0].difference.runs) > 1:
         details.append(f"The intervals cover the prompts and {runs} training seeds.")

@@ -19,7 +19,7 @@ from dpo_video.evaluation.results import Evaluation
 from dpo_video.exporting.lora_formats import DIFFUSERS_FILE, load_options, precision, subfolder
 from dpo_video.paths import is_hub_id
 from dpo_video.strategies import VideoModel
-from dpo_video.support.formatting import apart
+from dpo_video.support.formatting import apart, counted
 from dpo_video.training.diagnosis import TrainingVerdict
 from dpo_video.types import ExportSpec
 
@@ -225,7 +225,7 @@ def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:
         ("reference", tables["reference"]["name"]),
         ("LoRA", f"rank {train['rank']}, alpha {train['alpha']:g}"),
         ("learning rate", f"{train['learning_rate']:g}"),
-        ("steps", f"{summary.step} of {train['steps']}, {per_step} pairs each"),
+        ("steps", f"{summary.step} of {train['steps']}, {counted(per_step, 'pair')} each"),
         ("seed", str(run["seed"])),
         ("precision", train["mixed_precision"]),
         ("versions", ", ".join(f"{name} {number}" for name, number in summary.versions.items())),

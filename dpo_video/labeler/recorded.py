@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from dpo_video.errors import UserError, first_fault
 from dpo_video.paths import LocalPath
 from dpo_video.strategies import LabelTask, StoreLabeler
+from dpo_video.support.formatting import counted
 from dpo_video.support.reading import composed, one_spaced, parse_json, read_lines
 from dpo_video.types import SegmentLabel
 
@@ -71,7 +72,9 @@ class Recorded(StoreLabeler):
             labels = line.by_segment(len(task.segments))
             if len(labels) != len(task.segments):
                 raise self._error(
-                    number, f"has {len(labels)} labels for {len(task.segments)} segments"
+                    number,
+                    f"has {counted(len(labels), 'label')} for "
+                    f"{counted(len(task.segments), 'segment')}",
                 )
             final[line.rater, self._pair(number, line, task)] = labels, line.note
         for (rater, pair), (labels, note) in final.items():

@@ -26,6 +26,7 @@ from dpo_video.data.video import FRAME_SUFFIXES, VIDEO_SUFFIXES, natural_key, re
 from dpo_video.data.videodpo import read_videodpo_pair
 from dpo_video.errors import UserError, first_fault
 from dpo_video.strategies import VideoModel
+from dpo_video.support.formatting import counted
 from dpo_video.support.reading import Names, composed, one_spaced, parse_json, read_lines
 from dpo_video.types import Clip, Context, Remark, Skipped, Video, VideoShape
 
@@ -331,7 +332,9 @@ def _read_line(
     except ValueError as error:
         raise UserError(f"it is not a pair in JSON: {error}") from error
     if read.labels is not None and len(read.labels) != segments:
-        raise UserError(f"it has {len(read.labels)} labels for {segments} segments")
+        raise UserError(
+            f"it has {counted(len(read.labels), 'label')} for {counted(segments, 'segment')}"
+        )
     chosen, rejected = _found(files, read.chosen), _found(files, read.rejected)
     return VideoFiles(
         name=name,

@@ -31,6 +31,11 @@ def brief(value: float | None, digits: int = 3) -> str:
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 pair`, `2 pairs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def apart(first: float, second: float) -> tuple[str, str]:
     """Two numbers, brief but with as many digits as tell them apart: at most five."""
     for digits in (3, 4, 5):

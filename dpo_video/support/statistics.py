@@ -144,7 +144,7 @@ def _ratio(change: Array, scale: Array) -> tuple[float, float, float]:
     of_runs = of_residual = 0.0
     of_prompts = float((by_prompt**2).sum()) / (prompts * (prompts - 1))
     if runs > 1:
-        of_runs = _t_quantile(runs - 1) ** 2 * float(by_run.var(ddof=1)) / runs
+        of_runs = t_quantile(runs - 1) ** 2 * float(by_run.var(ddof=1)) / runs
         residual = float(((values - by_prompt) ** 2).sum()) / ((runs - 1) * (prompts - 1))
         of_residual = residual / values.size
     # The spread is rounding error only: all prompts have the same value.
@@ -163,7 +163,7 @@ def _reach(values: Array) -> tuple[float, float]:
     skewness = float((values**3).mean()) / variance**1.5
     kurtosis = float((values**4).mean()) / variance**2
     freedom = min(count - 1, round(2 * count / (kurtosis - (count - 3) / (count - 1))))
-    t, a = _t_quantile(max(1, freedom)), skewness / math.sqrt(count)
+    t, a = t_quantile(max(1, freedom)), skewness / math.sqrt(count)
     # Beyond the cubic's inflection point, at |a| t = 1, one outlier would give an endless interval.
     a = min(max(a, -0.9 / t), 0.9 / t)
     if abs(a) < 1e-6:
@@ -200,7 +200,7 @@ def cohen_kappa(first: Sequence[int], second: Sequence[int]) -> float | None:
 
 
 @cache
-def _t_quantile(freedom: int) -> float:
+def t_quantile(freedom: int) -> float:
     """97.5% quantile of Student's t, to 1e-6: bisection on its integrated density."""
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
     scale /= math.sqrt(freedom * math.pi)

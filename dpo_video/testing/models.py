@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Backbone, Reference, VideoModel
+from dpo_video.support.formatting import counted
 from dpo_video.testing.contracts import check_options
 from dpo_video.testing.inputs import latent_noise, small_videos
 from dpo_video.testing.laws import close, in_unit, law, pure
@@ -86,7 +87,10 @@ def check_backbone(backbone: Backbone) -> None:
     TrainSettings(**backbone.training)
     for count in (1, 47):
         prompts = backbone.prompts(count)
-        law(len(prompts) == count and all(prompts), f"{name} does not give {count} prompts.")
+        law(
+            len(prompts) == count and all(prompts),
+            f"{name} does not give {counted(count, 'prompt')}.",
+        )
     own = [backbone.clips(seed) for seed in (0, 0)]
     if own[0] is None or own[1] is None:
         return

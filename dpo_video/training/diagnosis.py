@@ -10,7 +10,7 @@ from enum import StrEnum
 
 import numpy as np
 
-from dpo_video.support.formatting import brief, option
+from dpo_video.support.formatting import brief, counted, option
 from dpo_video.support.statistics import Record
 from dpo_video.training.report import StepReport
 
@@ -114,9 +114,11 @@ class Diagnosis:
             return TrainingVerdict(
                 state=TrainingState.TOO_EARLY,
                 step=self._window[-1].step if self._window else 0,
-                seen=f"The run has made {self._count} steps, and a verdict needs {WINDOW}.",
-                change=f"No change needed yet; train.steps must be at least {WINDOW} for a "
-                "verdict.",
+                seen=f"The run has made {counted(self._count, 'step')}, and a verdict needs "
+                f"{WINDOW}.",
+                change=f"Set train.steps to {WINDOW} or more for a verdict."
+                if (self._steps or self._count) < WINDOW
+                else "No change needed.",
             )
         view = _View.of(self._window, start=self._start, slope=self._slope, lr=self._peak_lr)
         # Warm-up and the first steps are flat in every run, and slow settings stay so for long.

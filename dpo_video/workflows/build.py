@@ -14,6 +14,7 @@ from dpo_video.errors import RunError, UserError
 from dpo_video.settings import BuildSettings
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.claims import claim
+from dpo_video.support.formatting import counted
 from dpo_video.text import command, label_command
 from dpo_video.training.checkpoint import Checkpoint
 from dpo_video.types import Remark
@@ -119,7 +120,7 @@ def obtain_pairs(
         assert config.pair_store is not None
         store = PairStore(config.pair_store)
         check_pairs(config, store, model)
-        progress.note(f"Using the {len(store)} pairs in {store.where}.")
+        progress.note(f"Using the {counted(len(store), 'pair')} in {store.where}.")
         unused = {
             "--clips": config.run.clips,
             "--prompt": config.run.prompt,
@@ -143,7 +144,7 @@ def obtain_pairs(
         store = PairStore(folder)
         finished = store.manifest.key == manifest.key and len(store) >= total
         if finished and store.is_complete():
-            progress.note(f"Using {store.made} pairs built earlier: {store.folder}")
+            progress.note(f"Using {counted(store.made, 'pair')} built earlier: {store.folder}")
             return store
     with claim(
         folder,
@@ -197,7 +198,7 @@ def _build(
     assert config.pairs is not None
     present = store.made
     before = f"{present} of them exist already, " if present else ""
-    progress.note(f"Building {total} pairs ({before}in {store.folder})")
+    progress.note(f"Building {counted(total, 'pair')} ({before}in {store.folder})")
     if source.contents:
         progress.note(f"Reading {source.contents}.")
     progress.update("pairs", present, total)

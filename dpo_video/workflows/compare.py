@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from dpo_video import registry
-from dpo_video.errors import UserError, unknown
+from dpo_video.errors import UserError
 from dpo_video.evaluation.compare import Comparison
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.rows import Cell
-from dpo_video.paths import check_name
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.claims import claim
-from dpo_video.support.reading import read_toml
 from dpo_video.text import command
 from dpo_video.training.run_dir import checkpoints
 from dpo_video.workflows import config as configs
 from dpo_video.workflows.build import obtain_pairs
+from dpo_video.workflows.compare_runs import check_finished, finished_cells
 from dpo_video.workflows.config import Config
+from dpo_video.workflows.entries import chosen, read_entries
 from dpo_video.workflows.estimate import choose_blocks
 from dpo_video.workflows.evaluate import evaluate_run
 from dpo_video.workflows.launcher import refuse_launcher
@@ -42,12 +37,8 @@ from dpo_video.workflows.session import (
 )
 from dpo_video.workflows.train import claim_run, run_training
 
-_KINDS = ("pairs", "loss", "reference", "backbone", "labeler")
-_KEYS = {*_KINDS, "recipe", "set", "seeds"}
 _JUDGING = ("tolerance", "min_effect", "min_effects", "min_prompts")
 """Options of [evaluate] that change a verdict and not what was measured."""
-_RESERVED = ("pairs", "comparison.json", "comparison.md", "frontier.svg", "index.html")
-_QUIET = {"train.report_to": "none", "train.validation_videos": 0, "build.previews": False}
 
 
 @checked
@@ -73,6 +64,9 @@ def compare(
     """Build, train and evaluate several entries with the same seeds and prompts.
 
     Every cell is a run of its own, OUT/ENTRY/seed-N. Finished cells are not run again.
+
+    Folders of runs in place of files are compared by the evaluations that they have. Nothing is
+    trained or drawn.
 
     Args:
         entries: TOML files: entries, or a run.toml; those of the package by default. An entry is a
@@ -115,14 +109,24 @@ def compare(
         "evaluate.tolerance": tolerance,
         "evaluate.min_prompts": min_prompts,
     }
-    found = _read(entries)
+    runs = [Path(entry) for entry in entries or () if Path(entry).is_dir()]
+    if runs:
+        given = {
+            "recipe": recipe, "only": only, "training_seed": training_seeds,
+            "selection_prompts": selection_prompts, "selection_seed": selection_seeds,
+        }  # fmt: skip
+        check_finished(runs, entries or (), {**flags, **given})
+        cells, config = finished_cells(runs, flags)
+        with claim(folder, instead="name another folder with --out"):
+            return _written(cells, config, folder, 0, ())
+    found = read_entries(entries)
     if selection_prompts is None:
         selection_prompts = found.selection_prompts
     if not selection_seeds:
         selection_seeds = found.selection_seeds
     # All entries are resolved before the first one runs: a typo must not surface after an hour.
     work, notes = [], dict[str, None]()
-    for entry in _chosen(found.entries, only):
+    for entry in chosen(found.entries, only):
         for seed in training_seeds or entry.seeds:
             config = entry.resolve({**flags, "run.seed": seed}, recipe)
             notes.update(dict.fromkeys(config.notes))
@@ -155,10 +159,21 @@ def _compare(
             progress.note(f"{name}, seed {seed}")
             evaluation = _measure(config, run, folder, progress)
         cells.append(Cell.of(name, seed, evaluation, config.evaluate))
+    return _written(cells, work[0][2], folder, selection_prompts, selection_seeds)
+
+
+def _written(
+    cells: Sequence[Cell],
+    config: Config,
+    folder: Path,
+    selection_prompts: int,
+    selection_seeds: Sequence[int],
+) -> Comparison:
+    """The comparison, which is written to `folder`."""
     comparison = Comparison.of(
         cells,
-        machine=f"{platform.system()} {platform.machine()}, {work[0][2].run.device} device",
-        versions=tomllib.loads(work[0][2].toml())["versions"],
+        machine=f"{platform.system()} {platform.machine()}, {config.run.device} device",
+        versions=tomllib.loads(config.toml())["versions"],
         selection_prompts=selection_prompts,
         selection_seeds=selection_seeds,
     )
@@ -169,50 +184,6 @@ def _compare(
             write_text(folder / "frontier.svg", comparison.picture())
         comparison.page(folder / "index.html")
     return comparison
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """A named entry of a file."""
-
-    name: str
-    file: Path
-    table: Mapping[str, Any] | None
-    """None if the file as a whole is a run.toml."""
-
-    @property
-    def seeds(self) -> list[int]:
-        """The training seeds that the entry names; 0 by default."""
-        seeds = (self.table or {}).get("seeds", [0])
-        if not isinstance(seeds, list) or not seeds or any(type(n) is not int for n in seeds):
-            raise UserError(
-                f"Entry '{self.name}' of '{self.file}': seeds is a list of numbers, as in "
-                "seeds = [0, 1, 2]."
-            )
-        return seeds
-
-    def resolve(self, flags: Mapping[str, Any], recipe: str | None = None) -> Config:
-        """The run's configuration, from a recipe unless the entry names another."""
-        try:
-            if self.table is None:
-                return configs.resolve(recipe=recipe, file=self.file, flags={**_QUIET, **flags})
-            return configs.resolve(
-                recipe=self.table.get("recipe", recipe),
-                choices={kind: self.table.get(kind) for kind in _KINDS},
-                shared=[*_texts(_QUIET), *self.table.get("set", [])],
-                flags=flags,  # they override those of one entry
-            )
-        except UserError as error:
-            raise UserError(f"Entry '{self.name}' of '{self.file}': {error}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Entries:
-    """All entries of some files, and their [selection]."""
-
-    entries: list[_Entry]
-    selection_prompts: int = 0
-    selection_seeds: tuple[int, ...] = ()
 
 
 def _check_selection(
@@ -236,80 +207,6 @@ def _check_selection(
         raise UserError(
             "Every training seed chooses, so there is none to report. Add seeds to the entries."
         )
-
-
-def _texts(flags: Mapping[str, Any]) -> list[str]:
-    return [f"{path}={json.dumps(v)}" for path, v in flags.items() if v is not None]
-
-
-def _read(paths: Sequence[Path | str] | None) -> _Entries:
-    found: list[_Entry] = []
-    selection: dict[str, Any] = {}
-    for path in map(Path, paths or [str(files("dpo_video.workflows") / "compare.toml")]):
-        try:
-            tables = read_toml(path)
-        except OSError as error:
-            raise UserError(f"Cannot read '{path}': {error.strerror}. Name a TOML file.") from error
-        except ValueError as error:
-            raise UserError(f"'{path}' is not valid TOML: {error}. Correct it.") from error
-        if tables.keys() & {*configs.ENGINES, *registry.KINDS}:
-            name = path.resolve().parent.name if path.name == "run.toml" else path.stem
-            found.append(_Entry(name=name, file=path, table=None))
-            continue
-        selection = (
-            _selection(tables.pop("selection"), path) if "selection" in tables else selection
-        )
-        for name, table in tables.items():
-            if not isinstance(table, dict) or (strange := sorted(table.keys() - _KEYS)):
-                wrong = f"'{strange[0]}'" if isinstance(table, dict) else "no table"
-                raise UserError(
-                    f"Entry '{name}' of '{path}' has {wrong}. An entry is [NAME] with "
-                    f"{', '.join(sorted(_KEYS))}; options go into set = "
-                    '["train.learning_rate=1e-4"].'
-                )
-            _check_types(name, path, table)
-            found.append(_Entry(name=name, file=path, table=table))
-    names = [check_name(entry.name, "an entry") for entry in found]
-    if reserved := next((name for name in names if name.lower() in _RESERVED), None):
-        raise UserError(f"An entry cannot be named '{reserved}', as a file of the report is.")
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"Two entries are named '{twice}'. Rename one of them.")
-    if not found:
-        raise UserError('The files name no entry. Write one: [NAME] and pairs = "local".')
-    return _Entries(entries=found, **selection)
-
-
-def _check_types(name: str, path: Path, table: Mapping[str, Any]) -> None:
-    """A UserError unless strategies are names and `set` is a list of texts."""
-    names = (*_KINDS, "recipe")
-    wrong = next((kind for kind in names if not isinstance(table.get(kind, ""), str)), None)
-    options = table.get("set", [])
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        wrong = "set"
-    if wrong:
-        form = 'set = ["train.learning_rate=1e-4"]' if wrong == "set" else f'{wrong} = "NAME"'
-        raise UserError(f"Entry '{name}' of '{path}': {wrong} has another form. Write {form}.")
-
-
-def _selection(table: Any, path: Path) -> dict[str, Any]:
-    """The fields of `_Entries` that a file's table [selection] sets."""
-    try:
-        prompts, seeds = table.pop("prompts", 0), table.pop("seeds", [])
-        if type(prompts) is int and all(type(seed) is int for seed in seeds) and not table:
-            return {"selection_prompts": prompts, "selection_seeds": tuple(seeds)}
-    except (AttributeError, TypeError):  # not a table, or not a list
-        pass
-    raise UserError(
-        f"[selection] of '{path}' takes prompts and seeds only: prompts = 16, seeds = [0]."
-    )
-
-
-def _chosen(entries: list[_Entry], only: Sequence[str] | None) -> list[_Entry]:
-    names = [entry.name for entry in entries]
-    for name in only or ():
-        if name not in names:
-            raise unknown("entry", name, names)
-    return [entry for entry in entries if not only or entry.name in only]
 
 
 def _finished(folder: Path, config: Config) -> Evaluation | None:

@@ -21,6 +21,7 @@ from dpo_video.evaluation.verdict import EvaluationVerdict, judge_evaluation
 from dpo_video.exporting.foreign_lora import peft_adapter
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import claim
+from dpo_video.support.formatting import counted
 from dpo_video.training.checkpoint import kept_adapter
 from dpo_video.types import Prompt
 from dpo_video.workflows.config import Config
@@ -286,6 +287,11 @@ def _verdict(
 
 
 def _facts(config: Config, model: VideoModel, **facts: str) -> dict[str, str]:
+    settings, defaults = config.evaluate, model.sampling
+    steps = settings.num_inference_steps or defaults.num_inference_steps
+    scale = settings.guidance_scale
+    guidance = defaults.guidance_scale if scale is None else scale
+    facts["Sampling"] = f"{counted(steps, 'step')}, guidance scale {guidance:g}"
     facts["Device"] = str(model.device)
     if config.memory.quantization != "native":
         facts["Base quantized to"] = config.memory.quantization

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dpo_video.errors import RunError
+from dpo_video.support.formatting import counted
 from dpo_video.support.reading import read_toml
 from dpo_video.training.checkpoint import Checkpoint, newest_checkpoint
 from dpo_video.training.optimizer import learning_rate
@@ -164,7 +165,7 @@ class Resumption:
         changes = self.changes(config, processes)
         if config.train.steps < self.step:
             raise RunError(
-                f"'{self.folder}' has {self.step} steps already, more than train.steps="
+                f"'{self.folder}' has {counted(self.step, 'step')} already, more than train.steps="
                 f"{config.train.steps}. Name a larger number with --steps."
             )
         fixed = [path for path in changes.paths if path in _FIXED]

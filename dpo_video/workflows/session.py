@@ -35,6 +35,7 @@ from dpo_video.strategies import (
     VideoModel,
 )
 from dpo_video.support.atomic import writing
+from dpo_video.support.formatting import counted
 from dpo_video.support.reproducibility import settle
 from dpo_video.text import command
 from dpo_video.types import Placement, Prompt, Remark, Skipped
@@ -65,7 +66,8 @@ def evaluation_prompts(
         prompts = load_prompts(settings.prompts, note)
         if count is not None and count > len(prompts):
             raise UserError(
-                f"'{settings.prompts}' has {len(prompts)} prompts, fewer than --num-prompts "
+                f"'{settings.prompts}' has {counted(len(prompts), 'prompt')}, fewer than "
+                "--num-prompts "
                 f"{count}. Leave --num-prompts out, or draw more videos of each prompt "
                 "(--num-videos-per-prompt)."
             )
@@ -250,7 +252,7 @@ def open_source(
     return OpenedSource(
         clips=cycle_prompts(prompts),
         fingerprint=f"prompts: {hashlib.sha256(content.encode()).hexdigest()[:16]}",
-        contents=f"{len(prompts)} prompts" if config.build.prompts else "",
+        contents=f"{counted(len(prompts), 'prompt')}" if config.build.prompts else "",
     )
 
 

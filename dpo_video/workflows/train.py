@@ -25,6 +25,7 @@ from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, PairBuilder, VideoModel
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.claims import claim
+from dpo_video.support.formatting import counted
 from dpo_video.support.interrupts import StopSignal, deferred
 from dpo_video.text import command
 from dpo_video.training.diagnosis import Diagnosis
@@ -330,8 +331,9 @@ def _announce(config: Config, folder: Path, accelerator: Accelerator, progress: 
     pairs = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     progress.note(
         f"{tables['loss']['name']} loss{slope}, {tables['reference']['name']} reference, "
-        f"{settings.steps} steps of {pairs} pairs, LoRA rank {settings.rank}, learning rate "
-        f"{settings.learning_rate:g}, on {accelerator.device}. Run: {folder}"
+        f"{counted(settings.steps, 'step')} of {counted(pairs, 'pair')}, LoRA rank "
+        f"{settings.rank}, learning rate {settings.learning_rate:g}, on "
+        f"{accelerator.device}. Run: {folder}"
     )
     if config.memory.quantization != "native":
         progress.note(
@@ -350,8 +352,9 @@ def _larger_batch(recipe: str | None, config: Config, processes: int) -> list[st
         return []
     pairs = train.batch_size * train.gradient_accumulation_steps
     return [
-        f"Each of {processes} processes accumulates {pairs} pairs, {processes * pairs} a step. "
-        f"For {pairs} a step, divide train.gradient_accumulation_steps by {processes}."
+        f"Each of {processes} processes accumulates {counted(pairs, 'pair')}, "
+        f"{processes * pairs} a step. For {pairs} a step, divide "
+        f"train.gradient_accumulation_steps by {processes}."
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_planted_differences_are_read_and_absent_ones_are_not() -> None:
         "local-global": {error: -0.1},
     }
     found = {
-        name: [evaluated(100 * i + seed, **change) for seed in range(3)]
+        name: {seed: evaluated(1000 * i + seed, **change) for seed in range(5)}
         for i, (name, change) in enumerate(planted.items())
     }
     rows = analysis.answers(found)
@@ -94,17 +95,47 @@ def test_planted_differences_are_read_and_absent_ones_are_not() -> None:
         "local-region-20 lower than local-global-20",
         "no difference shown",
     ]
-    assert rows[0]["difference"]["relative"] == pytest.approx(-0.1, abs=0.01)
+    assert rows[0]["difference"]["mean"] == pytest.approx(-0.1, abs=0.01)
     assert len(analysis.text(rows).splitlines()) == 2 + len(rows)
     with pytest.raises(UserError, match="The entry 'sft' is missing"):
         analysis.answers({name: each for name, each in found.items() if name != "sft"})
     with pytest.raises(UserError, match="not evaluated on the same base videos"):
-        analysis.between(found["sft"], found["ranked-sft"][:2], error)
+        analysis.difference(found["sft"], {0: found["ranked-sft"][0]}, error)
+    with pytest.raises(UserError, match="2 training seeds or more, not 1"):
+        analysis.difference({0: found["sft"][0]}, {0: found["ranked-sft"][0]}, error)
+
+
+def test_the_interval_is_student_s_t_over_the_replicates() -> None:
+    # Mean 3, standard deviation sqrt(2.5), t(4) = 2.776445.
+    result = analysis.summary({seed: seed + 1.0 for seed in range(5)})
+    half = 2.776445 * (2.5 / 5) ** 0.5
+    assert result["mean"] == 3
+    assert result["low"] == pytest.approx(3 - half, abs=1e-5)
+    assert result["high"] == pytest.approx(3 + half, abs=1e-5)
+
+
+def test_prompts_without_a_value_are_left_out_of_both_means() -> None:
+    found = evaluated(0, warp_error=0.5)
+    metric = found[analysis.TARGET]
+    holed = MetricResult.measured(
+        metric.name,
+        [math.nan, *metric.base[1:]],
+        list(metric.tuned),
+        unit="",
+        higher_is_better=False,
+        role=Role.TARGET,
+    )
+    found = found.model_copy(update={"metrics": (holed,)})
+    expected = sum(metric.tuned[1:]) / sum(metric.base[1:]) - 1
+    assert analysis.relative_change(found, analysis.TARGET) == pytest.approx(expected)
 
 
 def test_cells_are_read_from_the_folder_of_a_comparison(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no evaluations"):
-        analysis.cells(tmp_path)
-    for seed in (10, 9):
-        evaluated(seed).save(tmp_path / "sft" / f"seed-{seed}" / "evaluation")
-    assert len(analysis.cells(tmp_path)["sft"]) == 2
+    with pytest.raises(UserError, match="No evaluations in"):
+        analysis.cells([tmp_path])
+    folders = [tmp_path / "report-0", tmp_path / "report-1"]
+    for seed, folder in enumerate(folders):
+        evaluated(seed).save(folder / "sft" / f"seed-{seed}" / "evaluation")
+    assert list(analysis.cells(folders)["sft"]) == [0, 1]
+    with pytest.raises(UserError, match="Two evaluations of seed 0 of 'sft'"):
+        analysis.cells([*folders, folders[0]])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dpo_video.support.statistics import _t_quantile, cohen_kappa, paired_difference
+from dpo_video.support.statistics import cohen_kappa, paired_difference, t_quantile
 
 Array = NDArray[np.float64]
 
@@ -194,7 +194,7 @@ def test_training_seeds_are_inside_the_interval(runs: int, of_runs: float) -> No
 
 def test_the_quantiles_of_students_t() -> None:
     table = {1: 12.7062, 2: 4.3027, 4: 2.7764, 9: 2.2622, 30: 2.0423, 46: 2.0129}
-    assert {n: round(_t_quantile(n), 4) for n in table} == table
+    assert {n: round(t_quantile(n), 4) for n in table} == table
 
 
 def test_kappa_of_a_table_counted_by_hand() -> None:

@@ -20,7 +20,7 @@ from dpo_video.cli import app
 from dpo_video.errors import UserError
 from dpo_video.loss.global_ import Global
 from dpo_video.registry import entry_points
-from dpo_video.workflows import compare
+from dpo_video.workflows import entries
 from dpo_video.workflows.catalog import list_strategies
 from dpo_video.workflows.config import Config, resolve
 from dpo_video.workflows.recipes import find_recipe, recipe_names
@@ -210,7 +210,7 @@ def test_building_says_it_once(
 def test_an_entry_of_compare_names_a_recipe(tmp_path: Path) -> None:
     file = tmp_path / "entries.toml"
     file.write_text('[own]\nrecipe = "densedpo"\nbackbone = "wan"\n[given]\nbackbone = "wan"\n')
-    own, given = compare._read([file]).entries
+    own, given = entries.read_entries([file]).entries
     ranks = [entry.resolve({}, "video-dpo").train.rank for entry in (own, given)]
     assert ranks == [128, 16] and given.resolve({}).train.rank == 64
 
