@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from dpo_video.text import one_line, without_credentials
 
@@ -23,11 +23,44 @@ class UserError(Exception):
         super().__init__(one_line(without_credentials(message)))
 
 
+_REASONS = {
+    "int_type": "a whole number is needed",
+    "int_parsing": "a whole number is needed",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "float_parsing": "a number is needed",
+    "finite_number": "a finite number is needed",
+    "bool_type": "true or false is needed",
+    "bool_parsing": "true or false is needed",
+    "string_type": "a text is needed",
+    "list_type": "a list is needed",
+    "tuple_type": "a list is needed",
+    "dict_type": "a table is needed",
+    "model_type": "a table is needed",
+    "missing": "it is missing",
+    "extra_forbidden": "there is no such name",
+    "greater_than": "it must be more than {gt}",
+    "greater_than_equal": "it must be at least {ge}",
+    "less_than": "it must be less than {lt}",
+    "less_than_equal": "it must be at most {le}",
+    "literal_error": "it must be {expected}",
+}
+"""Type of a validation error to what is wrong, in plain words."""
+
+
+def fault_reason(detail: Mapping[str, Any]) -> str:
+    """What is wrong, of one entry of `ValidationError.errors()`."""
+    known = _REASONS.get(detail["type"])
+    if known is None:
+        return str(detail["msg"]).removeprefix("Value error, ")
+    return known.format(**detail.get("ctx", {}))
+
+
 def first_fault(error: ValidationError) -> str:
     """Location and reason of the first validation error."""
     detail = error.errors()[0]
     location = ".".join(str(part) for part in detail["loc"])
-    reason = detail["msg"].removeprefix("Value error, ")
+    reason = fault_reason(detail)
     return f"{location}: {reason}" if location else reason
 
 

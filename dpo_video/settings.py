@@ -15,7 +15,9 @@ LARGEST_RANK = 1 << 16  # more than the width of any layer
 class Settings(BaseModel):
     """Base of all tables: frozen, no unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class BuildSettings(Settings):

@@ -274,15 +274,16 @@ def scatter(
         title: Title for people who cannot see it.
         panels: From the top down.
         width: Width of a panel's frame.
-        height: Height of a panel's frame.
+        height: Height of a panel's frame; more if the names need it.
         inline: Whether it is part of a page that has its style.
     """
     left, gap = 72.0, 62.0
     drawn, top = [], 24.0
     for panel in panels:
         top += 16.0 if panel.title else 0.0
-        drawn.append(_panel(panel, left, top, left + width, top + height))
-        top += height + gap
+        tall = max(height, _LABEL_HEIGHT * len(panel.points))
+        drawn.append(_panel(panel, left, top, left + width, top + tall))
+        top += tall + gap
     longest = max(len(point.name) for panel in panels for point in panel.points)
     return (
         templates()

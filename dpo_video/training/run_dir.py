@@ -93,12 +93,21 @@ def read_log(out: Path) -> list[StepReport]:
     # What follows the last line break was not written completely.
     try:
         lines = read_bytes(path, MAX_LOG).split(b"\n")[:-1]
-        return [StepReport.model_validate_json(line) for line in lines]
-    except (OSError, ValidationError) as error:
-        reason = error.strerror if isinstance(error, OSError) else first_fault(error)
+    except OSError as error:
         raise RunError(
-            f"'{path}' cannot be read ({reason}). Delete it to continue without training curves."
+            f"'{path}' cannot be read ({error.strerror}). Delete it to continue without training "
+            "curves."
         ) from error
+    reports = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            reports.append(StepReport.model_validate_json(line))
+        except ValidationError as error:
+            raise RunError(
+                f"Line {number} of '{path}' is not the report of a step ({first_fault(error)}). "
+                "Delete that line to continue without its point in the training curves."
+            ) from error
+    return reports
 
 
 def truncate_log(path: Path, steps: int) -> None:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import platform
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
-from dpo_video.errors import UserError, unknown
+from dpo_video.errors import UserError, fault_reason, unknown
 from dpo_video.paths import absolute
 from dpo_video.registry.attribution import made_by
 from dpo_video.settings import (
@@ -45,6 +46,7 @@ from dpo_video.workflows.presets import Presets, Tables
 from dpo_video.workflows.recipes import find_recipe, recipe_for
 
 Model = TypeVar("Model", bound=BaseModel)
+P = ParamSpec("P")
 
 DEFAULTS: Mapping[str, str] = {
     "backbone": "tiny",
@@ -120,6 +122,29 @@ class Config:
         return tomli_w.dumps({**self.tables, "versions": self.versions(), **record})
 
 
+def _names_its_file(resolve: Callable[P, Config]) -> Callable[P, Config]:
+    """Add the file's name to an error that the file causes alone, without other options."""
+
+    @wraps(resolve)
+    def call(*args: P.args, **options: P.kwargs) -> Config:
+        try:
+            return resolve(*args, **options)
+        except UserError as error:
+            file = options.get("file")
+            if file is None or type(error) is not UserError or str(file) in str(error):
+                raise
+            kept = {name: options[name] for name in ("file", "kinds") if name in options}
+            try:
+                resolve(*args, **kept)  # type: ignore[arg-type]
+            except UserError as alone:
+                if str(alone) == str(error):
+                    raise UserError(f"'{file}': {error}") from error
+            raise
+
+    return call
+
+
+@_names_its_file
 def resolve(
     *,
     recipe: str | None = None,
@@ -446,8 +471,7 @@ def _build(model: type[Model], options: Any, path: str, name: str = "") -> Model
         hidden = model.model_config.get("hide_input_in_errors") or detail["type"] == "missing"
         # A fault of several options together has no location.
         what = where if hidden or not detail["loc"] else f"{where} = {detail['input']!r}"
-        reason = detail["msg"].removeprefix("Value error, ")
-        raise UserError(f"{what}: {reason}. See {see}.") from error
+        raise UserError(f"{what}: {fault_reason(detail)}. See {see}.") from error
 
 
 def _dump(model: BaseModel) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from dpo_video.settings import EvaluateSettings
 
 BASE = (10.0, 12.0, 8.0, 11.0, 9.0, 10.0) * 2
 
+SVG = "{http://www.w3.org/2000/svg}"
+
 
 def metric(name: str, factor: float, role: Role = Role.TARGET) -> MetricResult:
     # The factor varies, since an interval needs some spread.
@@ -205,6 +207,7 @@ def test_the_picture_places_entries_by_motion_and_error() -> None:
     marks = [
         (float(c.attrib["cx"]), float(c.attrib["cy"]), c.attrib["class"])
         for c in root.iter(f"{space}circle")
+        if "key" not in c.attrib["class"]
     ]
     names = [text.text for text in root.iter(f"{space}text")]
     assert {"a<b", "frozen", "broken"} <= set(names)
@@ -223,6 +226,24 @@ def test_names_of_equal_entries_do_not_overlap() -> None:
         if text.text in entries
     )
     assert len(lines) == 3 and all(b - a >= 12 for a, b in pairwise(lines))
+
+
+def test_a_mark_has_the_number_of_its_name_and_cut_intervals_have_arrows() -> None:
+    entries = [f"entry {n}" for n in range(30)]
+    cells = [cell(name, 0, 0.95 - 0.02 * n) for n, name in enumerate(entries)]
+    root = ET.fromstring(comparison(*cells).picture())
+    texts = [text for text in root.iter(f"{SVG}text")]
+    ranks = [text for text in texts if text.attrib.get("class") == "number"]
+    assert [text.text for text in ranks] == [str(1 + n // 2) for n in range(60)]
+    height = float(root.attrib["height"])
+    assert all(0 < float(text.attrib["y"]) < height for text in texts if "y" in text.attrib)
+    inside = ET.fromstring(comparison(cell("one", 0, 0.5, motion=0.5)).picture())
+    assert not inside.findall(f".//{SVG}path[@class='cut']")
+    wild = comparison(cell("wild", 0, 0.7), cell("wild", 1, 0.72, motion=3.0))
+    arrows = ET.fromstring(wild.picture()).findall(f".//{SVG}path[@class='cut']")
+    # Both ends of the interval of motion, of which two seeds say nothing.
+    turned = [arrow.attrib["transform"].partition("rotate")[2] for arrow in arrows]
+    assert turned == ["(180)", "(0)"]
 
 
 def test_the_picture_needs_a_target_and_a_motion_metric() -> None:

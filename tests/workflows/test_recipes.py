@@ -296,8 +296,8 @@ def test_a_plugin_brings_a_recipe(plugin: Add) -> None:
     ("text", "sentence"),
     [
         ("x = ", r"The recipe 'mine' of some-recipes 1\.0 cannot be read \(.*Correct '.*mine"),
-        ('summary = "Mine"\n', r"cannot be read \(source: Field required\)"),
-        (HEAD + '[options]\n"train.rank" = 4\n', r"options\.train\.rank: Input should be"),
+        ('summary = "Mine"\n', r"cannot be read \(source: it is missing\)"),
+        (HEAD + '[options]\n"train.rank" = 4\n', r"options\.train\.rank: a table is needed"),
         (
             HEAD + '[options]\n"train.rank" = {value = 4, source = "", paper = "8"}\n',
             r"give both `paper` and `why`, or neither",
