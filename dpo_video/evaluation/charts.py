@@ -329,7 +329,7 @@ def _panel(panel: Panel, left: float, top: float, right: float, bottom: float) -
     }
 
 
-def _ends(point: Point, x: Axis, y: Axis) -> list[dict[str, object]]:
+def _ends(point: Point, x: Axis, y: Axis) -> list[dict[str, float]]:
     """The ends of the intervals: position, direction as an angle, and whether they are cut."""
     return [
         {"x": x(end), "y": y(point.y.value), "angle": angle, "cut": cut}
