@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 DEMO := runs/demo
 
-.PHONY: help setup demo test test-oldest check gpu format audit tiny clean
+.PHONY: help setup demo test test-oldest check style types documentation gpu format audit tiny clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -28,14 +28,24 @@ demo: setup ## Local pairs, region loss, toggled reference on the embedded model
 	$(BIN)/dpo-video evaluate $(DEMO) --num-prompts 12
 
 check: setup ## Lint, formatting, types, import layers and documentation
+	$(MAKE) --jobs 2 style types documentation
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/mypy
+
+documentation: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# A file stays on one process, which shares its fixtures. tests/conftest.py puts long files first.
+DISTRIBUTED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: check ## All checks and all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --benchmark-disable --durations 15
+	$(BIN)/python -m pytest $(DISTRIBUTED) --benchmark-disable --durations 15
 
 # The old versions, and for everything else the pins of constraints.txt.
 $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
@@ -49,7 +59,7 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt constraints-oldest.txt
 # Old libraries warn of newer ones, so that warnings are no errors here. Left out: what is said of the
 # pins, and how far one draw of random weights gets, which other versions draw otherwise.
 test-oldest: $(OLDEST)/.installed ## Nearly all tests on the oldest libraries allowed
-	$(OLDEST)/bin/python -m pytest -W default --numprocesses 2 --dist loadfile --benchmark-disable \
+	$(OLDEST)/bin/python -m pytest -W default $(DISTRIBUTED) --benchmark-disable \
 	    --ignore tests/test_supply.py \
 	    --deselect tests/test_train.py::test_it_starts_at_zero_margin_and_learns
 

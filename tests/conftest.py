@@ -18,10 +18,10 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-# Shapes and types are checked at every call, here and never in production. Left out are the two
-# that import what they only name in annotations for type checkers alone, to stay light; those that
-# torch.compile traces, where it would compile the checks, whose state is never the same; and those
-# that run at every operation, where the checks would take most of the time.
+# Shapes and types are checked in the first calls of every test, here and never in production. Left
+# out are the two that import what they only name in annotations for type checkers alone, to stay
+# light; those that torch.compile traces, where it would compile the checks, whose state is never
+# the same; and those that run at every operation, where the checks would take most of the time.
 PACKAGE = Path(__file__).parents[1] / "dpo_video"
 COMPILED, EVERY_OPERATION = {"hooks", "peft_autocast"}, {"memoryless", "peak", "cuda_autocast"}
 CHECKED = {path.stem for path in PACKAGE.iterdir()} - {"cli", "registry", "memory", "support"}
@@ -30,6 +30,7 @@ for room in ("memory", "support"):
     CHECKED |= {f"{room}.{name}" for name in modules - COMPILED - EVERY_OPERATION}
 install_import_hook([f"dpo_video.{name}" for name in sorted(CHECKED)], "checked.typed")
 
+import checked
 import diffusers
 import pytest
 import torch
@@ -59,6 +60,25 @@ __all__ = ["CPU", "SHAPE", "load_small"]  # imported from here by the tests
 
 Install = Callable[..., None]
 Said = Callable[..., str]
+
+
+# In this order pytest-xdist hands files out: none of these is left to one process at the end.
+LONG = [
+    "test_notebooks", "test_end_to_end", "test_dynamic_degree", "test_loop", "test_plugins",
+    "test_page", "test_processes", "test_reference_cache", "test_contracts", "test_step",
+    "test_compare", "test_compile", "test_estimate",
+]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files that take longest first."""
+    rank = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
+def pytest_runtest_setup() -> None:
+    """Check the shapes of the first calls again."""
+    checked.start_test()
 
 
 def pytest_collection_finish() -> None:

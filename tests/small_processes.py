@@ -30,10 +30,7 @@ def in_processes(
         arguments: Its arguments.
         start: "spawn" imports less, for work that needs no model.
     """
-    context = multiprocessing.get_context(start)
-    context.set_forkserver_preload(_IMPORTED)
-    tests = str(Path(__file__).parent)  # the server reads no other path
-    os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    context = processes(start)
     port = free_port()
     started = [
         context.Process(target=_member, args=(rank, count, port, work, arguments))
@@ -46,6 +43,15 @@ def in_processes(
         process.kill()
         process.join()
     return [process.exitcode or 0 for process in started]
+
+
+def processes(start: Literal["forkserver", "spawn"] = "forkserver") -> Any:
+    """The context of multiprocessing that starts them."""
+    context = multiprocessing.get_context(start)
+    context.set_forkserver_preload(_IMPORTED)
+    tests = str(Path(__file__).parent)  # the server reads no other path
+    os.environ["PYTHONPATH"] = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])
+    return context
 
 
 def free_port() -> int:

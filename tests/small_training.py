@@ -30,7 +30,7 @@ SETTINGS = TrainSettings(
     rank=2,
     alpha=4,
     save_steps=2,
-    validation_videos=1,
+    validation_videos=0,
     report_to="none",
 )
 

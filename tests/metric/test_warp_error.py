@@ -70,14 +70,17 @@ def test_flow_does_not_hide_flicker_of_colour() -> None:
     lit = 0.1 + 0.7 * render(drawn)[plain].movedim(2, 1)
     lit[:, :, 1::2] += 0.1
     flicker = 25.5**2
-    assert (WarpError()(lit, []) > 0.8 * flicker).all()
-    assert (WarpError()(lit, []) < 1.2 * flicker).all()
+    error = WarpError()(lit, [])
+    assert (error > 0.8 * flicker).all()
+    assert (error < 1.2 * flicker).all()
 
 
 def test_grain_adds_its_variance(scenes: Tensor) -> None:
     grain = 0.02 * torch.randn(scenes.shape, generator=torch.Generator().manual_seed(0))
     both_frames = 2 * (0.02 * 255) ** 2
-    added = WarpError()(0.2 + 0.6 * scenes + grain, []) - WarpError()(0.2 + 0.6 * scenes, [])
+    dim = 0.2 + 0.6 * scenes
+    grainy, clean = WarpError()(torch.cat([dim + grain, dim]), []).chunk(2)
+    added = grainy - clean
     # Sampling between pixels averages some of the grain.
     assert (added > 0.5 * both_frames).all()
     assert (added < 1.1 * both_frames).all()
@@ -103,8 +106,8 @@ def test_pair_without_any_match_counts_in_full() -> None:
 def test_batch_equals_single_videos(scenes: Tensor) -> None:
     for variant in ("lucas_kanade", "videodpo_lk", "videodpo_farneback"):
         metric = WarpError(flow=variant)
-        alone = torch.cat([metric(video[None], []) for video in scenes])
-        assert torch.allclose(metric(scenes, []), alone, rtol=1e-3)
+        alone = torch.cat([metric(video[None], []) for video in scenes[:2]])
+        assert torch.allclose(metric(scenes, [])[:2], alone, rtol=1e-3)
 
 
 def test_half_precision_videos_are_measured_in_float32(scenes: Tensor) -> None:

@@ -2,11 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +39,36 @@ from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log,
 from dpo_video.training.sampler import PairSampler, trainable_pairs
 from dpo_video.types import LossOutput, Pair, PairErrors
 
+SAMPLED = SETTINGS.model_copy(update={"validation_videos": 1})
+SHORT = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1})
+
+
+@pytest.fixture(scope="module")
+def store(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PairStore:
+    """Five pairs, which no test changes."""
+    return make_store(tmp_path_factory.mktemp("store") / "pairs", load_small(small_folder))
+
+
+@pytest.fixture(scope="module")
+def whole(small_folder: Path, store: PairStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that nothing interrupts, with a validation video at every checkpoint."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(small_folder, store, out, SAMPLED)
+    return out
+
+
+@pytest.fixture(scope="module")
+def _short(small_folder: Path, store: PairStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("short") / "run"
+    run(small_folder, store, out, SHORT)
+    return out
+
+
+@pytest.fixture
+def short(_short: Path, tmp_path: Path) -> Path:
+    """A copy of a run of two steps, with both checkpoints."""
+    return shutil.copytree(_short, tmp_path / "run")
+
 
 def test_it_starts_at_zero_margin_and_learns(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
@@ -67,80 +93,41 @@ def test_it_starts_at_zero_margin_and_learns(
 
 
 def test_the_learning_rate_rises_stays_and_falls(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 8, "decay": 0.5})
+    settings = SETTINGS.model_copy(
+        update={"steps": 8, "decay": 0.5, "gradient_accumulation_steps": 1}
+    )
     progress = run(small_folder, store, tmp_path / "run", settings)
     shares = [p.report.lr / settings.learning_rate for p in progress]
     assert shares == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25])
 
 
 def test_a_resumed_run_ends_in_the_same_bytes(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path, whole: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    run(small_folder, store, tmp_path / "whole")
-    one = SETTINGS.model_copy(update={"save_total_limit": 1})
+    one = SAMPLED.model_copy(update={"save_total_limit": 1})
     run(small_folder, store, tmp_path / "halves", one.model_copy(update={"steps": 3}))
     assert list(checkpoints(tmp_path / "halves")) == [3]
     resumed = run(small_folder, store, tmp_path / "halves", one, resume=True)
     assert [p.report.step for p in resumed] == [4, 5, 6]
-    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
-    found = [list(checkpoints(tmp_path / name)) for name in ("whole", "halves")]
+    assert adapter_hash(whole) == adapter_hash(tmp_path / "halves")
+    found = [list(checkpoints(out)) for out in (whole, tmp_path / "halves")]
     assert found == [[2, 4, 6], [6]]
-    logs = [
-        (tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "halves")
-    ]
+    logs = [(out / "log.jsonl").read_text().splitlines() for out in (whole, tmp_path / "halves")]
     for lines in zip(*logs, strict=True):
         a, b = map(json.loads, lines)
         timing = {"seconds", "eta_seconds", "pairs_per_second", "memory_gib"}
         assert {k: a[k] for k in a.keys() - timing} == {k: b[k] for k in b.keys() - timing}
 
 
-def test_kill_9_at_any_step_then_resume_gives_the_same_bytes(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
-) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    run(small_folder, store, tmp_path / "whole")
-    script = textwrap.dedent(f"""
-        import sys
-        from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-        import os, small_training as shared
-        from dpo_video.data.store import PairStore
-        from accelerate import Accelerator
-        store = PairStore(Path({str(tmp_path / "pairs")!r}))
-        for progress in shared.train(
-            shared.load_small(Path({str(small_folder)!r})), store, shared.Region(),
-            shared.Toggle(), shared.SETTINGS, seed=0, out=Path({str(tmp_path / "cut")!r}),
-            accelerator=Accelerator(cpu=True), resume=False,
-        ):
-            print(progress.report.step, flush=True)
-    """)
-    # Random, but not by the clock: which step is hit varies with the machine, the law does not.
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) == 3:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
-    assert latest_checkpoint(tmp_path / "cut").is_dir()
-    run(small_folder, store, tmp_path / "cut", resume=True)
-    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "cut")
-
-
 def test_the_pointer_is_valid_when_a_save_is_cut_off(
     small_folder: Path,
-    small_model: AnimateDiffModel,
+    store: PairStore,
+    whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
     from dpo_video.training import checkpoint as module
 
     saved: list[int] = []
@@ -157,9 +144,8 @@ def test_the_pointer_is_valid_when_a_save_is_cut_off(
         run(small_folder, store, tmp_path / "run")
     monkeypatch.undo()
     assert latest_checkpoint(tmp_path / "run").name == "step_000002"
-    run(small_folder, store, tmp_path / "whole")
     run(small_folder, store, tmp_path / "run", resume=True)
-    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "run")
+    assert adapter_hash(whole) == adapter_hash(tmp_path / "run")
 
 
 def test_every_pair_is_seen_once_per_epoch(small_model: AnimateDiffModel, tmp_path: Path) -> None:
@@ -247,8 +233,9 @@ def test_ties_are_never_drawn_and_change_nothing_else(
         store.append(pair, batch.context)
     store.append(replace(pair, preference=torch.zeros_like(pair.preference)), batch.context)
     assert store.decided() == [0, 1, 2]
-    run(small_folder, whole, tmp_path / "run", loss=Global())
-    run(small_folder, store, tmp_path / "run-some", loss=Global())
+    two_epochs = SETTINGS.model_copy(update={"steps": 3})
+    run(small_folder, whole, tmp_path / "run", two_epochs, loss=Global())
+    run(small_folder, store, tmp_path / "run-some", two_epochs, loss=Global())
     assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "run-some")
 
 
@@ -281,24 +268,21 @@ def test_a_loss_of_regions_refuses_pairs_without_them(
         run(small_folder, store, tmp_path / "run", loss=Region())
 
 
-def test_the_adapter_is_peft_and_nothing_else(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
-) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    run(small_folder, store, tmp_path / "run")
-    folder = latest_checkpoint(tmp_path / "run") / "adapter"
+def test_the_adapter_is_peft_and_nothing_else(whole: Path) -> None:
+    folder = latest_checkpoint(whole) / "adapter"
     weights = load_file(folder / "adapter_model.safetensors")
     assert all(".lora_" in name and "motion_modules" in name for name in weights)
     assert all(weight.dtype == torch.float32 for weight in weights.values())
-    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 2
-    samples = list((tmp_path / "run" / "samples").rglob("*.mp4"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    assert config["target_modules"] == sorted(config["target_modules"])
+    samples = list((whole / "samples").rglob("*.mp4"))
     assert {path.parent.name for path in samples} == {"step_000002", "step_000004", "step_000006"}
 
 
 def test_a_policy_that_differs_at_step_0_is_refused(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
 
     class Lopsided(Loss):
         def __call__(self, errors: PairErrors) -> LossOutput:
@@ -332,17 +316,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 
 
 def test_resuming_without_a_checkpoint_is_an_error(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
     with pytest.raises(RunError, match="has no checkpoint yet"):
         run(small_folder, store, tmp_path / "run", resume=True)
 
 
 def test_pairs_of_another_backbone_are_refused(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
     other = load_small(small_folder)
     other.identity = "0123456789abcdef"
     with pytest.raises(StoreError, match="made with other weights"):
@@ -350,26 +332,20 @@ def test_pairs_of_another_backbone_are_refused(
 
 
 def test_a_damaged_checkpoint_is_written_again_from_the_one_before(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, short: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1, "validation_videos": 0})
-    run(small_folder, store, tmp_path / "run", settings)
-    state = latest_checkpoint(tmp_path / "run") / "state.safetensors"
+    state = latest_checkpoint(short) / "state.safetensors"
     state.write_bytes(state.read_bytes()[:100])
-    resumed = run(small_folder, store, tmp_path / "run", settings, resume=True)
+    resumed = run(small_folder, store, short, SHORT, resume=True)
     assert [p.report.step for p in resumed] == [2]
 
 
 def test_an_undamaged_checkpoint_that_does_not_load_is_a_bug(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, short: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1, "validation_videos": 0})
-    run(small_folder, store, tmp_path / "run", settings)
-    folder = latest_checkpoint(tmp_path / "run")
+    folder = latest_checkpoint(short)
     (folder.parent / "latest").write_text("step_000001\n")
-    folder = latest_checkpoint(tmp_path / "run")
+    folder = latest_checkpoint(short)
     manifest = CheckpointManifest.model_validate_json((folder / MANIFEST).read_bytes())
     config = folder / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace('"r": 2', '"r": {}'))
@@ -379,13 +355,13 @@ def test_an_undamaged_checkpoint_that_does_not_load_is_a_bug(
         return load_adapter(load_small(small_folder).denoiser, folder / "adapter", "Do something.")
 
     with pytest.raises(RunError, match="is damaged"):
-        run(small_folder, store, tmp_path / "run", settings, resume=True)
+        run(small_folder, store, short, SHORT, resume=True)
     with pytest.raises(RunError, match="is damaged"):
         load()
     (folder / MANIFEST).unlink()
     write_manifest(folder, 1, manifest.fingerprint)
     with pytest.raises(KeyError, match="optimizer"):  # not a sentence about damage
-        run(small_folder, store, tmp_path / "run", settings, resume=True)
+        run(small_folder, store, short, SHORT, resume=True)
     with pytest.raises(ValueError, match=r"the rank r = \{\} is none"):
         load()
     (folder / MANIFEST).unlink()  # a stranger's
@@ -398,14 +374,11 @@ def test_an_undamaged_checkpoint_that_does_not_load_is_a_bug(
 
 
 def test_an_adapter_of_another_shape_is_not_resumed(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, short: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
-    run(small_folder, store, tmp_path / "run", settings)
-    wider = settings.model_copy(update={"rank": 4, "steps": 2})
+    wider = SHORT.model_copy(update={"rank": 4, "steps": 3})
     with pytest.raises(RunError, match="of an adapter of another shape") as caught:
-        run(small_folder, store, tmp_path / "run", wider, resume=True)
+        run(small_folder, store, short, wider, resume=True)
     assert "\n" not in str(caught.value)
 
 
@@ -432,38 +405,22 @@ def test_a_log_is_cut_by_its_steps_and_not_by_its_lines(tmp_path: Path) -> None:
     assert path.read_text() == "".join(lines[:2])
 
 
-def test_seconds_continue_after_a_resume(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
-) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1, "validation_videos": 0})
-    run(small_folder, store, tmp_path / "run", settings)
-    log = tmp_path / "run" / "log.jsonl"
-    first, second = read_log(tmp_path / "run")
+def test_seconds_continue_after_a_resume(small_folder: Path, store: PairStore, short: Path) -> None:
+    log = short / "log.jsonl"
+    first, second = read_log(short)
     log.write_text(
         "".join(
             each.model_copy(update={"seconds": seconds}).model_dump_json() + "\n"
             for each, seconds in ((first, 1000.0), (second, 2000.0))
         )
     )
-    (tmp_path / "run/checkpoints/latest").write_text("step_000001")
-    (event,) = run(small_folder, store, tmp_path / "run", settings, resume=True)
+    (short / "checkpoints/latest").write_text("step_000001")
+    (event,) = run(small_folder, store, short, SHORT, resume=True)
     assert 1000 < event.report.seconds < 1900
     assert event.report.eta_seconds == 0
-    longer = settings.model_copy(update={"steps": 4})
-    third, _ = run(small_folder, store, tmp_path / "run", longer, resume=True)
+    longer = SHORT.model_copy(update={"steps": 4})
+    third, _ = run(small_folder, store, short, longer, resume=True)
     assert third.report.eta_seconds < 500  # by the time of the steps of this process
-
-
-def test_the_adapter_config_is_written_in_order(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
-) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
-    run(small_folder, store, tmp_path / "run", settings)
-    path = latest_checkpoint(tmp_path / "run") / "adapter" / "adapter_config.json"
-    targets = json.loads(path.read_text())["target_modules"]
-    assert targets == sorted(targets)
 
 
 # --- what must be unchanged to resume ------- -----------------------------------------------------
@@ -473,7 +430,7 @@ def test_a_run_is_not_resumed_on_other_pairs_or_labels(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=2)
-    settings = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
+    settings = SETTINGS.model_copy(update={"steps": 1})
     run(small_folder, store, tmp_path / "run", settings)
     lines = (store.folder / "pairs.jsonl").read_text()
     (store.folder / "pairs.jsonl").write_text(lines.replace('"strength":0.8', '"strength":0.7'))
@@ -489,7 +446,7 @@ def test_pairs_built_since_change_nothing_for_a_resumed_run(
     small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=3)
-    settings = SETTINGS.model_copy(update={"steps": 3, "validation_videos": 0})
+    settings = SETTINGS.model_copy(update={"steps": 3})
     run(small_folder, store, tmp_path / "whole", settings)
     run(small_folder, store, tmp_path / "run", settings.model_copy(update={"steps": 2}))
     more = make_store(tmp_path / "pairs", small_model, pairs=5)
@@ -499,24 +456,21 @@ def test_pairs_built_since_change_nothing_for_a_resumed_run(
 
 
 def test_a_changed_file_is_damage_even_if_it_loads(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, short: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model, pairs=2)
-    settings = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
-    run(small_folder, store, tmp_path / "run", settings)
-    weights = latest_checkpoint(tmp_path / "run") / "adapter" / "adapter_model.safetensors"
+    shutil.rmtree(short / "checkpoints" / "step_000001")  # or it would be resumed from
+    weights = latest_checkpoint(short) / "adapter" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1  # the last bit of a weight
     weights.write_bytes(data)
     with pytest.raises(RunError, match=r"adapter_model\.safetensors is not what was written"):
-        run(small_folder, store, tmp_path / "run", settings, resume=True)
+        run(small_folder, store, short, SHORT, resume=True)
 
 
 def test_a_stopped_run_saves_and_resumes_to_the_same_bytes(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 4, "validation_videos": 0, "save_steps": 4})
+    settings = SETTINGS.model_copy(update={"steps": 4, "save_steps": 4})
     run(small_folder, store, tmp_path / "whole", settings)
     asked = iter([False] * 3 + [True])  # in the middle of the second step's two passes
     progress = list(
@@ -536,7 +490,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 ) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=1)
     store = with_value(store, 0, float("inf"))
-    settings = SETTINGS.model_copy(update={"steps": 2, "validation_videos": 0, "skips": 2})
+    settings = SETTINGS.model_copy(update={"steps": 2, "skips": 2})
     progress = run(small_folder, store, tmp_path / "run", settings, loss=Global())
     assert [(p.report.skipped, list(p.nonfinite_pairs)) for p in progress] == [
         (True, ["00000"])
@@ -553,12 +507,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 
 
 def test_another_number_of_processes_resumes_at_the_same_position(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model, pairs=5)
-    settings = SETTINGS.model_copy(
-        update={"steps": 2, "validation_videos": 0, "gradient_accumulation_steps": 4}
-    )
+    settings = SETTINGS.model_copy(update={"steps": 2, "gradient_accumulation_steps": 4})
     run(small_folder, store, tmp_path / "run", settings)  # as many as four processes take at once
     drawn: list[str] = []
     original = PairStore.batch
@@ -604,10 +555,9 @@ class Recorder(Listener):
 
 
 def test_a_listener_is_called_before_the_event_is_yielded(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 3, "validation_videos": 0})
+    settings = SETTINGS.model_copy(update={"steps": 3})
     recorder = Recorder()
     events = run(small_folder, store, tmp_path / "run", settings, listeners=[recorder])
     assert recorder.calls == ["begin at 0", "step 1", "step 2 saved", "step 3 saved", "end"]
@@ -620,12 +570,11 @@ def test_a_listener_is_called_before_the_event_is_yielded(
 
 
 def test_a_tracker_gets_the_names_of_trl(
-    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+    small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    store = make_store(tmp_path / "pairs", small_model)
-    settings = SETTINGS.model_copy(update={"steps": 2, "validation_videos": 0})
+    settings = SETTINGS.model_copy(update={"steps": 2})
     accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path / "run")
     accelerator.init_trackers("tracker")
     events = run(small_folder, store, tmp_path / "run", settings, accelerator=accelerator)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import time
 import warnings
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from diffusers import WanTransformer3DModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small_animatediff import load_small
-from small_processes import in_processes
-from small_training import SETTINGS, adapter_hash, make_store
+from small_processes import in_processes, processes
+from small_training import SETTINGS, adapter_hash, make_store, run
 from small_wan import load_small_wan, save_small_wan
 from torch import nn
 
@@ -188,3 +190,38 @@ def test_a_sharded_run_resumes_on_any_number_of_processes(processes: int, folder
     else:
         assert in_processes(2, resume_in_two, folder, resumed) == [0, 0]
     assert adapter_hash(resumed) == adapter_hash(folder / "whole")
+
+
+class Tells(Listener):
+    """Sends the number of every step that is done."""
+
+    def __init__(self, steps: Connection) -> None:
+        self.steps = steps
+
+    def on_step_end(self, event: StepEvent) -> None:
+        self.steps.send(event.report.step)
+
+
+def train_and_tell(folder: Path, out: Path, steps: Connection) -> None:
+    torch.set_num_threads(1)
+    store = PairStore(folder / "animatediff-pairs")
+    run(folder / "animatediff", store, out, listeners=[Tells(steps)])
+
+
+def test_kill_9_at_any_step_then_resume_gives_the_same_bytes(folder: Path) -> None:
+    heard, steps = multiprocessing.Pipe(duplex=False)
+    # Random, but not by the clock: which step is hit varies with the machine, the law does not.
+    process = processes().Process(target=train_and_tell, args=(folder, folder / "cut", steps))
+    process.start()
+    steps.close()
+    while heard.recv() < 3:
+        pass
+    process.kill()
+    process.join()
+    heard.close()
+    assert process.exitcode == -signal.SIGKILL
+    assert latest_checkpoint(folder / "cut").is_dir()
+    store = PairStore(folder / "animatediff-pairs")
+    run(folder / "animatediff", store, folder / "cut", resume=True)
+    run(folder / "animatediff", store, folder / "uncut")
+    assert adapter_hash(folder / "uncut") == adapter_hash(folder / "cut")

@@ -33,7 +33,9 @@ from dpo_video.training.reference_cache import (
 from dpo_video.training.report import StepEvent
 from dpo_video.training.run import train
 
-PAIRS, STEPS = 3, 6  # 12 draws: four epochs
+PAIRS = 3
+# Six steps of SETTINGS are 12 draws: four epochs.
+ONCE = SETTINGS.model_copy(update={"steps": PAIRS, "gradient_accumulation_steps": 1})
 
 
 def run(
@@ -53,9 +55,31 @@ def run(
     return list(progress), reports
 
 
+@pytest.fixture(scope="module")
+def pairs(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs") / "pairs"
+    make_store(folder, load_small(small_folder), PAIRS)
+    return folder
+
+
 @pytest.fixture
-def store(small_model: AnimateDiffModel, tmp_path: Path) -> PairStore:
-    return make_store(tmp_path / "pairs", small_model, PAIRS)
+def store(pairs: Path, tmp_path: Path) -> PairStore:
+    """Pairs without a cache."""
+    return PairStore(shutil.copytree(pairs, tmp_path / "pairs"))
+
+
+@pytest.fixture(scope="module")
+def used(small_folder: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("used")
+    store = PairStore(shutil.copytree(pairs, folder / "pairs"))
+    run(small_folder, store, folder / "run", Cached(noise_draws=1), ONCE)
+    return store.folder
+
+
+@pytest.fixture
+def filled(used: Path, tmp_path: Path) -> PairStore:
+    """The pairs with the cache that a run of one draw each has filled."""
+    return PairStore(shutil.copytree(used, tmp_path / "pairs"))
 
 
 def files(store: PairStore) -> dict[str, bytes]:
@@ -89,12 +113,11 @@ def test_no_reference_runs_once_the_cache_is_full(
         return original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(AnimateDiffModel, "predict", counted)
-    settings = SETTINGS.model_copy(update={"validation_videos": 0})
-    run(small_folder, store, tmp_path / "first", Cached(noise_draws=2), settings)
+    run(small_folder, store, tmp_path / "first", Cached(noise_draws=2))
     # One that is timed, two draws of each of three pairs, and the policy's own.
     assert calls.count(False) == 1 + 2 * PAIRS and calls.count(True) == 12
     calls.clear()
-    run(small_folder, store, tmp_path / "second", Cached(noise_draws=2), settings)
+    run(small_folder, store, tmp_path / "second", Cached(noise_draws=2))
     assert calls.count(False) == 1  # that the cache still holds what the reference predicts
 
 
@@ -114,11 +137,15 @@ def test_draws_repeat_after_their_number_of_epochs(
 def test_a_batch_of_pairs_starts_at_a_margin_of_exactly_zero(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
-    batched = SETTINGS.model_copy(update={"batch_size": 2, "gradient_accumulation_steps": 1})
+    batched = SETTINGS.model_copy(
+        update={"steps": 3, "batch_size": 2, "gradient_accumulation_steps": 1}
+    )
     progress, _ = run(small_folder, store, tmp_path / "batched", Cached(noise_draws=2), batched)
     assert progress[0].report.margin == 0 and progress[-1].report.margin != 0
     # Two pairs at once or one after the other: the same draws, the same gradient.
-    singly = SETTINGS.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 2})
+    singly = SETTINGS.model_copy(
+        update={"steps": 3, "batch_size": 1, "gradient_accumulation_steps": 2}
+    )
     apart, _ = run(small_folder, store, tmp_path / "singly", Cached(noise_draws=2), singly)
     for one, other in zip(progress, apart, strict=True):
         assert one.report.grad_norm == pytest.approx(other.report.grad_norm, rel=1e-3)
@@ -139,13 +166,10 @@ def test_it_resumes_to_the_same_bytes_and_fills_only_what_is_missing(
     assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
 
 
-def test_another_run_that_fills_the_cache_is_waited_for(
-    small_folder: Path, store: PairStore, tmp_path: Path
-) -> None:
-    run(small_folder, store, tmp_path / "whole", Cached(noise_draws=2))
-    (folder,) = (store.folder / "reference_cache").iterdir()
+def test_another_run_that_fills_the_cache_is_waited_for(filled: PairStore) -> None:
+    (folder,) = (filled.folder / "reference_cache").iterdir()
     manifest = ReferenceCacheManifest.model_validate_json((folder / "manifest.json").read_bytes())
-    cache, draw = ReferenceCache(store, manifest), PairDraw(0, 7)
+    cache, draw = ReferenceCache(filled, manifest), PairDraw(0, 7)
     reports: list[ReferenceCacheReport] = []
     with claim(folder):
         assert not cache.fill([draw], pytest.fail, reports.append, stop=lambda: True)
@@ -226,24 +250,22 @@ def change_manifest(store: PairStore) -> None:
     ],
 )
 def test_a_stale_cache_is_refused(
-    change: object, reason: str, small_folder: Path, store: PairStore, tmp_path: Path
+    change: object, reason: str, small_folder: Path, filled: PairStore, tmp_path: Path
 ) -> None:
-    run(small_folder, store, tmp_path / "run", Cached(noise_draws=1))
-    change(store)  # type: ignore[operator]
+    change(filled)  # type: ignore[operator]
     with pytest.raises(StoreError, match=f"is stale.*{re.escape(reason)}.*Delete that folder"):
-        run(small_folder, store, tmp_path / "again", Cached(noise_draws=1))
+        run(small_folder, filled, tmp_path / "again", Cached(noise_draws=1), ONCE)
 
 
 def test_a_damaged_prediction_is_named(
-    small_folder: Path, store: PairStore, tmp_path: Path
+    small_folder: Path, filled: PairStore, tmp_path: Path
 ) -> None:
-    run(small_folder, store, tmp_path / "run", Cached(noise_draws=1))
-    path = next(store.folder.glob("reference_cache/*/00001-000.safetensors"))
+    path = next(filled.folder.glob("reference_cache/*/00001-000.safetensors"))
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(StoreError, match=r"00001-000.* cannot be read.*Delete that file"):
-        run(small_folder, store, tmp_path / "again", Cached(noise_draws=1))
+        run(small_folder, filled, tmp_path / "again", Cached(noise_draws=1), ONCE)
     path.unlink()
-    run(small_folder, store, tmp_path / "third", Cached(noise_draws=1))
+    run(small_folder, filled, tmp_path / "third", Cached(noise_draws=1), ONCE)
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(
