@@ -32,6 +32,7 @@ def errors(shape: tuple[int, ...], device: torch.device) -> PairErrors:
     frames = shape[2]
     region = torch.zeros(shape[0], 1, *shape[2:], device=device)
     region[..., : shape[-1] // 3] = 1
+    one = torch.ones(shape[0], device=device)
     return PairErrors(
         policy_first=drawn().requires_grad_(),
         policy_second=drawn().requires_grad_(),
@@ -41,6 +42,7 @@ def errors(shape: tuple[int, ...], device: torch.device) -> PairErrors:
         preference=torch.ones(shape[0], frames, device=device),
         region=region,
         strength=torch.full((shape[0],), 0.8, device=device),
+        **dict.fromkeys(("timestep", "signal", "noise", "progress"), one),
     )
 
 

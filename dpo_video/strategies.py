@@ -208,6 +208,16 @@ class ReferenceModel(ABC):
     def network(self) -> AbstractContextManager[nn.Module]:
         """The reference network, valid inside the `with` block only."""
 
+    def after_step(self) -> None:  # noqa: B027 # optional
+        """Called after every optimizer step that changed the policy, in every process."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What changes during a run, saved in its checkpoints; empty by default."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 # optional
+        """Take over a state from a checkpoint, with tensors on the CPU."""
+
 
 # --- the kinds -------------------------------------------------------------------------------
 
@@ -372,17 +382,21 @@ class Loss(Strategy, ABC):
     needs_region: ClassVar[bool] = False
     """Whether it needs pairs whose videos are equal outside a region."""
     compares: ClassVar[bool] = True
-    """Whether it compares the two videos of a pair. False for supervised fine-tuning: its gradient
-    reaches the errors of the chosen video only."""
+    """Whether it compares the two videos of a pair. False for supervised fine-tuning, which sees
+    the chosen video only: the rejected video is not predicted then."""
+    needs_reference: ClassVar[bool] = True
+    """Whether it sees the reference's errors. If False, no reference is made or run."""
     linear_in_mean_error: ClassVar[bool] = False
     """Whether the loss depends on a video's errors by their mean only, so its gradient is the
-    same for all of them. Such a loss can be trained with `memory.backward = linear`."""
+    same for all of them. Such a loss can be trained with `memory.backward = linear`, which takes
+    one forward pass less than `split`. Factors that differ between pairs, such as one that depends
+    on the timestep, are no obstacle; those that differ between frames or elements are."""
 
     def pair_weights(self, preference: Preference) -> PerPair:
         """Weights of the pairs in the mean loss of an optimizer step; equal by default.
 
-        Only their ratios count: they are divided by their mean over all pairs of the step, on all
-        processes.
+        Only their ratios count: times the pairs' own weights (`Pair.weight`), they are divided by
+        their mean over all pairs of the step, on all processes.
         """
         return torch.ones(len(preference))
 
@@ -395,10 +409,16 @@ class Reference(Strategy, ABC):
     """The way the frozen model's predictions are obtained."""
 
     kind: ClassVar[str] = "reference"
+    exact: ClassVar[bool] = True
+    """Whether it predicts the same as the policy at the first step, to the bit, which is checked
+    there. False for a reference that is meant to differ, such as another checkpoint."""
 
     @abstractmethod
-    def attach(self, policy: nn.Module) -> ReferenceModel:
-        """Reference model of a policy, a peft model that trains its adapter only."""
+    def attach(self, policy: nn.Module) -> ReferenceModel | None:
+        """Reference model of a policy, a peft model that trains its adapter only.
+
+        None for no reference: its errors are then taken as 0.
+        """
 
 
 class Metric(Strategy, ABC):

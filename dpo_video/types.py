@@ -139,6 +139,9 @@ class Pair:
     strength: float = 0.0
     """Share of the noise schedule, in (0, 1], that the rejected video was regenerated from
     (LocalDPO's alpha, DenseDPO's eta); 0 if it was not re-noised."""
+    weight: float = 1.0
+    """Weight of the pair in the loss of its optimizer step, above 0: a fraction of votes, a gap of
+    scores, an amount of motion. Only ratios count."""
     context: Context | None = None
     """The encoded prompt with a leading axis of 1, if it came with the pair; None if the model has
     to encode `prompt`."""
@@ -175,7 +178,12 @@ class PairBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class PairErrors:
-    """Elementwise squared errors of policy and reference on both videos, in fp32, for a loss."""
+    """Elementwise squared errors of policy and reference on both videos, in fp32, for a loss.
+
+    Without a reference (`Loss.needs_reference` is False, or the reference `none`) the reference's
+    errors are 0, so that a change of error is the error itself. For a loss that does not compare
+    the videos, all errors of the rejected one are 0.
+    """
 
     policy_first: Latents
     policy_second: Latents
@@ -187,6 +195,16 @@ class PairErrors:
     preference: Preference
     region: Region
     strength: PerPair
+    timestep: PerPair
+    """The timestep of both videos, in the family's unit."""
+    signal: PerPair
+    """Factor of the clean latents at this timestep: `sqrt(abar)`, or `1 - sigma` in flow
+    matching."""
+    noise: PerPair
+    """Factor of the noise: `sqrt(1 - abar)`, or `sigma`."""
+    progress: PerPair
+    """Share of the run's optimizer steps that are done, from 0 to below 1; the same for all
+    pairs."""
 
     @property
     def change_first(self) -> Latents:

@@ -35,6 +35,10 @@ def errors_of(
         preference=torch.tensor([labels]).float(),
         region=ones,
         strength=torch.zeros(1),
+        timestep=torch.full((1,), 500.0),
+        signal=torch.full((1,), 0.5),
+        noise=torch.full((1,), 0.5),
+        progress=torch.zeros(1),
     )
 
 

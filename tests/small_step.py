@@ -12,7 +12,7 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, Reference, VideoModel
 from dpo_video.training.lora import adapt
-from dpo_video.training.objective import PairFigures, figures
+from dpo_video.training.objective import PairFigures, figures, seen_by_losses
 from dpo_video.training.step import Step
 from dpo_video.types import PairBatch, PairErrors
 
@@ -73,7 +73,7 @@ class Bench:
         run = Step(
             model=self.model,
             policy=self.policy,
-            reference_model=self.reference_model,
+            reference_model=self.reference_model if loss.needs_reference else None,
             loss=loss,
             mode=mode,
             backward=backward,
@@ -98,6 +98,8 @@ class Bench:
 
         with torch.no_grad(), self.reference_model.network() as network:
             reference = [signed(network, video) for video in (batch.first, batch.second)]
+        if not loss.needs_reference:
+            reference = [torch.zeros_like(error) for error in reference]
         policy = [signed(self.policy, video) for video in (batch.first, batch.second)]
         errors = PairErrors(
             policy_first=policy[0].square(),
@@ -108,6 +110,7 @@ class Bench:
             preference=batch.preference,
             region=batch.region,
             strength=batch.strength,
+            **seen_by_losses(self.model, timestep),
         )
         (SHARE * loss(errors).loss.mean()).backward()
         return figures(loss, errors)

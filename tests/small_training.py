@@ -14,7 +14,7 @@ from dpo_video.data.store import Manifest, PairStore
 from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
-from dpo_video.strategies import Loss, VideoModel
+from dpo_video.strategies import Loss, Reference, VideoModel
 from dpo_video.training.listeners import Listener
 from dpo_video.training.report import StepEvent
 from dpo_video.training.run import train
@@ -69,6 +69,7 @@ def run(
     settings: TrainSettings = SETTINGS,
     *,
     loss: Loss | None = None,
+    reference: Reference | None = None,
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     accelerator: Accelerator | None = None,
@@ -78,7 +79,7 @@ def run(
             load_small(folder),
             store,
             loss or Region(),
-            Toggle(),
+            reference or Toggle(),
             settings,
             seed=0,
             out=out,

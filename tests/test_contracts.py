@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from dpo_video.loss.global_ import Global
 from dpo_video.loss.segment import Segment
 from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.pairs.jitter import Jitter
+from dpo_video.reference.ema import EMA
 from dpo_video.strategies import (
     Backbone,
     Labeler,
@@ -38,6 +39,8 @@ from dpo_video.strategies import (
     VideoModel,
 )
 from dpo_video.testing import (
+    SteadyLabeler,
+    StridedModel,
     check_backbone,
     check_backbone_model,
     check_labeler,
@@ -48,6 +51,7 @@ from dpo_video.testing import (
     check_reference,
     small_videos,
 )
+from dpo_video.testing.models import _move
 from dpo_video.tiny import WEIGHTS
 from dpo_video.types import Clip, LossOutput, Pair, PairErrors, PairSource, Placement
 
@@ -114,6 +118,17 @@ def test_backbones(name: str, small_folder: Path, tmp_path: Path) -> None:
     if name == "tiny" and not WEIGHTS.is_dir():
         pytest.skip("the embedded model is not trained yet")
     check_backbone_model(backbone.load(Placement()))
+
+
+@pytest.mark.parametrize("name", [n for n in installed("pairs") if n != "folder"])
+def test_pairs_of_latents_that_are_strided_in_time(name: str) -> None:
+    check_pairs(made("pairs", name), StridedModel(), labeler=SteadyLabeler())
+
+
+def test_the_strided_model_and_references_on_it() -> None:
+    check_backbone_model(StridedModel())
+    for name in installed("reference"):
+        check_reference(made("reference", name), StridedModel())
 
 
 def test_the_checks_leave_the_model_as_it_was(small_model: AnimateDiffModel) -> None:
@@ -212,6 +227,7 @@ class Comparing(Loss):
     """Declares that it does not compare, and does."""
 
     compares: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         return Global()(errors)
@@ -263,7 +279,7 @@ class Nameless(Loss):
         (OneSided, "reaches the policy's errors of the second"),
         (NotLinear, "declares linear_in_mean_error"),
         (Comparing, "reaches the errors of the rejected video"),
-        (Referring, "depends on the reference's errors"),
+        (Referring, "Set needs_reference False"),
         (Infinite, "loss that is not finite"),
         (Undocumented, "Undocumented.beta has no docstring"),
         (Nameless, "Nameless has no docstring"),
@@ -324,9 +340,37 @@ class LeftOff(Reference):
         return Bare()
 
 
+class Forgetful(Reference):
+    """Keeps a state that a resumed run does not get back."""
+
+    def attach(self, policy: nn.Module) -> ReferenceModel:
+        class Average(type(EMA().attach(policy))):  # type: ignore[misc]
+            def restore(self, state: Mapping[str, Tensor]) -> None:
+                pass
+
+        return Average(policy, 0.5)
+
+
+class Elsewhere(Reference):
+    """Does not start at the policy, and does not say so."""
+
+    def attach(self, policy: nn.Module) -> ReferenceModel:
+        _move(policy, 3)  # type: ignore[arg-type]
+        handle = EMA().attach(policy)
+        for name, weight in policy.named_parameters():
+            if ".lora_B" in name:
+                weight.data.zero_()
+        return handle
+
+
 @pytest.mark.parametrize(
     ("reference", "sentence"),
-    [(Same, "does not predict what the bare denoiser"), (LeftOff, "also after an error")],
+    [
+        (Same, "does not predict what the bare denoiser"),
+        (LeftOff, "also after an error"),
+        (Forgetful, "take it over in restore"),
+        (Elsewhere, "Set exact False"),
+    ],
 )
 def test_a_broken_reference_is_caught(
     reference: type[Reference], sentence: str, small_model: AnimateDiffModel
@@ -502,8 +546,8 @@ def test_a_labeler_that_keeps_the_contract_passes() -> None:
     [
         (FirstIsBetter, "do not change their sign"),
         (AtLeastAsBright, "prefers one of two identical videos"),
-        (Percent, "labels are not in"),
-        (Whole, "Return one label per segment"),
+        (Percent, "is not in .-1, 1."),
+        (Whole, "Return one label in .-1, 1. per segment"),
         (Careless, "which are not its options"),
     ],
 )

@@ -91,7 +91,7 @@ class TerminalProgress(workflows.Progress):
         """The step's figures above the bar; a line for checkpoints, skips and new verdicts."""
         report = event.report
         self.update("steps", report.step, steps)
-        self._live.update(Group(_figures(report), self._bars))
+        self._live.update(Group(_table(_figures(report)), self._bars))
         if report.skipped:
             self.note(
                 f"Skipped step {report.step}: its loss is {report.loss:.4g} and its gradient norm "
@@ -100,27 +100,34 @@ class TerminalProgress(workflows.Progress):
                 warning=True,
             )
         if event.checkpoint is not None:
-            self.note(
-                f"step {report.step:>5}  loss {report.loss:.4f}  margin {report.margin:+.2e}  "
-                f"accuracy {report.accuracy:.0%}  saved {event.checkpoint}"
-            )
+            figures = _figures(report)
+            shown = ("loss", "margin", "accuracy") if report.compares else ("loss",)
+            text = "".join(f"  {name} {figures[name]}" for name in shown)
+            self.note(f"step {report.step:>5}{text}  saved {event.checkpoint}")
         if verdict.state is not self._state:
             say(verdict_text(verdict))
         self._state = verdict.state
 
 
-def _figures(report: StepReport) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    figures = {
-        "loss": f"{report.loss:.4f}",
+def _figures(report: StepReport) -> dict[str, str]:
+    """The figures that the loss has, by name."""
+    pair = {
         "margin": f"{report.margin:+.2e}",
         "accuracy": f"{report.accuracy:.0%}",
-        "chosen error": f"{report.chosen_change:+.2e}",
         "rejected error": f"{report.rejected_change:+.2e}",
         "gradient factor": f"{report.gradient_factor:.3f}",
+    }
+    return {
+        "loss": f"{report.loss:.4f}",
+        "chosen error": f"{report.chosen_change:+.2e}",
+        **(pair if report.compares else {}),
         "pairs/s": f"{report.pairs_per_second:.2f}",
         "GiB": f"{report.memory_gib:.2f}",
     }
+
+
+def _table(figures: dict[str, str]) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
     for name in figures:
         table.add_column(name, justify="right", min_width=8)
     table.add_row(*figures.values())

@@ -12,7 +12,7 @@ from dpo_video.cli.options import Json, option, takes
 DOES_NOT_FIT = 3  # exit code
 
 
-@takes("recipe", "pairs", "backbone", "loss", "reference", "set", "config", "tier")
+@takes("recipe", "pairs", "backbone", "loss", "reference", "set", "config", "allow_code", "tier")
 def estimate(
     options: dict[str, Any],
     efficiency: Annotated[

@@ -65,7 +65,9 @@ FLAGS: Mapping[str, Any] = {
     "labeler": _strategy("labeler", "Labeler that judges which video is better."),
     "loss": _strategy("loss", "Loss to train with."),
     "reference": _strategy("reference", "Where the reference predictions come from."),
-    "metrics": _strategy("metric", "Metric to evaluate; repeat for more.", list[str]),
+    "metrics": _strategy(
+        "metric", "Metric to evaluate; repeat for more. +NAME adds it to the usual ones.", list[str]
+    ),
     "set": _flag(
         list[str],
         "--set",
@@ -74,6 +76,11 @@ FLAGS: Mapping[str, Any] = {
         metavar="TABLE.OPTION=VALUE",
     ),
     "config": _flag(Path, "--config", "Start from the options of a TOML file, such as a run.toml."),
+    "allow_code": _flag(
+        bool,
+        "--allow-code",
+        "Run the Python files that the run or --config names as strategies; read them first.",
+    ),
     "tier": _flag(
         str,
         "--tier",
@@ -142,8 +149,8 @@ FLAGS: Mapping[str, Any] = {
 """Keyword of a workflow to the flag that gives it."""
 # `config` shows what `train` would run, so that both take exactly these.
 BUILDING = (
-    "recipe", "pairs", "backbone", "labeler", "set", "config", "tier", "seed", "device",
-    "deterministic", "clips", "prompt", "prompts", "count",
+    "recipe", "pairs", "backbone", "labeler", "set", "config", "allow_code", "tier", "seed",
+    "device", "deterministic", "clips", "prompt", "prompts", "count",
 )  # fmt: skip
 TRAINING = (*BUILDING, "loss", "reference", "metrics", "steps", "labels")
 
@@ -180,11 +187,11 @@ def _check_names(options: Mapping[str, Any]) -> None:
     from dpo_video.workflows.recipes import find_recipe
 
     named = [(kind, options.get(kind)) for kind in registry.KINDS]
-    named += [("metric", name) for name in options.get("metrics") or ()]
+    named += [("metric", name.removeprefix("+")) for name in options.get("metrics") or ()]
     named += _names_in(options.get("config"))
     for kind, name in named:
         if isinstance(name, str) and not (kind == "pairs" and registry.is_store(name)):
-            registry.find(kind, name)
+            registry.check_name(kind, name)
     if (tier := options.get("tier")) not in (None, AUTO):
         find_tier(tier)
     if recipe := options.get("recipe"):

@@ -12,9 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dpo_video.data.pair_check import pair_fault
 from dpo_video.data.store import PairStore
 from dpo_video.data.video_writer import write_video
 from dpo_video.errors import UserError
+from dpo_video.registry.returned import wrong
 from dpo_video.settings import BuildSettings
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.support.rng import generator
@@ -78,6 +80,7 @@ def build(
 
     Raises:
         UserError: if a pair is not finite; such a pair is not stored.
+        PluginError: if a pair is not what it must be; it is not stored either.
     """
     store.check_fits(model)
 
@@ -95,8 +98,13 @@ def build(
             return
         drawn = (seed, "pair", index) if clip.seed is None else (clip.seed, "prompt")
         pair = builder(clip, model, labeler, generator(*drawn))
+        # What is not finite may be the model's fault.
+        if fault := pair_fault(pair, model, finite=False):
+            raise wrong(builder, fault)
         context = encode(pair.prompt) if pair.context is None else pair.context
         _check_finite(pair, context, index)
+        if fault := pair_fault(pair, model):
+            raise wrong(builder, fault)
         if not kept:
             store.keep_negative(model.negative_context())
             kept = True

@@ -15,6 +15,7 @@ from rich.table import Table
 from dpo_video.data.labels import Agreement, LabelRecipe, LabelSet, agreement, names
 from dpo_video.data.segments import SECONDS, check_labels, latent_parts, split
 from dpo_video.data.store import PairStore
+from dpo_video.registry.returned import wrong
 from dpo_video.strategies import (
     Labeler,
     LabelResult,
@@ -140,7 +141,12 @@ def _judge(labeler: Labeler, task: StoreTask, pair: int) -> LabelResult:
     first, second = task.videos(pair)
     arguments = [task.prompt(pair)], first[None], second[None], task.segments
     if isinstance(labeler, ReasonedLabeler):
-        return labeler.judge(*arguments)
+        result = labeler.judge(*arguments)
+        if not isinstance(result, LabelResult):
+            raise wrong(labeler, f"returns a {type(result).__name__}, not a LabelResult")
+        if len(result.notes) != 1:
+            raise wrong(labeler, f"returns {len(result.notes)} notes for one pair")
+        return result
     return LabelResult(labels=labeler(*arguments), notes=[""], figures={})
 
 

@@ -40,6 +40,7 @@ class PairRecord:
     """Hash of the pair's tensors, checked when they are read; "" for none."""
     context_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
     """The same of the encoded prompt's."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
 
     @property
     def key(self) -> str:
@@ -58,7 +59,7 @@ class PairRecord:
 
     def line(self) -> bytes:
         """The line in the file, without the line break."""
-        return _ONE.dump_json(self)
+        return _ONE.dump_json(self, exclude={"weight"} if self.weight == 1 else None)
 
 
 BLOCK = 5000  # lines parsed at once; bounds pydantic's temporary memory

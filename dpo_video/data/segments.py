@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_video.errors import UserError
+from dpo_video.registry.returned import checked
 from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.types import Latents, VideoShape
 
@@ -56,14 +56,9 @@ def check_labels(labeler: Labeler, labels: Tensor, segments: int) -> Float[Tenso
     """The labels of one pair in fp32 on the CPU, after a check of what the labeler returned.
 
     Raises:
-        UserError: if they have another shape or leave [-1, 1], as a plugin's may.
+        PluginError: if they have another shape or leave [-1, 1].
     """
-    if labels.shape != (1, segments) or not (labels.isfinite() & (labels.abs() <= 1)).all():
-        raise UserError(
-            f"The labeler {type(labeler).__name__} of {type(labeler).__module__} does not return "
-            f"one number in [-1, 1] for each of {segments} segments of a pair. "
-            "dpo_video.testing.check_labeler tests it."
-        )
+    checked(labeler, f"labels of {segments} segments", labels, (1, segments), within=(-1, 1))
     return labels.float().cpu()
 
 

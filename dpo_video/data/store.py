@@ -234,6 +234,7 @@ class PairStore:
                 preference=tuple(pair.preference.tolist()),
                 latents_hash=_hash(tensors),
                 context_hash=_hash(context),
+                weight=pair.weight,
             )
             write_tensors(self.folder / f"{record.latents_file}.safetensors", tensors)
             append_line(self.folder / "pairs.jsonl", record.line())

@@ -167,6 +167,13 @@ class _Stage:
             self.trained = [p for p in self.policy.parameters() if p.requires_grad]
             if quantization != "native" or on_host:
                 pack_frozen_weights(self.policy, CPU, quantization, on_host=on_host)
+            for each in filter(None, self.references.values()):
+                each.restore(
+                    {
+                        name: torch.empty(value.shape, dtype=value.dtype, device=CPU)
+                        for name, value in each.state().items()
+                    }
+                )
 
     @property
     def trainable(self) -> int:
@@ -206,7 +213,7 @@ class _StepTrace:
         self, stage: _Stage, loss: Loss, mode: MemoryMode, settings: TrainSettings
     ) -> None:
         self.model, self.policy, self.prompt = stage.model, stage.policy, stage.prompt
-        self.reference_model = stage.references[mode.reference]
+        self.reference_model = stage.references[mode.reference] if loss.needs_reference else None
         self.mode, self.settings = mode, settings
         self.step = Step(
             model=self.model,
@@ -218,9 +225,16 @@ class _StepTrace:
             backward=torch.autograd.backward,
             autocast=self._autocast,
         )
-        with self.reference_model.network() as reference:
-            give_tensors(reference, CPU)
-        self.own = nn.Module() if reference is self.policy else reference
+        reference = self.policy
+        if self.reference_model is not None:
+            with self.reference_model.network() as reference:
+                give_tensors(reference, CPU)
+        self.own = reference
+        if reference is self.policy:
+            self.own = nn.Module()  # of what the reference has besides the policy
+            state = {} if self.reference_model is None else self.reference_model.state()
+            for number, value in enumerate(state.values()):
+                self.own.register_buffer(str(number), value)
         self.sharded: list[ShardedBytes] = []
         if mode.shard > 1:
             for network in dict.fromkeys((self.policy, reference)):
@@ -266,8 +280,12 @@ class _StepTrace:
         A copy computes what the policy without its adapter does, on its own weights. A cached
         reference leaves out a forward pass, whose peak lies below that of the step.
         """
+        if self.reference_model is None:
+            return None
         for other in done:
             if other.done is None or not (self.is_a_copy and other.is_a_copy):
+                continue
+            if other.reference_model is None:
                 continue
             traced = other.done
             if self.reference_model.noise_draws is None:
@@ -307,7 +325,8 @@ class _StepTrace:
         gradients = self._gradients_before()
         count = self.settings.batch_size
         batch, noise, timestep = empty_pairs(self.model, self.prompt, count, self.dtype)
-        cached = None if self.reference_model.noise_draws is None else torch.cat([noise, noise])
+        draws = None if self.reference_model is None else self.reference_model.noise_draws
+        cached = None if draws is None else torch.cat([noise, noise])
         # The linear backward pass checks the loss's slopes.
         checks = Memoryless.assumed_true() if self.mode.backward == "linear" else nullcontext()
         with self._choices(), checks:

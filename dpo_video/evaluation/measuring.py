@@ -7,11 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dpo_video.errors import UserError
+from dpo_video.errors import PluginError, UserError
 from dpo_video.evaluation.change import Witness
 from dpo_video.evaluation.verdict import MetricResult, Role
 from dpo_video.evaluation.videos import VideoRecord
 from dpo_video.registry.attribution import plugin_of, sentence
+from dpo_video.registry.returned import checked
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric
 from dpo_video.types import Videos
@@ -96,7 +97,8 @@ class Meters:
                 try:
                     values[ruler.key] = _values(ruler.metric, videos, prompts)
                 except Exception as error:
-                    excused = ruler.witness if isinstance(error, UserError) else plugin is not None
+                    asks = isinstance(error, UserError) and not isinstance(error, PluginError)
+                    excused = ruler.witness if asks else plugin is not None
                     if not excused:
                         raise
                     ruler.error = error
@@ -204,10 +206,9 @@ def _digest(metric: Metric) -> str:
 
 
 def _values(metric: Metric, videos: Videos, prompts: Sequence[str]) -> list[float]:
-    values = [float(value) for value in metric(videos, prompts)]
-    if len(values) != len(videos):
-        raise ValueError(f"{len(values)} values for {len(videos)} videos")
-    return values
+    found = metric(videos, prompts)
+    checked(metric, "values", found, (len(videos),), finite=False)  # those are left out later
+    return [float(value) for value in found]
 
 
 def _failure(ruler: _Ruler, records: Sequence[VideoRecord]) -> str:

@@ -280,14 +280,24 @@ def _curves(reports: Sequence[StepReport]) -> list[_Figure]:
             summary=f"{title} from step {steps[0]} to {steps[-1]}: {ends}.",
         )
 
-    return [
+    last = reports[-1]
+    changes: dict[str, Callable[[StepReport], float]] = {"chosen": lambda r: r.chosen_change}
+    if last.compares:
+        changes["rejected"] = lambda r: r.rejected_change
+    always = [
         curve("loss", "learning below the line", {"loss": lambda r: r.loss}, _start_line(reports)),
         curve(
-            "error against the reference",
+            "error against the reference" if last.reference else "error of the prediction",
             "chosen should not rise",
-            {"chosen": lambda r: r.chosen_change, "rejected": lambda r: r.rejected_change},
-            [(0.0, "")],
+            changes,
+            [(0.0, "")] if last.reference else [],
         ),
+        curve("gradient norm", "before clipping", {"gradient norm": lambda r: r.grad_norm}),
+    ]
+    if not last.compares:
+        return always
+    return [
+        *always[:2],
         curve("margin", "rejected minus chosen error", {"margin": lambda r: r.margin}, [(0.0, "")]),
         curve(
             "gradient factor",
@@ -301,7 +311,7 @@ def _curves(reports: Sequence[StepReport]) -> list[_Figure]:
             {"accuracy": lambda r: r.accuracy, "rejected-dominant": lambda r: r.rejected_dominant},
             [(0.5, "chance")],
         ),
-        curve("gradient norm", "before clipping", {"gradient norm": lambda r: r.grad_norm}),
+        always[2],
     ]
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
 from dpo_video.errors import UserError
+from dpo_video.registry.returned import checked
 from dpo_video.strategies import Labeler, LabelerFactory, LabelResult, Metric, ReasonedLabeler
 from dpo_video.types import PerPair, Videos
 
@@ -105,13 +106,11 @@ class Measuring(ReasonedLabeler):
     def _values(
         self, names: Iterable[str], prompts: Sequence[str], first: Videos, second: Videos
     ) -> dict[str, tuple[PerPair, PerPair]]:
-        return {
-            name: (
-                self.metrics[name](first, prompts).float().cpu(),
-                self.metrics[name](second, prompts).float().cpu(),
-            )
-            for name in names
-        }
+        def measured(name: str, videos: Videos) -> PerPair:
+            metric = self.metrics[name]
+            return checked(metric, "values", metric(videos, prompts), (len(videos),)).float().cpu()
+
+        return {name: (measured(name, first), measured(name, second)) for name in names}
 
     def decide(
         self,

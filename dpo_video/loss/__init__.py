@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from dpo_video.loss.global_ import Global as Global
     from dpo_video.loss.hinge import Hinge as Hinge
     from dpo_video.loss.ipo import IPO as IPO
+    from dpo_video.loss.kto import KTO as KTO
+    from dpo_video.loss.mapo import MaPO as MaPO
+    from dpo_video.loss.poly import Poly as Poly
     from dpo_video.loss.region import Region as Region
     from dpo_video.loss.robust import Robust as Robust
     from dpo_video.loss.sdpo import SDPO as SDPO

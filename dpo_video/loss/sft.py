@@ -20,12 +20,12 @@ class SFT(Loss):
     al. 2020, arXiv 2006.11239, Eq. 14). The majority of a pair's frames decides which video is
     chosen; an even pair has no gradient.
 
-    Neither the rejected video nor the reference enters the loss or its gradient. Training predicts
-    them all the same, so that margin, accuracy and changes of error are reported as for the loss
-    `global`. Logits stay 0, since the loss has no slope on the margin.
+    Neither the rejected video nor the reference is predicted, so that a step costs about a third of
+    one of the loss `global`, and no margin and no accuracy are reported.
     """
 
     compares: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
     linear_in_mean_error: ClassVar[bool] = True
 
     sft_weight: float = Field(default=1.0, gt=0)

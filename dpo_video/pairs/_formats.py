@@ -53,6 +53,7 @@ class VideoPair(Clip):
     """1 where the videos may differ; None for everywhere."""
     labels: Float[Tensor, " s"] | None
     """Per segment, +1 where the chosen video is better; None for +1 everywhere."""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ class VideoFiles:
     rejected: Path
     mask: Path | None = None
     labels: tuple[float, ...] | None = None
+    weight: float = 1.0
 
     @property
     def paths(self) -> list[Path]:
@@ -111,6 +113,7 @@ class VideoFiles:
             rejected=rejected,
             mask=mask,
             labels=labels,
+            weight=self.weight,
         )
 
 
@@ -195,9 +198,10 @@ class Listing:
         return count_types(path for pair in videos for path in (pair.chosen, pair.rejected))
 
     def fingerprint(self, shape: VideoShape) -> str:
-        """A hash of names, sizes, prompts and labels; independent of the folder's location."""
+        """A hash of names, sizes, prompts, labels and weights, but not of the folder's location."""
         pairs = [
             [pair.name, pair.prompt, getattr(pair, "labels", None), *map(stored_bytes, pair.paths)]
+            + [w for w in [getattr(pair, "weight", 1.0)] if w != 1]
             for pair in self.pairs
         ]
         text = json.dumps([asdict(shape), pairs, self.slow_down])
@@ -291,6 +295,7 @@ class _Line(BaseModel):
     prompt: str | None = Field(default=None, min_length=1)
     mask: str | None = None
     labels: tuple[Annotated[float, Field(ge=-1, le=1)], ...] | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
 
 
 _COLUMNS = _Line.model_fields.keys() | {"win", "lose"}
@@ -343,6 +348,7 @@ def _read_line(
         rejected=rejected,
         mask=None if read.mask is None else _found(files, read.mask, MASK_SUFFIXES),
         labels=read.labels,
+        weight=read.weight,
     )
 
 

@@ -29,16 +29,17 @@ class Folder(SuppliedPairs):
         mine/chosen/dog.mp4    mine/rejected/dog.webm    mine/chosen/dog.txt
 
     JSON Lines: `path` is a .jsonl file with one pair per line; its paths are relative to the file.
-    `prompt`, `mask` and `labels` are optional; `win` and `lose` may stand for `chosen` and
-    `rejected`:
+    `prompt`, `mask`, `labels` and `weight` are optional; `win` and `lose` may stand for `chosen`
+    and `rejected`:
 
-        {"chosen": "a.mp4", "rejected": "b.mp4", "prompt": "a dog runs"}
+        {"chosen": "a.mp4", "rejected": "b.mp4", "prompt": "a dog runs", "weight": 0.9}
         {"chosen": "c.mp4", "rejected": "d.mp4", "mask": "d.png", "labels": [1, 0]}
 
     `mask` is a picture or a video, white where the rejected video is worse. Outside of it the
     rejected video takes the chosen one's latents, so that the loss "region" sees only the
     difference. `labels` has a number in [-1, 1] for every segment of `seconds`: 1 where the chosen
-    video is better, 0 for a tie, -1 where it is worse; by default it is better everywhere.
+    video is better, 0 for a tie, -1 where it is worse; by default it is better everywhere. `weight`
+    is the pair's weight in the loss, such as a fraction of votes; only ratios count.
 
     Latents: `path` holds Video-DPO's files pair_00000.pt with the tensors `latents_w` and
     `latents_l` [c f h w] and `prompt_embeds` [1 tokens channels]. The same backbone must have
@@ -107,6 +108,7 @@ class Folder(SuppliedPairs):
             region=region,
             prompt=clip.caption,
             source=clip.name,
+            weight=clip.weight if isinstance(clip, VideoPair) else 1.0,
             context=clip.context if isinstance(clip, LatentPair) else None,
         )
 

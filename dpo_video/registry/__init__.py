@@ -15,7 +15,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from dpo_video.errors import PluginError, unknown
+from dpo_video.errors import PluginError, UserError, unknown
+from dpo_video.registry import local
 from dpo_video.registry.entry_points import Entry, entries
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _OURS = "dpo_video."
 # Keys with a fixed meaning in the tables of run.toml.
 _RESERVED = {"name": "the strategy's name", "store": "a folder of finished pairs"}
 _SESSION: dict[tuple[str, str], type[Strategy]] = {}
+_TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?(?:e-?\d+)?)\*)?(?P<name>[A-Za-z_][\w:-]*)")
 KINDS = ("pairs", "labeler", "loss", "reference", "metric", "backbone")
 
 
@@ -85,6 +87,8 @@ def is_store(name: str) -> bool:
 
     A folder that has the name of a strategy does not hide the strategy.
     """
+    if local.is_file(name):
+        return False
     return "/" in name or (name not in named("pairs") and Path(name, "store.json").exists())
 
 
@@ -95,23 +99,78 @@ def load(kind: str, name: str) -> type[Strategy]:
         UserError: for an unknown kind or name.
         PluginError: for a name that several packages use, or a plugin that is broken.
 
-    A built-in strategy hides a plugin's of the same name; `package:name` chooses that one.
+    A built-in strategy hides a plugin's of the same name; `package:name` chooses that one. The name
+    of a loss may be a sum, such as `global+0.1*sft`.
     """
+    if local.is_file(name):
+        if kind in ("backbone", "metric"):
+            raise UserError(
+                f"A {kind} cannot be a class in a file, because a finished run is used with it. "
+                f"Write a package: dpo-video new {kind} NAME"
+            )
+        loaded = local.load(name)
+        entry = Entry(kind=kind, name=loaded.__name__, value="", distribution=name)
+        if fault := _fault(loaded, check_kind(kind), entry):
+            raise PluginError(f"The {kind} '{name}' {fault}")
+        return loaded
+    if kind == "loss" and _is_sum(name):
+        from dpo_video.registry.sums import sum_of
+
+        return sum_of(name)
     if name not in named(check_kind(kind)) and (kind, name) in _SESSION:
         return _SESSION[kind, name]
     entry = find(kind, name)
     try:
         loaded = entry.load()
     except (Exception, SystemExit) as error:  # a plugin's import may do anything
+        reason = "" if isinstance(error, PluginError) else f"{type(error).__name__}: "
         raise PluginError(
             f"The {kind} '{name}' of {entry.distribution} cannot be imported "
-            f"({type(error).__name__}: {error}). Repair or uninstall that package; all other "
+            f"({reason}{error}). Repair or uninstall that package; all other "
             "strategies still work."
         ) from error
     if fault := _fault(loaded, kind, entry):
         raise PluginError(f"The {kind} '{name}' of {entry.distribution} {fault}")
     strategy: type[Strategy] = loaded
     return strategy
+
+
+def terms(name: str) -> dict[str, float]:
+    """The weights by loss of a name such as `global+0.1*sft`; 1 for the name of one loss.
+
+    Raises:
+        UserError: for a name that is no sum of different losses.
+    """
+    found = [_TERM.fullmatch(part.strip()) for part in name.split("+")]
+    weights = {term["name"]: float(term["weight"] or 1) for term in found if term}
+    if len(weights) < len(found) or not all(weights.values()):
+        raise UserError(
+            f"'{name}' is no sum of losses. Write each loss once, with a weight above 0: "
+            "--loss global+0.1*sft"
+        )
+    return weights
+
+
+def _is_sum(name: str) -> bool:
+    return "+" in name or "*" in name
+
+
+def short_name(name: str) -> str:
+    """A name for folders: of a class in a file that of the class, without signs."""
+    name = name.rpartition(":")[2] if local.is_file(name) else name
+    return name.replace("*", "x").replace(":", "-")
+
+
+def check_name(kind: str, name: str) -> None:
+    """Refuse a name that `load` would not know; nothing is imported.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if local.is_file(name):
+        return
+    for part in terms(name) if kind == "loss" and _is_sum(name) else [name]:
+        find(kind, part)
 
 
 def strategy(kind: str, name: str, **options: Any) -> Any:
@@ -131,6 +190,8 @@ def name_of(strategy: Strategy) -> str:
     name for this session only: no other process can repeat or evaluate its runs.
     """
     cls = type(strategy)
+    if (name := getattr(cls, "registered_name", None)) is not None:  # a sum of losses
+        return str(name)
     for entry in entries():
         if (entry.kind, entry.attr) == (strategy.kind, cls.__qualname__) and (
             entry.module == cls.__module__ or entry.load() is cls
@@ -216,6 +277,11 @@ def named(kind: str) -> dict[str, list[Entry]]:
     return found
 
 
+def note(entry: Entry) -> str:
+    """Why the plain name of an entry point does not choose it; "" if it does."""
+    return _note(entry, named(entry.kind)[entry.name])
+
+
 def _note(entry: Entry, same: list[Entry]) -> str:
     """What a list says of an entry point whose plain name does not choose it."""
     if not entry.can_be_typed:
@@ -249,6 +315,8 @@ def _fault(loaded: Any, kind: str, entry: Entry) -> str:
     secrets = {*loaded.secrets, *loaded.secrets.values()}
     if strays := sorted(secrets - loaded.model_fields.keys()):
         return f"lists '{strays[0]}' in its secrets, which is none of its options."
+    if "kind" in loaded.model_fields:
+        return "has an option 'kind', which is the kind of a strategy. Remove it."
     reserved = {"name", "store"} if kind == "pairs" else {"name"}
     if clash := sorted(reserved & loaded.model_fields.keys()):
         return (

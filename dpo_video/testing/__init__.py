@@ -18,12 +18,22 @@ from dpo_video.testing.contracts import (
     check_options,
     check_pairs,
 )
-from dpo_video.testing.inputs import PREFERENCES, SMALL_CHANGE, random_errors, small_videos, swapped
+from dpo_video.testing.inputs import (
+    PREFERENCES,
+    SMALL_CHANGE,
+    SteadyLabeler,
+    random_errors,
+    small_videos,
+    swapped,
+)
 from dpo_video.testing.models import check_backbone, check_backbone_model, check_reference
+from dpo_video.testing.strided import StridedModel
 
 __all__ = [
     "PREFERENCES",
     "SMALL_CHANGE",
+    "SteadyLabeler",
+    "StridedModel",
     "check_backbone",
     "check_backbone_model",
     "check_labeler",

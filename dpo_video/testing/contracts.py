@@ -13,7 +13,9 @@ import torch
 from pydantic import BaseModel
 from torch import Generator
 
+from dpo_video.data.pair_check import pair_fault
 from dpo_video.errors import UserError
+from dpo_video.registry.returned import tensor_fault
 from dpo_video.strategies import (
     AnyLabeler,
     Labeler,
@@ -35,12 +37,13 @@ from dpo_video.testing.inputs import (
     small_videos,
     swapped,
 )
-from dpo_video.testing.laws import close, law, pure, same
+from dpo_video.testing.laws import close, contract, law, pure, same
 from dpo_video.tiny.scenes import spread_captions
 from dpo_video.training.objective import figures
 from dpo_video.types import Clip, LossOutput, Pair, PairErrors
 
 
+@contract
 def check_options(strategy: Strategy) -> None:
     """Check that the options are frozen and documented, and survive a TOML file."""
     model = type(strategy)
@@ -74,6 +77,11 @@ def _check_fields(model: type[BaseModel], name: str) -> None:
         config.get("extra") == "forbid",
         f"{name} accepts unknown options, so a typo would go unnoticed.",
     )
+    law(
+        "kind" not in model.model_fields,
+        f"{name} has an option 'kind', which is the kind of the strategy. Leave it out, or declare "
+        "it as a ClassVar.",
+    )
     for option, field in model.model_fields.items():
         law(
             (field.description or "").strip(),
@@ -85,13 +93,26 @@ def _check_fields(model: type[BaseModel], name: str) -> None:
             _check_fields(nested, f"{name}.{option}")
 
 
+@contract
 def check_loss(loss: Loss) -> None:
-    """Check that it is a pure function of the errors, pair by pair, whatever the videos' order."""
+    """Check that it is a pure function of the errors, pair by pair, whatever the videos' order.
+
+    A loss with `needs_reference = False` gets reference errors of 0, as in training, and its margin
+    need not be 0 for a policy that equals its reference.
+    """
     check_options(loss)
     name = type(loss).__name__
     count = len(PREFERENCES)
     errors = replace(
         random_errors(pairs=count, full_region=False, change=SMALL_CHANGE), preference=PREFERENCES
+    )
+    if not loss.needs_reference:  # as in training
+        none = torch.zeros_like(errors.reference_first)
+        near = (errors.policy_first + errors.policy_second - errors.reference_second).abs()
+        errors = replace(errors, policy_second=near, reference_first=none, reference_second=none)
+    law(
+        loss.compares or not loss.needs_reference,
+        f"{name} declares compares False, so that no reference is run. Set needs_reference False.",
     )
     with pure(name, *vars(errors).values()):
         output, again = loss(errors), loss(errors)
@@ -100,12 +121,15 @@ def check_loss(loss: Loss) -> None:
         f"{name} returns a {type(output).__name__}. Return a LossOutput.",
     )
     for figure, value in vars(output).items():
+        fault = tensor_fault(value, (count,))
         law(
-            value.shape == (count,),
-            f"{name}'s {figure} has the shape {tuple(value.shape)} for {count} pairs. Average over "
-            "every axis but the first.",
+            not fault,
+            f"{name} gives a {figure} that {fault}. Average over every axis but the first.",
         )
-        law(value.isfinite().all(), f"{name} gives {figure} that is not finite.")
+        law(
+            value.dtype == torch.float32,
+            f"{name} gives a {figure} in {value.dtype}. Keep the errors' type, torch.float32.",
+        )
         law(
             torch.equal(value, vars(again)[figure]),
             f"{name}'s {figure} differs between two calls on the same errors. A loss must be "
@@ -122,7 +146,7 @@ def check_loss(loss: Loss) -> None:
         replace(errors, policy_first=errors.reference_first, policy_second=errors.reference_second)
     )
     law(
-        (still.margin == 0).all(),
+        not loss.needs_reference or (still.margin == 0).all(),
         f"{name}'s margin is not exactly 0 for a policy that equals its reference. Training would "
         "stop at its first step.",
     )
@@ -208,12 +232,6 @@ def _check_gradients(loss: Loss, errors: PairErrors) -> None:
                 f"{name} declares linear_in_mean_error, but its gradient differs between the "
                 f"errors of the {which} video. Leave linear_in_mean_error False.",
             )
-    moved = loss(replace(decided, reference_first=decided.reference_second))
-    law(
-        loss.compares or torch.equal(moved.loss, loss(decided).loss),
-        f"{name} declares compares False, but depends on the reference's errors. Leave compares "
-        "True.",
-    )
     for value in (decided.reference_first, decided.reference_second):
         law(
             not value.requires_grad and value.grad is None,
@@ -221,6 +239,7 @@ def _check_gradients(loss: Loss, errors: PairErrors) -> None:
         )
 
 
+@contract
 def check_pairs(
     builder: PairBuilder,
     model: VideoModel,
@@ -286,33 +305,9 @@ def _first_supplied(builder: SuppliedPairs, model: VideoModel, name: str) -> Cli
 
 
 def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
-    _, *cells = model.latent_shape
-    shapes = {
-        "first": model.latent_shape,
-        "second": model.latent_shape,
-        "preference": (cells[0],),
-        "region": (1, *cells),
-    }
-    for part, shape in shapes.items():
-        value = vars(pair)[part]
-        law(
-            value.shape == shape,
-            f"{name}'s {part} has the shape {tuple(value.shape)}, not {tuple(shape)}.",
-        )
-        law(value.isfinite().all(), f"{name}'s {part} is not finite.")
-        law(value.device.type == "cpu", f"{name}'s {part} is not on the CPU, where pairs are kept.")
-    law(pair.preference.abs().max() <= 1, f"{name}'s preference is not in [-1, 1].")
-    law(
-        ((pair.region == 0) | (pair.region == 1)).all(),
-        f"{name}'s region has values other than 0 and 1.",
-    )
-    outside = (pair.region == 0).expand_as(pair.first)
-    law(
-        torch.equal(pair.first[outside], pair.second[outside]),
-        f"{name}'s videos differ outside their region. Copy one's latents there.",
-    )
+    fault = pair_fault(pair, model)
+    law(not fault, f"{name} {fault}.")
     law((pair.first != pair.second).any(), f"{name}'s two videos are the same.")
-    law(0 <= pair.strength <= 1, f"{name}'s strength is {pair.strength}, not in [0, 1].")
     law(pair.prompt and pair.source, f"{name}'s pair has no prompt or no source.")
     if pair.context is not None:
         encoded = model.encode_prompts([pair.prompt])
@@ -324,6 +319,7 @@ def _check_pair(pair: Pair, model: VideoModel, name: str) -> None:
         )
 
 
+@contract
 def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
     """Check that it gives one finite number per video, whatever else is in the batch.
 
@@ -349,12 +345,12 @@ def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
         videos = small_videos(len(prompts), frames)
         with pure(name, videos):
             values, again = metric(videos, prompts), metric(videos, prompts)
+        fault = tensor_fault(values, (len(prompts),))
         law(
-            values.shape == (len(prompts),),
-            f"{name} returns the shape {tuple(values.shape)} for {len(prompts)} videos of {frames} "
-            "frames. Return one number per video.",
+            not fault,
+            f"{name} returns something that {fault}, for {len(prompts)} videos of {frames} frames. "
+            "Return one number per video.",
         )
-        law(values.isfinite().all(), f"{name} is not finite on videos of {frames} frames.")
         law(torch.equal(values, again), f"{name} gives different numbers for the same videos.")
         alone = [metric(videos[i : i + 1], prompts[i : i + 1]) for i in range(len(prompts))]
         law(
@@ -366,6 +362,7 @@ def check_metric(metric: Metric, prompts: Sequence[str] | None = None) -> None:
         law(metric(video, prompts).isfinite().all(), f"{name} is not finite on {what}.")
 
 
+@contract
 def check_labeler(
     labeler: AnyLabeler,
     prompts: Sequence[str] | None = None,
@@ -399,12 +396,12 @@ def check_labeler(
     with pure(name, first, second):
         labels = labeler(prompts, first, second, segments)
         again = labeler(prompts, first, second, segments)
+    fault = tensor_fault(labels, (count, len(segments)), within=(-1, 1))
     law(
-        labels.shape == (count, len(segments)),
-        f"{name} returns the shape {tuple(labels.shape)} for {count} pairs of {len(segments)} "
-        "segments. Return one label per segment.",
+        not fault,
+        f"{name} returns something that {fault}, for {count} pairs of {len(segments)} segments. "
+        "Return one label in [-1, 1] per segment.",
     )
-    law(labels.isfinite().all() and labels.abs().max() <= 1, f"{name}'s labels are not in [-1, 1].")
     law(torch.equal(labels, again), f"{name} gives different labels for the same videos.")
     law(
         close(labeler(prompts, second, first, segments), -labels),

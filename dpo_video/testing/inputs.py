@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from dpo_video.strategies import VideoModel
+from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.tiny.scenes import spread_captions
 from dpo_video.types import Clip, PairErrors, Videos
 
@@ -56,6 +57,10 @@ def random_errors(
         preference=torch.ones(pairs, 4),
         region=region,
         strength=torch.full((pairs,), 0.75),
+        timestep=torch.linspace(100, 900, pairs),
+        signal=torch.linspace(0.9, 0.1, pairs),
+        noise=torch.linspace(0.1, 0.9, pairs),
+        progress=torch.full((pairs,), 0.5),
     )
 
 
@@ -85,6 +90,22 @@ def small_videos(
     drifting = torch.stack([texture[..., t : t + width] for t in range(frames)], dim=2)
     grain = 0.02 * torch.randn(drifting.shape, generator=generator)
     return (drifting + grain).clamp(0, 1)
+
+
+class SteadyLabeler(Labeler):
+    """Prefers the video that changes less from frame to frame, for pair builders that need one."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Videos, second: Videos, segments: Sequence[slice]
+    ) -> Float[Tensor, "b s"]:
+        """+1 where the first video changes less."""
+        change = [
+            torch.stack(
+                [video[:, :, part].diff(dim=2).abs().sum(dim=(1, 2, 3, 4)) for part in segments]
+            )
+            for video in (first, second)
+        ]
+        return (change[1] - change[0]).sign().T
 
 
 def random_clip(model: VideoModel) -> Clip:

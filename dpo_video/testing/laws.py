@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
+from dpo_video.errors import UserError
+from dpo_video.text import one_line
 from dpo_video.types import Pair
+
+Given = ParamSpec("Given")
+
+
+def contract(check: Callable[Given, None]) -> Callable[Given, None]:
+    """Turn whatever a strategy raises while it is checked into an AssertionError with a sentence.
+
+    A UserError, such as a missing key of an API, is left as it is.
+    """
+
+    @functools.wraps(check)
+    def checked(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        try:
+            check(*args, **kwargs)
+        except (AssertionError, UserError):
+            raise
+        except Exception as error:
+            name = type(next(iter((*args, *kwargs.values())))).__name__
+            raise AssertionError(
+                f"{name} fails on the inputs of its contract "
+                f"({one_line(f'{type(error).__name__}: {error}')}). The traceback above says where."
+            ) from error
+
+    return checked
 
 
 def law(holds: Any, sentence: str) -> None:

@@ -11,19 +11,21 @@ from peft import PeftModel
 from torch import Generator, Tensor, nn
 
 from dpo_video.settings import TrainSettings
-from dpo_video.strategies import Backbone, Reference, VideoModel
+from dpo_video.strategies import Backbone, Reference, ReferenceModel, VideoModel
 from dpo_video.support.formatting import counted
 from dpo_video.testing.contracts import check_options
 from dpo_video.testing.inputs import latent_noise, small_videos
-from dpo_video.testing.laws import close, in_unit, law, pure
+from dpo_video.testing.laws import close, contract, in_unit, law, pure
 from dpo_video.tiny.scenes import spread_captions
 from dpo_video.training.lora import adapt
 
 
+@contract
 def check_reference(reference: Reference, model: VideoModel) -> None:
-    """Check that it predicts what the denoiser without an adapter does, and restores the policy.
+    """Check that it starts as the policy does, leaves the policy as it was, and can be resumed.
 
-    The model has no adapter afterwards.
+    A reference without a state must always predict what the denoiser without an adapter does. The
+    model has no adapter afterwards.
     """
     check_options(reference)
     name = type(reference).__name__
@@ -36,22 +38,41 @@ def check_reference(reference: Reference, model: VideoModel) -> None:
         return model.predict(network, noisy, timestep, context)
 
     bare = predicted(model.denoiser)
+
+    def seen_by(handle: ReferenceModel) -> Tensor:
+        with handle.network() as network:
+            return predicted(network)
+
     with _adapted(model) as policy:
         reference_model = reference.attach(policy)
+        if reference_model is None:
+            return
+        law(
+            isinstance(reference_model, ReferenceModel),
+            f"{name}.attach returns a {type(reference_model).__name__}, no ReferenceModel.",
+        )
         law(
             reference_model.noise_draws is None or reference_model.noise_draws >= 1,
             f"{name} has {reference_model.noise_draws} noise_draws. Set None for a new draw per "
             "visit, or a number above 0.",
         )
+        start = seen_by(reference_model)
+        law(
+            not reference.exact or torch.equal(start, bare),
+            f"{name} does not predict what the policy does before its first step. Set exact False "
+            "if it is meant to differ.",
+        )
         for seed in (1, 2):  # the adapter after one step, and after two
+            before = {key: value.clone() for key, value in reference_model.state().items()}
+            predicts = seen_by(reference_model)
             _move(policy, seed)
             adapted, trainable = predicted(policy), _trainable(policy)
-            with reference_model.network() as network:
-                seen = predicted(network)
             law(
-                torch.equal(seen, bare),
+                torch.equal(seen_by(reference_model), predicts),
                 f"{name} does not predict what the bare denoiser does. Remove the adapter and "
-                "nothing else.",
+                "nothing else."
+                if not before
+                else f"{name} changes when the policy does. Change it in after_step alone.",
             )
             reached = False
             with suppress(_InterruptedError), reference_model.network():
@@ -67,12 +88,27 @@ def check_reference(reference: Reference, model: VideoModel) -> None:
                 _trainable(policy) == trainable,
                 f"The set of trainable weights changes after {name} was used.",
             )
+            reference_model.after_step()
+            law(
+                torch.equal(predicted(policy), adapted),
+                f"{name}'s after_step changes the policy.",
+            )
+        moved = seen_by(reference_model)
+        resumed = reference.attach(policy)
+        assert resumed is not None
+        resumed.restore({key: value.cpu() for key, value in reference_model.state().items()})
+        law(
+            torch.equal(seen_by(resumed), moved) or not (reference.exact or before),
+            f"{name} does not predict the same after a resume. Return all that changes during a "
+            "run by state, and take it over in restore.",
+        )
 
 
 class _InterruptedError(Exception):
     """An error inside the `with` block."""
 
 
+@contract
 def check_backbone(backbone: Backbone) -> None:
     """Check what a backbone declares without being loaded: guards, prompts and clips."""
     check_options(backbone)
@@ -101,6 +137,7 @@ def check_backbone(backbone: Backbone) -> None:
             law(in_unit(clip.video), f"{name}'s clips leave [0, 1].")
 
 
+@contract
 def check_backbone_model(model: VideoModel) -> None:
     """Check shapes, ranges, determinism, sampling in a region, and the adapter's targets."""
     name = type(model).__name__
@@ -179,6 +216,21 @@ def _check_diffusion(model: VideoModel, clean: Tensor) -> None:
     for what, value in (("noisy latents", noisy), ("target", target), ("prediction", prediction)):
         law(value.shape == clean.shape, f"{name}'s {what} have the shape {tuple(value.shape)}.")
         law(value.isfinite().all(), f"{name}'s {what} are not finite.")
+    with torch.no_grad():
+        one = model.predict(
+            model.denoiser, noisy[:1], timestep[:1], {k: v[:1] for k, v in context.items()}
+        )
+    law(
+        close(one, prediction[:1], 1e-2),
+        f"{name}'s prediction for a video depends on the other videos of its batch.",
+    )
+    one = torch.ones(2, 1, 1, 1, 1, device=clean.device)
+    signal, scale = (model.add_noise(*each, timestep) for each in ((one, 0 * one), (0 * one, one)))
+    law(
+        close(signal * clean + scale * noise, noisy, 1e-3),
+        f"{name}'s add_noise is not a sum of the latents and the noise, each times a factor of the "
+        "timestep, or depends on the latents' size.",
+    )
     alone = [
         model.add_noise(clean[i : i + 1], noise[i : i + 1], timestep[i : i + 1]) for i in (0, 1)
     ]

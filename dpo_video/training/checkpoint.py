@@ -25,7 +25,7 @@ from torch import nn
 from dpo_video.data.store import PairStore
 from dpo_video.errors import RunError
 from dpo_video.paths import is_inside
-from dpo_video.strategies import VideoModel
+from dpo_video.strategies import ReferenceModel, VideoModel
 from dpo_video.support.atomic import sync, write_text
 from dpo_video.support.hashing import file_digest, tensors_digest
 from dpo_video.support.reading import open_regular, read_bytes
@@ -245,6 +245,7 @@ def write_checkpoint(
     fingerprint: RunFingerprint,
     scaler: Any,
     options: Mapping[str, Any] | None = None,
+    reference: ReferenceModel | None = None,
 ) -> None:
     """Write a checkpoint under another name, rename it, then update `latest`."""
     partial = folder.with_name(f".partial-{folder.name}")
@@ -255,6 +256,7 @@ def write_checkpoint(
         "optimizer": optimizer.state_dict(),
         "rng": global_states(),
         "scaler": None if scaler is None else scaler.state_dict(),
+        "reference": {} if reference is None else dict(reference.state()),
     }
     save_state(partial / "state.safetensors", state)
     write_manifest(partial, progress.step, fingerprint, options)
@@ -281,8 +283,14 @@ def drop_checkpoints(out: Path, step: int, limit: int | None) -> None:
         shutil.rmtree(partial)
 
 
-def restore(checkpoint: Checkpoint, policy: PeftModel, optimizer: Any, scaler: Any) -> TrainState:
-    """Load a checkpoint into a run's adapter, optimizer, loss scaler and generators.
+def restore(
+    checkpoint: Checkpoint,
+    policy: PeftModel,
+    optimizer: Any,
+    scaler: Any,
+    reference: ReferenceModel | None = None,
+) -> TrainState:
+    """Load a checkpoint into a run's adapter, optimizer, loss scaler, generators and reference.
 
     Files that agree with their manifest were written by this program for this run: if they do not
     load, that is a bug, and keeps its traceback.
@@ -301,6 +309,8 @@ def restore(checkpoint: Checkpoint, policy: PeftModel, optimizer: Any, scaler: A
     if scaler is not None and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     set_global_states(state["rng"])
+    if reference is not None and (saved := state.get("reference")):
+        reference.restore(saved)
     return TrainState(**{name: state[name] for name in ("step", "position", "skipped")})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -38,6 +38,8 @@ EXPLODED_LOSS = 10.0
 EXPLODED_CHANGE = 0.5
 """Rise of a mean squared error. Targets (epsilon, v, velocity) have a variance of 1 to 2, so a
 network that predicts nothing has an error of about 1."""
+EXPLODED_ERROR = 3.0
+"""A mean squared error, where no reference tells its rise."""
 CLEAR = 2.0
 """Standard errors that a mean must be away from zero to count as such."""
 
@@ -72,16 +74,20 @@ class Diagnosis:
     rejected_dominant (more steps do harm), saturated (more steps change nothing), not_moving.
     """
 
-    def __init__(self, steps: int | None = None) -> None:
+    def __init__(
+        self, steps: int | None = None, *, options: Collection[str] = ("beta", "sft_weight")
+    ) -> None:
         """Start without reports.
 
         Args:
             steps: How many the run will have. With it, a run is not called "not moving" before a
                 quarter of them; without, it is judged as if it ended now.
+            options: Names of the loss's options. No other is named in the advice.
         """
-        self._steps = steps
+        self._steps, self._options = steps, frozenset(options)
         self._count, self._peak_lr = 0, 0.0
         self._logits = self._margins = 0.0
+        self._first: list[StepReport] = []
         self._window: deque[StepReport] = deque(maxlen=WINDOW)
         self._recent: deque[tuple[float, StepReport]] = deque(maxlen=SHORT)
         self._start = math.nan
@@ -101,6 +107,8 @@ class Diagnosis:
             self._margins += abs(report.margin)
         if self._nonfinite is None and not _is_finite(report):
             self._nonfinite = report
+        if len(self._first) < WINDOW:
+            self._first.append(report)
         self._window.append(report)
         self._recent.append((self._excess(report), report))
         if self._onset is None and self._exceeds:
@@ -124,22 +132,21 @@ class Diagnosis:
         # Warm-up and the first steps are flat in every run, and slow settings stay so for long.
         planned = self._steps or self._count
         patient = self._count < min(planned, max(2 * WINDOW, planned // 4))
-        if view.slope == 0:
-            return _fine_tuning(view, patient=patient)
-        if view.chosen_is_worse:
-            return _rejected_dominant(view)
+        if not self._window[-1].reference:
+            start = _View.of(self._first, start=self._start, slope=self._slope, lr=self._peak_lr)
+            if view.factor >= DEAD:
+                return _without_reference(view, start, compares=self._window[-1].compares)
+        elif view.chosen_is_worse:
+            return _rejected_dominant(view, self._options)
         if view.factor < DEAD:
-            return _saturated(view)
+            return _saturated(view, self._options)
         if not view.moved and not patient:
-            return _not_moving(view)
+            return _not_moving(view, self._options)
         return _healthy(view)
 
     @property
     def _slope(self) -> float:
-        """Logits per margin: twice the loss's slope at margin 0, `beta` for a sigmoid loss.
-
-        It is 0 for a loss that does not compare the videos.
-        """
+        """Logits per margin: twice the loss's slope at margin 0, `beta` for a sigmoid loss."""
         return float(self._logits / self._margins) if self._margins else 1.0
 
     @property
@@ -151,9 +158,9 @@ class Diagnosis:
         if not _is_finite(report):
             return math.inf
         rise = max(report.chosen_change, report.rejected_change)
-        # The loss of fine-tuning is an error itself, which follows the timesteps that were drawn.
-        loss = report.loss if self._slope else 0.0
-        return max(loss / (EXPLODED_LOSS * self._initial_loss), rise / EXPLODED_CHANGE)
+        if not report.reference:  # the loss may be an error too, which follows the timesteps
+            return rise / EXPLODED_ERROR
+        return max(report.loss / (EXPLODED_LOSS * self._initial_loss), rise / EXPLODED_CHANGE)
 
     @property
     def _exceeds(self) -> bool:
@@ -193,15 +200,23 @@ class Diagnosis:
             f"({brief(self._initial_loss)} at the start), and the chosen error has changed by "
             f"{_signed(last.chosen_change)}, the rejected error by "
             f"{_signed(last.rejected_change)} against the reference; a network that predicts "
-            "nothing has an error of about 1.",
+            "nothing has an error of about 1."
+            if last.reference
+            else f"Training diverged at step {first.step}: the chosen error is "
+            f"{brief(last.chosen_change)}; a network that predicts nothing has about 1.",
             change=f"Lower train.learning_rate ({_less(lr)} instead of {option(lr)}) and start "
             f"again, or resume from a checkpoint well before step {first.step}.",
         )
 
 
-def judge_training(reports: Iterable[StepReport], *, steps: int | None = None) -> TrainingVerdict:
-    """Judge a run by all of its reports, oldest first; `steps` as for `Diagnosis`."""
-    diagnosis = Diagnosis(steps)
+def judge_training(
+    reports: Iterable[StepReport],
+    *,
+    steps: int | None = None,
+    options: Collection[str] = ("beta", "sft_weight"),
+) -> TrainingVerdict:
+    """Judge a run by all of its reports, oldest first; arguments as for `Diagnosis`."""
+    diagnosis = Diagnosis(steps, options=options)
     for report in reports:
         diagnosis.add(report)
     return diagnosis.verdict()
@@ -283,33 +298,45 @@ class _View:
         )
 
 
-def _fine_tuning(view: _View, *, patient: bool) -> TrainingVerdict:
-    """Judge by the chosen error alone, since the loss does not compare the videos."""
-    changes = (
-        f"chosen error {_signed(view.chosen.mean)}, rejected {_signed(view.rejected)} against the "
-        "reference"
-    )
-    falls = view.chosen.mean <= -LEARNED and view.chosen.mean < -CLEAR * view.chosen.error
-    if falls or patient:
-        return TrainingVerdict(
-            state=TrainingState.HEALTHY,
-            step=view.step,
-            seen=f"Fine-tuning on the chosen videos: {changes}.",
-            change="No change needed.",
+def _without_reference(view: _View, start: _View, *, compares: bool) -> TrainingVerdict:
+    """Judge by the errors themselves, against those of the first steps.
+
+    They follow the timesteps that were drawn, so that only a clear rise is told.
+    """
+
+    def both(now: float, before: float, form: Callable[[float], str] = brief) -> str:
+        return f"{form(now)} ({form(before)} over the first {WINDOW} steps)"
+
+    seen = f"chosen error {both(view.chosen.mean, start.chosen.mean)}"
+    if compares:
+        seen += (
+            f", rejected {both(view.rejected, start.rejected)}, reward accuracy "
+            f"{both(view.accuracy, start.accuracy, '{:.0%}'.format)}"
         )
-    way = f"Lower train.learning_rate ({_less(view.lr)}"
-    if not view.chosen.is_clearly_positive:
-        way = f"Raise train.steps or train.learning_rate ({_more(view.lr)}"
+    rise = view.chosen.mean - start.chosen.mean
+    if rise > CLEAR * math.hypot(view.chosen.error, start.chosen.error):
+        return TrainingVerdict(
+            state=TrainingState.REJECTED_DOMINANT if compares else TrainingState.NOT_MOVING,
+            step=view.step,
+            seen=f"The chosen videos are predicted worse: {seen}.",
+            change=f"Lower train.learning_rate ({_less(view.lr)} instead of {option(view.lr)}) or "
+            "train.steps.",
+        )
     return TrainingVerdict(
-        state=TrainingState.NOT_MOVING,
+        state=TrainingState.HEALTHY,
         step=view.step,
-        seen=f"Fine-tuning on the chosen videos does not lower their error: {changes}.",
-        change=f"{way} instead of {option(view.lr)}).",
+        seen=f"{seen[0].upper()}{seen[1:]}.",
+        change="No change needed; without a reference these errors vary with the timesteps, so "
+        "judge the run by its evaluation.",
     )
 
 
-def _rejected_dominant(view: _View) -> TrainingVerdict:
+def _rejected_dominant(view: _View, options: Collection[str]) -> TrainingVerdict:
     weight = 10 ** round(math.log10(max(view.slope * view.factor, 1.0)))
+    pull = (
+        f", or set loss.sft_weight to about {weight} (it must balance the loss's slope times the "
+        "gradient factor)"
+    )
     return TrainingVerdict(
         state=TrainingState.REJECTED_DOMINANT,
         step=view.step,
@@ -318,12 +345,11 @@ def _rejected_dominant(view: _View) -> TrainingVerdict:
         f"{view.accuracy:.0%} while {view.dominant:.0%} of pairs owe it to the rejected error "
         "alone.",
         change=f"Lower train.learning_rate ({_less(view.lr)} instead of {option(view.lr)}) or "
-        f"train.steps, or set loss.sft_weight to about {weight} if the loss has one (it must "
-        "balance beta times the gradient factor).",
+        f"train.steps{pull if 'sft_weight' in options else ''}.",
     )
 
 
-def _saturated(view: _View) -> TrainingVerdict:
+def _saturated(view: _View, options: Collection[str]) -> TrainingVerdict:
     # The beta at which the margin reached would give logits of 1; for a loss with a target (hinge,
     # ipo), one that asks for a few times the margin.
     divisor = option(_round(max(view.logits.mean, 2.0)))
@@ -333,11 +359,13 @@ def _saturated(view: _View) -> TrainingVerdict:
         seen=f"The gradient factor is {view.factor:.3f}, of 0.5 at the start, at logits of "
         f"{brief(view.logits.mean)}: the loss is satisfied and hardly changes the policy.",
         change=f"To change the videos further, lower loss.beta to about 1/{divisor} of its value; "
-        "otherwise fewer train.steps give the same result.",
+        "otherwise fewer train.steps give the same result."
+        if "beta" in options
+        else "Fewer train.steps give the same result.",
     )
 
 
-def _not_moving(view: _View) -> TrainingVerdict:
+def _not_moving(view: _View, options: Collection[str]) -> TrainingVerdict:
     # Either the margins are tiny, or they cancel.
     if view.logits.error >= view.least:
         return TrainingVerdict(
@@ -357,8 +385,13 @@ def _not_moving(view: _View) -> TrainingVerdict:
         # AdamW divides the gradient by its own size, so while the loss is flat a larger beta
         # alone does not make the steps longer.
         change=f"Raise train.learning_rate ({_more(view.lr)} instead of {option(view.lr)}) or "
-        "train.steps first, since AdamW's steps do not grow with beta while the loss is flat; then "
-        "loss.beta.",
+        "train.steps"
+        + (
+            " first, since AdamW's steps do not grow with beta while the loss is flat; then "
+            "loss.beta."
+            if "beta" in options
+            else "."
+        ),
     )
 
 

@@ -143,6 +143,7 @@ class CheckpointWriter(Listener):
                 run.fingerprint,
                 run.accelerator.scaler,
                 run.options,
+                run.reference_model,
             )
             drop_checkpoints(run.out, run.state.step, run.settings.save_total_limit)
 

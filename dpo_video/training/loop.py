@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dpo_video.data.store import PairStore
 from dpo_video.settings import MemorySettings, TrainSettings
-from dpo_video.strategies import VideoModel
+from dpo_video.strategies import ReferenceModel, VideoModel
 from dpo_video.support.rng import global_states, set_global_states
 from dpo_video.training.checkpoint import RunFingerprint, TrainState
 from dpo_video.training.meter import Meter, check_first_step, nonfinite_pairs
@@ -56,6 +56,9 @@ class Run:
     fingerprint: RunFingerprint
     options: Mapping[str, Any]
     """The run's options by path, for the checkpoints."""
+    reference_model: ReferenceModel | None = None
+    starts_as_reference: bool = True
+    """Whether policy and reference must predict the same at the first step."""
     state: TrainState = TrainState()  # noqa: RUF009 - it is frozen
     seconds: float = 0.0
     """Seconds of training before this process resumed it."""
@@ -74,7 +77,10 @@ def optimize(
     """
     settings, accelerator, optimizer = run.settings, run.accelerator, run.optimizer
     parameters = [p for p in run.policy.parameters() if p.requires_grad]
-    meter = Meter(accelerator, run.state.step, settings.steps, run.seconds)
+    meter = Meter(
+        accelerator, run.state.step, settings.steps, run.seconds,
+        compares=gradient.loss.compares, reference=gradient.reference_model is not None,
+    )  # fmt: skip
     scaling = LossScaling(accelerator)
     passes = settings.gradient_accumulation_steps
     averages = isinstance(run.network, DistributedDataParallel) and gradient.mode == "joint"
@@ -102,6 +108,7 @@ def optimize(
                         reference_prediction=pairs.reference_prediction,
                         weight=pairs.weight,
                         loss_scale=1 / passes,
+                        progress=step / settings.steps,
                     )
                 )
             keys += pairs.batch.keys
@@ -112,10 +119,12 @@ def optimize(
         grad_norm = float(accelerator.clip_grad_norm_(parameters, settings.max_grad_norm))
         report = meter.report(step + 1, figures, grad_norm, optimizer.param_groups[0]["lr"])
         finite, nonfinite = math.isfinite(report.loss), list[str]()
-        if step == 0 and finite:
+        if step == 0 and finite and run.starts_as_reference:
             check_first_step(figures)
         if finite and scaling.accepts(grad_norm):
             optimizer.step()
+            if run.reference_model is not None:
+                run.reference_model.after_step()
         else:
             nonfinite = nonfinite_pairs(figures, keys, report, accelerator)
             scaling.skip()

@@ -19,9 +19,22 @@ from dpo_video.training.report import StepReport
 class Meter:
     """Makes the reports of a run, and measures its time."""
 
-    def __init__(self, accelerator: Accelerator, step: int, steps: int, before: float) -> None:
-        """Start at `step` of `steps`, of which those so far took `before` seconds."""
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        step: int,
+        steps: int,
+        before: float,
+        *,
+        compares: bool = True,
+        reference: bool = True,
+    ) -> None:
+        """Start at `step` of `steps`, of which those so far took `before` seconds.
+
+        `compares` and `reference` are those of the reports.
+        """
         self._accelerator, self._first, self._steps = accelerator, step, steps
+        self._compares, self._reference = compares, reference
         self._before = before
         self._run_start = self._step_start = time.monotonic()
 
@@ -49,6 +62,8 @@ class Meter:
             memory_gib=_peak_memory(self._accelerator.device) / 2**30,
             seconds=self._before + seconds,
             eta_seconds=(self._steps - step) * seconds / (step - self._first),
+            compares=self._compares,
+            reference=self._reference,
         )
 
 

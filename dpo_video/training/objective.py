@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dpo_video.errors import TrainingError
 from dpo_video.memory.compile import without_graph
+from dpo_video.registry.returned import checked, wrong
 from dpo_video.strategies import Loss, ReferenceModel, VideoModel
 from dpo_video.types import (
     Context,
@@ -54,23 +54,58 @@ def noised(model: VideoModel, batch: PairBatch, noise: Latents, timestep: PerPai
     )
 
 
+def seen_by_losses(
+    model: VideoModel, timestep: PerPair, progress: float = 0.0
+) -> dict[str, PerPair]:
+    """The fields of `PairErrors` that say at which timesteps and when in the run errors were made.
+
+    `add_noise` is linear, so its factors are those of ones and zeros.
+    """
+    one = torch.ones(len(timestep), 1, 1, 1, 1, device=timestep.device)
+    return {
+        "timestep": timestep,
+        "signal": model.add_noise(one, 0 * one, timestep).flatten(),
+        "noise": model.add_noise(0 * one, one, timestep).flatten(),
+        "progress": torch.full_like(timestep, progress),
+    }
+
+
+def no_errors(like: Latents) -> Latents:
+    """Errors of 0 in fp32, which take no memory."""
+    return torch.zeros((), device=like.device).expand_as(like)
+
+
+def predicted(model: VideoModel, network: nn.Module, inputs: Inputs) -> Latents:
+    """The prediction of a network.
+
+    Raises:
+        PluginError: if it does not have the target's shape.
+    """
+    found = model.predict(network, inputs.noisy, inputs.timestep, inputs.context)
+    return checked(model, "predictions", found, inputs.target.shape, finite=False)
+
+
 def reference_predictions(
     model: VideoModel, reference_model: ReferenceModel, inputs: Inputs
 ) -> Latents:
     """Predictions of the reference, without a graph."""
-    with reference_model.network() as reference, without_graph(reference):
-        return model.predict(reference, inputs.noisy, inputs.timestep, inputs.context).detach()
+    with reference_model.network() as reference:
+        if not isinstance(reference, nn.Module):
+            raise wrong(reference_model, f"yields a {type(reference).__name__}, not a network")
+        with without_graph(reference):
+            return predicted(model, reference, inputs).detach()
 
 
 def pair_errors(
     model: VideoModel,
     policy: nn.Module,
-    reference_model: ReferenceModel,
+    reference_model: ReferenceModel | None,
     batch: PairBatch,
     noise: Latents,
     timestep: PerPair,
     *,
     reference_prediction: Float[Tensor, "2*b c f h w"] | None = None,
+    progress: float = 0.0,
 ) -> PairErrors:
     """Squared errors of policy and reference on both videos, in fp32.
 
@@ -81,22 +116,28 @@ def pair_errors(
     Args:
         model: The model family.
         policy: The network being trained.
-        reference_model: The frozen network it is compared with.
+        reference_model: The frozen network it is compared with; None for errors of 0.
         batch: The pairs.
         noise: One draw per pair.
         timestep: One draw per pair.
         reference_prediction: Cached predictions of the reference, made pair by pair. The reference
             then does not run, and the policy runs pair by pair too, because the last bits of a
             prediction depend on the batch size.
+        progress: Share of the run's optimizer steps that are done.
     """
     inputs = noised(model, batch, noise, timestep)
-    if reference_prediction is None:
+    cached = reference_prediction is not None
+    if reference_model is not None and not cached:
         reference_prediction = reference_predictions(model, reference_model, inputs)
-        prediction = model.predict(policy, inputs.noisy, inputs.timestep, inputs.context)
-    else:
+    if cached:
         prediction = _pair_by_pair(model, policy, inputs)
+    else:
+        prediction = predicted(model, policy, inputs)
     first, second = signed_errors(prediction, inputs).chunk(2)
-    reference_first, reference_second = signed_errors(reference_prediction, inputs).chunk(2)
+    if reference_prediction is None:
+        reference_first = reference_second = no_errors(first)
+    else:
+        reference_first, reference_second = signed_errors(reference_prediction, inputs).chunk(2)
     return PairErrors(
         policy_first=first.square(),
         policy_second=second.square(),
@@ -106,6 +147,43 @@ def pair_errors(
         preference=batch.preference,
         region=batch.region,
         strength=batch.strength,
+        **seen_by_losses(model, timestep, progress),
+    )
+
+
+def chosen_errors(
+    model: VideoModel,
+    policy: nn.Module,
+    batch: PairBatch,
+    noise: Latents,
+    timestep: PerPair,
+    *,
+    progress: float = 0.0,
+) -> PairErrors:
+    """Squared errors of the policy on the chosen videos, for a loss that sees nothing else.
+
+    The arguments are those of `pair_errors`.
+    """
+    first_is_chosen = (batch.preference.sum(dim=1) >= 0).view(-1, 1, 1, 1, 1)
+    clean = torch.where(first_is_chosen, batch.first, batch.second)
+    inputs = Inputs(
+        noisy=model.add_noise(clean, noise, timestep),
+        timestep=timestep,
+        context=batch.context,
+        target=model.target(clean, noise, timestep),
+    )
+    errors = signed_errors(predicted(model, policy, inputs), inputs).square()
+    none = no_errors(errors)
+    return PairErrors(
+        policy_first=torch.where(first_is_chosen, errors, none),
+        policy_second=torch.where(first_is_chosen, none, errors),
+        reference_first=none,
+        reference_second=none,
+        policy_product=none,
+        preference=batch.preference,
+        region=batch.region,
+        strength=batch.strength,
+        **seen_by_losses(model, timestep, progress),
     )
 
 
@@ -123,8 +201,7 @@ def _pair_by_pair(model: VideoModel, network: nn.Module, inputs: Inputs) -> Late
     count = len(inputs.timestep) // 2
     parts = []
     for pair in range(count):
-        both = inputs.only([pair, count + pair])
-        parts.append(model.predict(network, both.noisy, both.timestep, both.context))
+        parts.append(predicted(model, network, inputs.only([pair, count + pair])))
     return torch.cat([*(part[:1] for part in parts), *(part[1:] for part in parts)])
 
 
@@ -159,31 +236,42 @@ def loss_of(loss: Loss, errors: PairErrors) -> LossOutput:
     """The loss of every pair.
 
     Raises:
-        TrainingError: if the output is not a LossOutput of one value per pair, or its margin has no
-            gradient.
+        PluginError: if the output is not a LossOutput of one value per pair, or its loss or margin
+            has no gradient.
     """
     output = loss(errors)
-    name, count = f"{type(loss).__name__} of {type(loss).__module__}", len(errors.preference)
-    given = vars(output) if isinstance(output, LossOutput) else {type(output).__name__: None}
-    for figure, value in given.items():
-        if not (isinstance(value, Tensor) and value.shape == (count,)):
-            raise TrainingError(
-                f"The loss {name} does not return one '{figure}' per pair. Return a LossOutput "
-                "without a mean over the pairs; dpo_video.testing.check_loss checks it."
-            )
-    if errors.policy_first.requires_grad and not output.margin.requires_grad:
-        raise TrainingError(
-            f"The margin of the loss {name} has no gradient. Compute it from the policy's errors "
-            "without detach; dpo_video.testing.check_loss checks it."
-        )
+    if not isinstance(output, LossOutput):
+        raise wrong(loss, f"returns a {type(output).__name__}, not a LossOutput")
+    device = errors.preference.device.type
+    for figure, value in vars(output).items():  # values that are not finite skip the step
+        checked(loss, f"a {figure}", value, (len(errors.preference),), finite=False, device=device)
+        if value.dtype != errors.policy_first.dtype:
+            raise wrong(loss, f"returns a {figure} in {str(value.dtype).removeprefix('torch.')}")
+    if errors.policy_first.requires_grad:
+        for figure in ("loss", "margin"):
+            if not vars(output)[figure].requires_grad:
+                raise wrong(loss, f"returns a {figure} without a gradient")
     return output
 
 
 def figures(loss: Loss, errors: PairErrors) -> PairFigures:
     """What the loss does at these errors, and at those of a policy that equals its reference.
 
-    Both slopes are `d loss / d margin` by autograd on the errors: no network runs.
+    Both slopes are `d loss / d margin` by autograd on the errors: no network runs. A loss that does
+    not compare the videos has no margin: all figures but its value and the chosen video's error
+    are those of margin 0.
     """
+    if not loss.compares:
+        output = loss_of(loss, errors)
+        none = torch.zeros_like(output.loss.detach())
+        return PairFigures(
+            loss=output.loss.detach(),
+            margin=none,
+            logits=none,
+            gradient_factor=none + 0.5,
+            chosen_change=output.chosen_change.detach(),
+            rejected_change=none,
+        )
     output, slope = _slope(loss, errors)
     _, initial = _slope(
         loss,

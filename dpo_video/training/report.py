@@ -43,31 +43,41 @@ class StepReport(Record):
     """Seconds of training so far, without the time between an interruption and resuming."""
     eta_seconds: float
     """Expected seconds to the end."""
+    compares: bool = True
+    """Whether the loss compares the two videos. If not, only the chosen video is predicted: margin,
+    logits and the rejected change are 0, accuracy and gradient factor 0.5."""
+    reference: bool = True
+    """Whether there is a reference. If not, the changes of error are the policy's errors."""
     skipped: bool = False
     """Whether the weights stayed the same because the loss or the gradient was not finite."""
 
     def tracked(self) -> dict[str, float]:
         """The figures under TRL's names, for trackers.
 
-        A reward is the negative change of error. Unlike TRL's it is not multiplied by beta.
+        A reward is the negative change of error. Unlike TRL's it is not multiplied by beta. Figures
+        that the loss does not have are left out.
         """
-        return {
+        figures = {
             "loss": self.loss,
             "grad_norm": self.grad_norm,
             "learning_rate": self.lr,
-            "rewards/chosen": -self.chosen_change,
-            "rewards/rejected": -self.rejected_change,
-            "rewards/margins": self.margin,
-            "rewards/accuracies": self.accuracy,
             "errors/chosen": self.chosen_change,
-            "errors/rejected": self.rejected_change,
-            "logits": self.logits,
-            "gradient_factor": self.gradient_factor,
-            "rejected_dominant": self.rejected_dominant,
             "pairs_per_second": self.pairs_per_second,
             "memory_gib": self.memory_gib,
             "skipped": float(self.skipped),
         }
+        if self.compares:
+            figures |= {
+                "rewards/chosen": -self.chosen_change,
+                "rewards/rejected": -self.rejected_change,
+                "rewards/margins": self.margin,
+                "rewards/accuracies": self.accuracy,
+                "errors/rejected": self.rejected_change,
+                "logits": self.logits,
+                "gradient_factor": self.gradient_factor,
+                "rejected_dominant": self.rejected_dominant,
+            }
+        return figures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,9 @@ from dpo_video.data.store import PairStore
 from dpo_video.memory.compile import check_compile
 from dpo_video.memory.fsdp import shard_frozen_weights
 from dpo_video.memory.modes import apply_memory_modes
+from dpo_video.registry.returned import wrong
 from dpo_video.settings import MemorySettings, TrainSettings
-from dpo_video.strategies import Loss, Reference, VideoModel
+from dpo_video.strategies import Loss, Reference, ReferenceModel, VideoModel
 from dpo_video.support.rng import derive
 from dpo_video.training.checkpoint import (
     Checkpoint,
@@ -95,7 +96,8 @@ def train(
     Raises:
         TrainingError: if all pairs are ties or lack what the loss needs, if the loss does not
             support `memory.backward`, if a block cannot be compiled, at a first step whose margin
-            is not exactly 0, and when more than `settings.skips` steps were not finite.
+            is not exactly 0 although the reference is exact, and when more than `settings.skips`
+            steps were not finite.
         RunError: if there is nothing to resume, or the reference or the pairs have changed.
     """
     store.check_fits(model)
@@ -118,11 +120,15 @@ def train(
     random.seed(derive(seed, "python"))
     np.random.seed(derive(seed, "numpy") % 2**32)
     apply_memory_modes(policy, memory)
-    reference_model = reference.attach(policy)
+    reference_model = reference.attach(policy) if loss.needs_reference else None
+    if not isinstance(reference_model, (ReferenceModel, type(None))):
+        raise wrong(reference, f"attaches a {type(reference_model).__name__}, no ReferenceModel")
     if memory.shard > 1:
-        with reference_model.network() as own:
-            # The base model: validation videos call it without the policy around it.
-            networks = [policy.get_base_model(), *([] if own is policy else [own])]
+        # The base model: validation videos call it without the policy around it.
+        networks = [policy.get_base_model()]
+        if reference_model is not None:
+            with reference_model.network() as own:
+                networks += [] if own is policy else [own]
         shard_frozen_weights(
             networks, memory.shard, accelerator.device, on_host="blocks" in memory.offload
         )
@@ -147,14 +153,17 @@ def train(
         model=model, store=store, policy=policy, network=network, optimizer=optimizer,
         settings=settings, memory=memory, accelerator=accelerator, out=out, fingerprint=fingerprint,
         options=options or {},
+        reference_model=reference_model,
+        starts_as_reference=reference_model is not None and reference.exact,
     )  # fmt: skip
     if checkpoint:
         check_unchanged(checkpoint, fingerprint)
-        run.state = restore(checkpoint, policy, optimizer, accelerator.scaler)
+        run.state = restore(checkpoint, policy, optimizer, accelerator.scaler, reference_model)
         before = [each for each in read_log(out) if each.step <= run.state.step]
         run.seconds = before[-1].seconds if before else 0.0
     cache = None
-    if reference_model.noise_draws is not None:
+    noise_draws = None if reference_model is None else reference_model.noise_draws
+    if noise_draws is not None:
         with accelerator.main_process_first():
             manifest = ReferenceCacheManifest.of(
                 model,
@@ -168,7 +177,7 @@ def train(
     on_ready(run.state.step)
     sampler = PairSampler(
         model, store, pairs, loss, settings, seed=seed, accelerator=accelerator, state=run.state,
-        noise_draws=reference_model.noise_draws, cache=cache,
+        noise_draws=noise_draws, cache=cache,
     )  # fmt: skip
     agreed = _agreed(stop, accelerator)
     if run.state.step < settings.steps and not sampler.fill_cache(

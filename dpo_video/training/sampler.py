@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_video.data.segments import latent_parts, split
 from dpo_video.data.store import PairStore
 from dpo_video.errors import TrainingError
+from dpo_video.registry.returned import checked
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, VideoModel
 from dpo_video.support.rng import generator
@@ -130,6 +131,9 @@ class PairSampler:
         self._model, self._store, self._pairs, self._settings = model, store, pairs, settings
         self._seed, self._accelerator, self._loss = seed, accelerator, loss
         self.noise_draws, self._cache, self._start = noise_draws, cache, state
+        self._weighs = type(loss).pair_weights is not Loss.pair_weights or any(
+            store.records[pair].weight != 1 for pair in pairs
+        )
         # A step does not wait for the disk or the network.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pairs")
         self._pending: Future[StepInputs] | None = None
@@ -210,16 +214,17 @@ class PairSampler:
 
     def _weights(self, step: int, first: int) -> PerPair | None:
         """Weights of the pairs of one forward pass, which starts at the position `first`."""
-        if type(self._loss).pair_weights is Loss.pair_weights:
+        if not self._weighs:
             return None
         start = self.position(step)
-        preference = torch.stack(
-            [
-                self._store.preference(self.draw_at(position).pair)
-                for position in range(start, self.position(step + 1))
-            ]
-        )
-        weights = self._loss.pair_weights(preference)
+        pairs = [self.draw_at(each).pair for each in range(start, self.position(step + 1))]
+        weights = checked(
+            self._loss,
+            "weights of pairs",
+            self._loss.pair_weights(torch.stack([self._store.preference(pair) for pair in pairs])),
+            (len(pairs),),
+            within=(0, torch.inf),
+        ) * torch.tensor([self._store.records[pair].weight for pair in pairs])
         return (weights / weights.mean())[first - start :][: self._settings.batch_size]
 
     def _load(self, draws: Sequence[PairDraw]) -> StepInputs:
@@ -228,7 +233,8 @@ class PairSampler:
         for draw in draws:
             source = generator(self._seed, "draw", draw.pair, draw.draw)
             noises.append(torch.randn(self._model.latent_shape, generator=source))
-            timesteps.append(self._model.sample_timesteps(1, source))
+            drawn = self._model.sample_timesteps(1, source)
+            timesteps.append(checked(self._model, "timesteps", drawn, (1,), device="cpu"))
         noise = torch.stack(noises).to(batch.first.dtype)
         return StepInputs(batch=batch, noise=noise, timestep=torch.cat(timesteps))
 

@@ -19,11 +19,15 @@ from dpo_video.strategies import Loss, ReferenceModel, VideoModel
 from dpo_video.training.objective import (
     Inputs,
     PairFigures,
+    chosen_errors,
     figures,
     loss_of,
+    no_errors,
     noised,
     pair_errors,
+    predicted,
     reference_predictions,
+    seen_by_losses,
     signed_errors,
 )
 from dpo_video.types import Latents, PairBatch, PairErrors, PerPair
@@ -45,12 +49,15 @@ class Step:
 
     joint: one forward pass for both videos of all pairs, and one backward pass. split: the graph of
     one video at a time, for one more forward pass per pair. linear: the graph of one video at a
-    time without that pass, for losses that are functions of mean errors.
+    time without that pass, for losses that are functions of mean errors. For a loss that sees the
+    chosen video only, joint has one graph for the chosen videos of all pairs, and both others one
+    per pair.
     """
 
     model: VideoModel
     policy: nn.Module
-    reference_model: ReferenceModel
+    reference_model: ReferenceModel | None
+    """None if the loss needs none, or compares with none."""
     loss: Loss
     mode: Literal["joint", "split", "linear"] = "joint"
     backward: Callable[[Tensor], None] = Tensor.backward
@@ -72,6 +79,7 @@ class Step:
         reference_prediction: Float[Tensor, "2*b c f h w"] | None = None,
         weight: PerPair | None = None,
         loss_scale: float = 1.0,
+        progress: float = 0.0,
     ) -> PairFigures:
         """Add the gradient of `loss_scale` times the mean loss to the policy's gradients.
 
@@ -84,32 +92,43 @@ class Step:
             reference_prediction: Cached predictions of the reference, made by `reference`.
             weight: Weights of the pairs in the mean; None for equal ones.
             loss_scale: Weight of this batch in its optimizer step.
+            progress: Share of the run's optimizer steps that are done.
         """
         count = len(batch.first)
         if weight is None:
             weight = torch.ones(count, device=noise.device)
         if self.mode == "joint":
-            errors = self._joint(batch, noise, timestep, reference_prediction, weight * loss_scale)
+            errors = self._joint(
+                batch, noise, timestep, reference_prediction, weight * loss_scale, progress
+            )
             return figures(self.loss, errors).weighted(weight)
         one_pair = self._split if self.mode == "split" else self._linear
         parts = []
         for pair in range(count):
             rows = slice(pair, pair + 1)
             mine = _only(batch, rows)
+            scale = weight[rows] * loss_scale / count
+            if not self.loss.compares:
+                errors = self._joint(mine, noise[rows], timestep[rows], None, scale, progress)
+                parts.append(figures(self.loss, errors))
+                continue
             both = noised(self.model, mine, noise[rows], timestep[rows])
             inputs = both.only([0]), both.only([1])
-            if reference_prediction is None:
-                predicted = self._reference(inputs[0]), self._reference(inputs[1])
+            if self.reference_model is None:
+                reference = no_errors(inputs[0].target), no_errors(inputs[1].target)
             else:
-                predicted = (
-                    reference_prediction[rows],
-                    reference_prediction[count + pair : count + pair + 1],
-                )
-            reference = (
-                signed_errors(predicted[0], inputs[0]), signed_errors(predicted[1], inputs[1])
-            )  # fmt: skip
-            scale = weight[pair] * loss_scale / count
-            parts.append(one_pair(_Pair(mine, inputs, reference, scale)))
+                if reference_prediction is None:
+                    predicted = self._reference(inputs[0]), self._reference(inputs[1])
+                else:
+                    predicted = (
+                        reference_prediction[rows],
+                        reference_prediction[count + pair : count + pair + 1],
+                    )
+                reference = (
+                    signed_errors(predicted[0], inputs[0]), signed_errors(predicted[1], inputs[1])
+                )  # fmt: skip
+            seen = seen_by_losses(self.model, timestep[rows], progress)
+            parts.append(one_pair(_Pair(mine, inputs, reference, seen, scale)))
         return PairFigures.cat(parts).weighted(weight)
 
     def reference(
@@ -139,15 +158,14 @@ class Step:
             parameter.grad = gradient.copy_(part.view_as(gradient))
 
     def _reference(self, inputs: Inputs) -> Latents:
+        assert self.reference_model is not None
         with self.autocast():
             return reference_predictions(self.model, self.reference_model, inputs)
 
     def _signed(self, inputs: Inputs) -> Latents:
         # A separate autocast: one that has run without a graph caches casts without a graph.
         with self.autocast():
-            prediction = self.model.predict(
-                self.policy, inputs.noisy, inputs.timestep, inputs.context
-            )
+            prediction = predicted(self.model, self.policy, inputs)
         return signed_errors(prediction, inputs)
 
     def _joint(
@@ -157,17 +175,24 @@ class Step:
         timestep: PerPair,
         reference_prediction: Float[Tensor, "2*b c f h w"] | None,
         scale: PerPair,
+        progress: float,
     ) -> PairErrors:
         with self.autocast():
-            errors = pair_errors(
-                self.model,
-                self.policy,
-                self.reference_model,
-                batch,
-                noise,
-                timestep,
-                reference_prediction=reference_prediction,
-            )
+            if self.loss.compares:
+                errors = pair_errors(
+                    self.model,
+                    self.policy,
+                    self.reference_model,
+                    batch,
+                    noise,
+                    timestep,
+                    reference_prediction=reference_prediction,
+                    progress=progress,
+                )
+            else:
+                errors = chosen_errors(
+                    self.model, self.policy, batch, noise, timestep, progress=progress
+                )
         self.backward((loss_of(self.loss, errors).loss * scale).mean())
         return errors
 
@@ -235,7 +260,9 @@ class _Pair:
     inputs: tuple[Inputs, Inputs]
     reference: tuple[Latents, Latents]
     """The signed errors of the reference."""
-    loss_scale: Tensor
+    seen: dict[str, PerPair]
+    """At which timestep, and when in the run, the errors are made."""
+    loss_scale: PerPair
     """Weight of the pair in its optimizer step."""
 
     def slopes(
@@ -251,9 +278,10 @@ class _Pair:
             preference=self.batch.preference,
             region=self.batch.region,
             strength=self.batch.strength,
+            **self.seen,
         )
         of_first, of_second = torch.autograd.grad(
-            loss_of(loss, errors).loss.mean() * self.loss_scale,
+            (loss_of(loss, errors).loss * self.loss_scale).mean(),
             (errors.policy_first, errors.policy_second),
             materialize_grads=True,
         )

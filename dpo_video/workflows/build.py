@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
+from dpo_video import registry
 from dpo_video.data.audit_checks import cut_prompts
 from dpo_video.data.build import Worker, wanted
 from dpo_video.data.build import build as build_engine
@@ -138,7 +139,9 @@ def obtain_pairs(
         total = resumed.manifest.fingerprint.count
         settings = settings.model_copy(update={"count": total})
     if not exact:
-        names = f"{config.tables['pairs']['name']}-{config.tables['backbone']['name']}"
+        names = "-".join(
+            registry.short_name(config.tables[kind]["name"]) for kind in ("pairs", "backbone")
+        )
         folder /= f"{names}-{manifest.key}"
     if (folder / "store.json").exists():
         store = PairStore(folder)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from dpo_video import registry
 from dpo_video.errors import UserError, fault_reason, unknown
 from dpo_video.paths import absolute
+from dpo_video.registry import local
 from dpo_video.registry.attribution import made_by
 from dpo_video.settings import (
     BuildSettings,
@@ -109,6 +110,8 @@ class Config:
         """The installed version of each main package, and of those whose strategies are used."""
         versions = {name: version(name) for name in _PACKAGES}
         used = [self.backbone, self.pairs, self.labeler, *(self.trained_by or ())]
+        if self.trained_by is not None:
+            used += getattr(self.loss, "terms", {}).values()  # of a sum
         versions.update(filter(None, map(made_by, [*used, *self.metrics.values()])))
         return {**versions, "python": platform.python_version()}
 
@@ -158,6 +161,7 @@ def resolve(
     launched: Mapping[str, Any] | None = None,
     shared: Sequence[str] = (),
     kinds: Collection[str] = registry.KINDS,
+    allow_code: bool = False,
 ) -> Config:
     """Merge the sources of options and make the strategies.
 
@@ -165,7 +169,8 @@ def resolve(
         recipe: Name of a recipe. Its options of a strategy hold if that strategy is chosen.
         file: A TOML file; its [versions] and [[changes]] are ignored.
         choices: Kind to a strategy or its name, as `--loss NAME` gives it; None changes nothing.
-        metrics: Metrics or their names, as `--metric` gives them; none changes nothing.
+        metrics: Metrics or their names, as `--metric` gives them; none changes nothing, and names
+            like `+NAME` are added to the others.
         tier: Name of a tier. Its options override a recipe's, and are overridden by the file's. It
             lowers a recipe's numbers and raises none.
         flags: Option path to value, for options with flags of their own.
@@ -176,11 +181,17 @@ def resolve(
         shared: The same from a file, such as an entry's: they do not set secrets.
         kinds: The kinds of strategies that are needed. The others are neither made nor looked for,
             so that a run can be evaluated without the plugin of its loss; their tables are kept.
+        allow_code: Run the Python files that `file` names as strategies.
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
     """
     tables = _read(file) if file else {}
+    for each in tables.values():
+        if file and isinstance(named := each.get("name"), str) and local.is_file(named):
+            each["name"] = local.below(file.parent, named)
+            if allow_code:
+                local.allow(each["name"])
     base = find_recipe(recipe) if recipe else None
     names = {**DEFAULTS, **(base.strategies if base else {})}
     names["backbone"] = _table(made_with, "backbone").get("name", names["backbone"])
@@ -203,10 +214,10 @@ def resolve(
     backbone_class = registry.load("backbone", backbone)
     absent: list[str] = []
     if metrics or "metric" not in tables:
-        guards = cast(type[Backbone], backbone_class).guards
         before = tables.get("metric", {})
+        usual = list(before) or [*METRICS, *cast(type[Backbone], backbone_class).guards]
         tables["metric"] = {}
-        for metric in metrics or (*METRICS, *guards):
+        for metric in _with_added(metrics, usual):
             if isinstance(metric, Metric):
                 tables["metric"][registry.name_of(metric)] = _set_by_hand(metric)
             else:
@@ -254,6 +265,13 @@ def resolve(
                 f"and the {_name(tables, 'loss')} loss, add --recipe {name}."
             )
     return replace(config, notes=tuple(notes))
+
+
+def _with_added(metrics: Sequence[Metric | str], usual: Sequence[str]) -> Sequence[Metric | str]:
+    """The metrics that were asked for; those like `+NAME` are added to the others, or the usual."""
+    added = [m[1:] for m in metrics if isinstance(m, str) and m.startswith("+")]
+    plain = [m for m in metrics if not (isinstance(m, str) and m.startswith("+"))]
+    return [*(plain or usual), *added]
 
 
 def _made_with(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
@@ -413,7 +431,9 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
     for kind, strategy in {**made, "labeler": resolved_labeler}.items():
         if strategy is not None:
-            resolved[kind] = {"name": tables[kind]["name"], **_dump(strategy)}
+            name = _name(tables, kind)
+            name = local.recorded(name) if local.is_file(name) else name
+            resolved[kind] = {"name": name, **_dump(strategy)}
         elif kind == "pairs" and store is not None:
             resolved["pairs"] = {"store": _recorded(store)}
         elif kind in tables and kind not in kinds:

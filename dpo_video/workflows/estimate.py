@@ -138,7 +138,8 @@ def predict(
     references: dict[str, Any] = {own: config.reference}
     modes, shard = [mode_of(config)], config.memory.shard
     if not alone:
-        references = {**{name: _reference(name) for name in REFERENCES}, **references}
+        if config.loss.needs_reference:
+            references = {**{name: _reference(name) for name in REFERENCES}, **references}
         shown = [
             mode if mode.quantization != "native" else mode.model_copy(update={"shard": shard})
             for mode in memory_modes.candidate_modes(list(references), config.loss)
@@ -164,8 +165,9 @@ def _fewest(
 
     It takes the first backward pass with which all blocks would fit.
     """
-    name = REFERENCES[0]
-    own = config.reference if config.tables["reference"]["name"] == name else _reference(name)
+    asked = config.tables["reference"]["name"]
+    name = REFERENCES[0] if config.loss.needs_reference else asked
+    own = config.reference if asked == name else _reference(name)
     budget = BUDGET_SHARE * card.memory_gib * GIB
     for backward in BACKWARDS:
         mode = MemoryMode(

@@ -160,7 +160,7 @@ def evaluate_run(
         return _written(
             measured, config, folder, worker, progress,
             name=run.name, **_drawn(rows, model), trained_prompts=trained, command=command,
-            training=tuple(reports), training_verdict=verdict_of(reports), run_toml=toml,
+            training=tuple(reports), training_verdict=verdict_of(reports, toml), run_toml=toml,
             versions=versions, facts=_facts(config, model, Checkpoint=adapter.parent.name),
         )  # fmt: skip
 

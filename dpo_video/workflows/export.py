@@ -149,7 +149,7 @@ def _summary(run: Run, config: Config, checkpoint: str) -> RunSummary:
         pairs=_pairs(config),
         checkpoint=checkpoint,
         step=step,
-        verdict=verdict_of(run.reports[:step]),
+        verdict=verdict_of(run.reports[:step], run.toml),
         evaluation=run.evaluation(step),
     )
 

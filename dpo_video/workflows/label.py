@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Unpack
 
+from dpo_video import registry
 from dpo_video.data.label import LabelSummary, recipe, summarize
 from dpo_video.data.label import label as label_pairs
 from dpo_video.data.labels import FOLDER, LabelSet
@@ -61,7 +62,7 @@ def label(
     relevant = {key: table[key] for key in table if key not in config.labeler.incidental}
     model = load_model(config, pick_device(config.run.device))
     check_pairs(config, store, model)
-    chosen = name or str(table["name"])
+    chosen = name or registry.short_name(table["name"])
     check_name(chosen, "labels")
     instead = "label under another name with --as"
     with claim(store.folder / FOLDER, f".{chosen}{WRITER}", instead=instead):

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from dpo_video import registry
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError, unknown
+from dpo_video.registry import local
 from dpo_video.strategies import Backbone, Loss, Metric, Reference, Strategy
 from dpo_video.workflows.config import ENGINES, Config, resolve
 
@@ -28,6 +29,8 @@ class Options(TypedDict, total=False):
     """Any option by its path: {"loss.beta": 500}, or ["loss.beta=500"]."""
     tier: str | None
     """The card whose presets apply."""
+    allow_code: bool | None
+    """Run the Python files that `config`, or the run, names as strategies."""
     device: str | None
     deterministic: bool | None
 
@@ -177,6 +180,10 @@ def configure(
     choices: dict[str, Any] = {
         kind: given.pop(kind, None) for kind in ("loss", "reference", "backbone", "labeler")
     }
+    allow_code = bool(given.pop("allow_code", False))
+    for name in (*choices.values(), pairs):  # typed, so the file may run
+        if isinstance(name, str) and local.is_file(name):
+            local.allow(name)
     file, paths = given.pop("config", None), given.pop("set", ())
     metrics, tier = given.pop("metrics", ()), given.pop("tier", None)
     if isinstance(prompt := given.get("prompt"), list | tuple):
@@ -218,6 +225,7 @@ def configure(
         made_with=made_with,
         kinds=kinds,
         launched=launched,
+        allow_code=allow_code,
     )
 
 

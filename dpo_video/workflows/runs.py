@@ -100,7 +100,7 @@ class Run:
     @property
     def verdict(self) -> TrainingVerdict | None:
         """The judgement of the training so far; None before the first step."""
-        return verdict_of(self.reports)
+        return verdict_of(self.reports, self.toml)
 
     @property
     def checkpoints(self) -> dict[int, Path]:
@@ -147,7 +147,7 @@ class Run:
             rows += [
                 ("steps", str(last.step)),
                 ("loss", f"{last.loss:.4f}"),
-                ("reward accuracy", f"{last.accuracy:.0%}"),
+                *([("reward accuracy", f"{last.accuracy:.0%}")] if last.compares else []),
                 ("training", f"{verdict.state.value.replace('_', ' ')}: {verdict.seen}"),
             ]
         if evaluation is not None:
@@ -187,6 +187,10 @@ class Run:
         }
 
 
-def verdict_of(reports: Sequence[StepReport]) -> TrainingVerdict | None:
-    """The judgement of a training that has ended; None without steps."""
-    return judge_training(reports) if reports else None
+def verdict_of(reports: Sequence[StepReport], toml: str) -> TrainingVerdict | None:
+    """The judgement of a training that has ended; None without steps.
+
+    Its run.toml names the options of the loss; the loss itself need not be installed.
+    """
+    options = tomllib.loads(toml).get("loss", {})
+    return judge_training(reports, options=options) if reports else None

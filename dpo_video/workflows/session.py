@@ -27,8 +27,10 @@ from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import StoreError, UserError
 from dpo_video.memory.packed_weights import check_base, frozen_weights, pack_frozen_weights
 from dpo_video.registry.attribution import made_by
+from dpo_video.registry.returned import wrong
 from dpo_video.strategies import (
     PACKED,
+    Backbone,
     Labeler,
     StoreLabeler,
     SuppliedPairs,
@@ -136,14 +138,21 @@ def load_model(config: Config, device: torch.device) -> VideoModel:
         pack_text = partial(pack_frozen_weights, device=device, base="native", on_host=True)
     placement = Placement(device, dtype, denoiser_on_host=shared, pack_text_encoder=pack_text)
     if memory.quantization == "native" and (shared or not on_host):
-        return config.backbone.load(placement)
+        return _loaded(config.backbone, placement)
     check_base(memory.quantization)
     pack = partial(pack_frozen_weights, device=device, base=memory.quantization, on_host=on_host)
-    model = config.backbone.load(replace(placement, pack=pack, denoiser_on_host=False))
+    model = _loaded(config.backbone, replace(placement, pack=pack, denoiser_on_host=False))
     if next(frozen_weights(model.denoiser), None) is None:  # the backbone ignored `pack`
         pack(model.denoiser)
     if memory.quantization != "native":
         model.identity += f"{PACKED}{memory.quantization}"
+    return model
+
+
+def _loaded(backbone: Backbone, placement: Placement) -> VideoModel:
+    model = backbone.load(placement)
+    if not isinstance(model, VideoModel):
+        raise wrong(backbone, f"loads a {type(model).__name__}, not a VideoModel")
     return model
 
 

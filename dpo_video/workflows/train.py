@@ -16,11 +16,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from dpo_video import registry
 from dpo_video.data.build import Worker
 from dpo_video.data.films import SUFFIXES
 from dpo_video.data.store import PairStore
 from dpo_video.errors import BusyError, RunError, TrainingError, UserError
 from dpo_video.memory.compile import check_compile
+from dpo_video.registry import local
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, PairBuilder, VideoModel
 from dpo_video.support.atomic import write_text, writing
@@ -223,8 +225,8 @@ def claim_run(folder: Path, progress: Progress) -> AbstractContextManager[bool]:
 def _new_folder(config: Config, stack: ExitStack, *, claimed: bool) -> Path:
     """runs/PAIRS-LOSS, or the first of runs/PAIRS-LOSS-2, -3, ... that is free."""
     table = config.tables["pairs"]
-    pairs = Path(table["store"]).name if config.pair_store else table["name"]
-    name = f"{pairs}-{config.tables['loss']['name']}"
+    pairs = Path(table["store"]).name if config.pair_store else registry.short_name(table["name"])
+    name = f"{pairs}-{registry.short_name(config.tables['loss']['name'])}"
     for number in count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         if (folder / "run.toml").exists():
@@ -246,6 +248,9 @@ def write_run(
     with writing(folder):
         prompts = sorted({record.prompt for record in store.records})
         write_text(folder / PROMPTS, json.dumps(prompts, indent=0, ensure_ascii=False))
+        for table in config.tables.values():
+            if local.is_file(str(table.get("name", ""))):
+                local.save(table["name"], folder)
         write_text(folder / "run.toml", config.toml(changes))
 
 
@@ -272,7 +277,7 @@ def run_training(
     for note in _left_out(store, trained_on, settings, config.loss):
         progress.note(note)
     reports: list[StepReport] = []
-    diagnosis = Diagnosis(settings.steps)
+    diagnosis = Diagnosis(settings.steps, options=config.tables["loss"])
 
     def begin(step: int) -> None:
         if changes.paths:
@@ -329,8 +334,9 @@ def _announce(config: Config, folder: Path, accelerator: Accelerator, progress: 
     beta = getattr(config.loss, "beta", None)
     slope = f" (slope beta = {beta:g} on the mean-squared-error margin)" if beta else ""
     pairs = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    reference = tables["reference"]["name"] if config.loss.needs_reference else "no"
     progress.note(
-        f"{tables['loss']['name']} loss{slope}, {tables['reference']['name']} reference, "
+        f"{tables['loss']['name']} loss{slope}, {reference} reference, "
         f"{counted(settings.steps, 'step')} of {counted(pairs, 'pair')}, LoRA rank "
         f"{settings.rank}, learning rate {settings.learning_rate:g}, on "
         f"{accelerator.device}. Run: {folder}"
@@ -400,6 +406,7 @@ def _looks_at_frames(loss: Loss) -> bool:
         reference_first=torch.zeros(shape), reference_second=torch.zeros(shape),
         policy_product=torch.zeros(shape), preference=torch.tensor([[1.0, -1.0]]),
         region=torch.ones(shape), strength=torch.ones(1),
+        timestep=torch.ones(1), signal=torch.ones(1), noise=torch.ones(1), progress=torch.zeros(1),
     )  # fmt: skip
     value = loss(errors).loss.sum()
     if not value.requires_grad:

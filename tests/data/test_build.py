@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +25,14 @@ from dpo_video.data.build import (
 )
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.data.video import read_video
-from dpo_video.errors import StoreError, UserError
+from dpo_video.errors import PluginError, StoreError, UserError
 from dpo_video.evaluation.evaluate import sample_videos
 from dpo_video.pairs.jitter import Jitter
 from dpo_video.pairs.local import Local
 from dpo_video.settings import BuildSettings, EvaluateSettings
 from dpo_video.strategies import PairBuilder
 from dpo_video.testing import small_videos
-from dpo_video.types import Clip, Prompt
+from dpo_video.types import Clip, Pair, Prompt
 
 ALONE = Worker()
 CAPTIONS = ("a red square moving left slowly", "a blue star moving up quickly")
@@ -204,6 +206,48 @@ def test_prompts_cycle_and_clips_are_in_order() -> None:
     assert source(0).video is None
     source = in_order(Clip(name=str(i), caption="") for i in count())
     assert [source(i).name for i in (0, 1, 5, 6)] == ["0", "1", "5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"preference": lambda part: torch.ones(99)}, r"preference has the shape \(99,\), not"),
+        ({"preference": lambda part: 5 * part}, r"whose preference is not in \[-1, 1\]"),
+        ({"preference": torch.Tensor.int}, "whose preference has the type int32"),
+        ({"preference": torch.Tensor.tolist}, "whose preference is a list, not a tensor"),
+        ({"region": torch.zeros_like}, "differ outside their region"),
+        ({"region": lambda part: part / 2}, "values other than 0 and 1"),
+        ({"first": torch.Tensor.half}, "two videos have different types"),
+        ({"strength": lambda part: 5.0}, "strength is 5.0"),
+        ({"weight": lambda part: 0.0}, "weight is 0.0"),
+        (None, " NoneType, not a Pair"),
+    ],
+)
+def test_a_pair_that_breaks_the_contract_is_not_stored(
+    tmp_path: Path,
+    small_model: AnimateDiffModel,
+    changes: dict[str, Callable[[Any], Any]] | None,
+    sentence: str,
+) -> None:
+    _, *cells = shape = small_model.latent_shape
+    good = Pair(
+        first=torch.zeros(shape), second=torch.ones(shape), preference=torch.ones(cells[0]),
+        region=torch.ones(1, *cells), prompt="a", source="b",
+    )  # fmt: skip
+
+    class Wrong(PairBuilder):
+        def __call__(self, *given: object) -> Any:
+            if changes is None:
+                return None
+            pair = copy.copy(good)
+            for part, to in changes.items():  # past the types, which are checked in tests only
+                object.__setattr__(pair, part, to(vars(good)[part]))
+            return pair
+
+    store = new_store(tmp_path / "pairs", small_model)
+    with pytest.raises(PluginError, match=rf"^The pairs Wrong of \S+ returns a.*{sentence}"):
+        next(build(store, clips, Wrong(), small_model, BuildSettings(count=1), seed=0))
+    assert not len(store) and not list(store.folder.rglob("*.safetensors"))
 
 
 def test_a_nonfinite_pair_is_neither_stored_nor_previewed(

@@ -30,6 +30,7 @@ from dpo_video.estimation.modes import (
 from dpo_video.estimation.results import CONTEXT, GIB, Estimate, MemoryEstimate
 from dpo_video.estimation.tiers import find_tier, tiers
 from dpo_video.loss.global_ import Global
+from dpo_video.loss.sft import SFT
 from dpo_video.memory.blocks import checkpoint_blocks
 from dpo_video.memory.fsdp import sharded_bytes
 from dpo_video.memory.peak import peak_bytes
@@ -97,6 +98,18 @@ def test_a_known_model_is_built_on_meta_offline_by_name(model: object) -> None:
     parameters = sum(parameter.numel() for parameter in outline.denoiser.parameters())
     assert parameters == model.parameters  # type: ignore[attr-defined]
     assert outline.lora_targets()
+
+
+@pytest.mark.parametrize("backward", ["joint", "split"])
+def test_fine_tuning_takes_a_third_of_the_operations_and_half_of_the_activations(
+    backbone: AnimateDiff, found: Estimate, backward: Backward
+) -> None:
+    mode = MemoryMode(reference="copy", checkpointing="none", backward=backward)
+    alone = estimate_memory(backbone, {"copy": Copy()}, SFT(), SETTINGS, modes=[mode]).estimates[0]
+    compared, joint = need_of(found, mode), mode.model_copy(update={"backward": "joint"})
+    assert alone.flops / need_of(found, joint).flops == pytest.approx(1 / 3, rel=0.05)
+    assert alone.weights < 0.6 * compared.weights  # no copy is made
+    assert alone.activations < 0.6 * need_of(found, joint).activations
 
 
 def allocated(profiler: torch.profiler.profile) -> int:

@@ -14,6 +14,9 @@ from dpo_video.loss.dpop import DPOP
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.hinge import Hinge
 from dpo_video.loss.ipo import IPO
+from dpo_video.loss.kto import KTO
+from dpo_video.loss.mapo import MaPO
+from dpo_video.loss.poly import Poly
 from dpo_video.loss.region import Region
 from dpo_video.loss.robust import Robust
 from dpo_video.loss.sdpo import SDPO
@@ -96,6 +99,48 @@ def test_sdpo_by_hand() -> None:
     assert SDPO().rejected_scale(errors).item() == pytest.approx(0.2)
     each = BETA / 4 / 2
     check(SDPO(beta=BETA), errors, LN4_3, [each, each], [-0.2 * each, -0.2 * each])
+
+
+def test_poly_by_hand() -> None:
+    # 2 (1 - p) = 1/2 more than global; d/dz = -1/4 - 2 * 1/4 * 3/4 = -5/8.
+    each = BETA * 5 / 8 / 2
+    check(Poly(beta=BETA, alpha=2), errors_of(*CHANGES), LN4_3 + 0.5, [each, each], [-each, -each])
+
+
+def test_kto_by_hand() -> None:
+    # r_w = 0.2 and r_l = -0.1, so z = 0.05: both are 0.15 from it, where 1 - sigmoid(ln 3) = 1/4
+    # and its slope is 3/16. Weights 1 and 3: (1/4 + 3/4) / 2.
+    beta = LN3 / 0.15
+    each = beta * 3 / 16 / 2 / 2
+    loss = KTO(beta=beta, rejected_weight=3)
+    check(loss, errors_of(*CHANGES), 0.5, [each, each], [-3 * each, -3 * each])
+    # r_w = -0.15 and r_l = -0.25: z is 0, and not their mean. The chosen one is at 3/4.
+    errors = errors_of([0.15, 0.15], [0.25, 0.25], [1.0, 1.0])
+    rejected = sigmoid(-0.25 * beta)
+    push = beta * rejected * (1 - rejected) / 2 / 2
+    value = (0.75 + rejected) / 2
+    check(KTO(beta=beta), errors, value, [each, each], [-push, -push])
+
+
+def test_mapo_by_hand() -> None:
+    # s(ln 2) = ln 2 with the slope 1 - 2 ln 2, and s(ln 3) = ln(3) / 2 with (2 - 3 ln 3) / 4.
+    none = torch.zeros(1, 1, 2, 1, 1)
+    errors = replace(
+        errors_of([0.0, 0.0], [0.0, 0.0], [1.0, 1.0]),
+        policy_first=none + LN2, policy_second=none + LN3, reference_first=none,
+        reference_second=none,
+    )  # fmt: skip
+    difference = LN2 - LN3 / 2
+    push = 0.5 * sigmoid(-difference)
+    chosen, rejected = 1 - push * (1 - 2 * LN2), push * (2 - 3 * LN3) / 4
+    check(
+        MaPO(beta=0.5, snr=1), errors, LN2 - 0.5 * math.log(sigmoid(difference)),
+        [chosen / 2] * 2, [rejected / 2] * 2,
+    )  # fmt: skip
+    # Errors of 0, at which the score is 1 and its slope -1/2.
+    zero = replace(errors, policy_first=none, policy_second=none)
+    half = 0.5 * 0.5 / 2
+    check(MaPO(beta=0.5, snr=1), zero, 0.5 * LN2, [(1 + half) / 2] * 2, [-half / 2] * 2)
 
 
 def test_sft_by_hand() -> None:
@@ -190,6 +235,18 @@ def sdpo(w: float, l: float, square: float, product: float) -> Expected:  # noqa
     return replace(plain, on_rejected=scale * plain.on_rejected)
 
 
+def poly(w: float, l: float, *_: float) -> Expected:  # noqa: E741
+    p = sigmoid(2500 * (l - w))
+    return of_margin(-math.log(p) + 3 * (1 - p), -2500 * (1 - p + 3 * p * (1 - p)))
+
+
+def kto(w: float, l: float, *_: float) -> Expected:  # noqa: E741
+    point = max(0.0, -(w + l) / 2)
+    chosen, rejected = sigmoid(2500 * (-w - point)), sigmoid(2500 * (point + l))
+    slopes = (2500 * p * (1 - p) / 2 for p in (chosen, rejected))
+    return Expected((2 - chosen - rejected) / 2, next(slopes), -next(slopes))
+
+
 FORMULAS: dict[str, tuple[Loss, Formula]] = {
     "global": (Global(), dpo),
     "ipo": (IPO(), ipo),
@@ -201,6 +258,8 @@ FORMULAS: dict[str, tuple[Loss, Formula]] = {
     ),
     "dpop": (DPOP(), dpop),
     "sdpo": (SDPO(), sdpo),
+    "poly": (Poly(alpha=3), poly),
+    "kto": (KTO(), kto),
 }
 
 
@@ -245,6 +304,7 @@ SAME: list[tuple[Loss, dict[str, torch.Tensor]]] = [
     (Robust(label_smoothing=0), {}),
     (Robust(label_smoothing=0, variant="conservative"), {}),
     (DPOP(penalty=0), {}),
+    (Poly(alpha=0), {}),
     (SDPO(), UNRELATED),  # gradients that share nothing: the loser has its full strength
     (Segment(per="clip", beta=2500), {}),  # the same label in every frame
 ]
@@ -406,7 +466,8 @@ def test_the_sft_term_adds_the_chosen_error(loss: Loss) -> None:
 @pytest.mark.parametrize(
     ("loss", "start"),
     [(Global(), LN2), (Segment(), LN2), (Robust(), LN2), (DPOP(), LN2), (SDPO(), LN2),
-     (Robust(variant="conservative"), LN2), (IPO(), 1.0), (Hinge(), 1.0)],
+     (Robust(variant="conservative"), LN2), (IPO(), 1.0), (Hinge(), 1.0), (KTO(), 0.5),
+     (Poly(), LN2 + 0.5)],
     ids=repr,
 )  # fmt: skip
 def test_equal_networks_give_the_start_that_the_docstring_names(loss: Loss, start: float) -> None:

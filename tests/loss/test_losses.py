@@ -19,15 +19,12 @@ LN2 = math.log(2)
 def test_global_matches_a_hand_computed_example() -> None:
     # d(first) = 0.1 - 0.3 = -0.2, d(second) = 0.5 - 0.4 = 0.1: m = 0.1 - (-0.2) = 0.3.
     ones = torch.ones(1, 1, 2, 1, 1)
-    errors = PairErrors(
+    errors = replace(
+        errors_of([0.0, 0.0], [0.0, 0.0], [1.0, 1.0], product=0.05**0.5),
         policy_first=0.1 * ones,
         reference_first=0.3 * ones,
         policy_second=0.5 * ones,
         reference_second=0.4 * ones,
-        policy_product=0.05**0.5 * ones,
-        preference=torch.ones(1, 2),
-        region=ones,
-        strength=torch.zeros(1),
     )
     output = Global(beta=10)(errors)
     derived = figures(Global(beta=10), errors)

@@ -33,7 +33,8 @@ def shared_weights(seed: int) -> tuple[Tensor, PairErrors]:
     # Signed errors that point more or less the same way, the loser's the larger ones.
     common, one, other = (torch.randn(shape, generator=generator) for _ in range(3))
     first, second = common + 0.5 * one + weights, 1.5 * common + 0.5 * other + weights
-    return weights, PairErrors(
+    return weights, replace(
+        random_errors(pairs=1),
         policy_first=first.square(),
         policy_second=second.square(),
         reference_first=first.detach().square(),

@@ -99,9 +99,9 @@ def test_one_labelled_frame_is_the_global_loss_of_that_frame() -> None:
         **{
             name: value[:, 2:3] if name == "preference" else value[:, :, 2:3]
             for name, value in vars(errors).items()
-            if name != "strength"
+            if value.ndim > 1
         },
-        strength=errors.strength,
+        **{name: value for name, value in vars(errors).items() if value.ndim == 1},
     )
     options = {"beta": 250.0, "sft_weight": 0.1}
     torch.testing.assert_close(Segment(**options)(errors).loss, Global(**options)(alone).loss)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.loss.global_ import Global
 from dpo_video.reference.copy import Copy
+from dpo_video.reference.ema import EMA
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Reference
@@ -52,7 +53,7 @@ def step(folder: Path, reference: Reference, *, trained: bool) -> tuple[PairErro
     return errors, [p.grad for p in policy.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("reference", [Copy(), Toggle()])
+@pytest.mark.parametrize("reference", [Copy(), Toggle(), EMA()])
 def test_an_adapter_that_has_not_moved_gives_exactly_ln_2(
     small_folder: Path, reference: Reference
 ) -> None:
@@ -61,6 +62,44 @@ def test_an_adapter_that_has_not_moved_gives_exactly_ln_2(
     assert (output.margin == 0).all()
     assert output.loss.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
     assert any((gradient != 0).any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_ema_predicts_what_the_averaged_adapter_does(
+    small_model: AnimateDiffModel, autocast: bool
+) -> None:
+    policy = adapt(small_model, TrainSettings(rank=2, alpha=4), seed=0)
+    batch, weights = a_batch(small_model), [p for p in policy.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(3)
+    timestep = small_model.sample_timesteps(2, generator)
+
+    def predicted(network: nn.Module) -> Tensor:
+        return small_model.predict(network, batch.first, timestep, batch.context)
+
+    def mixed() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+
+    reference = EMA(decay=0.75).attach(policy)
+    average = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for _ in range(2):
+            for weight in weights:
+                weight.data = weight + 0.1 * torch.randn(weight.shape, generator=generator)
+            reference.after_step()
+            average = [0.75 * old + 0.25 * new for old, new in zip(average, weights, strict=True)]
+            with mixed():  # which caches casts of the weights
+                own = predicted(policy)
+                with reference.network() as network:
+                    found = predicted(network)
+                assert torch.equal(predicted(policy), own)
+        for weight, value in zip(weights, average, strict=True):
+            weight.data = value
+        with mixed():
+            expected = predicted(policy)
+    tolerance = 1e-2 if autocast else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(found, own, rtol=tolerance, atol=tolerance)
+    policy.unload()
 
 
 def test_toggle_equals_copy(small_folder: Path) -> None:

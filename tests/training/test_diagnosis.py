@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -223,24 +224,41 @@ def test_a_loss_with_a_target_is_saturated_when_it_is_there(kind: Kind, done: fl
 
 
 @pytest.mark.parametrize(
-    ("curves", "state", "words"),
+    ("rise", "state", "words"),
     [
-        ((grow(-1.0), grow(-1.0)), TrainingState.HEALTHY, "No change needed"),
-        ((flat, grow(1.0)), TrainingState.NOT_MOVING, "(3e-4 instead of 1e-4)"),
-        ((grow(1.0), grow(1.0)), TrainingState.NOT_MOVING, "(3e-5 instead of 1e-4)"),
-        ((grow(2000.0), grow(2000.0)), TrainingState.DIVERGED, "train.learning_rate"),
+        (-0.2, TrainingState.HEALTHY, "judge the run by its evaluation"),
+        (0.0, TrainingState.HEALTHY, "judge the run by its evaluation"),
+        (0.5, TrainingState.NOT_MOVING, "(3e-5 instead of 1e-4)"),
+        (9.0, TrainingState.DIVERGED, "train.learning_rate"),
     ],
 )
-def test_fine_tuning_is_judged_by_the_chosen_error(
-    curves: tuple[Curve, Curve], state: TrainingState, words: str
+def test_without_a_reference_only_a_clear_rise_of_the_error_is_told(
+    rise: float, state: TrainingState, words: str
 ) -> None:
-    # Its logits are 0 whatever the margin, and its loss is 100 times larger at some timesteps.
+    # An error varies with the timestep, and the loss may be 100 times larger at some.
+    rng = np.random.default_rng(0)
     reports = [
-        report.model_copy(update={"logits": 0.0, "loss": 1.0 if report.step < 5 else 100.0})
-        for report in run(*curves)
-    ]
+        report.model_copy(
+            update={
+                "reference": False, "compares": False, "logits": 0.0, "margin": 0.0,
+                "loss": 1.0 if report.step < 5 else 100.0, "rejected_change": 0.0,
+                "chosen_change": float(rng.uniform(0.1, 0.9) + rise * report.step / 60),
+            }
+        )
+        for report in run(flat, flat)
+    ]  # fmt: skip
     verdict = judge_training(reports)
     assert verdict.state is state and words in verdict.change, verdict
+    comparing = [report.model_copy(update={"compares": True}) for report in reports]
+    verdict = judge_training(comparing)
+    assert (verdict.state is TrainingState.REJECTED_DOMINANT) == (rise == 0.5), verdict
+    if state is not TrainingState.DIVERGED:
+        assert "reward accuracy" in verdict.seen
+
+
+def test_the_advice_names_no_option_that_the_loss_lacks() -> None:
+    for curves in (*DOMINANT.values(), *SATURATED.values(), *STILL.values()):
+        assert "loss." not in judge_training(run(*curves), options=()).change
 
 
 def test_noise_around_nothing_is_no_progress_and_no_harm() -> None:
@@ -343,8 +361,8 @@ def test_a_step_costs_the_same_however_long_the_run_is() -> None:
     diagnosis = Diagnosis()
     for report in run(grow(-0.3), grow(1.0), steps=10 * WINDOW):
         diagnosis.add(report)
-    kept = [len(value) for value in vars(diagnosis).values() if hasattr(value, "__len__")]
-    assert sorted(kept) == [SHORT, WINDOW]
+    kept = [len(value) for value in vars(diagnosis).values() if isinstance(value, (list, deque))]
+    assert sorted(kept) == [SHORT, WINDOW, WINDOW]
 
 
 @pytest.mark.parametrize("steps", [None, 60])

@@ -19,8 +19,13 @@ from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.store import PairStore
 from dpo_video.errors import RunError, StoreError, TrainingError
 from dpo_video.loss.global_ import Global
+from dpo_video.loss.mapo import MaPO
 from dpo_video.loss.region import Region
 from dpo_video.loss.segment import Segment
+from dpo_video.loss.sft import SFT
+from dpo_video.reference.cached import Cached
+from dpo_video.reference.ema import EMA
+from dpo_video.reference.none import NoReference
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss
@@ -121,6 +126,17 @@ def test_a_resumed_run_ends_in_the_same_bytes(
         assert {k: a[k] for k in a.keys() - timing} == {k: b[k] for k in b.keys() - timing}
 
 
+def test_a_reference_with_a_state_is_resumed_with_it(
+    small_folder: Path, store: PairStore, tmp_path: Path
+) -> None:
+    reference, quiet = EMA(decay=0.5), SETTINGS.model_copy(update={"validation_videos": 0})
+    run(small_folder, store, tmp_path / "whole", quiet, reference=reference)
+    half = quiet.model_copy(update={"steps": 3})
+    run(small_folder, store, tmp_path / "halves", half, reference=reference)
+    run(small_folder, store, tmp_path / "halves", quiet, reference=reference, resume=True)
+    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
+
+
 def test_the_pointer_is_valid_when_a_save_is_cut_off(
     small_folder: Path,
     store: PairStore,
@@ -188,6 +204,10 @@ def test_pairs_weigh_by_their_decided_frames_over_a_whole_step(
         return found
 
     assert {weight for _, weight in weights(Global(), 2, 0)} == {1.0}
+    store.records[2] = replace(store.records[2], weight=3.0)  # of four in two steps of two
+    own = dict(weights(Global(), 1, 0))
+    assert sorted(own.values()) == [0.5, 1.0, 1.0, 1.5] and own["00002"] == 1.5
+    store.records[2] = replace(store.records[2], weight=1.0)
     both = [weights(Segment(), 2, rank) for rank in range(2)]
     for epoch in range(2):  # a step of two processes with two passes sees each pair once
         seen = dict(both[0][2 * epoch : 2 * epoch + 2] + both[1][2 * epoch : 2 * epoch + 2])
@@ -293,6 +313,22 @@ def test_a_policy_that_differs_at_step_0_is_refused(
         run(small_folder, store, tmp_path / "run", loss=Lopsided())
 
 
+def test_without_a_reference_step_0_is_not_checked_and_its_absence_is_reported(
+    small_folder: Path, small_model: AnimateDiffModel, tmp_path: Path
+) -> None:
+    store = make_store(tmp_path / "pairs", small_model, pairs=2)
+    one = SETTINGS.model_copy(update={"steps": 1, "validation_videos": 0})
+    kinds = []
+    for number, (loss, reference) in enumerate(
+        [(Global(beta=1), NoReference()), (SFT(), Cached()), (MaPO(), Toggle())]
+    ):
+        out = tmp_path / str(number)
+        (event,) = run(small_folder, store, out, one, loss=loss, reference=reference)
+        kinds.append((event.report.reference, event.report.compares, event.report.margin != 0))
+    assert kinds == [(False, True, True), (False, False, False), (False, True, True)]
+    assert not (tmp_path / "pairs" / "reference_cache").exists()
+
+
 def with_value(store: PairStore, index: int, value: float) -> PairStore:
     """The store with this number in a pair, as one that was written before pairs had hashes."""
     path = store.folder / "latents" / f"{index:05d}.safetensors"
@@ -384,7 +420,7 @@ def test_an_adapter_of_another_shape_is_not_resumed(
 
 def test_the_log_is_read_up_to_an_incomplete_line(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
-    fields = {name: 0.5 for name in StepReport.model_fields}
+    fields = {name: 0.5 for name, field in StepReport.model_fields.items() if field.is_required()}
     line = StepReport(**{**fields, "step": 1, "skipped": False}).model_dump_json()  # type: ignore[arg-type]
     (tmp_path / "log.jsonl").write_text(f"{line}\n{line[:20]}")
     assert [report.step for report in read_log(tmp_path)] == [1]
@@ -394,7 +430,9 @@ def test_the_log_is_read_up_to_an_incomplete_line(tmp_path: Path) -> None:
 
 
 def test_a_log_is_cut_by_its_steps_and_not_by_its_lines(tmp_path: Path) -> None:
-    fields: dict[str, Any] = {name: 0.5 for name in StepReport.model_fields}
+    fields: dict[str, Any] = {
+        name: 0.5 for name, field in StepReport.model_fields.items() if field.is_required()
+    }
     lines = [
         StepReport(**{**fields, "step": step, "skipped": False}).model_dump_json() + "\n"
         for step in (3, 4, 5, 6)  # the first two were deleted with an earlier log

@@ -6,6 +6,7 @@ import copy
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dpo_video.errors import TrainingError
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.region import Region
 from dpo_video.loss.segment import Segment
+from dpo_video.loss.sft import SFT
 from dpo_video.memory.blocks import blocks, checkpoint_blocks
 from dpo_video.memory.peak import peak_bytes
 from dpo_video.reference.cached import Cached
@@ -36,6 +38,7 @@ from dpo_video.training.report import StepReport
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.training.step import Step
+from dpo_video.types import LossOutput, PairErrors
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,50 @@ def test_pairs_count_by_their_weights(bench: Bench, mode: MemoryMode) -> None:
     first = bench.gradient(mode, pairs, Global(), weight=torch.tensor([2.0, 0]))
     assert apart(found, equal + first / 4 - (equal - first / 2) / 2) < 1e-5
     assert apart(found, equal) > 0.1
+
+
+@pytest.mark.parametrize("mode", ["joint", "split"])
+def test_a_loss_sees_timestep_signal_noise_and_progress(bench: Bench, mode: MemoryMode) -> None:
+    seen: list[PairErrors] = []
+
+    class Spy(Loss):
+        def __call__(self, errors: PairErrors) -> LossOutput:
+            seen.append(errors)
+            return Global()(errors)
+
+    batch = a_batch(bench.model, FIRST, SECOND)
+    noise, timestep = bench.draw(2)
+    step = Step(model=bench.model, policy=bench.policy, reference_model=None, loss=Spy(), mode=mode)
+    step(batch, noise, timestep, progress=0.25)
+    noisy = bench.model.add_noise(batch.first, noise, timestep)
+    for errors in seen:
+        pairs = [timestep.tolist().index(each) for each in errors.timestep.tolist()]
+        assert errors.progress.tolist() == [0.25] * len(pairs)
+        assert not errors.reference_first.any() and not errors.reference_second.any()
+        signal, scale = (value.view(-1, 1, 1, 1, 1) for value in (errors.signal, errors.noise))
+        found = signal * batch.first[pairs] + scale * noise[pairs]
+        torch.testing.assert_close(found, noisy[pairs])
+
+
+@pytest.mark.parametrize("mode", ["joint", "split", "linear"])
+def test_fine_tuning_predicts_the_chosen_videos_and_nothing_else(
+    bench: Bench, mode: MemoryMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, videos = a_batch(bench.model, FIRST, MIXED), []
+    predict = bench.model.predict
+
+    def counting(denoiser: nn.Module, noisy: Tensor, *rest: Any) -> Tensor:
+        videos.append(len(noisy))
+        return predict(denoiser, noisy, *rest)
+
+    monkeypatch.setattr(bench.model, "predict", counting)
+    bench.policy.zero_grad()
+    found = bench.step(mode, batch, SFT())
+    assert videos == ([2] if mode == "joint" else [1, 1])
+    gradient = bench.flat()
+    alone = Region(global_weight=0, region_weight=0, sft_weight=1, region_sft_weight=0)
+    assert apart(bench.gradient("split", batch, alone), gradient) < (1e-6, 1e-3)[mode == "joint"]
+    assert not found.margin.any() and torch.allclose(found.chosen_change, found.loss)
 
 
 @pytest.mark.parametrize("mode", ["split", "linear"])

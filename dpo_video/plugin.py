@@ -1,0 +1,117 @@
+"""Everything that a plugin imports, under one name.
+
+    from dpo_video.plugin import Loss, LossOutput, PairErrors, clip_loss
+
+The names below and what they mean stay as they are within an API version; new ones may be added.
+Modules below `dpo_video` that are not re-exported here may change at any time.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from dpo_video.errors import PluginError, UserError
+from dpo_video.loss.functional import (
+    chosen_error,
+    clip_loss,
+    masked_mean,
+    sigmoid_loss,
+    with_sft,
+)
+from dpo_video.strategies import (
+    Backbone,
+    Labeler,
+    LabelerFactory,
+    LabelResult,
+    LabelTask,
+    Loss,
+    Metric,
+    PairBuilder,
+    ReasonedLabeler,
+    Reference,
+    ReferenceModel,
+    Sampling,
+    StoreLabeler,
+    SuppliedPairs,
+    VideoModel,
+)
+from dpo_video.types import (
+    Clip,
+    Context,
+    ExportSpec,
+    Latents,
+    LossOutput,
+    Pair,
+    PairErrors,
+    PairSource,
+    PerPair,
+    Placement,
+    Preference,
+    Prompt,
+    Region,
+    Video,
+    Videos,
+    VideoShape,
+)
+
+API = 1
+"""Version of this interface: increased when a name is removed or means something else."""
+
+
+def require_api(version: int) -> None:
+    """Refuse to be loaded by a dpo-video with another interface; call it in a plugin's module.
+
+    Raises:
+        PluginError: if `API` is not `version`.
+    """
+    if version != API:
+        older = "an older" if version > API else "a newer"
+        raise PluginError(
+            f"it was written for version {version} of the plugin API, and {older} one, {API}, is "
+            "installed"
+        )
+
+
+__all__ = [
+    "API",
+    "Backbone",
+    "Clip",
+    "Context",
+    "ExportSpec",
+    "Field",
+    "LabelResult",
+    "LabelTask",
+    "Labeler",
+    "LabelerFactory",
+    "Latents",
+    "Loss",
+    "LossOutput",
+    "Metric",
+    "Pair",
+    "PairBuilder",
+    "PairErrors",
+    "PairSource",
+    "PerPair",
+    "Placement",
+    "PluginError",
+    "Preference",
+    "Prompt",
+    "ReasonedLabeler",
+    "Reference",
+    "ReferenceModel",
+    "Region",
+    "Sampling",
+    "StoreLabeler",
+    "SuppliedPairs",
+    "UserError",
+    "Video",
+    "VideoModel",
+    "VideoShape",
+    "Videos",
+    "chosen_error",
+    "clip_loss",
+    "masked_mean",
+    "require_api",
+    "sigmoid_loss",
+    "with_sft",
+]

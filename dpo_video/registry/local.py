@@ -1,0 +1,107 @@
+"""Strategies in a file of Python: `--loss ./focal.py:Focal`.
+
+A file's code runs only if its content was allowed in this process: `allow` is called for names that
+the user typed, and never for names that stand in another file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dpo_video.errors import PluginError, UserError
+from dpo_video.support.reading import read_bytes
+
+FOLDER = "code"
+"""Where a run keeps the files of its strategies."""
+_NAME = re.compile(r"(?P<path>.+\.py):(?P<cls>[A-Za-z_]\w*)")
+_SUFFIX = re.compile(r"-[0-9a-f]{12}$")
+_allowed: set[str] = set()
+_contents: dict[str, bytes] = {}
+
+
+def is_file(name: str) -> bool:
+    """Whether a strategy's name is one of a class in a file."""
+    return _NAME.fullmatch(name) is not None
+
+
+def below(folder: Path, name: str) -> str:
+    """The name with its path seen from a folder."""
+    path, cls = _split(name)
+    return f"{folder.absolute() / path.expanduser()}:{cls}"
+
+
+def allow(name: str) -> None:
+    """Let the present content of a file run in this process."""
+    path, _ = _split(name)
+    _allowed.add(_digest(_read(path, name)))
+
+
+def recorded(name: str) -> str:
+    """The name for a run.toml in whose folder `save` has put the file: it holds a hash."""
+    path, cls = _split(name)
+    data = _read(path, name)
+    file = f"{FOLDER}/{_SUFFIX.sub('', path.stem)}-{_digest(data)[:12]}.py"
+    _contents[file] = data
+    return f"{file}:{cls}"
+
+
+def save(name: str, folder: Path) -> None:
+    """Write the file of a recorded name below a run's folder."""
+    file = name.rpartition(":")[0]
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_bytes(_contents[file])
+
+
+def load(name: str) -> Any:
+    """The class.
+
+    Raises:
+        UserError: if the file cannot be read, or its content was not allowed.
+        PluginError: if it cannot be imported, or lacks the class.
+    """
+    path, cls = _split(name)
+    data = _read(path, name)
+    digest = _digest(data)
+    if digest not in _allowed:
+        raise UserError(
+            f"'{name}' is code in a file, which does not run just because another file names it. "
+            "Read it, then add --allow-code, or name it on the command line."
+        )
+    module = f"dpo_video_local_{digest[:12]}"
+    if module not in sys.modules:
+        made = ModuleType(module)
+        made.__file__ = str(path)
+        sys.modules[module] = made  # dataclasses and pydantic look a class's module up
+        try:
+            exec(compile(data, str(path), "exec"), made.__dict__)
+        except (Exception, SystemExit) as error:
+            del sys.modules[module]
+            raise PluginError(
+                f"'{path}' cannot be imported ({type(error).__name__}: {error}). Correct it."
+            ) from error
+    found = getattr(sys.modules[module], cls, None)
+    if found is None:
+        raise PluginError(f"'{path}' has no class '{cls}'. Name one of its classes.")
+    return found
+
+
+def _split(name: str) -> tuple[Path, str]:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return Path(match["path"]), match["cls"]
+
+
+def _read(path: Path, name: str) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise UserError(f"'{name}' cannot be read: {error.strerror}. Name a file.") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

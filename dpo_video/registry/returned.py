@@ -1,0 +1,81 @@
+"""Checks of what strategies return, before it is used: a plugin may return anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_video.errors import PluginError
+from dpo_video.registry.attribution import plugin_of
+
+
+def called(thing: object) -> str:
+    """A strategy, or what one has made, in words: its kind, name, package and version."""
+    cls = type(thing)
+    if (entry := plugin_of(thing)) is not None:
+        return f"The {entry.kind} '{entry.name}' of {entry.distribution}"
+    return f"The {getattr(cls, 'kind', 'model')} {cls.__name__} of {cls.__module__}"
+
+
+def wrong(thing: object, fault: str) -> PluginError:
+    """The error for a strategy that has returned something of no use."""
+    return PluginError(
+        f"{called(thing)} {fault}. Its author must correct it; the checks of dpo_video.testing "
+        "find such faults."
+    )
+
+
+def tensor_fault(
+    value: object,
+    shape: Sequence[int],
+    *,
+    within: tuple[float, float] | None = None,
+    finite: bool = True,
+    device: str = "",
+) -> str:
+    """What is wrong with a returned tensor, as the end of a sentence; "" if nothing is.
+
+    Args:
+        value: What was returned.
+        shape: The shape that it must have.
+        within: The range that its values must be in.
+        finite: Whether its values must be finite.
+        device: The type of device that it must be on; "" for any.
+    """
+    if not isinstance(value, Tensor):
+        return f"is {'None' if value is None else 'a ' + type(value).__name__}, not a tensor"
+    if tuple(value.shape) != tuple(shape):
+        return f"has the shape {tuple(value.shape)}, not {tuple(shape)}"
+    if not value.is_floating_point():
+        return f"has the type {str(value.dtype).removeprefix('torch.')}, not a floating-point one"
+    if device and value.device.type != device:
+        return f"is on the device {value.device.type}, not on {device}"
+    if finite and not value.isfinite().all():
+        return "is not finite"
+    if within is not None and value.numel():
+        low, high = torch.aminmax(value.detach())
+        if not (low >= within[0] and high <= within[1]):
+            return f"is not in [{within[0]:g}, {within[1]:g}]"
+    return ""
+
+
+def checked(
+    thing: object,
+    what: str,
+    value: Tensor,
+    shape: Sequence[int],
+    *,
+    within: tuple[float, float] | None = None,
+    finite: bool = True,
+    device: str = "",
+) -> Tensor:
+    """A returned tensor; arguments as for `tensor_fault`.
+
+    Raises:
+        PluginError: names the strategy and what is wrong.
+    """
+    if fault := tensor_fault(value, shape, within=within, finite=finite, device=device):
+        raise wrong(thing, f"returns {what} that {fault}")
+    return value
