@@ -28,6 +28,14 @@ TITLES = {
     "metric": "Metrics",
     "backbone": "Backbones",
 }
+BASES = {
+    "pairs": "PairBuilder",
+    "labeler": "Labeler",
+    "loss": "Loss",
+    "reference": "Reference",
+    "metric": "Metric",
+    "backbone": "Backbone",
+}
 OURS = "dpo-video "
 _OUTSIDE = re.compile(r"\]\(\.\./((?:benchmarks/|CHANGELOG|CONTRIBUTING)[^)\s]*)")
 
@@ -71,7 +79,13 @@ def option_pages() -> dict[str, str]:
             f"Every built-in strategy of the kind `{kind}`, with its options and their defaults. "
             f"`dpo-video show {kind} NAME` prints the same."
         )
-        pages[kind] = _page(title, head, found)
+        pages[kind] = _page(title, head, found) + (
+            f"\n## Your own\n\nDerive it from [`{BASES[kind]}`](../api/strategies.md), whose "
+            "description says what it must return and what it may declare, name it in the "
+            f"entry-point group `dpo_video.{kind}`, and test it by "
+            f"[`check_{kind}`](../api/testing.md). `dpo-video new {kind} NAME` writes a package "
+            "that does all of it; see [Plugins](../plugins.md).\n"
+        )
     pages["recipe"] = _recipe_page()
     return pages
 

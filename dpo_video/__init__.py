@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from dpo_video.training.listeners import Listener as Listener
     from dpo_video.workflows.build import build_pairs as build_pairs
     from dpo_video.workflows.compare import compare as compare
+    from dpo_video.workflows.doctor import doctor as doctor
     from dpo_video.workflows.estimate import estimate as estimate
     from dpo_video.workflows.evaluate import evaluate as evaluate
     from dpo_video.workflows.export import export as export
@@ -56,6 +57,7 @@ _WHERE = {
     "build_pairs": "workflows.build",
     "check": "workflows.pairs",
     "compare": "workflows.compare",
+    "doctor": "workflows.doctor",
     "estimate": "workflows.estimate",
     "evaluate": "workflows.evaluate",
     "export": "workflows.export",

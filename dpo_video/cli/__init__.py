@@ -19,6 +19,7 @@ from dpo_video.cli import (
     check,
     compare,
     config,
+    doctor,
     estimate,
     evaluate,
     export,
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "show": show.show_strategy,
     "config": config.config,
     "new": new.new,
+    "doctor": doctor.doctor,
     "bench": bench.bench,
 }
 for _name, _command in COMMANDS.items():

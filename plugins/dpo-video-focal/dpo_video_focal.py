@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import final
+from typing import ClassVar, final
 
-from pydantic import Field
-
-from dpo_video.loss.functional import sigmoid_loss
-from dpo_video.strategies import Loss
-from dpo_video.types import LossOutput, PairErrors
+from dpo_video.plugin import Field, Loss, LossOutput, PairErrors, clip_loss
 
 
 @final
@@ -21,6 +17,9 @@ class Focal(Loss):
     those of a vision-language model: DPO pulls hardest on the pairs that contradict all others.
     """
 
+    # A function of a video's mean error: memory.backward=linear can train it.
+    linear_in_mean_error: ClassVar[bool] = True
+
     beta: float = Field(default=2500.0, gt=0)
     """Slope on the margin of mean squared errors."""
     gamma: float = Field(default=0.05, ge=0, le=1)
@@ -29,8 +28,6 @@ class Focal(Loss):
 
     def __call__(self, errors: PairErrors) -> LossOutput:
         """Loss of every pair."""
-        first = errors.change_first.mean(dim=(1, 2, 3, 4))
-        second = errors.change_second.mean(dim=(1, 2, 3, 4))
-        output = sigmoid_loss(first, second, errors.label, self.beta)
+        output = clip_loss(errors, self.beta)
         # p^gamma as exp(-gamma * -log p), since log p does not underflow.
         return replace(output, loss=(-self.gamma * output.loss).exp() * output.loss)

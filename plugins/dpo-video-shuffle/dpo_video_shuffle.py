@@ -6,12 +6,9 @@ from typing import ClassVar, final
 
 import torch
 from jaxtyping import Int
-from pydantic import Field
 from torch import Generator, Tensor
 
-from dpo_video.errors import UserError
-from dpo_video.strategies import Labeler, PairBuilder, VideoModel
-from dpo_video.types import Clip, Pair
+from dpo_video.plugin import Clip, Field, Labeler, Pair, PairBuilder, UserError, VideoModel
 
 
 @final

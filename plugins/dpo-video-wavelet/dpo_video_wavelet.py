@@ -8,11 +8,8 @@ from typing import ClassVar, final
 import numpy as np
 import pywt
 import torch
-from pydantic import Field
 
-from dpo_video.errors import UserError
-from dpo_video.strategies import Metric
-from dpo_video.types import PerPair, Videos
+from dpo_video.plugin import Field, Metric, PerPair, UserError, Videos
 
 
 @final

@@ -190,6 +190,15 @@ def test_an_unknown_metric_is_refused() -> None:
         resolve(metrics=["warp_eror"])
 
 
+def test_a_metric_with_a_plus_is_added() -> None:
+    usual = list(resolve().metrics)
+    assert list(resolve(metrics=["+frame_difference"]).metrics) == usual
+    assert list(resolve(metrics=["warp_error", "+sharpness"]).metrics) == [
+        "warp_error",
+        "sharpness",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
