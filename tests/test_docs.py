@@ -106,7 +106,8 @@ def option_paths(kind: str) -> set[str]:
 
 def check_option(path: str) -> None:
     known = option_paths(path.partition(".")[0]) | plugin_options()
-    assert path.startswith(ANY_KEY) or path in known, path
+    in_a_sum = path.startswith("loss.") and f"loss.{path.rpartition('.')[2]}" in known
+    assert path.startswith(ANY_KEY) or path in known or in_a_sum, path
 
 
 def check_strategy(kind: str, name: str) -> None:

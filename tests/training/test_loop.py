@@ -24,7 +24,6 @@ from dpo_video.loss.region import Region
 from dpo_video.loss.segment import Segment
 from dpo_video.loss.sft import SFT
 from dpo_video.reference.cached import Cached
-from dpo_video.reference.ema import EMA
 from dpo_video.reference.none import NoReference
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
@@ -124,17 +123,6 @@ def test_a_resumed_run_ends_in_the_same_bytes(
         a, b = map(json.loads, lines)
         timing = {"seconds", "eta_seconds", "pairs_per_second", "memory_gib"}
         assert {k: a[k] for k in a.keys() - timing} == {k: b[k] for k in b.keys() - timing}
-
-
-def test_a_reference_with_a_state_is_resumed_with_it(
-    small_folder: Path, store: PairStore, tmp_path: Path
-) -> None:
-    reference, quiet = EMA(decay=0.5), SETTINGS.model_copy(update={"validation_videos": 0})
-    run(small_folder, store, tmp_path / "whole", quiet, reference=reference)
-    half = quiet.model_copy(update={"steps": 3})
-    run(small_folder, store, tmp_path / "halves", half, reference=reference)
-    run(small_folder, store, tmp_path / "halves", quiet, reference=reference, resume=True)
-    assert adapter_hash(tmp_path / "whole") == adapter_hash(tmp_path / "halves")
 
 
 def test_the_pointer_is_valid_when_a_save_is_cut_off(

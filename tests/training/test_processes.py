@@ -32,6 +32,7 @@ from dpo_video.loss.global_ import Global
 from dpo_video.memory.fsdp import shard_frozen_weights, sharded_bytes
 from dpo_video.reference.cached import Cached
 from dpo_video.reference.copy import Copy
+from dpo_video.reference.ema import EMA
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import Reference
@@ -202,10 +203,14 @@ class Tells(Listener):
         self.steps.send(event.report.step)
 
 
+FOLLOWING = EMA(decay=0.5)
+"""A reference with a state of its own, which a checkpoint must hold."""
+
+
 def train_and_tell(folder: Path, out: Path, steps: Connection) -> None:
     torch.set_num_threads(1)
     store = PairStore(folder / "animatediff-pairs")
-    run(folder / "animatediff", store, out, listeners=[Tells(steps)])
+    run(folder / "animatediff", store, out, reference=FOLLOWING, listeners=[Tells(steps)])
 
 
 def test_kill_9_at_any_step_then_resume_gives_the_same_bytes(folder: Path) -> None:
@@ -222,6 +227,6 @@ def test_kill_9_at_any_step_then_resume_gives_the_same_bytes(folder: Path) -> No
     assert process.exitcode == -signal.SIGKILL
     assert latest_checkpoint(folder / "cut").is_dir()
     store = PairStore(folder / "animatediff-pairs")
-    run(folder / "animatediff", store, folder / "cut", resume=True)
-    run(folder / "animatediff", store, folder / "uncut")
+    run(folder / "animatediff", store, folder / "cut", reference=FOLLOWING, resume=True)
+    run(folder / "animatediff", store, folder / "uncut", reference=FOLLOWING)
     assert adapter_hash(folder / "uncut") == adapter_hash(folder / "cut")
