@@ -26,9 +26,16 @@ def is_hub_id(text: str) -> bool:
 
 
 def _source(text: str) -> str:
+    if is_hub_id(text.rstrip("/")) and not os.path.exists(text):  # noqa: PTH110
+        return text.rstrip("/")
     exists = os.path.exists(text)  # noqa: PTH110 - False also for what no path can be
-    path = exists or (re.search(r"[/\\~]", text) and not is_hub_id(text))
-    return absolute(text) if path else text
+    return absolute(text) if exists or re.search(r"[/\\~]", text) else text
+
+
+def _lora(text: str) -> str:
+    parts = text.rstrip("/").split("/")
+    hub = len(parts) > 1 and is_hub_id("/".join(parts[:2])) and ".." not in parts
+    return text if hub and not os.path.exists(text) else absolute(text)  # noqa: PTH110
 
 
 LocalPath = Annotated[str, AfterValidator(absolute)]
@@ -44,6 +51,9 @@ AbsolutePath = Annotated[Path, AfterValidator(lambda path: Path(absolute(str(pat
 ModelSource = Annotated[str, AfterValidator(_source)]
 """Type of an option that names a model: a folder or file, or else a hub id. What exists or looks
 like a path is a path, and run.toml holds it as an absolute one."""
+
+LoraSource = Annotated[str, AfterValidator(_lora)]
+"""Type of an option that names a LoRA: a file or folder, or else HUB_ID or HUB_ID/FILE."""
 
 
 def check_name(name: str, what: str) -> str:

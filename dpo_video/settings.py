@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from dpo_video.paths import LocalPath, PromptSource
+from dpo_video.paths import LocalPath, LoraSource, PromptSource
 
 LARGEST_SEED = (1 << 63) - 1  # TOML's largest number
 LARGEST_RANK = 1 << 16  # more than the width of any layer
@@ -59,6 +59,17 @@ class TrainSettings(Settings):
     alpha: float = Field(default=32.0, gt=0)
     """LoRA alpha; the update is scaled by alpha / rank. If only the rank is set, alpha scales with
     it."""
+    lora: dict[str, Any] = {}
+    """Further options of peft's LoraConfig by name, for a new adapter: `--set
+    train.lora.use_dora=true`, `--set 'train.lora.target_modules=["to_q", "to_v"]'`. Possible are
+    target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
+    alpha_pattern, use_rslora, use_dora and init_lora_weights (true or gaussian): with the others,
+    policy and reference would differ before the first step, or the adapter could not be read back.
+    """
+    init_from: LoraSource | None = None
+    """A LoRA to start from, instead of a new one: a .safetensors file of any origin, a folder in
+    PEFT's format, or a hub id. It brings its layers, rank and alpha. The reference is the base
+    model with this LoRA as it was at the start."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of the forward passes. Errors and losses are always computed in fp32."""
     skips: int = Field(default=3, ge=0)
@@ -81,7 +92,12 @@ class TrainSettings(Settings):
     """Names of label sets to train on instead of the labels of the pairs; several are combined by
     vote. A started run records NAME@HASH, and changed labels of that name are refused."""
     report_to: str = "tensorboard"
-    """Tracker of Accelerate to report to, or "none" to write log.jsonl only."""
+    """Tracker of Accelerate to report to, or "none" to write log.jsonl only. TensorBoard, wandb and
+    trackio also get the validation videos, the configuration and the diagnosis."""
+    project: str = "dpo-video"
+    """Project of the tracker; TensorBoard has none and writes to the run's folder."""
+    run_name: str | None = None
+    """Name of the run in the project. Default: the name of its folder."""
 
 
 def _listed(value: Any) -> Any:

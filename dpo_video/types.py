@@ -259,7 +259,7 @@ class ExportSpec:
     pipeline: str
     """The class of diffusers that runs the model."""
     source: str
-    """Hub id or folder of the checkpoint."""
+    """Hub id or folder of the checkpoint; of the configurations where there is a `file`."""
     revision: str | None
     networks: Mapping[str, Any]
     """diffusers networks of the denoiser by their names in the pipeline. If there are several, the
@@ -270,7 +270,9 @@ class ExportSpec:
     """Contents of model_index.json: a part's name to its library and class, and the pipeline's
     options."""
     folder: Callable[[str], Path]
-    """Folder of a part of `index`."""
+    """Folder of a part of `index`; it may lack weights that are in `file`."""
+    copy: Callable[[str, Path], None]
+    """Writes a part of `index` into a new folder."""
     comfy: Callable[[str], LoraNames | None]
     """Module of a network to the names of its update in ComfyUI; None if it has none."""
     comfy_usage: str
@@ -278,5 +280,9 @@ class ExportSpec:
     arguments: Mapping[str, str] = field(default_factory=dict)
     """Further arguments of the pipeline's `from_pretrained`, as Python, with {source} for the
     checkpoint. Arguments without {source} come from elsewhere; a merged checkpoint has them."""
+    file: str | None = None
+    """The single file of the first network's weights, if that is where they are."""
+    variant: str | None = None
+    """Variant ("fp16") of the checkpoint's weights."""
     call: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of a pipeline call besides size, steps and guidance."""

@@ -124,7 +124,7 @@ def clip() -> Clip:
 def said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Said:
-    """Run a command that ends with this code; what it says."""
+    """Run a command that ends with this code; what it says, beside its result in `said.out`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
 
@@ -136,9 +136,10 @@ def said(
             ended = 0
         except SystemExit as stop:
             ended = int(stop.code or 0)
-        told = capfd.readouterr().err
-        assert ended == code, told
-        return told
+        told = capfd.readouterr()
+        assert ended == code, told.err
+        command.out = told.out  # type: ignore[attr-defined]
+        return told.err
 
     return command
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -70,6 +71,44 @@ def save_small_animatediff(folder: Path) -> Path:
     ).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     DDIMScheduler(**SCHEDULE, clip_sample=False).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def save_small_base(folder: Path) -> Path:
+    """Write a Stable Diffusion checkpoint: a UNet without motion modules, and its own schedule."""
+    save_small_animatediff(folder)
+    shutil.rmtree(folder / "unet")
+    torch.manual_seed(2)
+    UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")
+    DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False
+    ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def save_small_motion_adapter(folder: Path) -> Path:
+    """Write a motion adapter for `save_small_base`."""
+    torch.manual_seed(1)
+    adapter = MotionAdapter(
+        block_out_channels=(16, 16),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=4,
+        motion_max_seq_length=SHAPE.frames,
+        use_motion_mid_block=False,
+    )
+    for parameter in adapter.parameters():  # its init gives modules that do nothing
+        torch.nn.init.normal_(parameter, std=0.2)
+    adapter.save_pretrained(folder)
     return folder
 
 

@@ -24,6 +24,7 @@ from dpo_video.backbone._ddim import DDIMModel
 from dpo_video.backbone._image_model import ImageModel, image_scheduler
 from dpo_video.backbone._pretrained import PretrainedBackbone, refuse_dynamic, to_pixels
 from dpo_video.diffusion.pretrained import Checkpoint, identity, place_denoiser, quiet
+from dpo_video.diffusion.single_file import FilePart
 from dpo_video.errors import UserError
 from dpo_video.paths import ModelSource
 from dpo_video.strategies import Sampling, VideoModel
@@ -38,6 +39,12 @@ from dpo_video.types import (
 )
 
 _FRAMES_AT_ONCE = 8  # of the VAE: 8 take an eighth of the memory of 64, and no more time
+# Prefixes of Stable Diffusion's own checkpoints.
+_IN_FILE: Mapping[str, FilePart] = {
+    "unet": FilePart(network=UNet2DConditionModel, prefix="model.diffusion_model."),
+    "vae": FilePart(network=AutoencoderKL, prefix="first_stage_model."),
+    "text_encoder": FilePart(network=CLIPTextModel, prefix="cond_stage_model.transformer."),
+}
 # The schedule of the motion modules' training (guoyww/AnimateDiff, configs/inference). Stable
 # Diffusion's checkpoints contain another one.
 _MOTION_SCHEDULE: Mapping[str, Any] = {
@@ -64,14 +71,20 @@ class AnimateDiff(PretrainedBackbone):
     }  # Video-DPO
 
     model: ModelSource = "emilianJR/epiCRealism"
-    """Hub id or folder of the base model. A folder whose UNet already has motion modules needs no
-    adapter."""
+    """Hub id, folder or .safetensors file of the base model. A folder whose UNet already has motion
+    modules needs no adapter."""
     revision: str | None = None
     """Branch, tag or commit of the base model on the hub; its main branch when not set."""
+    config: ModelSource | None = None
+    """Where `model` is a single file: hub id or folder of the configurations, the tokenizer and
+    whatever the file lacks. Default: Stable Diffusion 1.5."""
     motion_adapter: ModelSource = "guoyww/animatediff-motion-adapter-v1-5-2"
-    """Hub id or folder of the motion adapter."""
+    """Hub id, folder or .safetensors file of the motion adapter (motion module)."""
     motion_adapter_revision: str | None = None
     """Branch, tag or commit of the motion adapter on the hub; its main branch when not set."""
+    motion_adapter_config: ModelSource | None = None
+    """Where `motion_adapter` is a single file: hub id or folder of its configuration. Default: a
+    config.json beside it, or the published adapter of the same shapes."""
     frames: int = Field(default=16, ge=2, le=32)
     """Frames of a video."""
     height: int = Field(default=512, multiple_of=8)
@@ -91,7 +104,13 @@ class AnimateDiff(PretrainedBackbone):
         """Load the denoiser; a UserError if a part is missing or the shape does not fit it."""
         shape = VideoShape(frames=self.frames, height=self.height, width=self.width, fps=self.fps)
         return load_checkpoint(
-            Checkpoint(source=self.model, revision=self.revision, placement=placement),
+            Checkpoint(
+                source=self.model,
+                revision=self.revision,
+                placement=placement,
+                parts_in_file=_IN_FILE,
+                config_source=self.config,
+            ),
             shape=shape,
             sampling=Sampling(num_inference_steps=25, guidance_scale=7.5),
             motion_adapter=Checkpoint(
@@ -99,6 +118,8 @@ class AnimateDiff(PretrainedBackbone):
                 revision=self.motion_adapter_revision,
                 option="backbone.motion_adapter",
                 placement=placement,
+                parts_in_file={"": FilePart(network=MotionAdapter)},
+                config_source=self.motion_adapter_config,
             ),
             timestep_spacing=self.timestep_spacing,
             negative_prompt=self.negative_prompt,
@@ -279,18 +300,13 @@ class AnimateDiffModel(DDIMModel):
         """Names in diffusers' AnimateDiffPipeline and ComfyUI's AnimateDiff-Evolved."""
         arguments = {}
         if (adapter := self._motion_adapter) is not None:
-            revision = f", revision={adapter.revision!r}" if adapter.revision else ""
-            arguments["motion_adapter"] = (
-                f"MotionAdapter.from_pretrained({adapter.source!r}{revision})"
-            )
+            arguments["motion_adapter"] = adapter.loading_code("MotionAdapter")
         return ExportSpec(
             pipeline="AnimateDiffPipeline",
-            source=self._checkpoint.source,
-            revision=self._checkpoint.revision,
+            **self._checkpoint.exported("unet"),
             networks={"unet": self.denoiser},
             scheduler=self.scheduler,
             index=_INDEX,
-            folder=self._checkpoint.folder,
             comfy=_comfy.animatediff,
             comfy_usage="For AnimateDiff-Evolved in ComfyUI: put the .safetensors file into "
             "`models/animatediff_motion_lora` and choose it in the node Load AnimateDiff LoRA.",

@@ -23,6 +23,7 @@ from dpo_video.backbone._causal_vae import STRIDE
 from dpo_video.backbone._ddim import DDIMModel
 from dpo_video.backbone._pretrained import PretrainedBackbone, to_pixels
 from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place, place_denoiser
+from dpo_video.diffusion.single_file import FilePart
 from dpo_video.errors import UserError
 from dpo_video.paths import ModelSource
 from dpo_video.strategies import Sampling, VideoModel
@@ -62,7 +63,11 @@ class CogVideoX(PretrainedBackbone):
     }
 
     model: ModelSource = "THUDM/CogVideoX-2b"
-    """Hub id or folder, in diffusers' layout."""
+    """Hub id or folder in diffusers' layout, or a transformer as one .safetensors file with
+    diffusers' names."""
+    config: ModelSource | None = None
+    """Where `model` is a single file: hub id or folder of everything but the transformer. Default:
+    the only known model of the same shapes."""
     revision: str | None = None
     """Branch, tag or commit on the hub; its main branch when not set."""
     frames: int = Field(default=49, ge=_FRAMES + 1)
@@ -82,7 +87,13 @@ class CogVideoX(PretrainedBackbone):
 
     def load(self, placement: Placement) -> VideoModel:
         """Load the denoiser; a UserError if a part is missing or the shape does not fit it."""
-        checkpoint = Checkpoint(source=self.model, revision=self.revision, placement=placement)
+        checkpoint = Checkpoint(
+            source=self.model,
+            revision=self.revision,
+            placement=placement,
+            parts_in_file={"transformer": FilePart(network=CogVideoXTransformer3DModel)},
+            config_source=self.config,
+        )
         described = checkpoint.config("transformer").get("_class_name")
         if described != CogVideoXTransformer3DModel.__name__:
             raise UserError(
@@ -289,12 +300,10 @@ class CogVideoXModel(DDIMModel):
             call["max_sequence_length"] = length
         return ExportSpec(
             pipeline="CogVideoXPipeline",
-            source=self._checkpoint.source,
-            revision=self._checkpoint.revision,
+            **self._checkpoint.exported("transformer"),
             networks={"transformer": self.denoiser},
             scheduler=self.scheduler,
             index=self._checkpoint.config(file="model_index.json"),
-            folder=self._checkpoint.folder,
             comfy=_comfy.cogvideox,
             comfy_usage="For ComfyUI's own CogVideoX: put the .safetensors file into "
             "`models/loras` and choose it in the node LoraLoaderModelOnly. "

@@ -33,6 +33,7 @@ from dpo_video.backbone._pretrained import (
 from dpo_video.diffusion.experts import Experts
 from dpo_video.diffusion.pretrained import Checkpoint, Lazy, identity, place, place_denoiser
 from dpo_video.diffusion.sampling import Schedule, denoise, first_step
+from dpo_video.diffusion.single_file import FilePart
 from dpo_video.errors import UserError
 from dpo_video.paths import ModelSource
 from dpo_video.strategies import Sampling, VideoModel
@@ -79,7 +80,10 @@ class Wan(PretrainedBackbone):
     model: ModelSource = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     """Hub id or folder of a checkpoint in diffusers' layout, such as
     Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers (704x1280, 24 fps) or
-    Wan-AI/Wan2.2-T2V-A14B-Diffusers."""
+    Wan-AI/Wan2.2-T2V-A14B-Diffusers, or a transformer as one .safetensors file."""
+    config: ModelSource | None = None
+    """Where `model` is a single file: hub id or folder of everything but the transformer. Default:
+    the only known model of the same shapes."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     frames: int = Field(default=81, ge=1)
@@ -128,7 +132,13 @@ class Wan(PretrainedBackbone):
 
     def load(self, placement: Placement) -> VideoModel:
         """Load the denoiser; a UserError if a part is missing or does not fit."""
-        checkpoint = Checkpoint(source=self.model, revision=self.revision, placement=placement)
+        checkpoint = Checkpoint(
+            source=self.model,
+            revision=self.revision,
+            placement=placement,
+            parts_in_file={"transformer": FilePart(network=WanTransformer3DModel)},
+            config_source=self.config,
+        )
         index = checkpoint.config(file="model_index.json")
         if index.get("_class_name") != "WanPipeline":
             raise UserError(
@@ -449,12 +459,10 @@ class WanModel(PretrainedModel):
         }
         return ExportSpec(
             pipeline="WanPipeline",
-            source=self._checkpoint.source,
-            revision=self._checkpoint.revision,
+            **self._checkpoint.exported("transformer"),
             networks=networks,
             scheduler=self.scheduler,
             index=self._checkpoint.config(file="model_index.json"),
-            folder=self._checkpoint.folder,
             comfy=_comfy.wan,
             comfy_usage="For Wan in ComfyUI: put the .safetensors file into `models/loras` and "
             "choose it in the node LoraLoaderModelOnly.",

@@ -18,7 +18,15 @@ def generate(
     options: dict[str, Any],
     run: Annotated[
         Path | None,
-        typer.Argument(help="Folder of a run; without one the base model generates."),
+        typer.Argument(help="Folder of a run; without it and --lora the base model generates."),
+    ] = None,
+    lora: Annotated[
+        str | None,
+        option(
+            "--lora",
+            "Instead of a run, a LoRA of any origin for --backbone: a .safetensors file, a folder, "
+            "or a hub id.",
+        ),
     ] = None,
     num_videos: Annotated[
         int, option("--num-videos", "Number of videos of each prompt, with the next seeds.", min=1)
@@ -32,7 +40,9 @@ def generate(
         ),
     ] = None,
 ) -> None:
-    """Generate videos with a run's tuned model, with a base model, or with that of finished pairs.
+    """Generate videos with a run's tuned model, with a LoRA, or with the base model.
+
+    The base model is that of --backbone, or of finished pairs (--pairs).
 
     A folder gets a named file for every prompt and seed, and a metadata.jsonl. Videos that exist
     there are not drawn again, so an interrupted command is run again to draw the rest.
@@ -44,6 +54,7 @@ def generate(
     with TerminalProgress() as progress:
         generate(
             run,
+            lora=lora,
             num_videos=num_videos,
             out=out or Path("videos" if several else "video.mp4"),
             progress=progress,

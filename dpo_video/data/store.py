@@ -254,6 +254,21 @@ class PairStore:
         except (OSError, SafetensorError, ValueError):
             return None
 
+    @property
+    def negative_prompt(self) -> str:
+        """The negative prompt of `negative_context`."""
+        backbone = self.manifest.recipe.get("backbone")
+        found = backbone.get("negative_prompt", "") if isinstance(backbone, Mapping) else ""
+        return str(found)
+
+    def encoded(self, prompt: str) -> dict[str, Tensor] | None:
+        """An encoded prompt with a leading axis of 1; None if no pair has it."""
+        name = _name_of(prompt)
+        for record in self.records:
+            if record.context == name:
+                return self.context(record)
+        return None
+
     def batch(self, indices: Sequence[int]) -> PairBatch:
         """Read pairs and stack them on the CPU. Safe from several threads at once."""
         records = [self.records[i] for i in indices]
@@ -513,8 +528,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _context_name(pair: Pair) -> str:
     """A hash of the prompt's text, or of the tensors if the prompt came encoded."""
-    named = pair.prompt.encode() if pair.context is None else save(dict(pair.context))
-    return hashlib.sha256(named).hexdigest()[:16]
+    if pair.context is None:
+        return _name_of(pair.prompt)
+    return hashlib.sha256(save(dict(pair.context))).hexdigest()[:16]
+
+
+def _name_of(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

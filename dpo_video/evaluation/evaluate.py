@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dpo_video.data.build import PROMPTS_KEPT, Worker
+from dpo_video.data.build import Worker
+from dpo_video.data.encodings import PromptEncodings
 from dpo_video.data.prompts import batched_prompts, negative_option
 from dpo_video.data.video import read_video
 from dpo_video.data.video_writer import video_bytes
@@ -27,7 +28,7 @@ from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.support.claims import claim
 from dpo_video.support.hashing import file_digest
-from dpo_video.types import Context, Prompt, Videos
+from dpo_video.types import Prompt, Videos
 
 _POLL = 0.2  # seconds
 Report = Callable[[int], None]
@@ -44,6 +45,7 @@ def measure(
     folder: Path,
     *,
     base_folder: Path | None = None,
+    encodings: PromptEncodings | None = None,
     drawn_from: object = None,
     worker: Worker = Worker(),  # noqa: B008 - it is frozen
     on_progress: Report = lambda done: None,
@@ -64,6 +66,7 @@ def measure(
         folder: Receives the videos of both models.
         base_folder: Where the base's videos are kept for other evaluations; each set of them has a
             folder of its own there. `folder` by default.
+        encodings: Encodes the prompts; the model alone by default.
         drawn_from: What else the videos depend on, as JSON-ready data.
         worker: The part of the videos that this process draws. It waits for the others.
         on_progress: Called with the number of finished videos, of `2 * len(prompts)`.
@@ -83,7 +86,9 @@ def measure(
     trained = [file_digest(path) for path in sorted(adapter.glob("adapter_*"))]
     tuned = VideoSet.of(folder, "tuned", [common, trained], batches)
     meters = Meters.of(metrics)
-    sampler = _Sampler(model=model, settings=settings)
+    sampler = _Sampler(
+        model=model, settings=settings, encodings=encodings or PromptEncodings(model)
+    )
     part = (worker.number, worker.count)
     finished = _Finished([base, tuned], meters.keys, on_progress)
     work = _Work(batches=batches, meters=meters, fps=model.shape.fps, worker=worker)
@@ -217,17 +222,17 @@ def sample_videos(
     Raises:
         UserError: if a video is not finite.
     """
-    sampler = _Sampler(model=model, settings=settings)
+    sampler = _Sampler(model=model, settings=settings, encodings=PromptEncodings(model))
     return sampler.batches(denoiser, list(batched_prompts(prompts, settings.batch_size)))
 
 
 @dataclass(kw_only=True)
 class _Sampler:
-    """Draws videos. Prompts are encoded some at a time, and the text encoder is freed again."""
+    """Draws videos."""
 
     model: VideoModel
     settings: EvaluateSettings
-    _encoded: dict[str, Context] = field(default_factory=dict)
+    encodings: PromptEncodings
 
     def batches(self, denoiser: nn.Module, batches: Sequence[Sequence[Prompt]]) -> Iterator[Videos]:
         """Yield the videos of each batch, on the CPU.
@@ -238,11 +243,9 @@ class _Sampler:
         model, settings = self.model, self.settings
         for number, batch in enumerate(batches):
             texts = [row.text for row in batch]
-            if any(text not in self._encoded for text in texts):
-                self._encode(batches[number:])
-            contexts = [self._encoded[text] for text in texts]
+            guided = settings.guidance_scale != 1
             latents = model.sample(
-                {name: torch.cat([each[name] for each in contexts]) for name in contexts[0]},
+                self.encodings.first(batches[number:], guided=guided),
                 initial_noise(model, [row.seed or 0 for row in batch]),
                 denoiser=denoiser,
                 num_inference_steps=settings.num_inference_steps,
@@ -253,18 +256,3 @@ class _Sampler:
             videos = torch.cat([model.decode_videos(one).cpu() for one in latents.split(1)])
             check_finite(latents, videos, texts)
             yield videos
-
-    def _encode(self, batches: Sequence[Sequence[Prompt]]) -> None:
-        """Encode the next prompts, at most PROMPTS_KEPT and those of the first batch."""
-        model = self.model
-        self._encoded.clear()
-        for number, batch in enumerate(batches):
-            if number and len(self._encoded) + len(batch) > PROMPTS_KEPT:
-                break
-            for row in batch:
-                if row.text not in self._encoded:
-                    context = model.encode_prompts([row.text])
-                    self._encoded[row.text] = {name: each.cpu() for name, each in context.items()}
-            if self.settings.guidance_scale != 1:
-                model.negative_context(batch[0].negative_prompt)
-        model.release()

@@ -21,7 +21,6 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dpo_video.diffusion.pretrained import weight_files
 from dpo_video.errors import ExportError, RunError, UserError
 from dpo_video.exporting.lora_formats import (
     ComfyFormat,
@@ -51,7 +50,6 @@ MERGE_TOLERANCE = 0.05
 _SUMS = 1e-5  # relative error from the order of a sum in fp32
 _TIMESTEPS = 16  # drawn; the highest and lowest are compared, so that every expert is
 _INPUTS = 8  # random vectors that a layer's update is compared on
-_CONFIG_SUFFIXES = {".json", ".txt", ".model"}
 
 
 class Format(StrEnum):
@@ -125,9 +123,16 @@ def export(
         )
     adapted = [name for name, network in spec.networks.items() if read_delta(network)]
     rounded = 0.0
+    dora = any(config.use_dora for config in policy.peft_config.values())
     if format is Format.MERGED:
         dtype = dtype or torch.float32
-        rounded = _rounded(policy, dtype)
+    if dora and (format is not Format.MERGED or dtype is not torch.float32):
+        raise ExportError(
+            "The adapter is a DoRA (train.lora.use_dora), which not every program reads. Export "
+            "with --format merged --dtype fp32."
+        )
+    if format is Format.MERGED and not dora:
+        rounded = _rounded(policy, dtype or torch.float32)
     epsilon = _epsilon(model.denoiser, dtype, format)
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -297,7 +302,7 @@ def _write_merged(
     written = {*spec.networks, "scheduler"}
     for name, kind in spec.index.items():
         if isinstance(kind, (list, tuple)) and any(kind) and name not in written:
-            _copy_part(spec.folder(name), folder / name)
+            spec.copy(name, folder / name)
     library = {"_class_name": spec.pipeline, "_diffusers_version": diffusers.__version__}
     index = {**spec.index, **library}
     write_text(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
@@ -309,14 +314,6 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if tensor.is_floating_point() and not any(part in name.split(".") for part in kept):
             tensor.data = tensor.data.to(dtype)
-
-
-def _copy_part(source: Path, target: Path) -> None:
-    target.mkdir()
-    weights = set(weight_files(source))
-    for path in source.iterdir():
-        if path in weights or path.suffix in _CONFIG_SUFFIXES:
-            shutil.copyfile(path, target / path.name)
 
 
 def _reloaded(reload: Callable[[Path], VideoModel], folder: Path) -> VideoModel:

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from dpo_video.diffusion.pretrained import quiet
 from dpo_video.errors import ExportError
 from dpo_video.support.atomic import write_tensors
+from dpo_video.training.foreign_lora import DIFFUSERS_FILE
 from dpo_video.types import ExportSpec, LoraNames
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights expects
 _METADATA = {"format": "pt"}
 
 
@@ -178,7 +178,7 @@ class PeftFormat(LoraFormat):
             config = copy.deepcopy(self.config)
             config.target_modules = sorted(layers)
             config.base_model_name_or_path, config.revision = (
-                spec.source, spec.revision,
+                spec.file or spec.source, spec.revision,
             )  # fmt: skip
             config.inference_mode = True
             config.save_pretrained(str(path))

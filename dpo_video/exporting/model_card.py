@@ -16,11 +16,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_video.evaluation.change import Change
 from dpo_video.evaluation.results import Evaluation
-from dpo_video.exporting.lora_formats import DIFFUSERS_FILE, load_options, precision, subfolder
+from dpo_video.exporting.lora_formats import load_options, precision, subfolder
 from dpo_video.paths import is_hub_id
 from dpo_video.strategies import VideoModel
 from dpo_video.support.formatting import apart, counted
 from dpo_video.training.diagnosis import TrainingVerdict
+from dpo_video.training.foreign_lora import DIFFUSERS_FILE
 from dpo_video.types import ExportSpec
 
 
@@ -118,15 +119,26 @@ def loading_script(
     source = _quoted(folder if merged else spec.source)
     if spec.revision and not merged:
         source += f", revision={_quoted(spec.revision)}"
-    arguments, classes = [source], {spec.pipeline}
+    arguments, classes, method = [source], {spec.pipeline}, "from_pretrained"
+    dtype = precision(model.denoiser)
+    if spec.file is not None and not merged:
+        file = _quoted(spec.file)
+        if hasattr(getattr(diffusers, spec.pipeline), "from_single_file"):
+            arguments, method = [file, f"config={source}"], "from_single_file"
+        else:
+            name, network = next(iter(spec.networks.items()))
+            code = f"{type(network).__name__}.from_single_file({file}, config={source}, "
+            arguments.append(f'{name}={code}subfolder="{name}", torch_dtype={dtype})')
+            classes.add(type(network).__name__)
+    elif spec.variant and not merged:
+        arguments.append(f"variant={_quoted(spec.variant)}")
     for key, value in spec.arguments.items():
         if not merged or "{source}" in value:
             arguments.append(f"{key}={value.replace('{source}', source)}")
-            classes |= set(re.findall(r"(\w+)\.from_pretrained", value))
-    dtype = precision(model.denoiser)
+            classes |= set(re.findall(r"(\w+)\.from_(?:pretrained|single_file)", value))
     if dtype is not torch.float32:
         arguments.append(f"torch_dtype={dtype}")
-    lines = [f"pipe = {spec.pipeline}.from_pretrained({', '.join(arguments)})"]
+    lines = [f"pipe = {spec.pipeline}.{method}({', '.join(arguments)})"]
     if not merged and (scheduler := _scheduler_line(spec)):
         lines.append(f"pipe.scheduler = {scheduler}")
         classes.add(type(spec.scheduler).__name__)
@@ -206,13 +218,13 @@ def _quoted(text: str | Path) -> str:
 
 def _on_hub(spec: ExportSpec) -> bool:
     source = spec.source
-    return is_hub_id(source) and not Path(source).is_dir()
+    return spec.file is None and is_hub_id(source) and not Path(source).is_dir()
 
 
 def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:
     tables = summary.tables
     train, run = tables["train"], tables["run"]
-    base = spec.source if _on_hub(spec) else Path(spec.source).name
+    base = spec.source if _on_hub(spec) else Path(spec.file or spec.source).name
     loss = {key: value for key, value in tables["loss"].items() if key != "name"}
     per_step = train["batch_size"] * train["gradient_accumulation_steps"]
     return [
@@ -223,13 +235,24 @@ def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:
         ("labels", ", ".join(train.get("labels", ())) or "those stored with the pairs"),
         ("loss", f"{tables['loss']['name']} ({', '.join(f'{k} {v}' for k, v in loss.items())})"),
         ("reference", tables["reference"]["name"]),
-        ("LoRA", f"rank {train['rank']}, alpha {train['alpha']:g}"),
+        ("LoRA", f"rank {train['rank']}, alpha {train['alpha']:g}{_options(train)}"),
         ("learning rate", f"{train['learning_rate']:g}"),
         ("steps", f"{summary.step} of {train['steps']}, {counted(per_step, 'pair')} each"),
         ("seed", str(run["seed"])),
         ("precision", train["mixed_precision"]),
         ("versions", ", ".join(f"{name} {number}" for name, number in summary.versions.items())),
     ]
+
+
+def _options(train: Mapping[str, Any]) -> str:
+    """Where the adapter started, and its further options."""
+    start = train.get("init_from")
+    text = (
+        f", started from {Path(start).name if Path(start).is_absolute() else start}"
+        if start
+        else ""
+    )
+    return text + "".join(f", {name} {value}" for name, value in train.get("lora", {}).items())
 
 
 def _quantization(kind: str) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ forward pass without backward runs with an autograd graph, which is cut after ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -171,16 +171,41 @@ def last_weights(policy: nn.Module) -> list[nn.Parameter]:
     return [weight for name, weight in policy.named_parameters() if ".lora_B." in name]
 
 
-@contextmanager
-def zeroed_adapter(policy: nn.Module) -> Iterator[None]:
-    """Inside, the adapter adds zeros, with the graphs of a trained one."""
-    weights = last_weights(policy)
-    trained = [weight.data for weight in weights]
-    try:
-        for weight in weights:
+def keep_start(policy: nn.Module) -> None:
+    """Keep the weights of an adapter that does not start at zero: its reference has them."""
+    policy._dpo_video_start = {  # type: ignore[assignment]
+        name: weight.detach().clone()
+        for name, weight in policy.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def kept_start(policy: nn.Module) -> Mapping[str, Tensor]:
+    """What `keep_start` has kept; nothing for an adapter that starts at zero."""
+    kept: Mapping[str, Tensor] = getattr(policy, "_dpo_video_start", {})
+    return kept
+
+
+def reset_adapter(policy: nn.Module) -> None:
+    """Give the adapter its weights of the start, in new memory."""
+    start = kept_start(policy)
+    for name, weight in policy.named_parameters():
+        if name in start:
+            weight.data = start[name].to(weight.device, copy=True)
+        elif not start and ".lora_B." in name:
             weight.data = torch.zeros_like(weight.data)
+
+
+@contextmanager
+def adapter_at_start(policy: nn.Module) -> Iterator[None]:
+    """Inside, the adapter has its weights of the start, with the graphs of a trained one."""
+    trained = [
+        (weight, weight.data) for name, weight in policy.named_parameters() if ".lora_" in name
+    ]
+    try:
+        reset_adapter(policy)
         yield
     finally:
-        for weight, data in zip(weights, trained, strict=True):
+        for weight, data in trained:
             weight.data = data
-        torch.clear_autocast_cache()  # it holds casts of the zeros
+        torch.clear_autocast_cache()  # it holds casts of the weights of the start

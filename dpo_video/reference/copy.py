@@ -9,7 +9,7 @@ from typing import Any, final
 
 from torch import nn
 
-from dpo_video.memory.compile import is_compiled, last_weights
+from dpo_video.memory.compile import is_compiled, kept_start, reset_adapter
 from dpo_video.strategies import Reference, ReferenceModel
 
 
@@ -23,12 +23,12 @@ class Copy(Reference):
     def attach(self, policy: nn.Module) -> ReferenceModel:
         """Copy the policy, remove the copy's adapter, and freeze it.
 
-        The copy of a compiled policy keeps an adapter of zeros, so that both round alike.
+        The copy of a compiled policy keeps an adapter of zeros, so that both round alike; that of
+        a policy which was trained from a LoRA keeps the adapter of the start.
         """
         copied: Any = copy.deepcopy(policy)
-        if is_compiled(policy):
-            for weight in last_weights(copied):
-                weight.data.zero_()
+        if is_compiled(policy) or kept_start(policy):
+            reset_adapter(copied)
             return _Frozen(copied)
         return _Frozen(copied.unload().requires_grad_(False).train(policy.training))
 

@@ -9,7 +9,7 @@ from typing import final
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from dpo_video.memory.compile import is_compiled, zeroed_adapter
+from dpo_video.memory.compile import adapter_at_start, is_compiled, kept_start
 from dpo_video.strategies import Reference, ReferenceModel
 
 
@@ -41,10 +41,11 @@ class Toggled(ReferenceModel):
 
         This sets the flag that every adapted layer reads. peft's own `disable_adapter` also clears
         and restores `requires_grad` of all weights, which costs more than 1% of a step and changes
-        nothing without a graph. A compiled network keeps its adapter, with zeros for weights.
+        nothing without a graph. A compiled network, and one that was trained from a LoRA, keep
+        their adapter, with its weights of the start.
         """
-        if is_compiled(self._policy):
-            with zeroed_adapter(self._policy):
+        if is_compiled(self._policy) or kept_start(self._policy):
+            with adapter_at_start(self._policy):
                 yield self._policy
             return
         before = [layer._disable_adapters for layer in self._layers]

@@ -314,7 +314,9 @@ def restore(
     return TrainState(**{name: state[name] for name in ("step", "position", "skipped")})
 
 
-def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
+def load_adapter(
+    network: nn.Module, folder: Path, instead: str, *, trainable: bool = False
+) -> PeftModel:
     """Load an adapter in PEFT's format onto a network.
 
     Files from elsewhere may make PEFT raise anything. Undamaged files with a manifest of this
@@ -324,6 +326,7 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
         network: The denoiser without an adapter.
         folder: Folder of the adapter.
         instead: A sentence: what to do if it does not fit.
+        trainable: Whether it is to be trained.
 
     Raises:
         RunError: if it is damaged, no LoRA, or does not fit.
@@ -348,6 +351,8 @@ def load_adapter(network: nn.Module, folder: Path, instead: str) -> PeftModel:
         raise misfit(error) from error
     expected = (ValueError, RuntimeError) if ours else (Exception,)
     try:
-        return PeftModel.from_pretrained(network, str(folder), config=config)
+        return PeftModel.from_pretrained(
+            network, str(folder), config=config, is_trainable=trainable
+        )
     except expected as error:  # no such modules; weights of another shape
         raise misfit(error) from error

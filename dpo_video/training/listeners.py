@@ -24,6 +24,7 @@ from dpo_video.training.checkpoint import drop_checkpoints, write_checkpoint
 from dpo_video.training.loop import Run
 from dpo_video.training.report import StepEvent
 from dpo_video.training.run_dir import LOG, checkpoint_folder, truncate_log
+from dpo_video.training.trackers import log_video
 from dpo_video.types import Context, Latents, Prompt
 
 
@@ -189,8 +190,18 @@ class ValidationVideos(Listener):
                         scale = max(1, 256 // model.shape.height)
                         path = self._folder(step) / f"{index:02d}.mp4"
                         write_video(path, video, model.shape.fps, scale)
+                        log_video(
+                            run.accelerator, f"validation/{index:02d}", path, video,
+                            fps=model.shape.fps, caption=self._caption(index), step=step,
+                            scale=scale,
+                        )  # fmt: skip
                 model.release()
         run.accelerator.wait_for_everyone()
+
+    def _caption(self, index: int) -> str:
+        if self._prompts:
+            return self._prompts[index].prompt.text
+        return self.run.store.records[index].prompt
 
     def _latents(self, index: int, denoiser: nn.Module) -> Latents:
         run, model = self.run, self.run.model

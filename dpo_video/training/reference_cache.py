@@ -53,8 +53,8 @@ class ReferenceCacheManifest(Record):
     version: Literal[1] = 1
     identity: str
     """Hash of the model's weights."""
-    adapter: Literal["none"] = "none"
-    """The reference's adapter: the base has none."""
+    adapter: str = "none"
+    """Hash of the reference's adapter; the base has none."""
     seed: int
     """Seed of the draws."""
     precision: str
@@ -77,6 +77,7 @@ class ReferenceCacheManifest(Record):
         chunks: int = 1,
         *,
         compiled: bool = False,
+        adapter: str = "none",
     ) -> Self:
         """Manifest of the predictions that this run would make on this machine."""
         device = model.device
@@ -86,6 +87,7 @@ class ReferenceCacheManifest(Record):
             kernels = f"{device.type} with {torch.get_num_threads()} threads"
         return cls(
             identity=model.identity,
+            adapter=adapter,
             seed=seed,
             precision=precision,
             videos_at_once=videos_at_once,

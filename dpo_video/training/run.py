@@ -110,7 +110,8 @@ def train(
     shown = validation_prompts[: settings.validation_videos]
     encoded = [EncodedPrompt.of(prompt, model) for prompt in shown]
     if settings.validation_videos:  # sampling them must not load the text encoder again
-        if (negative := store.negative_context()) is not None:
+        own = (options or {}).get("backbone.negative_prompt", "")
+        if (negative := store.negative_context()) is not None and store.negative_prompt == own:
             model.keep_negative(negative)
         model.negative_context()
     model.release()  # the encoders
@@ -172,6 +173,7 @@ def train(
                 gradient.videos_at_once,
                 memory.forward_chunks,
                 compiled=memory.compile == "on",
+                adapter=fingerprint.adapter if settings.init_from else "none",
             )
             cache = ReferenceCache(store, manifest)
     on_ready(run.state.step)

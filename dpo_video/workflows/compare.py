@@ -35,7 +35,7 @@ from dpo_video.workflows.session import (
     load_model,
     pick_device,
 )
-from dpo_video.workflows.train import claim_run, run_training
+from dpo_video.workflows.train import claim_run, run_training, started_from
 
 _JUDGING = ("tolerance", "min_effect", "min_effects", "min_prompts")
 """Options of [evaluate] that change a verdict and not what was measured."""
@@ -243,14 +243,18 @@ def _other_settings(folder: Path) -> UserError:
 
 
 def _measured(tables: Tables) -> Tables:
-    """The tables without the thresholds of the verdict."""
+    """The tables without the thresholds of the verdict, and what a LoRA to start from brings."""
     evaluate = {k: v for k, v in tables.get("evaluate", {}).items() if k not in _JUDGING}
-    return {**tables, "evaluate": evaluate}
+    train, brought = tables.get("train", {}), {"rank", "alpha"}
+    if "init_from" in train:
+        train = {k: v for k, v in train.items() if k not in brought}
+    return {**tables, "evaluate": evaluate, "train": train}
 
 
 def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Evaluation:
     accelerator = accelerator_for(config, folder)
     model = load_model(config, accelerator.device)
+    config = started_from(config, model)
     with claim_run(folder, progress):
         resumption = Resumption.of(folder, partial(progress.note, warning=True))
         resumption.check(config, accelerator.num_processes, accept=False)

@@ -28,6 +28,7 @@ from dpo_video.estimation.results import (
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
 from dpo_video.strategies import PairBuilder
+from dpo_video.training.lora import check_lora
 from dpo_video.training.step import check_backward
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import TrainOptions, checked, configure, with_options
@@ -246,6 +247,7 @@ def _memory_of(device: torch.device | None, tier: str | None) -> float:
 def mode_of(config: Config) -> MemoryMode:
     """The memory mode of a configuration; "blocks" in place of checkpointing=auto."""
     check_backward(config.loss, config.memory)
+    check_lora(config.train, config.memory)
     options = config.memory.model_dump(include=set(MemoryMode.model_fields))
     if options["checkpointing"] == "auto":
         options["checkpointing"] = "blocks"

@@ -18,15 +18,16 @@ from dpo_video.evaluation.human import preference_in
 from dpo_video.evaluation.measuring import Measurement
 from dpo_video.evaluation.results import VIDEOS, Evaluation
 from dpo_video.evaluation.verdict import EvaluationVerdict, judge_evaluation
-from dpo_video.exporting.foreign_lora import peft_adapter
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import claim
 from dpo_video.support.formatting import counted
 from dpo_video.training.checkpoint import kept_adapter
+from dpo_video.training.foreign_lora import peft_adapter
 from dpo_video.types import Prompt
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import launched_worker
 from dpo_video.workflows.options import EvaluateOptions, checked, configure, with_options
+from dpo_video.workflows.pairs import prompt_encodings
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run, verdict_of
 from dpo_video.workflows.session import evaluation_prompts, load_model, pick_device
@@ -229,6 +230,7 @@ def _measure(
         config.evaluate,
         folder / VIDEOS,
         base_folder=base_folder,
+        encodings=prompt_encodings(model, config),
         drawn_from=[config.tables["backbone"], config.run.deterministic],
         worker=worker,
         on_progress=lambda done: progress.update("videos", done, 2 * len(rows)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
@@ -26,10 +27,11 @@ from dpo_video.support.claims import WRITER, claim
 from dpo_video.support.hashing import file_digest
 from dpo_video.text import quoted
 from dpo_video.training.checkpoint import kept_adapter
-from dpo_video.types import Prompt, Video
+from dpo_video.training.foreign_lora import peft_adapter
+from dpo_video.types import Context, Prompt, Video
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import Options, checked, configure, with_options
-from dpo_video.workflows.pairs import opened
+from dpo_video.workflows.pairs import opened, prompt_encodings
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.results import GeneratedVideo
 from dpo_video.workflows.runs import Run
@@ -41,6 +43,7 @@ from dpo_video.workflows.session import load_model, pick_device
 def generate(
     run: Run | Path | str | None = None,
     *,
+    lora: Path | str | None = None,
     pairs: PairStore | Path | str | None = None,
     prompt: str | Sequence[str] | None = None,
     prompts: Path | str | None = None,
@@ -53,11 +56,14 @@ def generate(
     progress: Progress = SILENT,
     **options: Unpack[Options],
 ) -> list[GeneratedVideo]:
-    """Generate videos with a run's tuned model, or with a base model.
+    """Generate videos with a run's tuned model, with a LoRA, or with a base model.
 
     Args:
         run: The run or its folder; None for the base model of `backbone`.
-        pairs: Finished pairs, or their folder or URL, whose base model generates.
+        lora: Instead of a run, a LoRA of any origin for `backbone`: a .safetensors file, a folder,
+            or a hub id.
+        pairs: Finished pairs, or their folder or URL, whose base model generates. Prompts that are
+            stored with them need no text encoder.
         prompt: One prompt or several; by default the backbone's evaluation prompts.
         prompts: A file of prompts, or `training` or `evaluation`, the package's lists.
         seed: Seed of the first video, 0 by default; each further video takes the next one, unless
@@ -73,14 +79,15 @@ def generate(
         options: See `Options`.
 
     Raises:
-        UserError: for a wrong option, or a video that is not finite.
+        UserError: for a wrong option, a LoRA of another model, or a video that is not finite.
         RunError: if there is no such run or checkpoint.
         BusyError: if another process is writing `out`.
     """
     if checkpoint is not None and run is None:
         raise UserError("--checkpoint needs a run: dpo-video generate RUN --checkpoint N")
-    if run is not None and pairs is not None:
-        raise UserError("A run and --pairs name two models. Leave one of them out.")
+    if run is not None and (pairs is not None or lora is not None):
+        other = "--pairs" if pairs is not None else "--lora"
+        raise UserError(f"A run and {other} name two models. Leave one of them out.")
     if run is not None:
         run = Run.open(run)
         options["config"] = options.get("config") or run.folder / "run.toml"
@@ -99,16 +106,28 @@ def generate(
             )
         record = VideoFolder(target.folder) if target and target.recorded else None
         model = load_model(config, pick_device(config.run.device))
+        if lora is not None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="dpo-video-"))
+            adapter = peft_adapter(str(lora), model, Path(scratch) / "adapter")
         base = _key(config, model, adapter, num_inference_steps, guidance_scale)
         denoiser = put_on(model, adapter) if adapter else model.denoiser
-        videos = []
-        for i, row in enumerate(rows):
-            name = target.names[i] if target else None
+        keys = [
+            hashlib.sha256(json.dumps([*base, *astuple(row)]).encode()).hexdigest()[:16]
+            for row in rows
+        ]
+        names: Sequence[str | None] = target.names if target else [None] * len(rows)
+        missing = [
+            record is None or not record.has(str(name), key)
+            for name, key in zip(names, keys, strict=True)
+        ]
+        encodings, videos = prompt_encodings(model, config, store), []
+        for i, (row, name, key) in enumerate(zip(rows, names, keys, strict=True)):
             path = target.folder / name if target and name else None
-            key = hashlib.sha256(json.dumps([*base, *astuple(row)]).encode()).hexdigest()[:16]
             drawn = None
-            if record is None or not record.has(str(name), key):
-                drawn = _draw(model, row, denoiser, num_inference_steps, guidance_scale)
+            if missing[i]:
+                left = [[rows[n]] for n in range(i, len(rows)) if missing[n]]
+                context = encodings.first(left, guided=guidance_scale != 1)
+                drawn = _draw(model, row, context, denoiser, num_inference_steps, guidance_scale)
                 if record is not None:
                     record.forget(str(name))
                 if path is not None:
@@ -196,12 +215,13 @@ def _rows(
 def _draw(
     model: VideoModel,
     row: Prompt,
+    context: Context,
     denoiser: nn.Module,
     num_inference_steps: int | None,
     guidance_scale: float | None,
 ) -> Video:
     latents = model.sample(
-        model.encode_prompts([row.text]),
+        context,
         initial_noise(model, [row.seed or 0]),
         denoiser=denoiser,
         num_inference_steps=num_inference_steps,
@@ -221,7 +241,8 @@ def _key(
     guidance_scale: float | None,
 ) -> list[Any]:
     """Everything but its prompt and seed that a video depends on."""
-    weights = "" if adapter is None else file_digest(adapter / "adapter_model.safetensors")
+    files = [] if adapter is None else sorted(adapter.glob("adapter_*"))
+    weights = [file_digest(path) for path in files]
     return [
         model.identity, weights, config.tables["backbone"], config.train.mixed_precision,
         num_inference_steps, guidance_scale,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Unpack
 
 from dpo_video.data.audit import Audit, audit
+from dpo_video.data.encodings import PromptEncodings
 from dpo_video.data.pack import pack as pack_pairs
 from dpo_video.data.store import PairStore
 from dpo_video.data.videodpo import VideoDPOExport, export_videodpo
-from dpo_video.errors import UserError
-from dpo_video.strategies import Metric
+from dpo_video.errors import StoreError, UserError
+from dpo_video.strategies import Metric, VideoModel
+from dpo_video.support.urls import is_url
 from dpo_video.text import command, label_command
+from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import Options, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import apply_labels, evaluation_prompts, load_model, pick_device
@@ -21,6 +25,17 @@ from dpo_video.workflows.session import apply_labels, evaluation_prompts, load_m
 def opened(pairs: PairStore | Path | str) -> PairStore:
     """A pair set by its folder or URL."""
     return pairs if isinstance(pairs, PairStore) else PairStore(pairs)
+
+
+def prompt_encodings(
+    model: VideoModel, config: Config, store: PairStore | None = None
+) -> PromptEncodings:
+    """Encodes prompts, with what is stored in `store` or else in the configuration's pairs."""
+    if store is None and config.pair_store is not None and not is_url(config.pair_store):
+        with suppress(StoreError):  # deleted since
+            store = PairStore(config.pair_store)
+    negative = config.tables["backbone"].get("negative_prompt", "")
+    return PromptEncodings(model, store, negative)
 
 
 def next_step(store: PairStore, *options: str) -> str:

@@ -34,8 +34,11 @@ _PAIRS = (
 _WEIGHTS = (
     "backbone.model",
     "backbone.revision",
+    "backbone.config",
     "backbone.motion_adapter",
     "backbone.motion_adapter_revision",
+    "backbone.motion_adapter_config",
+    "train.init_from",
 )
 """They choose the weights, which a checkpoint identifies by their hash."""
 _FREE = {
@@ -49,6 +52,8 @@ _FREE = {
     "train.validation_prompts",
     "train.validation_videos",
     "train.report_to",
+    "train.project",
+    "train.run_name",
     *_WEIGHTS,
 }
 _FIXED = {
@@ -168,7 +173,7 @@ class Resumption:
                 f"'{self.folder}' has {counted(self.step, 'step')} already, more than train.steps="
                 f"{config.train.steps}. Name a larger number with --steps."
             )
-        fixed = [path for path in changes.paths if path in _FIXED]
+        fixed = [p for p in changes.paths if p in _FIXED or p.startswith("train.lora.")]
         if fixed:
             raise RunError(
                 f"Cannot resume '{self.folder}' with another {changes.text(fixed)}. Leave that "

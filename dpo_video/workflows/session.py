@@ -40,6 +40,7 @@ from dpo_video.support.atomic import writing
 from dpo_video.support.formatting import counted
 from dpo_video.support.reproducibility import settle
 from dpo_video.text import command
+from dpo_video.training import trackers
 from dpo_video.types import Placement, Prompt, Remark, Skipped
 from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config
@@ -376,12 +377,23 @@ def accelerator_for(config: Config, folder: Path) -> Accelerator:
     return accelerator
 
 
-def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> None:
+def start_trackers(
+    accelerator: Accelerator, config: Config, folder: Path, *, resumed: bool = False
+) -> None:
     """Open the tracker of a run; it writes to the run's folder."""
     if config.train.report_to != "none":
         threading.excepthook = _report_in_thread
         with writing(folder):
-            accelerator.init_trackers("tracker")
+            trackers.start(
+                accelerator,
+                config.train.report_to,
+                folder=folder,
+                project=config.train.project,
+                run_name=config.train.run_name or folder.resolve().name,
+                tables=config.tables,
+                toml=config.toml(),
+                resumed=resumed,
+            )
 
 
 def _report_in_thread(error: threading.ExceptHookArgs) -> None:

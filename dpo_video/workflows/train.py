@@ -30,14 +30,16 @@ from dpo_video.support.claims import claim
 from dpo_video.support.formatting import counted
 from dpo_video.support.interrupts import StopSignal, deferred
 from dpo_video.text import command
-from dpo_video.training.diagnosis import Diagnosis
+from dpo_video.training.diagnosis import Diagnosis, TrainingState, TrainingVerdict
 from dpo_video.training.listeners import Listener, saving
+from dpo_video.training.lora import check_lora, starting_rank
 from dpo_video.training.reference_cache import ReferenceCacheReport
 from dpo_video.training.report import StepReport
 from dpo_video.training.run import train as train_loop
 from dpo_video.training.run_dir import checkpoints, read_log
 from dpo_video.training.sampler import trainable_pairs
 from dpo_video.training.step import check_backward
+from dpo_video.training.trackers import log_text
 from dpo_video.types import PairErrors
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import Config
@@ -56,6 +58,11 @@ from dpo_video.workflows.session import (
     start_trackers,
     validation_prompts,
 )
+
+_ALARMING = frozenset(
+    {TrainingState.DIVERGED, TrainingState.REJECTED_DOMINANT, TrainingState.SATURATED}
+)
+"""States that a tracker alerts to while the run goes on."""
 
 
 @with_options
@@ -115,6 +122,7 @@ def train(
                 options["config"] = options.get("config") or folder / "run.toml"
             config = configure("train", options, pairs, launched=request.options)
         check_backward(config.loss, config.memory)
+        check_lora(config.train, config.memory)
         builder_labeler(config)
         validation_prompts(config, progress.note)
         config = as_launched(config, request)
@@ -138,6 +146,7 @@ def train(
         elif accelerator.is_main_process:
             warn_if_too_large(config, accelerator.device, progress)
         model = load_model(config, accelerator.device)
+        config = started_from(config, model)
         store = obtain_pairs(
             config,
             model,
@@ -278,6 +287,7 @@ def run_training(
         progress.note(note)
     reports: list[StepReport] = []
     diagnosis = Diagnosis(settings.steps, options=config.tables["loss"])
+    alarmed = set[TrainingState]()
 
     def begin(step: int) -> None:
         if changes.paths:
@@ -288,7 +298,7 @@ def run_training(
             for report in read_log(folder):
                 if report.step <= step:
                     diagnosis.add(report)
-        start_trackers(accelerator, config, folder)
+        start_trackers(accelerator, config, folder, resumed=step > 0)
 
     try:
         with deferred() as signalled:
@@ -312,7 +322,12 @@ def run_training(
             ):
                 reports.append(event.report)
                 diagnosis.add(event.report)
-                progress.step(event, diagnosis.verdict(), settings.steps)
+                verdict = diagnosis.verdict()
+                progress.step(event, verdict, settings.steps)
+                if verdict.state in _ALARMING and verdict.state not in alarmed:
+                    alarmed.add(verdict.state)
+                    with saving(folder):
+                        _track(accelerator, verdict, alert=True)
             if reports and all(report.skipped for report in reports):
                 raise TrainingError(
                     f"None of {len(reports)} steps changed the adapter: every loss or gradient was "
@@ -320,6 +335,8 @@ def run_training(
                     "set train.mixed_precision=bf16 or no."
                 )
             with saving(folder):
+                if reports:
+                    _track(accelerator, diagnosis.verdict())
                 accelerator.end_training()
     except StopSignal as signal:
         if reports:
@@ -329,16 +346,31 @@ def run_training(
     return Run(folder=folder, new_reports=tuple(reports), stopped=last < settings.steps)
 
 
+def _track(accelerator: Accelerator, verdict: TrainingVerdict, *, alert: bool = False) -> None:
+    """Show a verdict in the tracker."""
+    text = f"{verdict.state}: {verdict.seen} {verdict.change}"
+    log_text(accelerator, "diagnosis", text, step=verdict.step, alert=alert)
+
+
+def started_from(config: Config, model: VideoModel) -> Config:
+    """The configuration with rank and alpha of the LoRA that the run starts from, if any."""
+    settings = starting_rank(config.train, model)
+    numbers = {"rank": settings.rank, "alpha": settings.alpha}
+    tables = {**config.tables, "train": {**config.tables["train"], **numbers}}
+    return replace(config, train=settings, tables=tables)
+
+
 def _announce(config: Config, folder: Path, accelerator: Accelerator, progress: Progress) -> None:
     tables, settings = config.tables, config.train
     beta = getattr(config.loss, "beta", None)
     slope = f" (slope beta = {beta:g} on the mean-squared-error margin)" if beta else ""
     pairs = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     reference = tables["reference"]["name"] if config.loss.needs_reference else "no"
+    start = f" from {settings.init_from}" if settings.init_from else ""
     progress.note(
         f"{tables['loss']['name']} loss{slope}, {reference} reference, "
         f"{counted(settings.steps, 'step')} of {counted(pairs, 'pair')}, LoRA rank "
-        f"{settings.rank}, learning rate {settings.learning_rate:g}, on "
+        f"{settings.rank}{start}, learning rate {settings.learning_rate:g}, on "
         f"{accelerator.device}. Run: {folder}"
     )
     if config.memory.quantization != "native":

@@ -23,6 +23,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     UNet2DConditionModel,
 )
+from small_animatediff import save_small_base, save_small_motion_adapter
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -38,43 +39,13 @@ PROMPT = "a red square moving left slowly"
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A motion adapter for `base_folder`, in its own folder."""
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(1)
-    adapter = MotionAdapter(
-        block_out_channels=(16, 16),
-        motion_layers_per_block=1,
-        motion_num_attention_heads=2,
-        motion_norm_num_groups=4,
-        motion_max_seq_length=SHAPE.frames,
-        use_motion_mid_block=False,
-    )
-    for parameter in adapter.parameters():  # its init gives modules that do nothing
-        torch.nn.init.normal_(parameter, std=0.2)
-    adapter.save_pretrained(folder)
-    return folder
+    return save_small_motion_adapter(tmp_path_factory.mktemp("adapter"))
 
 
 @pytest.fixture(scope="module")
-def base_folder(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion checkpoint: a UNet without motion modules, and its own schedule."""
-    folder = tmp_path_factory.mktemp("base")
-    for part in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(small_folder / part, folder / part)
-    torch.manual_seed(2)
-    UNet2DConditionModel(
-        sample_size=4,
-        block_out_channels=(16, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).save_pretrained(folder / "unet")
-    DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=False
-    ).save_pretrained(folder / "scheduler")
-    return folder
+    return save_small_base(tmp_path_factory.mktemp("base"))
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -137,3 +137,26 @@ def test_the_command_that_resumes_a_run_resumes_it(
         told = shell(143, *train, "--steps=2", "--out=a run")
     shell.follow(told)
     assert shell.ran == ["build", "train", "train", "evaluate"]
+
+
+def test_what_check_estimate_and_config_print_runs(shell: Shell, tmp_path: Path) -> None:
+    size = (ANIMATEDIFF[name] for name in ("frames", "height", "width"))
+    for index, video in enumerate(small_videos(2, *size)):
+        write_video(tmp_path / "clips" / f"{index}.mp4", video, 8)
+    dense = ("--clips=clips", "--prompt=a square", "--set=pairs.num_inference_steps=2")
+    shell(0, *building("animatediff", tmp_path, "dense", *dense))
+    printed = []
+    for code, command in (
+        (1, "check 'my pairs' --metric=frame_difference"),
+        (0, "estimate --pairs='my pairs' --loss=global"),
+        (0, "config --pairs='my pairs' --loss=global"),
+    ):
+        told = shell(code, *shlex.split(command))
+        printed.append(told + getattr(shell.said, "out", ""))
+    assert "dpo-video label" in printed[0]
+    for text in printed:
+        shell.follow(text, last="label")
+    told = shell(1, "check", "my pairs", "--metric=frame_difference") + shell.said.out  # type: ignore[attr-defined]
+    assert "dpo-video check 'my pairs' --labels" in told
+    said, shell.said = shell.said, lambda code, *words: said(1, *words)  # few pairs are a problem
+    shell.follow(told, last="check")

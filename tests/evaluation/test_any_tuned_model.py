@@ -18,10 +18,10 @@ from dpo_video.evaluation.adapter import put_on
 from dpo_video.evaluation.human import HumanPreference, preference_in, wilson
 from dpo_video.evaluation.judging import EvaluationTask, ask_people
 from dpo_video.evaluation.results import Evaluation
-from dpo_video.exporting.foreign_lora import peft_adapter
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import LabelTask, StoreLabeler
 from dpo_video.testing import small_videos
+from dpo_video.training.foreign_lora import peft_adapter
 from dpo_video.training.lora import adapt
 
 

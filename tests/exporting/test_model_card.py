@@ -34,6 +34,7 @@ SPEC = ExportSpec(
     scheduler=None,
     index={},
     folder=lambda part: Path(part),
+    copy=lambda part, target: None,
     comfy=lambda module: None,
     comfy_usage="Here.",
 )

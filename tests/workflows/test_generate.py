@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_animatediff import SHAPE
+import torch
+from small_animatediff import SHAPE, load_small
 
 import dpo_video as dv
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.clips import open_clips
 from dpo_video.data.prompts import load_prompts
 from dpo_video.errors import UserError
+from dpo_video.settings import TrainSettings
+from dpo_video.training.lora import adapt
 from dpo_video.types import Prompt
 
 LIST = (
@@ -138,3 +141,52 @@ def test_what_cannot_be_written_is_refused(
     Path("foreign/metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "mine"}\n')
     with pytest.raises(UserError, match=wrong):
         dv.generate(**options, **model)
+
+
+def test_prompts_that_are_stored_with_pairs_need_no_text_encoder(
+    model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del model["num_inference_steps"]
+    store = dv.build_pairs(
+        dv.pairs.Jitter(num_inference_steps=1), prompts="list.jsonl", count=3, out="pairs",
+        previews=False, **model,
+    )  # fmt: skip
+    run = dv.train(
+        store, loss="global", out="run", steps=1, device="cpu",
+        set={"train.validation_videos": 0, "train.report_to": "none", "train.rank": 2},
+    )  # fmt: skip
+    Path("stored.txt").write_text("A dog, running!\n猫\n")
+    few: dict[str, Any] = {"num_inference_steps": 1, "device": "cpu"}
+    expected = dv.generate(prompt="猫", **{**model, **few})[0].video
+    score = dv.evaluate(run, prompts="stored.txt", out="one", metrics=["frame_difference"], **few)
+
+    def refuse(self: AnimateDiffModel, prompts: Any) -> Any:
+        raise AssertionError(f"encoded {prompts}")
+
+    monkeypatch.setattr(AnimateDiffModel, "encode_prompts", refuse)
+    (found,) = dv.generate(pairs=store, prompt="猫", **few)
+    assert expected is not None and found.video is not None
+    assert torch.equal(found.video, expected)
+    again = dv.evaluate(run, prompts="stored.txt", out="two", metrics=["frame_difference"], **few)
+    assert [each.base for each in again.metrics] == [each.base for each in score.metrics]
+    # The stored negative prompt is not taken for another one.
+    with pytest.raises(AssertionError, match="encoded \\['blur'\\]"):
+        dv.generate(pairs=store, prompt="猫", set={"backbone.negative_prompt": "blur"}, **few)
+
+
+def test_a_lora_generates_what_its_run_does(model: dict[str, Any], small_folder: Path) -> None:
+    policy = adapt(load_small(small_folder), TrainSettings(rank=2), 0)
+    for name, parameter in policy.named_parameters():
+        if ".lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    policy.save_pretrained("lora")
+    plain = dv.generate(prompt="a cat", **model)[0].video
+    tuned = dv.generate(prompt="a cat", lora="lora/", **model)[0].video
+    assert plain is not None and tuned is not None and not torch.equal(plain, tuned)
+    first = dv.generate(prompts="list.jsonl", lora="lora", out="drawn", **model)
+    assert not any(video.existed for video in first)
+    assert all(each.existed for each in dv.generate(
+        prompts="list.jsonl", lora="lora", out="drawn", **model
+    ))  # fmt: skip
+    with pytest.raises(UserError, match="A run and --lora name two models"):
+        dv.generate("run", lora="lora", **model)

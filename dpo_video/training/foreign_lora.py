@@ -18,27 +18,28 @@ from torch import Tensor
 
 from dpo_video.diffusion.pretrained import quiet
 from dpo_video.errors import UserError
-from dpo_video.exporting.lora_formats import DIFFUSERS_FILE
 from dpo_video.paths import is_hub_id
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import write_tensors
 
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights expects
 _CONFIG = "adapter_config.json"
 _FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
 
 
-def peft_adapter(source: str, model: VideoModel, folder: Path) -> Path:
+def peft_adapter(source: str, model: VideoModel, folder: Path, option: str = "--lora ") -> Path:
     """The folder of a LoRA in PEFT's format; it is converted into `folder` if need be.
 
     Args:
         source: A file, a folder, a hub id, or HUB_ID/FILE.safetensors.
         model: The model that it is for.
         folder: A new folder.
+        option: How the user names a LoRA, for error messages.
 
     Raises:
         UserError: if there is no LoRA, or it belongs to another model.
     """
-    found = _located(source)
+    found = _located(source, option)
     if found.is_dir():
         return found
     spec = model.export_spec()
@@ -82,8 +83,8 @@ def peft_adapter(source: str, model: VideoModel, folder: Path) -> Path:
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(updates),
-        rank_pattern={f"^{name}$": each for name, each in ranks.items() if each != rank},
-        alpha_pattern={f"^{name}$": each for name, each in ranks.items() if each != rank},
+        rank_pattern={name: each for name, each in ranks.items() if each != rank},
+        alpha_pattern={name: each for name, each in ranks.items() if each != rank},
         inference_mode=True,
     )
     folder.mkdir(parents=True)
@@ -126,7 +127,7 @@ def _check(
         )
 
 
-def _located(source: str) -> Path:
+def _located(source: str, option: str) -> Path:
     """The file of a LoRA, or its folder in PEFT's format."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -148,6 +149,11 @@ def _located(source: str) -> Path:
         raise UserError(
             f"There is no LoRA '{source}'. Name a .safetensors file, a folder, or a hub id."
         )
+    if folders := sorted(found.parent.name for found in path.glob(f"*/{_CONFIG}")):
+        raise UserError(
+            f"'{source}' holds several adapters (in {', '.join(folders)}), and one is needed. Name "
+            f"its folder: {option}{source}/{folders[0]}"
+        )
     if (path / _CONFIG).is_file():
         return path
     files = sorted(path.glob("*.safetensors"))
@@ -156,7 +162,7 @@ def _located(source: str) -> Path:
         names = ", ".join(file.name for file in files[:5]) or "none"
         raise UserError(
             f"'{source}' holds {len(files)} .safetensors files ({names}). Name one: "
-            f"--lora {source}/FILE.safetensors"
+            f"{option}{source}/FILE.safetensors"
         )
     return known[0]
 
