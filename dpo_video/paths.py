@@ -35,7 +35,7 @@ def _source(text: str) -> str:
 def _lora(text: str) -> str:
     parts = text.rstrip("/").split("/")
     hub = len(parts) > 1 and is_hub_id("/".join(parts[:2])) and ".." not in parts
-    return text if hub and not os.path.exists(text) else absolute(text)  # noqa: PTH110
+    return text.rstrip("/") if hub and not os.path.exists(text) else absolute(text)  # noqa: PTH110
 
 
 LocalPath = Annotated[str, AfterValidator(absolute)]

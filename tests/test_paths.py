@@ -78,3 +78,22 @@ def test_credentials_of_pairs_are_used_and_not_recorded(tmp_path: Path) -> None:
         assert config.pair_store == url
         assert config.tables["pairs"] == {"store": "https://host/pairs"}
         assert "s3cret" not in config.toml()
+
+
+def test_a_slash_at_the_end_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+
+    def read(*assignments: str) -> tuple[str, str | None]:
+        config = resolve(assignments=["run.device=cpu", *assignments], choices={"backbone": "wan"})
+        return config.tables["backbone"]["model"], config.train.init_from
+
+    for model in ("model/", "model", f"{tmp_path}/model//"):
+        assert read(f"backbone.model={model}")[0] == str(tmp_path / "model")
+    assert read("backbone.model=Wan-AI/Wan2.2/")[0] == "Wan-AI/Wan2.2"
+    for source in ("someone/lora", "someone/lora/", "someone/lora/style.safetensors"):
+        assert read(f"train.init_from={source}")[1] == source.rstrip("/")
+    for source in ("./lora/", "lora.safetensors", "../lora", "model"):
+        assert read(f"train.init_from={source}")[1] == str(tmp_path / source)

@@ -133,6 +133,7 @@ def _started_from(source: str, model: VideoModel) -> PeftModel:
     with tempfile.TemporaryDirectory(prefix="dpo-video-") as scratch:
         folder = peft_adapter(source, model, Path(scratch) / "adapter", _OPTION)
         policy = load_adapter(model.denoiser, folder, instead, trainable=True)
+    _linear_layers(policy, f"The LoRA '{source}' adapts")
     for name, parameter in policy.named_parameters():
         if ".lora_" in name and not parameter.isfinite().all():
             raise UserError(
@@ -160,14 +161,7 @@ def _new(model: VideoModel, settings: TrainSettings) -> PeftModel:
 
 def _resolve(config: LoraConfig, policy: PeftModel) -> None:
     """Write into a configuration which layers have which rank and alpha, without patterns."""
-    base: nn.Module = policy.get_base_model()
-    layers = {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
-    for name, layer in layers.items():
-        if not hasattr(layer.get_base_layer(), "in_features"):
-            raise UserError(
-                f"train.lora.target_modules names '{name}', which is no linear layer; exported "
-                "LoRAs have linear layers only. Name others."
-            )
+    layers = _linear_layers(policy, "train.lora.target_modules names")
     (adapter,) = policy.peft_config
     ranks = {name: layer.r[adapter] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter] for name, layer in layers.items()}
@@ -177,6 +171,23 @@ def _resolve(config: LoraConfig, policy: PeftModel) -> None:
         name: each for name, each in alphas.items() if each != config.lora_alpha
     }
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _linear_layers(policy: PeftModel, what: str) -> dict[str, LoraLayer]:
+    """The adapted layers by name.
+
+    Raises:
+        UserError: if one is not linear; `what` is its subject and verb.
+    """
+    base: nn.Module = policy.get_base_model()
+    layers = {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
+    for name, layer in layers.items():
+        if not hasattr(layer.get_base_layer(), "in_features"):
+            raise UserError(
+                f"{what} '{name}', which is no linear layer; adapters of other layers cannot be "
+                "exported. Choose another one."
+            )
+    return layers
 
 
 def _config(settings: TrainSettings, targets: list[str]) -> LoraConfig:

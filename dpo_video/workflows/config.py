@@ -67,7 +67,7 @@ _TABLES = frozenset({*ENGINES, *registry.KINDS})
 _CHOSEN = frozenset({*DEFAULTS, "labeler"})
 CHANGES = "changes"
 """Array in a run.toml: the options that were changed when the run was resumed."""
-_MODEL = "backbone.model"
+_MODEL, _DESCRIBED_BY = "backbone.model", "backbone.config"
 _PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
 
 
@@ -234,7 +234,11 @@ def resolve(
     given += [(path, value) for path, value in (flags or {}).items() if value is not None]
     given += [_read_assignment(text) for text in assignments]
     # Recipes and tiers depend on the model, so the model is determined first.
-    model = dict(given).get(_MODEL, tables["backbone"].get("model"))
+    named = {
+        **{f"backbone.{key}": value for key, value in tables["backbone"].items()},
+        **dict(given),
+    }
+    model = named.get(_DESCRIBED_BY, named.get(_MODEL))  # a single file has no name
     if model is None and "model" in backbone_class.model_fields:
         model = backbone_class.model_fields["model"].default
     presets = Presets.of(

@@ -120,7 +120,8 @@ def generate(
             record is None or not record.has(str(name), key)
             for name, key in zip(names, keys, strict=True)
         ]
-        encodings, videos = prompt_encodings(model, config, store), []
+        encodings = prompt_encodings(model, config, store)
+        videos = []
         for i, (row, name, key) in enumerate(zip(rows, names, keys, strict=True)):
             path = target.folder / name if target and name else None
             drawn = None

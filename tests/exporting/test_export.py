@@ -26,6 +26,7 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small_cogvideox import load_small_cogvideox, save_small_cogvideox
+from small_single_files import save_motion_module, save_stable_diffusion, save_wan
 from small_wan import load_small_wan, save_small_wan
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -92,6 +93,21 @@ def load_small_sd(folder: Path) -> VideoModel:
     ).load(Placement())  # fmt: skip
 
 
+def load_small_file(folder: Path) -> VideoModel:
+    """As from the folder, with the weights in single files; a merged checkpoint has none."""
+    file = folder / "model.safetensors"
+    if not file.exists():
+        wan = (folder / "transformer").exists()
+        return load_small_wan(folder) if wan else load_small_sd(folder)
+    if (folder / "transformer").exists():
+        return load_small_wan(file, config=str(folder))
+    return AnimateDiff(
+        model=str(file), config=str(folder), motion_adapter=str(folder / "mm.safetensors"),
+        motion_adapter_config=str(folder / "adapter"),
+        frames=SHAPE.frames, height=SHAPE.height, width=SHAPE.width,
+    ).load(Placement())  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A checkpoint, how it is loaded, and an adapter for it."""
@@ -151,15 +167,22 @@ def cases(small_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         if family in made:
             return made[family]
         folder, latents = root / family.replace(" ", "-"), lambda noise: noise
-        if family == "animatediff":
+        if family.startswith("animatediff"):
             save_small_sd(folder, small_folder)
             load_from: Callable[[Path], VideoModel] = load_small_sd
+            if "file" in family:
+                save_stable_diffusion(folder, folder / "model.safetensors")
+                save_motion_module(folder / "adapter", folder / "mm.safetensors")
         elif family.startswith("cogvideox"):
             save_small_cogvideox(folder, "1.5" if "1.5" in family else "2b")
             load_from, latents = load_small_cogvideox, lambda noise: noise.transpose(1, 2)
         else:
             save_small_wan(folder, **({"boundary_ratio": 0.8} if "a14b" in family else {}))
             load_from = load_small_wan
+            if "file" in family:
+                save_wan(folder / "transformer", folder / "model.safetensors")
+        if "file" in family:
+            load_from = load_small_file
         # Random VAEs of Wan show little of what is in the latents.
         scale = 5.0 if family.startswith("wan") else 1.0
         adapter = random_adapter(load_from(folder), root / f"adapter-{folder.name}", scale)
@@ -204,7 +227,8 @@ def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
         *itertools.product(
             ("animatediff", "cogvideox", "wan a14b"), ("diffusers", "peft", "merged")
         ),
-        *itertools.product(("cogvideox 1.5", "wan"), ("diffusers",)),
+        *itertools.product(("cogvideox 1.5", "wan", "wan file"), ("diffusers",)),
+        *itertools.product(("animatediff file",), ("diffusers", "merged")),
     ],
 )
 def test_the_cards_script_generates_the_same_video_as_generate(
