@@ -33,8 +33,14 @@ DOCUMENTS = [
 ]
 NAMED = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 OPTION = re.compile(rf"(?:{'|'.join((*config.ENGINES, *registry.KINDS))})(?:\.[a-z_0-9]+)+")
-# Tables whose keys are names of metrics.
-ANY_KEY = ("labeler.weights", "labeler.guards", "labeler.options", "evaluate.min_effects")
+# Tables whose keys are names of metrics, or of options of other libraries.
+ANY_KEY = (
+    "labeler.weights",
+    "labeler.guards",
+    "labeler.options",
+    "evaluate.min_effects",
+    "train.lora",
+)
 # Pages that exist only in the site (docs/_hooks.py).
 GENERATED = re.compile(r"(\.\./)?options/[a-z]+\.md")
 
