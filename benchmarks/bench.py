@@ -3,8 +3,8 @@
     python -m benchmarks.bench [SUITE]...
     python -m benchmarks.bench --compare OLD NEW
 
-Without a suite it runs all of them. Exit code 3 if --compare finds a candidate slower than
---tolerance allows, 2 if the arguments were wrong.
+Without a suite it runs all of them. Exit code 3 if --compare finds a candidate slower, or its peak
+of memory larger, than --tolerance allows, 2 if the arguments were wrong.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from benchmarks.support.results import (
     regressions,
     write_result,
 )
+from benchmarks.support.tier_table import tier_table
 from dpo_video.errors import UserError, unknown
+from dpo_video.estimation.tiers import find_tier
 from dpo_video.support.atomic import write_text, writing
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 REGRESSION = 3  # exit code
 MEMORY = "memory"
-TIMED = tuple(sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")))
+SUITES = tuple(sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")))
 
 
 def options() -> argparse.ArgumentParser:
@@ -44,7 +46,7 @@ def options() -> argparse.ArgumentParser:
         prog="dpo-video bench", description=__doc__.split("\n")[0].partition(":")[0] + "."
     )
     parser.add_argument(
-        "suites", nargs="*", metavar="SUITE", help=f"{', '.join((MEMORY, *TIMED))}; default: all"
+        "suites", nargs="*", metavar="SUITE", help=f"{', '.join(SUITES)}; default: all"
     )
     parser.add_argument("--rounds", type=int, default=7, help="rounds per candidate")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of every candidate")
@@ -57,7 +59,7 @@ def options() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="trial run: smallest sizes, one round, no valid times"
     )
     parser.add_argument(
-        "--tier", help="card of the memory suite: measure its peaks on a GPU, in miniature on a CPU"
+        "--tier", help="card of the memory suite: only its tests; default: all cards"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the results and pictures"
@@ -67,8 +69,9 @@ def options() -> argparse.ArgumentParser:
         help="run nothing; compare two results, files or folders",
     )  # fmt: skip
     parser.add_argument(
-        "--tolerance", type=float, default=0.1, help="allowed relative rise of a relative time"
-    )
+        "--tolerance", type=float, default=0.1,
+        help="allowed relative rise of a relative time or a peak",
+    )  # fmt: skip
     return parser
 
 
@@ -86,12 +89,13 @@ def bench(arguments: Sequence[str] | None = None) -> int:
         if given.suites:
             raise UserError("--compare runs no suites. Run them first, then compare their results.")
         return compare(*given.compare, given.tolerance)
-    suites = list(dict.fromkeys(given.suites or (MEMORY, *TIMED)))
+    suites = list(dict.fromkeys(given.suites or SUITES))
     for suite in suites:
-        if suite not in (MEMORY, *TIMED):
-            raise unknown("suite", suite, [MEMORY, *TIMED])
+        if suite not in SUITES:
+            raise unknown("suite", suite, [*SUITES])
     if given.tier is not None and MEMORY not in suites:
         raise UserError("--tier is for the memory suite. Leave it out, or add that suite.")
+    tier = None if given.tier is None else find_tier(given.tier).name
     if given.rounds < 1 or given.threads < 1:
         raise UserError("--rounds and --threads must be at least 1.")
     environment = {
@@ -100,26 +104,17 @@ def bench(arguments: Sequence[str] | None = None) -> int:
         "OMP_NUM_THREADS": str(given.threads),
         "DPO_VIDEO_BENCH_THREADS": str(given.threads),
     }
-    if MEMORY in suites and (code := run_memory(given.tier, environment, given.out)):
-        return code
-    if timed := [suite for suite in suites if suite != MEMORY]:
-        rounds = ["--rounds", str(1 if given.quick else given.rounds), "--clock", given.clock]
-        rounds += ["--quick"] if given.quick else []
-        rounds += ["-k", given.only] if given.only else []
-        run_timed(timed, rounds, environment, given.out)
+    rounds = ["--rounds", str(1 if given.quick else given.rounds), "--clock", given.clock]
+    rounds += ["--quick"] if given.quick else []
+    rounds += ["--tier", tier] if tier else []
+    rounds += ["-k", given.only] if given.only else []
+    run_suites(suites, rounds, environment, given.out)
     return 0
 
 
-def run_memory(tier: str | None, environment: dict[str, str], out: Path) -> int:
-    """Run the memory suite: predicted peaks, or predicted and measured ones of a tier."""
-    if tier is None:
-        script = ["benchmarks.memory", "--out", str(out / "memory.json")]
-    else:
-        script = ["benchmarks.estimate_check", "--tier", tier, "--out", str(out)]
-    return subprocess.run([sys.executable, "-m", *script], env=environment, check=False).returncode
-
-
-def run_timed(suites: list[str], rounds: list[str], environment: dict[str, str], out: Path) -> None:
+def run_suites(
+    suites: list[str], rounds: list[str], environment: dict[str, str], out: Path
+) -> None:
     """Run suites under pytest-benchmark in a process of its own, with pinned threads."""
     if find_spec("pytest_benchmark") is None:
         raise UserError(
@@ -147,13 +142,15 @@ def run_timed(suites: list[str], rounds: list[str], environment: dict[str, str],
             for number, group in enumerate(result.groups, start=1):
                 if (picture := scatter(group)) is not None:
                     write_text(out / f"{result.suite}-{number}.svg", picture)
+        if MEMORY in results:
+            write_text(out / "tiers.md", tier_table([results[MEMORY]]))
     for result in results.values():
         print(markdown(result))
     print(f"Results: {out}/", file=sys.stderr)
 
 
 def compare(old: Path, new: Path, tolerance: float) -> int:
-    """Print the candidates that became slower.
+    """Print the candidates that became slower or larger.
 
     Returns:
         REGRESSION if there are any, else 0.
@@ -166,15 +163,15 @@ def compare(old: Path, new: Path, tolerance: float) -> int:
             "results of the same suites."
         )
     warn_of_differences(before, after)
-    slower = regressions(before, after, tolerance)
-    for each in slower:
+    risen = regressions(before, after, tolerance)
+    for each in risen:
         print(
-            f"{each.suite}: {each.group}: {each.candidate}: relative time {each.old:.3g}, now "
+            f"{each.suite}: {each.group}: {each.candidate}: {each.what} {each.old:.3g}, now "
             f"{each.new:.3g} ({each.new / each.old - 1:+.0%})"
         )
-    if not slower:
-        print(f"None of {count} candidates is slower by more than {tolerance:.0%}.")
-    return REGRESSION if slower else 0
+    if not risen:
+        print(f"None of {count} times and peaks rose by more than {tolerance:.0%}.")
+    return REGRESSION if risen else 0
 
 
 def warn_of_differences(old: dict[str, SuiteResult], new: dict[str, SuiteResult]) -> None:

@@ -40,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rounds", type=int, default=7, help="Rounds per candidate.")
     parser.addoption("--clock", choices=["wall", "cpu"], default="wall", help="Clock to read.")
     parser.addoption("--quick", action="store_true", help="Smallest sizes, as a trial run.")
+    parser.addoption("--tier", help="Of the memory suite, only the tests of this card.")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,9 +6,10 @@
 
 Parts: `tests` (tests/gpu), `demo` (train and evaluate `tiny` by the command line; compare with the
 CPU's result), `memory` (measured against predicted peaks and the time of a step, for AnimateDiff
-and Wan2.1-1.3B at full size with random weights), `compile` (time of compiled steps), `metrics`
-(time of the metrics). Each runs in its own process with a time limit, and its result is written as
-soon as it exists, so that a failure loses nothing else. Results: gpu.json, with the card's name.
+and Wan2.1-1.3B at full size with random weights), `tiers` (bench_memory.py for the presets of this
+card), `compile` (time of compiled steps), `metrics` (time of the metrics). Each runs in its own
+process with a time limit, and its result is written as soon as it exists, so that a failure loses
+nothing else. Results: gpu.json, with the card's name, and bench/CARD/memory.json.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.support.results import SuiteResult, write_result
+
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 REPOSITORY = Path(__file__).parents[1]
 # The parts whose times are reported come first, one at a time; the others run together.
-ALONE = ("memory wan-1.3b", "memory animatediff", "metrics", "compile wan-1.3b",
+ALONE = ("memory wan-1.3b", "memory animatediff", "tiers", "metrics", "compile wan-1.3b",
          "compile animatediff")  # fmt: skip
 TOGETHER = ("tests", "demo")
 LIMITS = {"tests": 240, "demo": 240, "memory animatediff": 120, "memory wan-1.3b": 180,
+          "tiers": 120,
           "metrics": 60, "compile wan-1.3b": 100, "compile animatediff": 150}  # fmt: skip
 """Seconds."""
 
@@ -104,7 +108,8 @@ def part_memory(case: str, rehearse: bool, save: Callable[[Any], None]) -> dict[
     """Predicted and measured peaks of every mode of memory.json that the card holds."""
     import torch
 
-    from benchmarks import estimate_check, memory
+    from benchmarks import memory
+    from benchmarks.support import steps
     from dpo_video.backbone.tiny import Tiny
     from dpo_video.estimation.results import GIB, MemoryEstimate
     from dpo_video.settings import TrainSettings
@@ -126,15 +131,27 @@ def part_memory(case: str, rehearse: bool, save: Callable[[Any], None]) -> dict[
         elif rehearse:
             row["skipped"] = "rehearsal"
         else:
-            row |= estimate_check.measured(backbone, settings, need.mode, device)
+            row |= steps.measured(backbone, settings, need.mode, device)
         found["rows"].append(row)
         save(found)
     if not rehearse:
-        found["context"] = estimate_check.context(device)
+        found["context"] = steps.context(device)
     else:
-        found["rows"].append(
-            estimate_check.measured(Tiny(), TrainSettings(rank=4), needs[0].mode, device)
-        )
+        found["rows"].append(steps.measured(Tiny(), TrainSettings(rank=4), needs[0].mode, device))
+    return found
+
+
+def part_tiers(out: Path, rehearse: bool) -> dict[str, Any]:
+    """The memory suite of bench_memory.py, for the presets of this card."""
+    which = "wan-1.3b and toggle-blocks-joint" if rehearse else "preset and (animatediff or 1.3b)"
+    tier = ["--tier", "l4", "--quick"] if rehearse else ["--tier", "auto", "--rounds", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench", "memory", *tier, "--only", which,
+         "--out", str(out / "tiers")], cwd=REPOSITORY, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stdout[-1500:] + done.stderr[-1500:])
+    found: dict[str, Any] = json.loads((out / "tiers" / "memory.json").read_text())
     return found
 
 
@@ -171,17 +188,25 @@ def part_compile(case: str, rehearse: bool) -> dict[str, Any]:
     """Seconds of a step with blocks checkpointed, eager and compiled."""
     import torch
 
-    from benchmarks import estimate_check, memory
+    from benchmarks import memory
+    from benchmarks.support import steps
+    from benchmarks.support.small_models import small_wan
     from dpo_video.estimation.modes import MemoryMode
 
     named = {"animatediff": memory.ANIMATEDIFF, "wan-1.3b": memory.WAN}[case]
-    if rehearse:
-        return {"skipped": "rehearsal; see benchmarks.compiled"}
     backbone, settings = memory.MODELS[named]
     mode = MemoryMode(reference="toggle", checkpointing="blocks", backward="linear")
+    if rehearse:
+        settings = settings.model_copy(update={"mixed_precision": "no"})
+        with tempfile.TemporaryDirectory() as folder:
+            model = small_wan(Path(folder) / "wan", torch.device("cpu"), quick=True)
+        small = steps.prepared(model, settings, mode, compiled=case == "wan-1.3b")
+        began = time.perf_counter()
+        small.optimize()
+        return {"small": {"first_step_seconds": time.perf_counter() - began}}
     device = torch.device("cuda")
     return {
-        which: estimate_check.measured(backbone, settings, mode, device, compiled=which != "eager")
+        which: steps.measured(backbone, settings, mode, device, compiled=which != "eager")
         for which in ("eager", "compiled")
     }
 
@@ -201,6 +226,7 @@ def run_part(name: str, out: Path, rehearse: bool) -> None:
         "tests": lambda: part_tests(out, rehearse),
         "demo": lambda: part_demo(out, rehearse, save),
         "memory": lambda: part_memory(case, rehearse, save),
+        "tiers": lambda: part_tiers(out, rehearse),
         "metrics": lambda: part_metrics(rehearse),
         "compile": lambda: part_compile(case, rehearse),
     }
@@ -326,6 +352,10 @@ def main() -> None:
     print(json.dumps(found["machine"]), flush=True)
 
     def done(name: str, result: dict[str, Any]) -> None:
+        if name == "tiers" and "result" in result:
+            suite = SuiteResult.model_validate(result.pop("result"))
+            card = "-".join(suite.device.lower().replace("nvidia", "").split())
+            write_result(out / "bench" / card, suite)
         found["parts"][name] = result
         (out / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,7 +1,8 @@
-"""Results of benchmarks: candidates timed in alternating rounds, and which of them became slower.
+"""Results of benchmarks: candidates timed in rounds, and which became slower or larger.
 
-A time depends on the machine and on its load. Every group therefore has a baseline, one candidate
-that is not ours, and two runs are compared by the ratios of candidate to baseline.
+A time depends on the machine and on its load. Groups of alternating candidates therefore have a
+baseline, one candidate that is not ours, and two runs are compared by the ratios of candidate to
+baseline. A peak of memory does not depend on the load and is compared as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dpo_video.errors import UserError, first_fault
 from dpo_video.support.atomic import write_text
 from dpo_video.support.statistics import Record
 
+PEAK = "peak"
+
 
 @final
 class Candidate(Record):
@@ -29,7 +32,7 @@ class Candidate(Record):
     flops: float | None = None
     """Operations per unit of work, where counted."""
     figures: Mapping[str, float | str] = {}
-    """Further findings, such as accuracy or peak memory."""
+    """Further findings, such as accuracy; names of peak memory begin with `PEAK`."""
 
     @property
     def median(self) -> float:
@@ -47,18 +50,18 @@ class Candidate(Record):
 
 @final
 class Group(Record):
-    """Candidates timed in alternating rounds: A B C A B C ..."""
+    """Candidates of the same work, timed in alternating rounds (A B C A B C ...) or one by one."""
 
     name: str
     unit: str
     """Unit of work: a pair, a frame pair, a call."""
-    baseline: str
-    """Name of the candidate that the others are compared with."""
+    baseline: str | None
+    """Name of the candidate that the others are compared with; None if they do not alternate."""
     candidates: tuple[Candidate, ...]
     missing: Mapping[str, str] = {}
     """Candidates that did not run: name to reason."""
 
-    def of(self, name: str) -> Candidate | None:
+    def of(self, name: str | None) -> Candidate | None:
         """The candidate of that name, or None if it did not run."""
         return next((each for each in self.candidates if each.name == name), None)
 
@@ -96,13 +99,14 @@ class SuiteResult(Record):
 
 @final
 class Regression(Record):
-    """A candidate whose time relative to the baseline rose."""
+    """A candidate whose time relative to the baseline, or whose peak memory, rose."""
 
     suite: str
     group: str
     candidate: str
+    what: str
+    """"relative time", or the name of a peak."""
     old: float
-    """Time relative to the baseline."""
     new: float
 
 
@@ -117,7 +121,7 @@ def collect(report: Mapping[str, Any]) -> dict[str, SuiteResult]:
     )
     for run in report["benchmarks"]:
         about = run["extra_info"]
-        seconds = run["stats"]["median"] / about["work"]
+        seconds = [each / about["work"] for each in run["stats"]["data"]]
         rounds[about["suite"]][about["group"]][about["candidate"]].append(
             {**about, "seconds": seconds}
         )
@@ -150,7 +154,7 @@ def _group(
         candidates=tuple(
             Candidate(
                 name=candidate,
-                seconds=tuple(run["seconds"] for run in runs),
+                seconds=tuple(each for run in runs for each in run["seconds"]),
                 flops=runs[0]["flops"],
                 figures=runs[0]["figures"],
             )
@@ -205,40 +209,51 @@ def write_result(folder: Path, result: SuiteResult) -> None:
 def regressions(
     old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult], tolerance: float
 ) -> list[Regression]:
-    """The candidates whose time relative to the baseline rose by more than `tolerance`.
+    """The candidates whose time relative to the baseline, or a peak, rose by over `tolerance`.
 
     Args:
         old: Results by suite.
-        new: Results by suite. Candidates that only one side has are left out.
-        tolerance: Allowed relative rise of the ratio: 0.1 is 10%.
+        new: Results by suite. What only one side has is left out.
+        tolerance: Allowed relative rise: 0.1 is 10%.
     """
-    found = []
-    for suite, group, candidate, before, after in _shared(old, new):
-        if after > before * (1 + tolerance):
-            found.append(
-                Regression(suite=suite, group=group, candidate=candidate, old=before, new=after)
-            )
-    return found
+    return [each for each in _shared(old, new) if each.new > each.old * (1 + tolerance)]
 
 
 def compared(old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]) -> int:
-    """Number of candidates that both sides have."""
+    """Number of times and peaks that both sides have."""
     return sum(1 for _ in _shared(old, new))
 
 
-def _shared(
-    old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]
-) -> Iterator[tuple[str, str, str, float, float]]:
+def _shared(old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]) -> Iterator[Regression]:
     for suite in old.keys() & new.keys():
         old_groups = {group.name: group for group in old[suite].groups}
         for group in new[suite].groups:
             earlier = old_groups.get(group.name)
-            if earlier is None or earlier.baseline != group.baseline:
-                continue
-            for each in group.candidates:
-                before, after = earlier.relative(each.name), group.relative(each.name)
-                if each.name != group.baseline and before is not None and after is not None:
-                    yield suite, group.name, each.name, before, after
+            for each in group.candidates if earlier is not None else ():
+                before, after = _compared(earlier, each.name), _compared(group, each.name)
+                if earlier.baseline != group.baseline or each.name == group.baseline:
+                    before.pop(_TIME, None)
+                for what in before.keys() & after.keys():
+                    yield Regression(
+                        suite=suite, group=group.name, candidate=each.name, what=what,
+                        old=before[what], new=after[what],
+                    )  # fmt: skip
+
+
+_TIME = "relative time"
+
+
+def _compared(group: Group, name: str) -> dict[str, float]:
+    """What is compared between two runs, by name."""
+    candidate, relative = group.of(name), group.relative(name)
+    if candidate is None:
+        return {}
+    found = {
+        figure: float(value)
+        for figure, value in candidate.figures.items()
+        if figure.startswith(PEAK) and isinstance(value, float | int)
+    }
+    return found if relative is None else {_TIME: relative, **found}
 
 
 # --- tables ------------------------------------------------------------------------------------
@@ -251,10 +266,11 @@ def markdown(result: SuiteResult) -> str:
     lines = [f"# {result.suite}", ""]
     if result.quick:
         lines += ["**A trial run on the smallest sizes: these times are meaningless.**", ""]
+    alternating = "alternating " if any(group.baseline for group in result.groups) else ""
     clock = "processor time" if result.clock == "cpu" else "wall clock"
     lines += [
         f"Measured on {result.machine}, {threads}, device {result.device}, {clock}; {versions}; "
-        f"commit {result.commit}. Medians over alternating rounds; spread is the interquartile "
+        f"commit {result.commit}. Medians over {alternating}rounds; spread is the interquartile "
         "range relative to the median.",
         "",
     ]
@@ -280,7 +296,8 @@ def _cells(group: Group) -> Iterator[list[str]]:
     names = list(dict.fromkeys(name for each in group.candidates for name in each.figures))
     baseline = group.of(group.baseline)
     counted = baseline.flops if baseline is not None else None
-    head = ["", f"ms per {group.unit}", "spread", f"{group.unit}s per second", "relative time"]
+    head = ["", f"ms per {group.unit}", "spread", f"{group.unit}s per second"]
+    head += ["relative time"] if group.baseline else []
     yield [*head, *(["GFLOP", "relative FLOP/s"] if counted else []), *names]
     for each in group.candidates:
         relative = group.relative(each.name)
@@ -289,8 +306,9 @@ def _cells(group: Group) -> Iterator[list[str]]:
             _short(1000 * each.median),
             f"{each.spread:.0%}",
             _short(1 / each.median),
-            "" if relative is None else _short(relative),
         ]
+        if group.baseline:
+            row += ["" if relative is None else _short(relative)]
         if counted:
             row += (
                 ["", ""]

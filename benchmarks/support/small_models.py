@@ -109,3 +109,7 @@ def small_cogvideox(
     size = 32 if quick else 256
     options = CogVideoX(model=str(folder), frames=17, height=size, width=size)
     return options.load(Placement(device, dtype))
+
+
+SMALL = {"animatediff": tiny, "cogvideox": small_cogvideox, "wan": small_wan}
+"""Backbone to its small model; `tiny` is an AnimateDiff."""

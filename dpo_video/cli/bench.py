@@ -21,7 +21,7 @@ def bench(context: typer.Context) -> None:
     Starts `python -m benchmarks.bench` with the same arguments: [SUITE]... --rounds --threads
     --clock --only --quick --tier --out, or --compare OLD NEW --tolerance.
     `dpo-video bench -- --help` explains each one. Suites: memory, step, metric, store, masks, loss,
-    startup. Exit code 3 if --compare finds a slower candidate.
+    startup. Exit code 3 if --compare finds a slower candidate or a larger peak of memory.
     """
     import dpo_video
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import dpo_video
-from benchmarks.bench import FOLDER, TIMED, bench
+from benchmarks.bench import SUITES, bench
 from benchmarks.support.results import read_results
 from dpo_video.cli import app
 from dpo_video.errors import UserError
@@ -22,9 +22,13 @@ pytest.importorskip("pytest_benchmark")
 def test_suites_run_in_miniature(tmp_path: Path) -> None:
     pytest.importorskip("cv2")
     # One process for all suites: most of the time is spent on imports.
-    names = ["loss", "masks", "metric", "step", "store"]
-    selected = "not tiny and not copy and not cached"  # the same step in other modes
-    arguments = ["bench", *names, "--quick", "--only", selected, "--out", str(tmp_path)]
+    names = ["loss", "masks", "memory", "metric", "step", "store"]
+    # Of the steps, the same ones in other modes are left out.
+    selected = (
+        "(not memory and not tiny and not copy and not cached) or wan-1.3b-l4-toggle-blocks-j"
+    )
+    arguments = ["bench", *names, "--tier", "l4", "--quick", "--only", selected]
+    arguments += ["--out", str(tmp_path)]
     # In an xdist worker, pytest-benchmark would disable timing and write no report.
     environment = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     done = subprocess.run(
@@ -34,6 +38,9 @@ def test_suites_run_in_miniature(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = read_results(tmp_path)
     assert sorted(found) == names
+    (memory,) = found.pop("memory").groups
+    peak = memory.candidates[0].figures["peak, GiB of the card (predicted)"]
+    assert memory.name == "wan-1.3b on l4" and 10 < float(peak) < 22
     for suite in found.values():
         assert suite.quick
         for group in suite.groups:
@@ -73,10 +80,8 @@ def test_the_command_returns_the_exit_code() -> None:
 
 def test_help_names_every_suite() -> None:
     shown = CliRunner().invoke(app, ["bench", "--help"]).output
-    assert set(TIMED) == {"step", "metric", "store", "masks", "loss", "startup"}
-    assert all(name in shown for name in (*TIMED, "memory"))
-    for script in ("memory.py", "estimate_check.py"):  # the memory suite, without and with --tier
-        assert (FOLDER / script).is_file()
+    assert set(SUITES) == {"step", "memory", "metric", "store", "masks", "loss", "startup"}
+    assert all(name in shown for name in SUITES)
 
 
 def test_without_the_repository_it_names_the_next_step(

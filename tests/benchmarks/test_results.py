@@ -54,7 +54,7 @@ def timing(candidate: str, seconds: float, work: float = 1.0, **more: Any) -> di
         "suite": "metric", "group": "flow", "candidate": candidate, "unit": "pair",
         "baseline": "theirs", "work": work, "flops": None, "figures": {}, **more,
     }  # fmt: skip
-    return {"extra_info": about, "stats": {"median": seconds}}
+    return {"extra_info": about, "stats": {"data": [seconds]}}
 
 
 def report(*timings: dict[str, Any]) -> dict[str, Any]:
@@ -183,6 +183,29 @@ def test_compare_fails_on_a_planted_regression(
     assert compare(tmp_path, planted, "--tolerance", "0.5") == 0
     # On a machine at a third of the speed, the same code is no regression.
     assert compare(tmp_path, result([3.0, 3.3, 3.0], [3.0, 3.0, 3.0])) == 0
+
+
+@pytest.mark.parametrize("what", ["ours", "theirs"])
+def test_compare_fails_on_a_doubled_peak_and_not_on_other_figures(
+    tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def with_figures(peak: float) -> SuiteResult:
+        figures = {"peak, GiB (predicted)": peak, "mode": "joint", "error, px": peak}
+        (group,) = result([1.0], [1.0]).groups
+        candidates = tuple(
+            each.model_copy(update={"figures": figures}) if each.name == what else each
+            for each in group.candidates
+        )
+        update = {"candidates": candidates, "baseline": None}
+        return result([1.0], [1.0]).model_copy(
+            update={"groups": (group.model_copy(update=update),)}
+        )
+
+    write_result(tmp_path / "old", with_figures(10.0))
+    for name, peak, code in (("same", 10.9, 0), ("double", 20.0, 3)):
+        write_result(tmp_path / name, with_figures(peak))
+        assert bench(["--compare", str(tmp_path / "old"), str(tmp_path / name)]) == code
+    assert capsys.readouterr().out.count("predicted) 10, now 20 (+100%)") == 1
 
 
 def test_compare_warns_of_trial_runs_and_other_machines(
