@@ -35,8 +35,8 @@ def generate(
         Path | None,
         option(
             "--out",
-            "Folder of the videos, or file ending in .mp4 or .gif; by default video.mp4, or videos "
-            "for several prompts.",
+            "Folder of the videos, or file ending in .mp4, .gif, .webp or .png (a sheet of all "
+            "frames); by default video.mp4, or videos for several prompts.",
         ),
     ] = None,
 ) -> None:

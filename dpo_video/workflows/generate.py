@@ -16,7 +16,7 @@ from torch import nn
 from dpo_video.data.prompts import load_prompts, negative_option, prompt_table
 from dpo_video.data.store import PairStore
 from dpo_video.data.video_folder import VideoFolder, video_names
-from dpo_video.data.video_writer import write_video
+from dpo_video.data.video_writer import SUFFIXES, write_video
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import UserError
@@ -70,8 +70,9 @@ def generate(
             its prompt has a seed in the file.
         num_videos: Number of videos of each prompt; without prompts, of all.
         out: A folder, which gets a named file for every video and a metadata.jsonl: a video that
-            exists there is not drawn again. Or an .mp4 or .gif file, numbered if there are several
-            videos of one prompt; it is overwritten. None writes no file.
+            exists there is not drawn again. Or an .mp4, .gif or .webp file, or a .png with all
+            frames, numbered if there are several videos of one prompt; it is overwritten. None
+            writes no file.
         num_inference_steps: Sampling steps; the backbone's own number by default.
         guidance_scale: Classifier-free guidance; the backbone's own by default.
         checkpoint: The step of the run to take; the last checkpoint by default.
@@ -178,10 +179,10 @@ class _Target:
         """
         if out.is_dir() or not out.suffix:
             return cls(folder=out, names=video_names(rows), recorded=True)
-        if out.suffix.lower() not in (".mp4", ".gif"):
+        if out.suffix.lower() not in SUFFIXES:
             raise UserError(
-                f"Cannot write '{out}': videos end in .mp4 or .gif, and a folder has no ending. "
-                "Change --out."
+                f"Cannot write '{out}': videos end in .mp4, .gif, .webp or .png, and a folder "
+                "has no ending. Change --out."
             )
         if listed and len({row.text for row in rows}) > 1:
             raise UserError(

@@ -325,7 +325,7 @@ WRONG = {
     "missing run to resume": (["train", "--out=none", "--resume"], "Start it without --resume."),
     "resume without a run": (["train", "--resume"], "--resume needs --out RUN"),
     "checkpoint of no run": (["generate", "--checkpoint=1"], "--checkpoint needs a run:"),
-    "wrong suffix": (["generate", "--out=video.avi"], "videos end in .mp4 or .gif"),
+    "wrong suffix": (["generate", "--out=video.avi"], "videos end in .mp4, .gif"),
     "unknown device": (["build", "--device=gpu9"], "'gpu9' is not a device. Choose one of"),
 }
 

@@ -36,11 +36,12 @@ from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.label import StoreTask, recipe
 from dpo_video.data.labels import LabelSet
 from dpo_video.data.store import Manifest, PairStore
+from dpo_video.data.video_writer import columns
 from dpo_video.errors import UserError
 from dpo_video.labeler._page import server
 from dpo_video.labeler._page.server import application, listen, serve
 from dpo_video.labeler._page.session import IDLE, Answer, LabelSession
-from dpo_video.labeler._page.sheets import SpriteSheets, columns, eight_bits, sheet
+from dpo_video.labeler._page.sheets import SpriteSheets, eight_bits, sheet
 from dpo_video.labeler.page import Page as PageLabeler
 from dpo_video.strategies import LabelTask
 from dpo_video.testing import small_videos

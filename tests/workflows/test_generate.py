@@ -128,7 +128,7 @@ def test_several_prompts_and_videos_of_each(model: dict[str, Any]) -> None:
     [
         ({"prompt": ["a", "b"], "out": "v.mp4"}, "several prompts. Name a folder: --out v"),
         ({"prompt": "a", "prompts": "list.jsonl"}, "exclude each other"),
-        ({"out": "v.avi"}, "end in .mp4 or .gif, and a folder has no ending"),
+        ({"out": "v.avi"}, "end in .mp4, .gif, .webp or .png, and a folder has no ending"),
         ({"run": "run", "pairs": "pairs"}, "name two models"),
         ({"prompt": "a", "out": "foreign"}, "not a record of drawn videos .* another folder"),
         ({"prompts": "nosuch.txt"}, "Cannot read the prompts in 'nosuch.txt'"),

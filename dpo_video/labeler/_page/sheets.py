@@ -8,16 +8,14 @@ clock.
 from __future__ import annotations
 
 import asyncio
-import io
-import math
 from collections import OrderedDict
 from typing import final
 
 import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
-from PIL import Image
 
+from dpo_video.data.video_writer import contact_sheet
 from dpo_video.strategies import LabelTask
 from dpo_video.types import Video
 
@@ -61,22 +59,6 @@ def eight_bits(video: Video) -> Frames:
     return np.ascontiguousarray(pixels.permute(1, 2, 3, 0).numpy().astype(np.uint8))
 
 
-def columns(frames: int) -> int:
-    """Frames per row of a sheet: about square, because browsers limit a picture's longer side."""
-    return math.ceil(math.sqrt(frames))
-
-
 def sheet(frames: Frames) -> bytes:
-    """A PNG with frames in rows of `columns`; unused cells are black."""
-    count, height, width, _ = frames.shape
-    wide = columns(count)
-    rows = math.ceil(count / wide)
-    grid = np.zeros((rows * wide, height, width, 3), dtype=np.uint8)
-    grid[:count] = frames
-    picture = grid.reshape(rows, wide, height, width, 3).swapaxes(1, 2)
-    buffer = io.BytesIO()
-    # Level 1: on the loopback, encoding time matters more than size.
-    Image.fromarray(picture.reshape(rows * height, wide * width, 3)).save(
-        buffer, "PNG", compress_level=1
-    )
-    return buffer.getvalue()
+    """The PNG of a segment. On the loopback, encoding time matters more than size: level 1."""
+    return contact_sheet(frames, level=1)
