@@ -158,7 +158,7 @@ class MemorySettings(Settings):
     text_encoder: Literal["device", "host"] = "device"
     """Where the weights of the text encoder's blocks are kept. host: in CPU memory, copied to the
     device layer by layer, for cards that cannot hold it beside the denoiser and the VAE."""
-    quantization: Literal["native", "int8", "nf4", "fp8"] = "native"
+    quantization: Literal["native", "int8", "nf4"] = "native"
     """Precision of the frozen weights of all blocks: native, or 8 or 4 bits. It changes the
     numbers: policy and reference are then a quantized model, and the run records it wherever it
     names its model. nf4 needs bitsandbytes: pip install 'dpo-video[nf4]'."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Checkpointing = Literal["none", "blocks"] | int
 """No block, all blocks, or that many blocks."""
 Backward = Literal["joint", "split", "linear"]
-Quantization = Literal["native", "int8", "nf4", "fp8"]
+Quantization = Literal["native", "int8", "nf4"]
 CHECKPOINTINGS: tuple[Literal["none", "blocks"], ...] = ("none", "blocks")
 BACKWARDS: tuple[Backward, ...] = ("joint", "linear", "split")
 CHUNKS = 8  # forward_chunks of the smallest modes: with more, other tensors are the widest

@@ -257,7 +257,7 @@ class Estimate(Record):
         return (
             "mode: reference, checkpointed blocks, backward, /forward_chunks, cpu:c(heckpoints) "
             "b(locks) o(ptimizer) in CPU memory, xN processes that share the weights, quantization "
-            "(int8, fp8 and nf4 change the numbers). GiB: GPU memory for weights, "
+            "(int8 and nf4 change the numbers). GiB: GPU memory for weights, "
             "the adapter's gradients and AdamW state, activations plus "
             f"{FRAGMENTS:.0%} for fragmentation, and {CONTEXT / GIB:.1f} GiB for CUDA. CPU: GiB of "
             f"CPU memory. TFLOP: per pair. h: hours of the run's steps at {self.efficiency:.0%} of "

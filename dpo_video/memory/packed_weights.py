@@ -5,7 +5,7 @@ and freed after it. So at most one is on the device in full, with checkpointing 
 adapter trains on top of them as on any others.
 
 Weights in fewer bits change the numbers: the network is another one, for the policy and a toggled
-reference alike. `int8` and `fp8` store one scale per row (for a convolution: per filter) and need
+reference alike. `int8` stores one scale per row (for a convolution: per filter) and needs
 nothing but torch; `nf4` is QLoRA's (Dettmers et al. 2023, arXiv 2305.14314), 64 weights per scale,
 by bitsandbytes' kernels. The quantizers of diffusers work while a checkpoint is loaded and on
 linear layers only: an AnimateDiff UNet is assembled from two checkpoints, and half of its weights
@@ -33,11 +33,9 @@ from dpo_video.memory.hooks import wrap_forward
 from dpo_video.memory.offload import to_device, to_host
 from dpo_video.support.memoryless import Memoryless
 
-Base = Literal["native", "int8", "nf4", "fp8"]
+Base = Literal["native", "int8", "nf4"]
 
 _GROUP = 64  # weights of nf4 that share a scale: bitsandbytes' default, and QLoRA's
-_FP8 = torch.float8_e4m3fn
-_LARGEST = {"int8": 127.0, "fp8": torch.finfo(_FP8).max}
 # A convolution, and its gradient with respect to the input.
 _CONVOLUTIONS: dict[type[Any], tuple[Any, Any]] = {
     nn.Conv1d: (F.conv1d, conv1d_input),
@@ -213,10 +211,9 @@ def _packed(weight: Tensor, base: Base) -> tuple[Tensor, ...]:
     if base == "nf4":
         return _nf4(weight)
     rows = weight.float().flatten(1)
-    scale = rows.abs().amax(dim=1, keepdim=True) / _LARGEST[base]
+    scale = rows.abs().amax(dim=1, keepdim=True) / 127
     scaled = rows / torch.where(scale == 0, 1.0, scale)
-    packed = scaled.round().to(torch.int8) if base == "int8" else scaled.to(_FP8)
-    return packed, scale
+    return scaled.round().to(torch.int8), scale
 
 
 def _unpacked(

@@ -132,8 +132,8 @@ def _set_precision(request: LauncherRequest, precision: str) -> None:
     if precision == "fp8":
         raise _refused(
             "The launcher's mixed_precision=fp8",
-            "Launch with --mixed_precision bf16; memory.quantization=fp8 stores the frozen weights "
-            "in 8 bits.",
+            "Launch with --mixed_precision bf16; memory.quantization=int8 stores the frozen "
+            "weights in 8 bits.",
         )
     if precision != "no":
         request.options["train.mixed_precision"] = precision

@@ -28,7 +28,7 @@ from dpo_video.support.memoryless import Memoryless
 
 NO_BNB = "bitsandbytes is not installed: pip install 'dpo-video[nf4]'"
 needs_bnb = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason=NO_BNB)
-BASES = ["native", "int8", "fp8", pytest.param("nf4", marks=needs_bnb)]
+BASES = ["native", "int8", pytest.param("nf4", marks=needs_bnb)]
 
 
 @pytest.fixture(params=["unet", "transformer"])
@@ -49,15 +49,14 @@ def test_offloaded_weights_keep_gradients(network: Network) -> None:
     assert apart(plain, network.gradient()) < EXACT
 
 
-@pytest.mark.parametrize(("base", "loss"), [("int8", 0.05), ("fp8", 0.3)])
-def test_quantized_weights_are_close_and_smaller(network: Network, base: Base, loss: float) -> None:
+def test_quantized_weights_are_close_and_smaller(network: Network) -> None:
     plain = network.gradient()
-    pack_frozen_weights(network.policy, CPU, base)
+    pack_frozen_weights(network.policy, CPU, "int8")
     whole = sum(8 * each.shape.numel() for each in frozen_weights(network.policy))
     packed = sum(part.nbytes for each in frozen_weights(network.policy) for part in each.parts)
     assert packed < 0.3 * whole  # an eighth, plus scales; rows are short
     gradient = network.gradient()
-    assert 0 < apart(plain, gradient) < loss
+    assert 0 < apart(plain, gradient) < 0.05
     checkpoint_blocks(network.policy)
     assert apart(gradient, network.gradient()) < EXACT
 
@@ -81,12 +80,11 @@ def test_unpacking_is_exact_up_to_quantization(base: Base, shape: tuple[int, ...
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     whole = PackedWeight.pack(weight, base, CPU, on_host=False).unpack()
     assert whole.shape == weight.shape and whole.dtype == weight.dtype
-    # Half a step, of a row's largest value (e4m3: of each value); nf4's widest step is 0.3.
+    # Half a step, of a row's largest value; nf4's widest step is 0.3.
     error = (whole - weight).abs()
     most = weight.flatten(1).abs().amax(1).view(-1, *[1] * (weight.ndim - 1))
     bound = {
         "native": torch.zeros(()), "int8": most / 127 / 2, "nf4": weight.abs().max() * 0.16,
-        "fp8": torch.maximum(weight.abs() / 16, most / 448 / 2**9),
     }  # fmt: skip
     assert (error <= bound[base] * (1 + 1e-5)).all()
     zero = PackedWeight.pack(torch.zeros(shape), base, CPU, on_host=False).unpack()

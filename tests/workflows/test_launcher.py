@@ -126,7 +126,7 @@ TAKEN: Mapping[str, tuple[Sequence[str], Mapping[str, Any]]] = {
     ),
 }  # fmt: skip
 REFUSED: Mapping[str, tuple[Sequence[str], str]] = {
-    "--mixed_precision fp8": (["--mixed_precision=fp8"], "memory.quantization=fp8"),
+    "--mixed_precision fp8": (["--mixed_precision=fp8"], "memory.quantization=int8"),
     "--dynamo_backend` of another": (["--dynamo_backend=eager"], "--dynamo_backend inductor"),
     "--dynamo_mode": (
         ["--dynamo_backend=inductor", "--dynamo_mode=max-autotune"], "Leave both out"
