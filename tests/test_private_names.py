@@ -22,9 +22,11 @@ IMPORTED = {
     "torch._subclasses.fake_tensor.FakeTensorMode": TORCH,
     "torch.overrides._get_current_function_mode_stack": TORCH,
     "torch.utils._python_dispatch.TorchDispatchMode": TORCH,
+    "torch.utils._pytree.tree_flatten": TORCH,
     "torch.utils._pytree.tree_leaves": TORCH,
     "torch.utils._pytree.tree_map": TORCH,
     "torch.utils._pytree.tree_map_only": TORCH,
+    "torch.utils._pytree.tree_unflatten": TORCH,
     "torch.utils._triton.has_triton": TORCH,
 }
 USED = {

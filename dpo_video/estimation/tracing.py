@@ -10,8 +10,8 @@ between prediction and step. What no tensor holds is added in `dpo_video.estimat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 
 from dpo_video.diffusion.experts import Experts
 from dpo_video.errors import UserError
+from dpo_video.estimation.equal_blocks import EqualBlocks
 from dpo_video.estimation.modes import MemoryMode
+from dpo_video.estimation.replay import Replay, Replays
 from dpo_video.estimation.results import MemoryEstimate
 from dpo_video.memory.blocks import passes
 from dpo_video.memory.cuda_autocast import cuda_autocast_rules
@@ -161,6 +163,7 @@ class _Stage:
             self.policy = adapt(self.model, settings, seed=0)
             self.references = {name: each.attach(self.policy) for name, each in references.items()}
         self._optimizers: dict[bool, Optimizer] = {}
+        self.replays, self.equal_blocks = Replays(), EqualBlocks()
         self.tensors = Memoryless()
         with self.tensors:
             give_tensors(self.policy, CPU)
@@ -215,15 +218,15 @@ class _StepTrace:
         self.model, self.policy, self.prompt = stage.model, stage.policy, stage.prompt
         self.reference_model = stage.references[mode.reference] if loss.needs_reference else None
         self.mode, self.settings = mode, settings
+        replay = Replay(self.model, stage.replays, mode.memory, stage.trained)
         self.step = Step(
-            model=self.model,
+            model=replay.model(),
             policy=self.policy,
             reference_model=self.reference_model,
             loss=loss,
             mode=mode.backward,
-            # Tensor.backward disables function modes, which recomputed blocks need.
-            backward=torch.autograd.backward,
-            autocast=self._autocast,
+            backward=replay.backward,
+            autocast=lambda: replay.around(self._autocast()),
         )
         reference = self.policy
         if self.reference_model is not None:
@@ -241,6 +244,7 @@ class _StepTrace:
                 check_shardable(network)
                 self.sharded.append(sharded_bytes(network, mode.shard))
         self.trained, self.optimizer = stage.trained, stage.optimizer
+        self.equal_blocks = stage.equal_blocks
         self.done: MemoryEstimate | None = None
 
     @cached_property
@@ -368,8 +372,13 @@ class _StepTrace:
         """Autocast of each forward pass, as in training."""
         return torch.autocast("cpu", self.dtype, enabled=self._mixed)
 
-    def _choices(self) -> AbstractContextManager[None]:
-        return cuda_autocast_rules() if self._mixed else nullcontext()
+    @contextmanager
+    def _choices(self) -> Iterator[None]:
+        with (
+            cuda_autocast_rules() if self._mixed else nullcontext(),
+            self.equal_blocks.counted(self.mode.forward_chunks),
+        ):
+            yield
 
     def _gradients_before(self) -> nn.Module:
         """Gradients of the earlier batches of an optimizer step, if there are any."""

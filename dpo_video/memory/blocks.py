@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -99,7 +100,30 @@ def _recomputed(
         return _checkpoint(partial(forward, block), *args, **kwargs)
 
 
+_instead: ContextVar[Callable[..., Any] | None] = ContextVar("_instead", default=None)
+
+
+@contextmanager
+def checkpointed_by(run: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `run(checkpointed, module, args, kwargs)` runs each checkpointed part of a network.
+
+    `checkpointed(*args, **kwargs)` is what would run without it.
+    """
+    before = _instead.set(run)
+    try:
+        yield
+    finally:
+        _instead.reset(before)
+
+
 def _checkpoint(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    instead = _instead.get()
+    if instead is not None:
+        return instead(partial(_recompute, forward), forward.args[0], args, kwargs)
+    return _recompute(forward, *args, **kwargs)
+
+
+def _recompute(forward: Any, *args: Any, **kwargs: Any) -> Any:
     # Positional arguments only: torch passes no others to the hooks of `kept_on_host`.
     # Backbones load in evaluation mode and the adapter has no dropout: no random numbers to replay.
     return checkpoint(

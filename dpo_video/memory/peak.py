@@ -127,13 +127,28 @@ def peak_bytes(
             )
             for parameter in parameters
         ]
+    _counters.append(counter)
     try:
         with counter.watch():
             run()
     finally:
+        _counters.pop()
         for hook in hooks:
             hook.remove()
     return Peak(**counter.peak, flops=counter.flops, host=counter.host, holders=counter.holders())
+
+
+def allocated(size: int) -> int:
+    """Bytes that the allocator takes for a tensor of `size` bytes."""
+    return BLOCK * math.ceil(size / BLOCK)
+
+
+_counters: list[_Counter] = []
+
+
+def counting() -> _Counter:
+    """The counter of the computation that `peak_bytes` runs now."""
+    return _counters[-1]
 
 
 _host_contexts: list[None] = []
@@ -180,6 +195,15 @@ class _Watched(TorchDispatchMode):
         return result
 
 
+@dataclass
+class Rise:
+    """How far the bytes alive rise above a level at most, and the operations meanwhile."""
+
+    device: int = 0
+    host: int = 0
+    flops: int = 0
+
+
 class _Counter:
     """Counts the storages alive at every operation."""
 
@@ -189,6 +213,57 @@ class _Counter:
         self.peak = self._on_device()
         self._most = 0
         self._storages: dict[int, tuple[weakref.ref[UntypedStorage], int, Kind]] = {}
+        self._highest: list[list[int]] = []
+        """Largest bytes on the device and in CPU memory within each `rise`, the innermost last."""
+
+    @property
+    def level(self) -> tuple[int, int]:
+        """Bytes alive now, on the device and in CPU memory."""
+        return self.total, self.alive["host"]
+
+    @contextmanager
+    def rise(self) -> Iterator[Rise]:
+        """Measure what happens inside; the result is complete when the context ends."""
+        found, flops = Rise(), self.flops
+        device, host = self.level
+        self._highest.append(list(self.level))
+        try:
+            yield found
+        finally:
+            highest = self._highest.pop()
+            if self._highest:
+                self._highest[-1][:] = map(max, self._highest[-1], highest)
+            found.device, found.host = highest[0] - device, highest[1] - host
+            found.flops = self.flops - flops
+
+    def add(self, rise: Rise, above: tuple[int, int] | None = None) -> None:
+        """Count what a `rise` measured, as if it happened now, or above another level."""
+        device, host = above or self.level
+        self.flops += rise.flops
+        self.host = max(self.host, host + rise.host)
+        self._reach(device + rise.device, host + rise.host)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What happens inside is not counted, except by each `rise` inside."""
+        kept = self.flops, self.host, self._most, self.peak, self._highest
+        self._highest = []
+        try:
+            yield
+        finally:
+            self.flops, self.host, self._most, self.peak, self._highest = kept
+
+    def _reach(self, device: int, host: int) -> None:
+        """Note that so many bytes are alive."""
+        if self._highest:
+            highest = self._highest[-1]
+            if device > highest[0] or host > highest[1]:
+                highest[:] = max(device, highest[0]), max(host, highest[1])
+        if device > self._most:
+            self._most = device
+            self.peak = self._on_device()
+            self.peak["activations"] += device - self.total
+            self.at_peak()
 
     def watch(self) -> AbstractContextManager[Any]:
         """Inside, count every operation."""
@@ -207,7 +282,7 @@ class _Counter:
             key = id(storage)
             seen = self._storages.get(key)
             if seen is None:
-                size = BLOCK * math.ceil(storage.nbytes() / BLOCK)
+                size = allocated(storage.nbytes())
                 counted = kind or ("host" if _host_contexts else "activations")
                 reference = weakref.ref(storage, partial(self.forget, key))
                 self._storages[key] = reference, size, counted
@@ -218,10 +293,8 @@ class _Counter:
                 self._storages[key] = reference, size, kind
                 self._count(before, -size)
                 self._count(kind, size)
-        if self.total > self._most:
-            self._most = self.total
-            self.peak = self._on_device()
-            self.at_peak()
+        if self.total > self._most or self._highest:
+            self._reach(*self.level)
 
     def forget(self, key: int, _: object) -> None:
         """Called when a storage is freed."""
