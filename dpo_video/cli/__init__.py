@@ -35,6 +35,9 @@ from dpo_video.cli import list as listing
 from dpo_video.cli.console import BAD, console, say
 from dpo_video.errors import UserError
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+"""Variables by which a user chooses how OpenMP's threads wait."""
+
 app = typer.Typer(
     name="dpo-video",
     help="Direct Preference Optimization for text-to-video diffusion models.",
@@ -97,6 +100,7 @@ def main() -> None:
 
     # Downloads send the name of the library only, nothing about the machine.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    _let_waiting_threads_sleep()
     try:
         with exit_on_signal():
             app()
@@ -106,6 +110,16 @@ def main() -> None:
         if "torch" in sys.modules:  # no strategy runs without it
             _explain(error)
         raise
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Let OpenMP's threads sleep between parallel operations, unless the user has chosen.
+
+    By default they spin, which takes the time of other processes (`benchmarks/threads.py`). OpenMP
+    reads this when torch is imported.
+    """
+    if not any(name in os.environ for name in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def _exit_with(error: UserError) -> NoReturn:

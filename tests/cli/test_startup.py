@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dpo_video
+from dpo_video.cli import WAITING, main
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "kornia", "cv2", "numpy")
 
@@ -37,6 +39,24 @@ def test_help_and_list_import_no_torch(arguments: list[str]) -> None:
     done = run(arguments, code=0)
     assert done.stdout
     assert done.stderr.strip() == "imported:"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "policy"),
+    [({}, "passive"), ({"GOMP_SPINCOUNT": "9"}, None), ({"OMP_WAIT_POLICY": "active"}, "active")],
+)
+def test_waiting_threads_sleep_before_torch_is_imported_unless_the_user_chose(
+    chosen: dict[str, str], policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in WAITING:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["dpo-video", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 @pytest.mark.parametrize(
