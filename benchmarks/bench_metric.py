@@ -26,7 +26,7 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from benchmarks.support.rounds import Measure, needs
-from dpo_video.metric._flow import dense_flow
+from dpo_video.metric._flow import blur, dense_flow
 from dpo_video.metric.warp_error import WarpError
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -209,4 +209,25 @@ def test_warp_error(measure: Measure, candidate: Any, quick: bool) -> None:
     measure(
         group, lambda: metric(video, [""]), unit="frame pair", work=frames - 1,
         baseline="videodpo_farneback",
+    )  # fmt: skip
+
+
+def kornia_blur(values: Tensor, sigma: float) -> Tensor:
+    """What `blur` is on a GPU."""
+    taps = 2 * round(2 * sigma) + 1
+    return gaussian_blur2d(values, (taps, taps), (sigma, sigma), border_type="replicate")
+
+
+BLURS = {"ours": blur, "Kornia": kornia_blur}
+
+
+@pytest.mark.candidates(*BLURS)
+def test_blur(measure: Measure, candidate: str, quick: bool, device: torch.device) -> None:
+    """The flow's Gaussian window, whose sums of shifted planes are written out for CPUs."""
+    size = 96 if quick else 512
+    frames = torch.rand(1, 3, size, size, device=device)
+    measure(
+        f"Gaussian blur, 3 channels of {size}x{size}, sigma 1.25",
+        lambda: BLURS[candidate](frames, 1.25),
+        unit="frame", baseline="Kornia", calls=5, work=1,
     )  # fmt: skip

@@ -14,7 +14,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from kornia.filters import get_gaussian_kernel1d
+from kornia.filters import gaussian_blur2d, get_gaussian_kernel1d, spatial_gradient3d
+from kornia.geometry import remap, resize
 from torch import Tensor
 
 Frames = Float[Tensor, "n c H W"]
@@ -78,14 +79,17 @@ def dense_flow(
 def warp(frames: Float[Tensor, "n c H W"], flow: Flow) -> Frames:
     """Sample `frames` at `x + flow(x)`, bilinearly, with replicated borders."""
     height, width = frames.shape[-2:]
-    # grid_sample's coordinates: -1 and 1 are the centres of the outermost pixels.
+    # Coordinates of grid_sample: -1 and 1 are the centres of the outermost pixels. With those in
+    # pixels, remap takes twice as long.
     right, down = 2 / max(1, width - 1), 2 / max(1, height - 1)
     x = torch.arange(width, dtype=flow.dtype, device=flow.device) * right - 1
     y = torch.arange(height, dtype=flow.dtype, device=flow.device)[:, None] * down - 1
-    grid = flow.new_empty(len(flow), height, width, 2)
-    grid[..., 0] = torch.add(x, flow[:, 0], alpha=right)
-    grid[..., 1] = torch.add(y, flow[:, 1], alpha=down)
-    return F.grid_sample(frames, grid, padding_mode="border", align_corners=True)
+    return remap(
+        frames,
+        torch.add(x, flow[:, 0], alpha=right),
+        torch.add(y, flow[:, 1], alpha=down),
+        padding_mode="border", align_corners=True, normalized_coordinates=True,
+    )  # fmt: skip
 
 
 def without_doubtful_motion(first: Frames, second: Frames, flow: Flow) -> Flow:
@@ -281,8 +285,6 @@ def _neighbours(flow: Flow, distances: Sequence[int]) -> Iterator[Flow]:
 
 
 # --- filters ---------------------------------------------------------------------------------
-# Sums of shifted planes: on a CPU they take less time than convolution, pooling and interpolation
-# of few channels, and than Kornia's filters, for the same numbers.
 
 
 def _dot(first: Frames, second: Frames) -> Float[Tensor, "n H W"]:
@@ -294,22 +296,27 @@ def _dot(first: Frames, second: Frames) -> Float[Tensor, "n H W"]:
 
 
 def _gradient(frames: Frames) -> tuple[Frames, Frames]:
-    """Central differences."""
-    padded = F.pad(frames, (1, 1, 1, 1), mode="replicate")
-    dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
-    dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
-    return dx.mul_(0.5), dy.mul_(0.5)
+    """Central differences. The channels are the depth, whose gradient is not used."""
+    gradient = spatial_gradient3d(frames[:, None])
+    return gradient[:, 0, 0], gradient[:, 0, 1]
 
 
 def blur(values: Frames, sigma: float) -> Frames:
-    """Gaussian blur with replicated borders."""
+    """Gaussian blur with replicated borders.
+
+    On a CPU, sums of shifted planes take less time than Kornia's convolutions with the same taps
+    (`benchmarks/bench_metric.py` measures both).
+    """
     taps = _taps(sigma)
+    if values.device.type != "cpu":
+        size = (len(taps), len(taps))
+        return gaussian_blur2d(values, size, (sigma, sigma), border_type="replicate")
     reach = len(taps) // 2
     for dim, pad in ((-1, (reach, reach, 0, 0)), (-2, (0, 0, reach, reach))):
-        size, padded = values.shape[dim], F.pad(values, pad, mode="replicate")
-        values = padded.narrow(dim, reach, size) * taps[reach]
+        length, padded = values.shape[dim], F.pad(values, pad, mode="replicate")
+        values = padded.narrow(dim, reach, length) * taps[reach]
         for k in range(reach):
-            both = padded.narrow(dim, k, size) + padded.narrow(dim, 2 * reach - k, size)
+            both = padded.narrow(dim, k, length) + padded.narrow(dim, 2 * reach - k, length)
             values.add_(both, alpha=taps[k])
     return values
 
@@ -338,18 +345,11 @@ def _median(values: Frames) -> Frames:
 
 def halve(values: Float[Tensor, "*n H W"]) -> Float[Tensor, "*n h w"]:
     """Mean of every 2x2 pixels."""
-    rows = values[..., ::2, :] + values[..., 1::2, :]
-    return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
+    height, width = values.shape[-2:]
+    return resize(values, (height // 2, width // 2), "area")
 
 
 def _double(values: Float[Tensor, "n c h w"]) -> Frames:
-    """Bilinear upsampling by 2, as F.interpolate without align_corners."""
-    for dim, pad in ((2, (0, 0, 1, 1)), (3, (1, 1, 0, 0))):
-        size, padded = values.shape[dim], F.pad(values, pad, mode="replicate")
-        near = 0.75 * values
-        values = values.new_empty([*values.shape[: dim + 1], 2, *values.shape[dim + 1 :]])
-        for half, start in ((0, 0), (1, 2)):
-            far = padded.narrow(dim, start, size)
-            torch.add(near, far, alpha=0.25, out=values.select(dim + 1, half))
-        values = values.flatten(dim, dim + 1)
-    return values
+    """Bilinear upsampling by 2."""
+    height, width = values.shape[-2:]
+    return resize(values, (2 * height, 2 * width))

@@ -11,6 +11,9 @@ from small_animatediff import load_small
 from small_cogvideox import load_small_cogvideox, save_small_cogvideox
 from small_wan import load_small_wan, save_small_wan
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 from dpo_video.diffusion.experts import Experts
 from dpo_video.errors import TrainingError
@@ -99,6 +102,22 @@ def test_chunks_keep_gradients_and_lower_the_peak(network: Network) -> None:
     run_in_chunks(network.policy, 1)
     checkpoint_blocks(network.policy, 0)
     assert torch.equal(plain, network.gradient())
+
+
+def test_checkpointing_equals_torchs_wrapper_and_keeps_names(network: Network) -> None:
+    names = [name for name, _ in network.policy.named_parameters()]
+    chosen = set(blocks(network.policy))
+    checkpoint_blocks(network.policy)
+    ours, peak = network.gradient(), network.peak()
+    assert [name for name, _ in network.policy.named_parameters()] == names
+    checkpoint_blocks(network.policy, 0)
+    apply_activation_checkpointing(network.policy, check_fn=chosen.__contains__)
+    assert torch.equal(network.gradient(), ours)
+    assert network.peak().total == peak.total
+    # Once torch's wrapper keeps names, it can replace ours.
+    assert any(
+        "_checkpoint_wrapped_module" in name for name, _ in network.policy.named_parameters()
+    )
 
 
 def test_a_network_without_feed_forward_layers_is_refused() -> None:

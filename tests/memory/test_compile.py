@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Said, load_small
+from diffusers import CogVideoXTransformer3DModel, UNetMotionModel, WanTransformer3DModel
 from small_cogvideox import load_small_cogvideox
 from small_step import FIRST, Bench, MemoryMode, a_batch, apart
 from small_wan import OPTIONS, load_small_wan, save_small_wan
@@ -208,3 +209,16 @@ def test_a_compiled_run_resumes_uncompiled(wan_folder: Path, tmp_path: Path, sai
     told = said(2, *command[:-1], f"--out={tmp_path / 'b'}", "--set=memory.compile=on",
                 "--set=memory.offload=blocks")  # fmt: skip
     assert "Set memory.compile=off, or leave those out." in told
+
+
+def test_diffusers_declares_the_repeated_blocks_of_wan_alone() -> None:
+    # Once it declares them for all families, its compile_repeated_blocks can find the blocks.
+    declared = {
+        kind.__name__: bool(getattr(kind, "_repeated_blocks", None))
+        for kind in (WanTransformer3DModel, CogVideoXTransformer3DModel, UNetMotionModel)
+    }
+    assert declared == {
+        "WanTransformer3DModel": True,
+        "CogVideoXTransformer3DModel": False,
+        "UNetMotionModel": False,
+    }
