@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +260,21 @@ class Undocumented(Loss):
         return Global()(errors)
 
 
+class Double(Loss):
+    """Computes in another precision."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        output = Global()(errors)
+        return replace(output, loss=output.loss.double())
+
+
+class Crashing(Loss):
+    """Reads something that errors do not have."""
+
+    def __call__(self, errors: PairErrors) -> LossOutput:
+        return errors.latents  # type: ignore[attr-defined, no-any-return]
+
+
 class Nameless(Loss):
     def __call__(self, errors: PairErrors) -> LossOutput:
         return Global()(errors)
@@ -281,6 +296,8 @@ class Nameless(Loss):
         (Comparing, "reaches the errors of the rejected video"),
         (Referring, "Set needs_reference False"),
         (Infinite, "loss that is not finite"),
+        (Double, "gives a loss in torch.float64"),
+        (Crashing, "fails on the inputs of its contract .AttributeError"),
         (Undocumented, "Undocumented.beta has no docstring"),
         (Nameless, "Nameless has no docstring"),
     ],
@@ -298,6 +315,13 @@ class Lenient(Strategy, extra="ignore"):
     """Accepts unknown options."""
 
 
+class Kinded(Strategy):
+    """Has an option that is the kind."""
+
+    kind: str = "loss"  # type: ignore[misc]
+    """The kind."""
+
+
 class Untyped(Strategy):
     """Has an option that no TOML file can hold."""
 
@@ -307,7 +331,12 @@ class Untyped(Strategy):
 
 @pytest.mark.parametrize(
     ("strategy", "sentence"),
-    [(Thawed, "not frozen"), (Lenient, "unknown options"), (Untyped, "do not survive")],
+    [
+        (Thawed, "not frozen"),
+        (Lenient, "unknown options"),
+        (Untyped, "do not survive"),
+        (Kinded, "has an option 'kind'"),
+    ],
 )
 def test_options_that_break_the_rules_are_caught(strategy: type[Strategy], sentence: str) -> None:
     with pytest.raises(AssertionError, match=sentence):
@@ -400,9 +429,26 @@ class Fragile(Metric):
         return 1 / FrameDifference()(videos, prompts)
 
 
+def returning(change: Callable[[Tensor], object]) -> type[Metric]:
+    class Changed(Fragile):  # type: ignore[misc]
+        """Returns something else than values."""
+
+        def __call__(self, videos: Tensor, prompts: Sequence[str]) -> Any:
+            return change(FrameDifference()(videos, prompts))
+
+    return Changed
+
+
 @pytest.mark.parametrize(
     ("metric", "sentence"),
-    [(Mixing, "depends on the other videos"), (Fragile, "not finite on a frozen video")],
+    [
+        (Mixing, "depends on the other videos"),
+        (Fragile, "not finite on a frozen video"),
+        (returning(Tensor.long), "has the type int64"),
+        (returning(Tensor.tolist), "is a list, not a tensor"),
+        (returning(Tensor.mean), r"has the shape \(\), not \(3,\)"),
+        (returning(lambda values: 1 / 0), "fails on the inputs of its contract .ZeroDivisionError"),
+    ],
 )
 def test_a_broken_metric_is_caught(metric: type[Metric], sentence: str) -> None:
     with pytest.raises(AssertionError, match=sentence):

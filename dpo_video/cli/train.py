@@ -37,6 +37,7 @@ def train(
     prints the resume command; a second Ctrl-C ends it at once.
     """
     from dpo_video.cli.display import TerminalProgress, verdict_text
+    from dpo_video.training.run_dir import resume_command
     from dpo_video.workflows.train import train
 
     with TerminalProgress() as progress:
@@ -49,7 +50,7 @@ def train(
             progress=progress,
         )
     if run.stopped:  # by a signal to another process of the run
-        again = command("train", "--out", run.folder, "--resume")
+        again = resume_command(run.folder)
         exit_resumable(again, "Stopped and saved.", FROM_ANOTHER)
     if not run.new_reports or (verdict := run.verdict) is None:
         say(f"'{run.folder}' already has all its steps. Train longer with --steps.")

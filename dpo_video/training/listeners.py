@@ -19,18 +19,17 @@ from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import TrainingError
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import sync, writing
-from dpo_video.text import command
 from dpo_video.training.checkpoint import drop_checkpoints, write_checkpoint
 from dpo_video.training.loop import Run
 from dpo_video.training.report import StepEvent
-from dpo_video.training.run_dir import LOG, checkpoint_folder, truncate_log
+from dpo_video.training.run_dir import LOG, checkpoint_folder, resume_command, truncate_log
 from dpo_video.training.trackers import log_video
 from dpo_video.types import Context, Latents, Prompt
 
 
 def saving(run: Path) -> AbstractContextManager[None]:
     """`writing` to a run that has started, whose command would be refused a second time."""
-    return writing(run, f"resume: {command('train', '--out', run, '--resume')}")
+    return writing(run, f"resume: {resume_command(run)}")
 
 
 @dataclass(frozen=True, kw_only=True)

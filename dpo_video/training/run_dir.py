@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dpo_video.errors import RunError, first_fault
+from dpo_video.registry import local
 from dpo_video.support.atomic import write_bytes
 from dpo_video.support.reading import read_bytes
 from dpo_video.text import command
@@ -16,6 +17,12 @@ from dpo_video.training.report import StepReport
 MAX_LOG = 1 << 30  # bytes
 LATEST, LOG = "latest", "log.jsonl"
 _STEP = re.compile(r"step_[0-9]{6,12}")  # no path to another folder
+
+
+def resume_command(out: Path) -> str:
+    """The command that resumes a run, which allows the code of its strategies if it keeps some."""
+    code = ["--allow-code"] if (out / local.FOLDER).is_dir() else []
+    return command("train", "--out", out, "--resume", *code)
 
 
 def checkpoint_folder(out: Path, step: int) -> Path:
@@ -31,10 +38,7 @@ def latest_checkpoint(out: Path) -> Path:
     """
     found = resumable(out)
     if not found:
-        raise RunError(
-            f"'{out}' has no checkpoint yet. Train it first: "
-            f"{command('train', '--out', out, '--resume')}"
-        )
+        raise RunError(f"'{out}' has no checkpoint yet. Train it first: {resume_command(out)}")
     return found[0]
 
 

@@ -21,10 +21,10 @@ from dpo_video.evaluation.results import Evaluation
 from dpo_video.support.atomic import write_text
 from dpo_video.support.formatting import html_table, plain_table
 from dpo_video.support.reading import read_bytes
-from dpo_video.text import command, without_credentials
+from dpo_video.text import without_credentials
 from dpo_video.training.diagnosis import TrainingVerdict, judge_training
 from dpo_video.training.report import StepReport
-from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log
+from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log, resume_command
 from dpo_video.workflows.config import Config, resolve
 from dpo_video.workflows.results import ExportResult, GeneratedVideo
 
@@ -89,7 +89,7 @@ class Run:
             reason = error.strerror if isinstance(error, OSError) else first_fault(error)
             raise RunError(
                 f"Cannot read the prompts of the training pairs in '{path}' ({reason}). Write it "
-                f"again: {command('train', '--out', self.folder, '--resume')}"
+                f"again: {resume_command(self.folder)}"
             ) from error
 
     @property

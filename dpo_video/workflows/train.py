@@ -36,7 +36,7 @@ from dpo_video.training.lora import check_lora, starting_rank
 from dpo_video.training.reference_cache import ReferenceCacheReport
 from dpo_video.training.report import StepReport
 from dpo_video.training.run import train as train_loop
-from dpo_video.training.run_dir import checkpoints, read_log
+from dpo_video.training.run_dir import checkpoints, read_log, resume_command
 from dpo_video.training.sampler import trainable_pairs
 from dpo_video.training.step import check_backward
 from dpo_video.training.trackers import log_text
@@ -178,7 +178,7 @@ def train(
                 stop=stop,
             )
         except StopSignal as signal:
-            signal.command = command("train", "--out", folder, "--resume")
+            signal.command = resume_command(folder)
             raise
 
 
@@ -364,8 +364,10 @@ def _announce(config: Config, folder: Path, accelerator: Accelerator, progress: 
     tables, settings = config.tables, config.train
     beta = getattr(config.loss, "beta", None)
     slope = f" (slope beta = {beta:g} on the mean-squared-error margin)" if beta else ""
+    slope = slope if config.loss.needs_reference else ""
     pairs = settings.batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
-    reference = tables["reference"]["name"] if config.loss.needs_reference else "no"
+    reference = tables["reference"]["name"] if config.loss.needs_reference else "none"
+    reference = "no" if reference == "none" else reference
     start = f" from {settings.init_from}" if settings.init_from else ""
     progress.note(
         f"{tables['loss']['name']} loss{slope}, {reference} reference, "

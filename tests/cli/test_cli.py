@@ -200,7 +200,7 @@ def test_equal_recipes_share_their_pairs(
     assert run("build", *build).code == 0
     done = run("train", *build, "--loss=region", "--steps=1", *QUICK)
     assert done.code == 0, done.err
-    assert "Using 1 pairs built earlier" in done.err
+    assert "Using 1 pair built earlier" in done.err
     assert run("build", *build, "--set=pairs.guidance_scale=1.0").code == 0
     assert len(list((tmp_path / "runs" / "pairs").iterdir())) == 2
 

@@ -12,6 +12,7 @@ from conftest import Install, Said
 
 from dpo_video import registry
 from dpo_video.errors import UserError
+from dpo_video.workflows.doctor import doctor
 from dpo_video.workflows.new import new_plugin
 
 
@@ -29,6 +30,8 @@ def test_a_package_of_every_kind_keeps_its_contract(
     assert not [each.note for each in registry.listings(kind) if each.note]
     test = runpy.run_path(str(folder / "tests" / f"test_{module}.py"))
     test["test_it_keeps_the_contract"]()
+    if kind == "pairs":  # on latents that are strided in time as well
+        assert not doctor("dpo-video-my-own", contracts=True).faults
     sys.modules.pop(module)
 
 
