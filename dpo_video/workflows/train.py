@@ -29,7 +29,6 @@ from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.claims import claim
 from dpo_video.support.formatting import counted
 from dpo_video.support.interrupts import StopSignal, deferred
-from dpo_video.text import command
 from dpo_video.training.diagnosis import Diagnosis, TrainingState, TrainingVerdict
 from dpo_video.training.listeners import Listener, saving
 from dpo_video.training.lora import check_lora, starting_rank

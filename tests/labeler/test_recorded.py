@@ -93,7 +93,7 @@ def test_reading_again_records_changes_only(tmp_path: Path) -> None:
         ({"pair": 3, "label": 1}, "names pair 3 of 3"),
         ({"prompt": "a cat", "label": 1}, "names a prompt that 2 pairs have"),
         ({"prompt": "a cow", "label": 1}, "names a prompt that 0 pairs have"),
-        ({"pair": 0, "labels": [1]}, "has 1 labels for 2 segments"),
+        ({"pair": 0, "labels": [1]}, "has 1 label for 2 segments"),
         ({"pair": 0, "label": 2}, "is not a label .label"),
         ({"pair": 0, "label": "left"}, "is not a label .label"),
         ({"pair": 0}, 'is not a label .give either "label" or "labels"'),
