@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,17 +19,22 @@ from pathlib import Path
 
 from jaxtyping import install_import_hook
 
-# Shapes and types are checked in the first calls of every test, here and never in production. Left
-# out are the two that import what they only name in annotations for type checkers alone, to stay
-# light; those that torch.compile traces, where it would compile the checks, whose state is never
-# the same; and those that run at every operation, where the checks would take most of the time.
+# Shapes and types are checked in the first calls of every test, here and never in production, in
+# the modules that handle tensors: what is plain Python, mypy knows. Left out are the command line,
+# which imports what it names in annotations for type checkers alone, to stay light; modules that
+# torch.compile traces, where it would compile the checks, whose state is never the same; and those
+# that run at every operation, where the checks would take most of the time.
 PACKAGE = Path(__file__).parents[1] / "dpo_video"
+TENSORS = re.compile(r"\b(jaxtyping|Tensor|Videos|PerPair)\b")
 COMPILED, EVERY_OPERATION = {"hooks", "peft_autocast"}, {"memoryless", "peak", "cuda_autocast"}
-CHECKED = {path.stem for path in PACKAGE.iterdir()} - {"cli", "registry", "memory", "support"}
-for room in ("memory", "support"):
-    modules = {path.stem for path in (PACKAGE / room).glob("*.py")}
-    CHECKED |= {f"{room}.{name}" for name in modules - COMPILED - EVERY_OPERATION}
-install_import_hook([f"dpo_video.{name}" for name in sorted(CHECKED)], "checked.typed")
+CHECKED = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.parent.name != "cli"
+    and path.stem not in {"__init__", *COMPILED, *EVERY_OPERATION}
+    and TENSORS.search(path.read_text())
+]
+install_import_hook(CHECKED, "checked.typed")
 
 import checked
 import diffusers
@@ -105,6 +111,15 @@ def small_cogvideox(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_model(small_folder: Path) -> AnimateDiffModel:
     """A fresh copy of the small model: tests may put adapters on it."""
     return load_small(small_folder)
+
+
+@pytest.fixture
+def quick_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cruder optical flow, for tests that look at no value measured with it."""
+    from dpo_video.metric import _flow, dynamic_degree
+
+    monkeypatch.setattr(_flow, "ITERATIONS", (1, 1))
+    monkeypatch.setattr(dynamic_degree, "_rematch", lambda videos, anchor, offset, path: path)
 
 
 @pytest.fixture

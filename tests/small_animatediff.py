@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -113,7 +115,12 @@ def save_small_motion_adapter(folder: Path) -> Path:
 
 
 def load_small(folder: Path) -> AnimateDiffModel:
-    """Load a fresh copy of the small model."""
+    """A fresh copy of the small model, whose denoiser a process reads once, which takes longer."""
+    return copy.deepcopy(_read(folder))
+
+
+@cache
+def _read(folder: Path) -> AnimateDiffModel:
     model = load_checkpoint(
         Checkpoint(source=str(folder)),
         shape=SHAPE,

@@ -79,6 +79,7 @@ def test_a_config_repeats_a_run_to_the_byte_with_pairs_built_earlier(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.usefixtures("quick_metrics")
 def test_evaluate_writes_a_page_and_json(place: Path, dpo_video: Said) -> None:
     told = dpo_video(
         0,

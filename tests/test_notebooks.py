@@ -13,6 +13,7 @@ from dpo_video.strategies import Sampling
 NOTEBOOKS = Path(__file__).parents[1] / "docs" / "notebooks"
 
 
+@pytest.mark.usefixtures("quick_metrics")
 @pytest.mark.parametrize("notebook", sorted(NOTEBOOKS.glob("*.py")), ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

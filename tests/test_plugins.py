@@ -7,23 +7,44 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import SHAPE
+from conftest import SHAPE, Said
 
 from dpo_video.data.video_writer import write_video
+from dpo_video.registry import entry_points as entries
 from dpo_video.testing import small_videos
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 NAMES = sorted(path.parent.name for path in PLUGINS.glob("*/pyproject.toml"))
 
 
+# Runs several commands in one process, and prints what each of them said.
+IN_TURN = """
+import contextlib, io, json, sys
+from dpo_video.cli import main
+found = []
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["dpo-video", *command]
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    found.append({"code": code, "out": out.getvalue(), "err": err.getvalue()})
+print(json.dumps(found))
+"""
+
+
 def program(
-    *arguments: str | Path, path: Path, cwd: Path, module: str = "dpo_video"
+    *arguments: str | Path, path: Path, cwd: Path, module: str = "dpo_video", code: str = ""
 ) -> subprocess.CompletedProcess[str]:
+    how = ["-c", code] if code else ["-m", module]
     return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
+        [sys.executable, *how, *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(path), "COLUMNS": "200"},
         capture_output=True,
@@ -48,21 +69,33 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "site"
 
 
+@pytest.fixture
+def on_path(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """They are installed for this process too."""
+    monkeypatch.syspath_prepend(installed)
+    entries.forget()
+    yield
+    entries.forget()
+
+
 def test_there_is_one_of_several_kinds() -> None:
     assert {"dpo-video-focal", "dpo-video-wavelet", "dpo-video-shuffle"} <= set(NAMES)
 
 
 def test_it_is_listed_and_shown_like_our_own(installed: Path, tmp_path: Path) -> None:
-    done = program("list", "loss", path=installed, cwd=tmp_path)
-    rows = {line.split()[1]: line for line in done.stdout.splitlines()[1:]}
+    commands = json.dumps([["list", "loss"], ["show", "loss", "focal"]])
+    done = program(commands, path=installed, cwd=tmp_path, code=IN_TURN)
+    listed, shown = (each["out"] for each in json.loads(done.stdout))
+    rows = {line.split()[1]: line for line in listed.splitlines()[1:]}
     assert "dpo-video-focal 0.1.0" in rows["focal"] and "region" in rows
-    done = program("show", "loss", "focal", path=installed, cwd=tmp_path)
     for text in ("arXiv 2501.06645", "loss.beta", "loss.gamma", "0 is the loss `global`"):
-        assert text in done.stdout
+        assert text in shown
 
 
-def test_it_trains(installed: Path, small_folder: Path, tmp_path: Path) -> None:
-    done = program(
+@pytest.mark.usefixtures("on_path")
+def test_it_trains(small_folder: Path, tmp_path: Path, said: Said) -> None:
+    said(
+        0,
         "train",
         "--pairs=jitter",
         "--loss=focal",
@@ -81,40 +114,33 @@ def test_it_trains(installed: Path, small_folder: Path, tmp_path: Path) -> None:
         "--metric=frame_difference",
         "--out",
         tmp_path / "run",
-        path=installed,
-        cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
     assert 'name = "focal"\nbeta = 2500.0\ngamma = 0.3' in (tmp_path / "run/run.toml").read_text()
     # At its first step a policy equals its reference: the loss is 0.5^0.3 ln 2.
     assert '"loss":0.563' in (tmp_path / "run" / "log.jsonl").read_text()
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))  # TensorBoard, by default
 
 
-def test_plugins_of_three_kinds_mix(installed: Path, small_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("on_path")
+def test_plugins_of_three_kinds_mix(small_folder: Path, tmp_path: Path, said: Said) -> None:
     for i, video in enumerate(small_videos(2, SHAPE.frames, SHAPE.height, SHAPE.width)):
         write_video(tmp_path / "clips" / f"{i}.mp4", video, SHAPE.fps)
     run = tmp_path / "run"
-    done = program(
-        "train", "--pairs=shuffle", "--set=pairs.frames=3", "--loss=focal",
+    said(
+        0, "train", "--pairs=shuffle", "--set=pairs.frames=3", "--loss=focal",
         "--metric=wavelet_flicker", "--metric=frame_difference", "--backbone=animatediff",
         f"--set=backbone.model={small_folder}", f"--set=backbone.frames={SHAPE.frames}",
         f"--set=backbone.height={SHAPE.height}", f"--set=backbone.width={SHAPE.width}",
         "--clips", tmp_path / "clips", "--prompt=a texture", "--count=2", "--steps=1",
         "--device=cpu", "--set=train.gradient_accumulation_steps=1", "--set=train.rank=2",
         "--set=train.validation_videos=0", "--set=train.report_to=none", "--out", run,
-        path=installed, cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     (store,) = (tmp_path / "pairs").glob("shuffle-animatediff-*")
     rows = (store / "pairs.jsonl").read_text().splitlines()
     assert [json.loads(row)["region_share"] for row in rows] == [0.75, 0.75]
-    done = program(
-        "evaluate", run, "--num-prompts=2", "--set=evaluate.num_inference_steps=2", "--json",
-        path=installed, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    metrics = {metric["name"]: metric for metric in json.loads(done.stdout)["metrics"]}
+    said(0, "evaluate", run, "--num-prompts=2", "--set=evaluate.num_inference_steps=2")
+    found = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    metrics = {metric["name"]: metric for metric in found["metrics"]}
     assert metrics.keys() == {"wavelet_flicker", "frame_difference"}
     assert all(value > 0 for value in metrics["wavelet_flicker"]["tuned"])
 
@@ -146,17 +172,22 @@ def test_broken_plugins_are_named_and_break_nothing_else(tmp_path: Path) -> None
     fake(place, "dpo-absent", "import nothing_like_this\n", "absent = dpo_absent:Absent")
     fake(place, "dpo-plain", "class Plain:\n    pass\n", "plain = dpo_plain:Plain")
     fake(place, "dpo-double", "raise SystemExit\n", "region = dpo_double:Region")
-    done = program("list", "loss", path=place, cwd=tmp_path)
-    assert done.returncode == 0 and done.stderr == ""
-    rows = [line.split()[1] for line in done.stdout.splitlines()[1:]]
+    names = ("absent", "plain", "dpo-double:region", "region")
+    commands = [["list", "loss"], *(["show", "loss", name] for name in names)]
+    done = program(json.dumps(commands), path=place, cwd=tmp_path, code=IN_TURN)
+    assert done.returncode == 0, done.stderr
+    listed, *shown = json.loads(done.stdout)
+    assert listed["code"] == 0 and listed["err"] == ""
+    rows = [line.split()[1] for line in listed["out"].splitlines()[1:]]
     assert {"absent", "plain", "global"} <= set(rows) and rows.count("region") == 2
-    for name, package, why in (
-        ("absent", "dpo-absent 3.2", "No module named 'nothing_like_this'"),
-        ("plain", "dpo-plain 3.2", "is not a Loss"),
-        ("dpo-double:region", "dpo-double 3.2", "SystemExit"),
-    ):
-        done = program("show", "loss", name, path=place, cwd=tmp_path)
-        assert done.returncode == 2 and done.stdout == ""
-        assert package in done.stderr and why in done.stderr
-        assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert program("show", "loss", "region", path=place, cwd=tmp_path).returncode == 0
+    reasons = (
+        ("dpo-absent 3.2", "No module named 'nothing_like_this'"),
+        ("dpo-plain 3.2", "is not a Loss"),
+        ("dpo-double 3.2", "SystemExit"),
+    )
+    *broken, ours = shown
+    for (package, why), told in zip(reasons, broken, strict=True):
+        assert told["code"] == 2 and told["out"] == ""
+        assert package in told["err"] and why in told["err"]
+        assert told["err"].count("\n") == 1 and "Traceback" not in told["err"]
+    assert ours["code"] == 0

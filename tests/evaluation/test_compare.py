@@ -344,6 +344,7 @@ def test_configurations_of_runs_are_named_by_their_folders(tmp_path: Path) -> No
         dv.compare(paths[:2], only=["three"])
 
 
+@pytest.mark.usefixtures("quick_metrics")
 def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
     """Two small entries on the embedded model; a second call runs only what is missing."""
     path, out = tmp_path / "entries.toml", tmp_path / "out"
