@@ -23,10 +23,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kornia.filters import gaussian_blur2d
+from kornia.geometry import resize
 from torch import Tensor
 
 from benchmarks.support.rounds import Measure, needs
-from dpo_video.metric._flow import blur, dense_flow
+from dpo_video.metric._flow import _double, blur, dense_flow, halve
 from dpo_video.metric.warp_error import WarpError
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -212,22 +213,33 @@ def test_warp_error(measure: Measure, candidate: Any, quick: bool) -> None:
     )  # fmt: skip
 
 
-def kornia_blur(values: Tensor, sigma: float) -> Tensor:
-    """What `blur` is on a GPU."""
-    taps = 2 * round(2 * sigma) + 1
-    return gaussian_blur2d(values, (taps, taps), (sigma, sigma), border_type="replicate")
+def kornia_blur(values: Tensor) -> Tensor:
+    taps = 2 * round(2 * SIGMA) + 1
+    return gaussian_blur2d(values, (taps, taps), (SIGMA, SIGMA), border_type="replicate")
 
 
-BLURS = {"ours": blur, "Kornia": kornia_blur}
+def kornia_resize(values: Tensor, factor: float, interpolation: str) -> Tensor:
+    height, width = values.shape[-2:]
+    return resize(values, (int(factor * height), int(factor * width)), interpolation)
 
 
-@pytest.mark.candidates(*BLURS)
-def test_blur(measure: Measure, candidate: str, quick: bool, device: torch.device) -> None:
-    """The flow's Gaussian window, whose sums of shifted planes are written out for CPUs."""
+SIGMA = 1.25
+FILTERS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+    "Gaussian blur": {"ours": lambda values: blur(values, SIGMA), "Kornia": kornia_blur},
+    "half the size": {"ours": halve, "Kornia": lambda values: kornia_resize(values, 0.5, "area")},
+    "twice the size": {
+        "ours": _double, "Kornia": lambda values: kornia_resize(values, 2, "bilinear"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.candidates("ours", "Kornia")
+def test_filter(measure: Measure, candidate: str, name: str, quick: bool) -> None:
+    """The flow's filters that are written out for CPUs; on a GPU it uses Kornia's."""
     size = 96 if quick else 512
-    frames = torch.rand(1, 3, size, size, device=device)
+    frames = torch.rand(1, 3, size, size)
     measure(
-        f"Gaussian blur, 3 channels of {size}x{size}, sigma 1.25",
-        lambda: BLURS[candidate](frames, 1.25),
-        unit="frame", baseline="Kornia", calls=5, work=1,
+        f"{name}, 3 channels of {size}x{size}", lambda: FILTERS[name][candidate](frames),
+        unit="frame", baseline="Kornia", calls=5,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -63,27 +64,49 @@ class EqualBlocks:
     ) -> Any:
         values, structure = tree_flatten((args, kwargs))
         trained = [p for p in module.parameters() if p.requires_grad]
+        with_graph = torch.is_grad_enabled()
         key = (
             mode, self._signature(module), str(structure), tuple(map(_described, values)),
             tuple(parameter.grad is None for parameter in trained),
-            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cpu"), with_graph,
+            any(each.disable_adapters for each in adapters(module)),
         )  # fmt: skip
         if key not in self._parts:
+            if not with_graph:
+                return self._first(key, checkpointed, args, kwargs)
             self._parts[key] = _trace(checkpointed, values, structure, trained)
         part = self._parts[key]
         if part is None:
             return checkpointed(*args, **kwargs)
+        if not with_graph:
+            counting().add(part.forward)
+            return tree_unflatten([each.empty() for each in part.results], part.structure)
         tensors = [value for value in values if isinstance(value, Tensor)]
         # First: a recomputation may end with the last inputs that it has to keep.
         kept = _Kept.apply(torch.empty(0, requires_grad=True), *tensors)  # type: ignore[no-untyped-call]
         results = _Counted.apply(part, kept.grad_fn, len(tensors), *tensors, *trained)  # type: ignore[no-untyped-call]
         return tree_unflatten(list(results), part.structure)
 
+    def _first(self, key: Hashable, run: Run, args: Any, kwargs: Any) -> Any:
+        """Run and trace a part without a graph."""
+        with counting().rise() as rise:
+            result = run(*args, **kwargs)
+        found, layout = tree_flatten(result)
+        known = all(isinstance(each, Tensor) for each in found)
+        results = [_Spec.of(each) for each in found] if known else []
+        self._parts[key] = _Part(rise, Rise(), results, layout) if known else None
+        return result
+
     def _signature(self, module: nn.Module) -> Hashable:
         """What equal blocks have in common."""
         if id(module) not in self._signatures:
             self._signatures[id(module)] = tuple(map(_layer, module.modules()))
         return self._signatures[id(module)]
+
+
+def adapters(module: nn.Module) -> Iterator[BaseTunerLayer]:
+    """The layers of a network that have an adapter."""
+    return (each for each in module.modules() if isinstance(each, BaseTunerLayer))
 
 
 def _layer(module: nn.Module) -> Hashable:
@@ -99,7 +122,7 @@ def _layer(module: nn.Module) -> Hashable:
         (packed.shape, packed.base, packed.on_host) if isinstance(packed, PackedWeight) else None,
         tuple(
             (name, value) for name, value in vars(module).items()
-            if isinstance(value, (bool, int, float, str))
+            if isinstance(value, (bool, int, float, str)) and name != "_disable_adapters"
         ),
     )  # fmt: skip
 
@@ -114,10 +137,8 @@ def _trace(
     checkpointed: Run, values: list[Any], structure: Any, trained: list[nn.Parameter]
 ) -> _Part | None:
     """Run a part and its backward pass beside the graph; None if it cannot be counted again."""
-    own = [
-        value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
-        for value in values
-    ]
+    held: list[Tensor] = []
+    own = [_own(value, held) if isinstance(value, Tensor) else value for value in values]
     args, kwargs = tree_unflatten(own, structure)
     kept = [parameter.grad for parameter in trained]
     same = torch.autograd.graph.saved_tensors_hooks(lambda value: value, lambda value: value)
@@ -138,6 +159,29 @@ def _trace(
     results = [_Spec.of(each) for each in found]
     backward.device -= sum(each.size for each in results)  # the gradients that the source makes
     return _Part(forward, backward, results, layout)
+
+
+def _own(value: Tensor, held: list[Tensor]) -> Tensor:
+    """An input apart from the graph; its gradient is held, as by the graph until it goes on."""
+    if not value.requires_grad:
+        return value.detach()
+    leaf = torch.empty(0, requires_grad=True)
+    own: Tensor = _Input.apply(leaf, value.detach(), held)  # type: ignore[no-untyped-call]
+    return own
+
+
+class _Input(torch.autograd.Function):
+    """An input whose gradient is held and not copied."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, value: Tensor, held: list[Tensor]) -> Tensor:
+        ctx.held = held
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        ctx.held += gradients
+        return None, None, None
 
 
 @dataclass(frozen=True)

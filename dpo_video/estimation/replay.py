@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dpo_video.diffusion.experts import Experts
+from dpo_video.estimation.equal_blocks import adapters
 from dpo_video.memory.peak import Rise, counting
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import VideoModel
@@ -161,5 +161,4 @@ class Replay:
 
 
 def _adapter_is_off(network: nn.Module) -> bool:
-    layers = (each for each in network.modules() if isinstance(each, BaseTunerLayer))
-    return any(each.disable_adapters for each in layers)
+    return any(each.disable_adapters for each in adapters(network))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -95,32 +94,36 @@ def _recomputed(
     inputs_on_host: bool, forward: Any, block: nn.Module, /, *args: Any, **kwargs: Any
 ) -> Any:
     if not torch.is_grad_enabled():
-        return forward(block, *args, **kwargs)
+        return _run(partial(forward, block), block, args, kwargs)
     with kept_on_host((args, kwargs)) if inputs_on_host else nullcontext():
         return _checkpoint(partial(forward, block), *args, **kwargs)
 
 
-_instead: ContextVar[Callable[..., Any] | None] = ContextVar("_instead", default=None)
+_instead: list[Callable[..., Any]] = []  # a list, because compiled blocks read it
 
 
 @contextmanager
 def checkpointed_by(run: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `run(checkpointed, module, args, kwargs)` runs each checkpointed part of a network.
+    """Inside, `run(part, module, args, kwargs)` runs each checkpointed part of a network.
 
-    `checkpointed(*args, **kwargs)` is what would run without it.
+    `part(*args, **kwargs)` is what would run without it.
     """
-    before = _instead.set(run)
+    _instead.append(run)
     try:
         yield
     finally:
-        _instead.reset(before)
+        _instead.pop()
+
+
+def _run(part: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Run a part, or what stands in for it; `module` is the last argument bound to it."""
+    if _instead:
+        return _instead[-1](part, module, args, kwargs)
+    return part(*args, **kwargs)
 
 
 def _checkpoint(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    instead = _instead.get()
-    if instead is not None:
-        return instead(partial(_recompute, forward), forward.args[0], args, kwargs)
-    return _recompute(forward, *args, **kwargs)
+    return _run(partial(_recompute, forward), forward.args[-1], args, kwargs)
 
 
 def _recompute(forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -242,6 +245,7 @@ def _queries_in_chunks(
 
 def _chunk(run: Any, part: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if torch.is_grad_enabled():
-        run = partial(_checkpoint, run)
-    result: Tensor = run(part, *args, **kwargs)
+        checkpointed: Tensor = _checkpoint(run, part, *args, **kwargs)
+        return checkpointed
+    result: Tensor = _run(run, run.args[-1], (part, *args), kwargs)
     return result

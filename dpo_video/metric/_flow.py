@@ -285,6 +285,9 @@ def _neighbours(flow: Flow, distances: Sequence[int]) -> Iterator[Flow]:
 
 
 # --- filters ---------------------------------------------------------------------------------
+# Kornia's, except for the Gaussian blur and the changes of size on a CPU: there, sums of shifted
+# planes take half to a fifth of the time (`benchmarks/bench_metric.py` measures both). The last
+# bits differ, which a motion that is hard to track multiplies.
 
 
 def _dot(first: Frames, second: Frames) -> Float[Tensor, "n H W"]:
@@ -302,11 +305,7 @@ def _gradient(frames: Frames) -> tuple[Frames, Frames]:
 
 
 def blur(values: Frames, sigma: float) -> Frames:
-    """Gaussian blur with replicated borders.
-
-    On a CPU, sums of shifted planes take less time than Kornia's convolutions with the same taps
-    (`benchmarks/bench_metric.py` measures both).
-    """
+    """Gaussian blur with replicated borders."""
     taps = _taps(sigma)
     if values.device.type != "cpu":
         size = (len(taps), len(taps))
@@ -345,11 +344,24 @@ def _median(values: Frames) -> Frames:
 
 def halve(values: Float[Tensor, "*n H W"]) -> Float[Tensor, "*n h w"]:
     """Mean of every 2x2 pixels."""
-    height, width = values.shape[-2:]
-    return resize(values, (height // 2, width // 2), "area")
+    if values.device.type != "cpu":
+        height, width = values.shape[-2:]
+        return resize(values, (height // 2, width // 2), "area")
+    rows = values[..., ::2, :] + values[..., 1::2, :]
+    return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
 
 
 def _double(values: Float[Tensor, "n c h w"]) -> Frames:
     """Bilinear upsampling by 2."""
-    height, width = values.shape[-2:]
-    return resize(values, (2 * height, 2 * width))
+    if values.device.type != "cpu":
+        height, width = values.shape[-2:]
+        return resize(values, (2 * height, 2 * width))
+    for dim, pad in ((2, (0, 0, 1, 1)), (3, (1, 1, 0, 0))):
+        size, padded = values.shape[dim], F.pad(values, pad, mode="replicate")
+        near = 0.75 * values
+        values = values.new_empty([*values.shape[: dim + 1], 2, *values.shape[dim + 1 :]])
+        for half, start in ((0, 0), (1, 2)):
+            far = padded.narrow(dim, start, size)
+            torch.add(near, far, alpha=0.25, out=values.select(dim + 1, half))
+        values = values.flatten(dim, dim + 1)
+    return values
