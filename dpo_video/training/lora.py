@@ -99,12 +99,14 @@ def check_lora(settings: TrainSettings, memory: MemorySettings) -> None:
         "memory.offload=blocks": "blocks" in memory.offload,
         f"memory.shard={memory.shard}": memory.shard > 1,
         "memory.compile=on": memory.compile == "on",
+        f"train.mixed_precision={settings.mixed_precision}": settings.mixed_precision != "no",
     }
     for mode, used in modes.items():
         if used:
             raise UserError(
-                "train.lora.use_dora computes the norm of whole weights in fp32 at every step, "
-                f"which {mode} does not allow. Leave one of them out."
+                "train.lora.use_dora divides by the norm of whole weights. With "
+                f"{mode} these are not at hand or are rounded, and policy and reference would "
+                "differ before the first step. Leave one of them out."
             )
 
 

@@ -55,7 +55,7 @@ class Shell:
 
     def follow(self, told: str, last: str = "") -> None:
         """Run every printed command, and what these print, up to the command `last`."""
-        for line in re.findall(r"dpo-video [^\n]*", told):
+        for line in re.findall(r"dpo-video [a-z][^\n]*", told):
             assert not re.search(r"\b[A-Z]{4,}\b", line), f"a placeholder: {line}"
             words = shlex.split(line)[1:]
             cheaper = "" if "--resume" in words else CHEAPER.get(words[0], "")

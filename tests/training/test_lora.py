@@ -139,6 +139,8 @@ def test_combinations_are_refused_before_anything_is_loaded(lora: Path) -> None:
     for memory in ({"quantization": "int8"}, {"compile": "on"}, {"shard": 2}):
         with pytest.raises(UserError, match=rf"use_dora .*memory\.{next(iter(memory))}"):
             check_lora(dora, MemorySettings(**memory))
+    with pytest.raises(UserError, match=r"use_dora .*train\.mixed_precision=bf16"):
+        check_lora(dora.model_copy(update={"mixed_precision": "bf16"}), MemorySettings())
     with pytest.raises(UserError, match=r"train\.lora describes a new adapter"):
         check_lora(dora.model_copy(update={"init_from": str(lora)}), MemorySettings())
 
