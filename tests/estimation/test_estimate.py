@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.backbone.wan import Wan
 from dpo_video.diffusion.known_models import FOLDER, known_models
 from dpo_video.errors import UserError
+from dpo_video.estimation.equal_blocks import EqualBlocks
 from dpo_video.estimation.estimate import estimate_memory
 from dpo_video.estimation.modes import (
     BACKWARDS,
@@ -233,6 +235,25 @@ def test_passes_that_are_counted_again_change_no_figure(
     counted = found()
     monkeypatch.setattr(Replay, "model", lambda self: self._model)
     assert counted == found()
+
+
+def test_equal_chunks_are_counted_within_one_percent(
+    backbone: AnimateDiff, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = MemoryMode(
+        reference="toggle", checkpointing="blocks", backward="split", forward_chunks=4,
+        offload=("checkpoints",),
+    )  # fmt: skip
+
+    def found() -> MemoryEstimate:
+        given = {"toggle": Toggle()}
+        return estimate_memory(backbone, given, Global(), SETTINGS, modes=[mode]).estimates[0]
+
+    counted = found()
+    monkeypatch.setattr(EqualBlocks, "counted", lambda self, mode: nullcontext())
+    traced = found()
+    assert counted.tensors == pytest.approx(traced.tensors, rel=0.01)
+    assert (counted.flops, counted.weights) == (traced.flops, traced.weights)
 
 
 def test_every_mode_saves_memory(found: Estimate) -> None:
