@@ -77,6 +77,10 @@ class TrainOptions(BuildOptions, total=False):
     labels: Sequence[str] | None
     min_decided: float | None
     report_to: str | None
+    project: str | None
+    run_name: str | None
+    init_from: str | None
+    lora: Mapping[str, Any] | None
 
 
 class EvaluateOptions(Options, total=False):

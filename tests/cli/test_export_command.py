@@ -115,7 +115,7 @@ def test_the_card_describes_the_run(run: Run, trained: Path) -> None:
         "| reference | toggle |",
         "| LoRA | rank 2, alpha 6 |",
         "| learning rate | 0.1 |",
-        "| steps | 1 of 2, 1 pairs each |",
+        "| steps | 1 of 2, 1 pair each |",
         "| seed | 0 |",
         "| precision | bf16 |",
         "State: **too early** at step 1.",

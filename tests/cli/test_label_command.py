@@ -121,7 +121,7 @@ def test_a_label_file_may_grow(pairs: Path, tmp_path: Path) -> None:
         ([], "label needs --labeler NAME"),
         (["--labeler=metrik"], "Unknown labeler 'metrik'. Did you mean 'metric'"),
         (["--labeler=metric", "--as=a/b"], "'a/b' cannot name labels"),
-        (["--labeler=recorded"], "^labeler.file: Field required"),
+        (["--labeler=recorded"], "^labeler.file: it is missing"),
         (["--labeler=recorded", "--set=labeler.file=none"], r"Cannot read '/.*/none'"),
     ],
 )

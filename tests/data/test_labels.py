@@ -271,9 +271,9 @@ def test_a_torn_last_line_is_ignored(label_set: LabelSet, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (b"{}", "Line 2 of '.*' cannot be read .pair: Field required"),
+        (b"{}", "Line 2 of '.*' cannot be read .pair: it is missing"),
         (b"\xff", "Line 2 of '.*' cannot be read"),
-        (b'{"pair": 0, "labels": [1]}', "Line 2 of '.*' has 1 labels for 2 segments"),
+        (b'{"pair": 0, "labels": [1]}', "Line 2 of '.*' has 1 label for 2 segments"),
         (b'{"pair": 0, "labels": [1, 2]}', "Line 2 of '.*' cannot be read"),
     ],
 )

@@ -219,7 +219,7 @@ def test_a_line_torn_in_the_middle_loses_its_own_pair_only(store: PairStore) -> 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (b"{}\n", r"Line 2 of '.*' cannot be read \(index: Field required\)\. Delete that line"),
+        (b"{}\n", r"Line 2 of '.*' cannot be read \(index: it is missing\)\. Delete that line"),
         (b"\xff\xfe\n", r"Line 2 of '.*' cannot be read \(Invalid JSON"),
         (b"\n", r"Line 2 of '.*' cannot be read"),
     ],

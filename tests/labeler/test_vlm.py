@@ -305,7 +305,7 @@ def test_an_address_with_a_password_is_refused_without_quoting_it(address: str) 
 
 
 def test_the_model_must_be_named() -> None:
-    with pytest.raises(UserError, match=r"labeler\.model: Field required"):
+    with pytest.raises(UserError, match=r"labeler\.model: it is missing"):
         resolve(choices={"labeler": "vlm"})
 
 

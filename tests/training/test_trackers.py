@@ -37,7 +37,7 @@ def trained(small_folder: Path, tmp_path: Path, *assignments: str) -> Accelerato
     folder, chosen = tmp_path / "my run", config(*assignments)
     accelerator = session.accelerator_for(chosen, folder)
     session.start_trackers(accelerator, chosen, folder)
-    settings = SETTINGS.model_copy(update={"steps": 2})
+    settings = SETTINGS.model_copy(update={"steps": 2, "validation_videos": 1})
     run(small_folder, store, folder, settings, accelerator=accelerator)
     trackers.log_text(accelerator, "diagnosis", "healthy: all is well.", step=2)
     accelerator.end_training()
