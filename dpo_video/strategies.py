@@ -386,6 +386,8 @@ class Loss(Strategy, ABC):
     the chosen video only: the rejected video is not predicted then."""
     needs_reference: ClassVar[bool] = True
     """Whether it sees the reference's errors. If False, no reference is made or run."""
+    reference_free: ClassVar[bool] = True
+    """Whether it can compare the policy's own errors, with the reference `none`."""
     linear_in_mean_error: ClassVar[bool] = False
     """Whether the loss depends on a video's errors by their mean only, so its gradient is the
     same for all of them. Such a loss can be trained with `memory.backward = linear`, which takes

@@ -25,6 +25,7 @@ class KTO(Loss):
     not improved.
     """
 
+    reference_free: ClassVar[bool] = False
     linear_in_mean_error: ClassVar[bool] = True
 
     beta: float = Field(default=2500.0, gt=0)

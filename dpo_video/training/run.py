@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from dpo_video import registry
 from dpo_video.data.store import PairStore
+from dpo_video.errors import TrainingError
 from dpo_video.memory.compile import check_compile
 from dpo_video.memory.fsdp import shard_frozen_weights
 from dpo_video.memory.modes import apply_memory_modes
@@ -48,6 +50,19 @@ from dpo_video.training.run_dir import read_log
 from dpo_video.training.sampler import PairSampler, trainable_pairs
 from dpo_video.training.step import Step, check_backward
 from dpo_video.types import Prompt
+
+
+def check_without_reference(loss: Loss) -> None:
+    """Refuse a loss that says nothing without a reference.
+
+    Raises:
+        TrainingError: for a loss such as `kto`, which judges each video by its change.
+    """
+    if loss.needs_reference and not loss.reference_free:
+        raise TrainingError(
+            f"The loss {registry.name_of(loss)} judges a video by its change against a reference. "
+            "Choose one: --reference toggle"
+        )
 
 
 def train(
@@ -124,6 +139,8 @@ def train(
     reference_model = reference.attach(policy) if loss.needs_reference else None
     if not isinstance(reference_model, (ReferenceModel, type(None))):
         raise wrong(reference, f"attaches a {type(reference_model).__name__}, no ReferenceModel")
+    if reference_model is None:
+        check_without_reference(loss)
     if memory.shard > 1:
         # The base model: validation videos call it without the policy around it.
         networks = [policy.get_base_model()]

@@ -34,6 +34,7 @@ from dpo_video.training.listeners import Listener, saving
 from dpo_video.training.lora import check_lora, starting_rank
 from dpo_video.training.reference_cache import ReferenceCacheReport
 from dpo_video.training.report import StepReport
+from dpo_video.training.run import check_without_reference
 from dpo_video.training.run import train as train_loop
 from dpo_video.training.run_dir import checkpoints, read_log, resume_command
 from dpo_video.training.sampler import trainable_pairs
@@ -121,6 +122,8 @@ def train(
                 options["config"] = options.get("config") or folder / "run.toml"
             config = configure("train", options, pairs, launched=request.options)
         check_backward(config.loss, config.memory)
+        if config.tables["reference"]["name"] == "none":
+            check_without_reference(config.loss)
         check_lora(config.train, config.memory)
         builder_labeler(config)
         validation_prompts(config, progress.note)
