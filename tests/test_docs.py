@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import typer.main
+from pydantic import ValidationError
 
 import benchmarks.bench
 from dpo_video import registry
@@ -154,9 +155,24 @@ def test_every_command_parses(document: str, line: str) -> None:
 def test_every_option_in_code_exists(name: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
     for code in re.findall(r"`([^`\n]+)`", text):
-        path = code.removeprefix("--set ").partition("=")[0].strip()
+        path, _, value = code.removeprefix("--set ").partition("=")
+        path = path.strip()
         if OPTION.fullmatch(path) and not path.endswith((".py", ".toml", ".jsonl", ".json")):
             check_option(path)
+            check_value(path, value.strip())
+
+
+def check_value(path: str, value: str) -> None:
+    """A value in lower case is one that its table takes; NAME and the like stand for others."""
+    table, _, option = path.partition(".")
+    model = config.ENGINES.get(table)
+    if model is None or "." in option or not re.fullmatch(r"[a-z0-9_.-]+", value):
+        return
+    try:
+        model(**{option: config._parse(value)})
+    except ValidationError as error:
+        wrong = [fault for fault in error.errors() if fault["loc"][:1] == (option,)]
+        assert not wrong, f"{path}={value}"
 
 
 @pytest.mark.parametrize("name", NAMED)

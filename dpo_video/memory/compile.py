@@ -166,11 +166,6 @@ def _graphs(forward: Callable[..., Any], backend: str) -> Callable[..., Any]:
 # --- adapters ----------------------------------------------------------------------------------
 
 
-def last_weights(policy: nn.Module) -> list[nn.Parameter]:
-    """The second matrix of every LoRA: an adapter whose matrices are zero adds nothing."""
-    return [weight for name, weight in policy.named_parameters() if ".lora_B." in name]
-
-
 def keep_start(policy: nn.Module) -> None:
     """Keep the weights of an adapter that does not start at zero: its reference has them."""
     policy._dpo_video_start = {  # type: ignore[assignment]

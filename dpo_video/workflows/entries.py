@@ -82,7 +82,10 @@ def read_entries(paths: Sequence[Path | str] | None) -> Entries:
         try:
             tables = read_toml(path)
         except OSError as error:
-            raise UserError(f"Cannot read '{path}': {error.strerror}. Name a TOML file.") from error
+            raise UserError(
+                f"Cannot read '{path}': {error.strerror}. Name a TOML file of entries, or the "
+                "folder of a finished run."
+            ) from error
         except ValueError as error:
             raise UserError(f"'{path}' is not valid TOML: {error}. Correct it.") from error
         if tables.keys() & {*configs.ENGINES, *registry.KINDS}:

@@ -21,7 +21,7 @@ from dpo_video.errors import TrainingError, UserError
 from dpo_video.loss.global_ import Global
 from dpo_video.memory import compile as compiled
 from dpo_video.memory.blocks import blocks
-from dpo_video.memory.compile import check_compile, compile_blocks, last_weights, without_graph
+from dpo_video.memory.compile import check_compile, compile_blocks, without_graph
 from dpo_video.memory.modes import apply_memory_modes
 from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
@@ -42,6 +42,11 @@ def traced_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_small_wan(tmp_path_factory.mktemp("wan"))
+
+
+def last_weights(policy: nn.Module) -> list[nn.Parameter]:
+    """The second matrix of every LoRA, which starts at zero."""
+    return [weight for name, weight in policy.named_parameters() if ".lora_B." in name]
 
 
 def graphs() -> int:
