@@ -14,8 +14,10 @@ from benchmarks.trust.fuzz import try_case
 from benchmarks.trust.mutate import Touch
 from benchmarks.trust.readers import READERS
 from benchmarks.trust.reading import Bench, Reading
+from dpo_video.data import storage
 from dpo_video.data.videodpo import read_videodpo_pair
 from dpo_video.errors import UserError
+from dpo_video.support import urls
 
 CASES = 8
 # Too slow for a test; and beartype iterates over a sequence of clips, which decodes them.
@@ -30,6 +32,8 @@ def test_a_reader_returns_a_result_or_one_sentence(
     name: str, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for module, setting in ((urls, "PROTOCOLS"), (storage, "PAUSES")):  # readers change them
+        monkeypatch.setattr(module, setting, getattr(module, setting))
     reading = READERS[name](Bench(tmp_path, small_folder))
     for number in range(CASES):
         verdict, detail = try_case(reading, 1, name, number)
