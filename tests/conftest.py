@@ -119,7 +119,7 @@ def quick_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     from dpo_video.metric import _flow, dynamic_degree
 
     monkeypatch.setattr(_flow, "ITERATIONS", (1, 1))
-    monkeypatch.setattr(dynamic_degree, "_rematch", lambda videos, anchor, offset, path: path)
+    monkeypatch.setattr(dynamic_degree, "_rematch", lambda videos, paths: paths)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ TESTABLE = 5  # frames: the paths of shorter videos are too short for the tests
 EDGE = (
     1.5  # pixels at half the resolution: nearer to the edge, half of the flow's window is outside
 )
+PIXELS = 1 << 20  # of the frame pairs that are matched at once
 SHORT = 2  # frames before and after the anchor of the shorter window
 
 
@@ -89,12 +90,12 @@ class DynamicDegree(Metric):
         back, forth = self._flows(videos)
         half = halve(videos[..., : videos.shape[-2] // 2 * 2, : videos.shape[-1] // 2 * 2])
         count = math.ceil(frames / SHORT)
+        anchors = [int((index + 0.5) * frames / count) for index in range(count)]
+        paths = {anchor: _paths(back, forth, anchor, self.radius) for anchor in anchors}
+        if self.flow == "lucas_kanade":
+            paths = _rematch(videos, paths)
         speeds = []
-        for index in range(count):
-            anchor = int((index + 0.5) * frames / count)
-            path = _paths(back, forth, anchor, self.radius)
-            if self.flow == "lucas_kanade":
-                path = {k: _rematch(videos, anchor, k, p) for k, p in path.items()}
+        for anchor, path in paths.items():
             squared = self._squared_speed(half, path, anchor)
             fastest = max(1, round(self.share * squared[0].numel()))
             speeds.append(squared.flatten(1).topk(fastest, dim=1).values.mean(1).sqrt())
@@ -200,16 +201,25 @@ def _paths(
 
 
 def _rematch(
-    videos: Float[Tensor, "b 3 F H W"], anchor: int, offset: int, path: Float[Tensor, "b 2 h w"]
-) -> Float[Tensor, "b 2 h w"]:
-    """`path` after matching the anchor frame with the other one directly."""
-    if offset == 0:
-        return path
-    frame, other = videos[:, :, anchor], videos[:, :, anchor + offset]
-    start = F.interpolate(path, size=frame.shape[-2:], mode="bilinear")
-    flow = dense_flow(frame, other, start=start, levels=2, finest=1)
-    height, width = (2 * side for side in path.shape[-2:])
-    return halve(flow[..., :height, :width])
+    videos: Float[Tensor, "b 3 F H W"], paths: dict[int, dict[int, Float[Tensor, "b 2 h w"]]]
+) -> dict[int, dict[int, Float[Tensor, "b 2 h w"]]]:
+    """`paths` of the anchor frames after matching each with the frames around it directly."""
+    matched = {anchor: dict(path) for anchor, path in paths.items()}
+    pairs = [(anchor, offset) for anchor, path in paths.items() for offset in path if offset]
+    frames = videos.transpose(1, 2)
+    height, width = (2 * side for side in paths[pairs[0][0]][0].shape[-2:])
+    # Many frame pairs at once: on small videos one call for each takes four times as long.
+    size = max(1, PIXELS // videos[:, 0, 0].numel())
+    for some in (pairs[at : at + size] for at in range(0, len(pairs), size)):
+        first = frames[:, [anchor for anchor, _ in some]].flatten(0, 1)
+        second = frames[:, [anchor + offset for anchor, offset in some]].flatten(0, 1)
+        path = torch.stack([paths[anchor][offset] for anchor, offset in some], 1).flatten(0, 1)
+        start = F.interpolate(path, size=videos.shape[-2:], mode="bilinear")
+        flow = dense_flow(first, second, start=start, levels=2, finest=1)
+        flow = halve(flow[..., :height, :width]).unflatten(0, (len(videos), -1))
+        for index, (anchor, offset) in enumerate(some):
+            matched[anchor][offset] = flow[:, index]
+    return matched
 
 
 def _inside(curve: dict[int, Float[Tensor, "b 2 h w"]]) -> Bool[Tensor, "b h w"]:
@@ -229,16 +239,19 @@ def _explains(
 
     No smooth curve predicts both sides of a leap.
     """
-    frame = videos[:, :, anchor]
-    accepted = torch.ones_like(frame[:, 0], dtype=torch.bool)
+    accepted = torch.ones_like(videos[:, 0, 0], dtype=torch.bool)
     for side in ([k for k in curve if k < 0], [k for k in curve if k > 0]):
-        moving = still = torch.zeros_like(frame[:, :1])
-        for offset in side:
-            other = videos[:, :, anchor + offset]
-            moving = moving + _mismatch(frame, warp(other, curve[offset] / 2))
-            still = still + _mismatch(frame, other)
-        if side:
-            accepted &= (moving < ACCEPTANCE * still)[:, 0]
+        if not side:
+            continue
+        others = videos[:, :, [anchor + offset for offset in side]].transpose(1, 2)
+        frame = videos[:, None, :, anchor].expand_as(others).flatten(0, 1)
+        others = others.flatten(0, 1)
+        motion = torch.stack([curve[offset] for offset in side], 1).flatten(0, 1) / 2
+        moving, still = (
+            _mismatch(frame, other).unflatten(0, (len(videos), -1)).sum(1)
+            for other in (warp(others, motion), others)
+        )
+        accepted &= (moving < ACCEPTANCE * still)[:, 0]
     return accepted
 
 
