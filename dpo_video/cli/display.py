@@ -62,6 +62,7 @@ class TerminalProgress(workflows.Progress):
         self._live = Live(self._bars, console=console, refresh_per_second=4, transient=True)
         self._tasks: dict[str, TaskID] = {}
         self._state = TrainingState.TOO_EARLY
+        self._shown: TrainingVerdict | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -106,7 +107,12 @@ class TerminalProgress(workflows.Progress):
             self.note(f"step {report.step:>5}{text}  saved {event.checkpoint}")
         if verdict.state is not self._state:
             say(verdict_text(verdict))
+            self._shown = verdict
         self._state = verdict.state
+
+    def showed(self, verdict: TrainingVerdict) -> bool:
+        """Whether this verdict is the last one that was printed."""
+        return verdict == self._shown
 
 
 def _figures(report: StepReport) -> dict[str, str]:

@@ -54,6 +54,6 @@ def train(
         exit_resumable(again, "Stopped and saved.", FROM_ANOTHER)
     if not run.new_reports or (verdict := run.verdict) is None:
         say(f"'{run.folder}' already has all its steps. Train longer with --steps.")
-    else:
+    elif not progress.showed(verdict):
         say(verdict_text(verdict))
     say("Compare it with the base: ", (command("evaluate", run.folder), BOLD))

@@ -128,12 +128,12 @@ class Diagnosis:
                 if (self._steps or self._count) < WINDOW
                 else "No change needed.",
             )
-        view = _View.of(self._window, start=self._start, slope=self._slope, lr=self._peak_lr)
+        view = _View.of(self._window, slope=self._slope, lr=self._peak_lr)
         # Warm-up and the first steps are flat in every run, and slow settings stay so for long.
         planned = self._steps or self._count
         patient = self._count < min(planned, max(2 * WINDOW, planned // 4))
         if not self._window[-1].reference:
-            start = _View.of(self._first, start=self._start, slope=self._slope, lr=self._peak_lr)
+            start = _View.of(self._first, slope=self._slope, lr=self._peak_lr)
             if view.factor >= DEAD:
                 return _without_reference(view, start, compares=self._window[-1].compares)
         elif view.chosen_is_worse:
@@ -245,20 +245,18 @@ class _View:
     step: int
     lr: float
     """The learning rate between warm-up and decay."""
-    start: float
-    """The initial loss."""
     slope: float
-    loss: float
     margin: float
     logits: _Smoothed
-    accuracy: float
+    advantage: _Smoothed
+    """Reward accuracy above chance."""
     chosen: _Smoothed
     rejected: float
     factor: float
     dominant: float
 
     @classmethod
-    def of(cls, window: Iterable[StepReport], *, start: float, slope: float, lr: float) -> _View:
+    def of(cls, window: Iterable[StepReport], *, slope: float, lr: float) -> _View:
         reports = list(window)
 
         def mean(value: Callable[[StepReport], float]) -> float:
@@ -267,17 +265,19 @@ class _View:
         return cls(
             step=reports[-1].step,
             lr=lr,
-            start=start,
             slope=slope,
-            loss=mean(lambda report: report.loss),
             margin=mean(lambda report: report.margin),
             logits=_Smoothed.of([report.logits for report in reports]),
-            accuracy=mean(lambda report: report.accuracy),
+            advantage=_Smoothed.of([report.accuracy - 0.5 for report in reports]),
             chosen=_Smoothed.of([report.chosen_change for report in reports]),
             rejected=mean(lambda report: report.rejected_change),
             factor=mean(lambda report: report.gradient_factor),
             dominant=mean(lambda report: report.rejected_dominant),
         )
+
+    @property
+    def accuracy(self) -> float:
+        return self.advantage.mean + 0.5
 
     @property
     def least(self) -> float:
@@ -286,7 +286,9 @@ class _View:
 
     @property
     def moved(self) -> bool:
-        return self.logits.mean >= self.least and self.logits.is_clearly_positive
+        # The logits of single pairs have heavy tails: one can hide what all others agree on.
+        clear = self.logits.is_clearly_positive or self.advantage.is_clearly_positive
+        return self.logits.mean >= self.least and clear
 
     @property
     def chosen_is_worse(self) -> bool:
@@ -371,8 +373,8 @@ def _not_moving(view: _View, options: Collection[str]) -> TrainingVerdict:
         return TrainingVerdict(
             state=TrainingState.NOT_MOVING,
             step=view.step,
-            seen=f"The loss stays at {brief(view.loss)}: logits vary between pairs but average "
-            f"{brief(view.logits.mean)}, and reward accuracy is {view.accuracy:.0%}.",
+            seen=f"Logits vary between pairs, {brief(view.logits.mean)} on average, and reward "
+            f"accuracy is {view.accuracy:.0%}.",
             change="The pairs do not agree on a direction: inspect them, build more (build.count), "
             "average over more (train.gradient_accumulation_steps), or lower train.learning_rate "
             f"({_less(view.lr)} instead of {option(view.lr)}).",
@@ -380,8 +382,8 @@ def _not_moving(view: _View, options: Collection[str]) -> TrainingVerdict:
     return TrainingVerdict(
         state=TrainingState.NOT_MOVING,
         step=view.step,
-        seen=f"The loss stays at {brief(view.loss)} ({brief(view.start)} at the start): logits are "
-        f"{brief(view.logits.mean)}, too small for the policy to differ from the reference.",
+        seen=f"Logits are {brief(view.logits.mean)} on average, too small for the policy to differ "
+        "from the reference.",
         # AdamW divides the gradient by its own size, so while the loss is flat a larger beta
         # alone does not make the steps longer.
         change=f"Raise train.learning_rate ({_more(view.lr)} instead of {option(view.lr)}) or "

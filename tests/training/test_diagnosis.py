@@ -261,6 +261,22 @@ def test_the_advice_names_no_option_that_the_loss_lacks() -> None:
         assert "loss." not in judge_training(run(*curves), options=()).change
 
 
+@pytest.mark.parametrize(("share", "moved"), [(0.5, False), (0.9, True)])
+def test_one_outlier_does_not_hide_what_the_other_pairs_agree_on(share: float, moved: bool) -> None:
+    rng = np.random.default_rng(0)
+    reports = []
+    for report in run(flat, flat, pairs=2):
+        signs = np.where(rng.random(2) < share, 1.0, -1.0)
+        sizes = rng.lognormal(1, 2, size=2) + (200 if report.step == 55 else 0)
+        logits = float((signs * sizes).mean()) + (100 if report.step == 55 else 0)
+        update = {
+            "logits": logits, "margin": logits / SLOPE, "accuracy": float((signs > 0).mean()),
+            "gradient_factor": 0.3,
+        }  # fmt: skip
+        reports.append(report.model_copy(update=update))
+    assert (judge_training(reports).state is TrainingState.HEALTHY) == moved
+
+
 def test_noise_around_nothing_is_no_progress_and_no_harm() -> None:
     states = []
     for seed in range(100):
