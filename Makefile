@@ -23,9 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## Local pairs, region loss, toggled reference on the embedded model; then the comparison
 	rm -rf $(DEMO)
 	$(BIN)/dpo-video train --pairs local --loss region --reference toggle --out $(DEMO) \
-	    --count 24 --steps 40 --set train.batch_size=3 --set train.gradient_accumulation_steps=1 \
-	    --set train.learning_rate=3e-4 --set train.save_steps=40 --set loss.sft_weight=1000
-	$(BIN)/dpo-video evaluate $(DEMO) --num-prompts 12
+	    --count 16 --steps 40 --set pairs.num_inference_steps=10 --set train.batch_size=2 \
+	    --set train.gradient_accumulation_steps=1 --set train.learning_rate=4e-4 \
+	    --set train.save_steps=40 --set loss.sft_weight=1000
+	$(BIN)/dpo-video evaluate $(DEMO) --num-prompts 12 --set evaluate.num_inference_steps=10
 
 check: setup ## Lint, formatting, types, import layers and documentation
 	$(MAKE) --jobs 2 style types documentation
