@@ -25,6 +25,9 @@ TITLES = {
     "labeler": "Labelers",
     "loss": "Losses",
     "reference": "References",
+    "timesteps": "Timestep samplers",
+    "optimizer": "Optimizers",
+    "schedule": "Schedules",
     "metric": "Metrics",
     "backbone": "Backbones",
 }
@@ -33,6 +36,9 @@ BASES = {
     "labeler": "Labeler",
     "loss": "Loss",
     "reference": "Reference",
+    "timesteps": "TimestepSampler",
+    "optimizer": "Optimizer",
+    "schedule": "Schedule",
     "metric": "Metric",
     "backbone": "Backbone",
 }

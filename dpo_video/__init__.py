@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from dpo_video import labeler as labeler
     from dpo_video import loss as loss
     from dpo_video import metric as metric
+    from dpo_video import optimizer as optimizer
     from dpo_video import pairs as pairs
     from dpo_video import reference as reference
+    from dpo_video import schedule as schedule
+    from dpo_video import timesteps as timesteps
     from dpo_video.registry import strategy as strategy
     from dpo_video.training.listeners import Listener as Listener
     from dpo_video.workflows.build import build_pairs as build_pairs
@@ -49,7 +52,10 @@ if TYPE_CHECKING:
     from dpo_video.workflows.runs import Run as Run
     from dpo_video.workflows.train import train as train
 
-_KINDS = ("backbone", "labeler", "loss", "metric", "pairs", "reference")
+_KINDS = (
+    "backbone", "labeler", "loss", "metric", "optimizer", "pairs", "reference", "schedule",
+    "timesteps",
+)  # fmt: skip
 _WHERE = {
     "Listener": "training.listeners",
     "Progress": "workflows.progress",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from dpo_video.errors import PluginError, UserError
+from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
 from dpo_video.loss.functional import (
     chosen_error,
     clip_loss,
@@ -18,6 +19,7 @@ from dpo_video.loss.functional import (
     sigmoid_loss,
     with_sft,
 )
+from dpo_video.settings import TrainSettings
 from dpo_video.strategies import (
     Backbone,
     Labeler,
@@ -87,6 +89,7 @@ __all__ = [
     "Loss",
     "LossOutput",
     "Metric",
+    "Optimizer",
     "Pair",
     "PairBuilder",
     "PairErrors",
@@ -101,8 +104,11 @@ __all__ = [
     "ReferenceModel",
     "Region",
     "Sampling",
+    "Schedule",
     "StoreLabeler",
     "SuppliedPairs",
+    "TimestepSampler",
+    "TrainSettings",
     "UserError",
     "Video",
     "VideoModel",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -73,6 +74,7 @@ def run(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     accelerator: Accelerator | None = None,
+    **more: Any,
 ) -> list[StepEvent]:
     return list(
         train(
@@ -86,6 +88,7 @@ def run(
             accelerator=accelerator or Accelerator(cpu=True),
             resume=resume,
             listeners=listeners,
+            **more,
         )
     )
 

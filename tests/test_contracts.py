@@ -17,14 +17,17 @@ from conftest import SHAPE
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from dpo_video import registry
+from dpo_video import registry, testing
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.video_writer import write_video
+from dpo_video.errors import PluginError
+from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.segment import Segment
 from dpo_video.metric.frame_difference import FrameDifference
 from dpo_video.pairs.jitter import Jitter
 from dpo_video.reference.ema import EMA
+from dpo_video.settings import TrainSettings
 from dpo_video.strategies import (
     Backbone,
     Labeler,
@@ -72,6 +75,14 @@ def test_losses(name: str) -> None:
 @pytest.mark.parametrize("name", installed("reference"))
 def test_references(name: str, small_model: AnimateDiffModel) -> None:
     check_reference(made("reference", name), small_model)
+
+
+@pytest.mark.parametrize("kind", ["timesteps", "optimizer", "schedule"])
+def test_what_a_run_takes_its_steps_with(kind: str, small_model: AnimateDiffModel) -> None:
+    for name in installed(kind):
+        for model in (small_model, StridedModel()) if kind == "timesteps" else ((),):
+            args = (model,) if model else ()
+            getattr(testing, f"check_{kind}")(made(kind, name), *args)
 
 
 @pytest.mark.parametrize("name", installed("pairs"))
@@ -406,6 +417,79 @@ def test_a_broken_reference_is_caught(
 ) -> None:
     with pytest.raises(AssertionError, match=sentence):
         check_reference(reference(), small_model)
+
+
+def draws(value: Callable[[int, Generator], object]) -> type[TimestepSampler]:
+    class Drawing(TimestepSampler):
+        """Draws something else."""
+
+        def __call__(self, model: VideoModel, n: int, generator: Generator) -> Any:
+            return value(n, generator)
+
+    return Drawing
+
+
+def steps_by(
+    step: Callable[[torch.optim.Optimizer, Tensor], None], **state: Any
+) -> type[Optimizer]:
+    class Stepping(Optimizer):
+        """Steps by a function."""
+
+        def __call__(self, parameters: Any, settings: Any, *, on_host: bool = False) -> Any:
+            class Made(torch.optim.Optimizer):
+                count = 0
+
+                @torch.no_grad()
+                def step(self, closure: Any = None) -> None:
+                    for parameter in self.param_groups[0]["params"]:
+                        step(self, parameter)
+
+            return Made(parameters, {"lr": settings.learning_rate, **state})
+
+    return Stepping
+
+
+def fading(optimizer: Any, parameter: Tensor) -> None:
+    optimizer.count += 1
+    parameter.sub_(parameter.grad, alpha=optimizer.param_groups[0]["lr"] / optimizer.count)
+
+
+def rate(factor: Callable[[int], object]) -> type[Schedule]:
+    class Rating(Schedule):
+        """Gives a factor."""
+
+        def __call__(self, step: int, settings: TrainSettings) -> Any:
+            return factor(step)
+
+    return Rating
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (draws(lambda n, g: torch.rand(n)), "draws from torch's global generator"),
+        (draws(lambda n, g: torch.randint(5, (n,), generator=g)), "has the type int64"),
+        (draws(lambda n, g: torch.ones(n)), "the same timesteps from every generator"),
+        (draws(lambda n, g: 1e4 * torch.rand(n, generator=g)), "in the family's unit"),
+        (draws(lambda n, g: torch.rand(n, generator=g)), "Round them"),
+        (steps_by(lambda o, p: p.add_(p.grad)), "does not lower a quadratic function"),
+        (steps_by(lambda o, p: p.sub_(p.grad)), "at a learning rate of 0"),
+        (steps_by(fading), "takes other steps after a resume"),
+        (steps_by(fading, kept=Generator), "cannot be saved in a checkpoint"),
+        (rate(lambda step: -1.0), "-1.0 at step 0, not a number of 0 or more"),
+        (rate(lambda step: 0.0), "is 0 at all of 20 steps"),
+        (
+            rate(lambda step, seen=[]: seen.append(1) or 1 / len(seen)),
+            "depends on the calls before",
+        ),
+    ],
+)
+def test_broken_ways_to_take_steps_are_caught(
+    made: type[Strategy], sentence: str, small_model: AnimateDiffModel
+) -> None:
+    args = (small_model,) if made.kind == "timesteps" else ()
+    with pytest.raises((AssertionError, PluginError), match=sentence):
+        getattr(testing, f"check_{made.kind}")(made(), *args)
 
 
 class Mixing(Metric):

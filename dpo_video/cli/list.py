@@ -16,7 +16,7 @@ from dpo_video.text import one_line
 def list_strategies(
     kind: Annotated[
         str | None,
-        typer.Argument(help="pairs, labeler, loss, reference, metric, backbone, recipe; or tier."),
+        typer.Argument(help="A kind, such as loss, metric, recipe or tier; by default all."),
     ] = None,
     as_json: Json = False,
 ) -> None:

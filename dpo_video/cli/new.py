@@ -13,7 +13,7 @@ from dpo_video.text import quoted
 
 def new(
     kind: Annotated[
-        str, typer.Argument(help="pairs, labeler, loss, reference, metric or backbone.")
+        str, typer.Argument(help="A kind of strategy, such as loss (see `dpo-video list`).")
     ],
     name: Annotated[str, typer.Argument(help="Name of the strategy, such as my-loss.")],
     out: Annotated[

@@ -65,6 +65,9 @@ FLAGS: Mapping[str, Any] = {
     "labeler": _strategy("labeler", "Labeler that judges which video is better."),
     "loss": _strategy("loss", "Loss to train with."),
     "reference": _strategy("reference", "Where the reference predictions come from."),
+    "timesteps": _strategy("timesteps", "Distribution of the training timesteps."),
+    "optimizer": _strategy("optimizer", "Optimizer of the adapter."),
+    "schedule": _strategy("schedule", "Schedule of the learning rate."),
     "metrics": _strategy(
         "metric", "Metric to evaluate; repeat for more. +NAME adds it to the usual ones.", list[str]
     ),
@@ -152,7 +155,10 @@ BUILDING = (
     "recipe", "pairs", "backbone", "labeler", "set", "config", "allow_code", "tier", "seed",
     "device", "deterministic", "clips", "prompt", "prompts", "count",
 )  # fmt: skip
-TRAINING = (*BUILDING, "loss", "reference", "metrics", "steps", "labels")
+TRAINING = (
+    *BUILDING, "loss", "reference", "timesteps", "optimizer", "schedule", "metrics", "steps",
+    "labels",
+)  # fmt: skip
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 

@@ -27,7 +27,10 @@ _OURS = "dpo_video."
 _RESERVED = {"name": "the strategy's name", "store": "a folder of finished pairs"}
 _SESSION: dict[tuple[str, str], type[Strategy]] = {}
 _TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?(?:e-?\d+)?)\*)?(?P<name>[A-Za-z_][\w:-]*)")
-KINDS = ("pairs", "labeler", "loss", "reference", "metric", "backbone")
+KINDS = (
+    "pairs", "labeler", "loss", "reference", "timesteps", "optimizer", "schedule", "metric",
+    "backbone",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,14 +302,14 @@ def _fault(loaded: Any, kind: str, entry: Entry) -> str:
     base = next((b for b in bases if isinstance(loaded, type) and issubclass(loaded, b)), None)
     if base is None:
         names = " or ".join(each.__name__ for each in bases)
-        return f"is not a {names}. Derive it from dpo_video.strategies.{bases[0].__name__}."
+        return f"is not a {names}. Derive it from {bases[0].__module__}.{bases[0].__name__}."
     if not entry.can_be_typed:
         return "has an invalid name. Names consist of letters, digits, _ and -."
     if inspect.isabstract(loaded):
         missing = ", ".join(sorted(loaded.__abstractmethods__))
-        return f"is incomplete: it lacks {missing}. See dpo_video.strategies.{base.__name__}."
+        return f"is incomplete: it lacks {missing}. See {base.__module__}.{base.__name__}."
     if silent := sorted(name for name in loaded.__class_vars__ if not hasattr(loaded, name)):
-        return f"does not set {silent[0]}. See dpo_video.strategies.{base.__name__}."
+        return f"does not set {silent[0]}. See {base.__module__}.{base.__name__}."
     if not (loaded.model_config.get("frozen") and loaded.model_config.get("extra") == "forbid"):
         return (
             "is not frozen, or accepts unknown options, so its runs could not be repeated. Do not "
@@ -342,13 +345,16 @@ def _summary(entry: Entry) -> str:
 
 def _bases(kind: str) -> tuple[type[Strategy], ...]:
     """The abstract classes of a kind; a strategy derives from one of them."""
-    from dpo_video import strategies
+    from dpo_video import extensions, strategies
 
     bases: dict[str, tuple[type[Strategy], ...]] = {
         "pairs": (strategies.PairBuilder,),
         "labeler": (strategies.Labeler, strategies.LabelerFactory, strategies.StoreLabeler),
         "loss": (strategies.Loss,),
         "reference": (strategies.Reference,),
+        "timesteps": (extensions.TimestepSampler,),
+        "optimizer": (extensions.Optimizer,),
+        "schedule": (extensions.Schedule,),
         "metric": (strategies.Metric,),
         "backbone": (strategies.Backbone,),
     }

@@ -27,6 +27,7 @@ from dpo_video.testing.inputs import (
     swapped,
 )
 from dpo_video.testing.models import check_backbone, check_backbone_model, check_reference
+from dpo_video.testing.steps import check_optimizer, check_schedule, check_timesteps
 from dpo_video.testing.strided import StridedModel
 
 __all__ = [
@@ -39,9 +40,12 @@ __all__ = [
     "check_labeler",
     "check_loss",
     "check_metric",
+    "check_optimizer",
     "check_options",
     "check_pairs",
     "check_reference",
+    "check_schedule",
+    "check_timesteps",
     "random_errors",
     "small_videos",
     "swapped",

@@ -6,7 +6,7 @@ Every step:
 2. predicts both videos with the reference, then with the policy, and squares the errors of the
    predictions (objective.py);
 3. computes the loss of these errors and its gradient (loss/, step.py);
-4. updates the adapter with AdamW (optimizer.py);
+4. updates the adapter (optimizer/), at the learning rate of the step (schedule/);
 5. yields a report (meter.py), which listeners log and save (listeners.py).
 """
 
@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo_video.data.store import PairStore
+from dpo_video.extensions import Schedule
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import ReferenceModel, VideoModel
 from dpo_video.support.rng import global_states, set_global_states
@@ -69,7 +70,11 @@ class Run:
 
 
 def optimize(
-    run: Run, sampler: PairSampler, gradient: Step, stop: Callable[[int], bool]
+    run: Run,
+    sampler: PairSampler,
+    gradient: Step,
+    schedule: Schedule,
+    stop: Callable[[int], bool],
 ) -> Iterator[StepEvent]:
     """Train to the last step; `stop`, called before every pass of a step, ends the run early.
 
@@ -86,7 +91,7 @@ def optimize(
     averages = isinstance(run.network, DistributedDataParallel) and gradient.mode == "joint"
     for step in range(run.state.step, settings.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = learning_rate(schedule, settings, step)
         meter.start_step()
         generators = global_states()
         parts: list[PairFigures] = []

@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and the steps that a loss scaler skips."""
+"""What an optimizer and a schedule return, checked, and the steps that a loss scaler skips."""
 
 from __future__ import annotations
 
@@ -9,31 +9,54 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dpo_video.memory.offload import HostAdamW
+from dpo_video.errors import TrainingError
+from dpo_video.extensions import Optimizer, Schedule
+from dpo_video.registry.returned import wrong
 from dpo_video.settings import MemorySettings, TrainSettings
 
 MAX_OVERFLOWS = 24
 """Steps in a row that a loss scaler may skip: a scale of 65536 is then far below any useful one."""
 
 
+def check_offload(optimizer: Optimizer, memory: MemorySettings) -> None:
+    """Raise a TrainingError if the optimizer's state cannot be kept in CPU memory as asked."""
+    if "optimizer" in memory.offload and not optimizer.offloads:
+        raise TrainingError(
+            f"{type(optimizer).__name__} cannot keep its state in CPU memory. Leave optimizer out "
+            "of memory.offload, or train with --optimizer adamw."
+        )
+
+
 def make_optimizer(
-    parameters: list[nn.Parameter], settings: TrainSettings, memory: MemorySettings
+    optimizer: Optimizer,
+    parameters: list[nn.Parameter],
+    settings: TrainSettings,
+    memory: MemorySettings,
 ) -> torch.optim.Optimizer:
-    """AdamW on the adapter; its state is in CPU memory with memory.offload=optimizer."""
-    adamw = HostAdamW if "optimizer" in memory.offload else torch.optim.AdamW
-    return adamw(
-        parameters,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-    )
+    """The optimizer of the adapter; its state is in CPU memory with memory.offload=optimizer.
+
+    Raises:
+        PluginError: if it is none, or not one of all parameters.
+    """
+    made = optimizer(parameters, settings, on_host="optimizer" in memory.offload)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise wrong(optimizer, f"makes a {type(made).__name__}, no torch.optim.Optimizer")
+    trained = {id(each) for group in made.param_groups for each in group["params"]}
+    if trained != {id(each) for each in parameters}:
+        raise wrong(optimizer, "does not train exactly the parameters that it is given")
+    return made
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Linear warm-up, constant, linear decay; above 0 at the last step."""
-    rising = (step + 1) / max(1, settings.warmup_steps)
-    falling = (settings.steps - step) / max(1.0, settings.decay * settings.steps)
-    return settings.learning_rate * min(1.0, rising, falling)
+def learning_rate(schedule: Schedule, settings: TrainSettings, step: int) -> float:
+    """The learning rate of a step.
+
+    Raises:
+        PluginError: if the schedule's factor is not a number of 0 or more.
+    """
+    factor = schedule(step, settings)
+    if not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+        raise wrong(schedule, f"returns {factor!r} at step {step}, not a number of 0 or more")
+    return settings.learning_rate * factor
 
 
 class LossScaling:

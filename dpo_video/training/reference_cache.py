@@ -57,6 +57,8 @@ class ReferenceCacheManifest(Record):
     """Hash of the reference's adapter; the base has none."""
     seed: int
     """Seed of the draws."""
+    timesteps: str = ""
+    """What draws the timesteps; "" for the backbone's own distribution."""
     precision: str
     """Mixed precision of the forward passes."""
     videos_at_once: Literal[1, 2]
@@ -78,6 +80,7 @@ class ReferenceCacheManifest(Record):
         *,
         compiled: bool = False,
         adapter: str = "none",
+        timesteps: str = "",
     ) -> Self:
         """Manifest of the predictions that this run would make on this machine."""
         device = model.device
@@ -88,6 +91,7 @@ class ReferenceCacheManifest(Record):
         return cls(
             identity=model.identity,
             adapter=adapter,
+            timesteps=timesteps,
             seed=seed,
             precision=precision,
             videos_at_once=videos_at_once,
@@ -98,7 +102,10 @@ class ReferenceCacheManifest(Record):
     @property
     def key(self) -> str:
         """Hash of the manifest: 10 hex digits."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        fields = self.model_dump(mode="json")
+        if not self.timesteps:
+            del fields["timesteps"]
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from accelerate import Accelerator
 from dpo_video import registry
 from dpo_video.data.store import PairStore
 from dpo_video.errors import TrainingError
+from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
 from dpo_video.memory.compile import check_compile
 from dpo_video.memory.fsdp import shard_frozen_weights
 from dpo_video.memory.modes import apply_memory_modes
+from dpo_video.registry.attribution import made_by
 from dpo_video.registry.returned import wrong
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Loss, Reference, ReferenceModel, VideoModel
@@ -39,7 +42,7 @@ from dpo_video.training.listeners import (
 )
 from dpo_video.training.loop import Run, optimize
 from dpo_video.training.lora import adapt
-from dpo_video.training.optimizer import make_optimizer
+from dpo_video.training.optimizer import check_offload, make_optimizer
 from dpo_video.training.reference_cache import (
     ReferenceCache,
     ReferenceCacheManifest,
@@ -76,6 +79,9 @@ def train(
     out: Path,
     accelerator: Accelerator,
     memory: MemorySettings = MemorySettings(),  # noqa: B008 - it is frozen
+    timesteps: TimestepSampler | None = None,
+    optimizer: Optimizer | None = None,
+    schedule: Schedule | None = None,
     resume: bool | Checkpoint = False,
     options: Mapping[str, Any] | None = None,
     on_ready: Callable[[int], None] = lambda step: None,
@@ -97,6 +103,9 @@ def train(
         out: The run's folder.
         accelerator: Device, precision, processes and trackers.
         memory: Table [memory].
+        timesteps: Draws the timesteps; the built-in `family` by default.
+        optimizer: Makes the optimizer; the built-in `adamw` by default.
+        schedule: The learning rate over the steps; the built-in `linear` by default.
         resume: Continue from this checkpoint; True stands for the newest undamaged one in `out`.
         options: The run's options by path, to be kept in its checkpoints.
         on_ready: Receives the step that the run starts from, once everything was checked and before
@@ -119,7 +128,11 @@ def train(
     checkpoint = newest_checkpoint(out) if resume is True else resume or None
     if checkpoint:  # another run may have added pairs since
         store = store.beginning(checkpoint.manifest.fingerprint.count)
+    timesteps = timesteps or registry.strategy("timesteps", "family")
+    optimizer = optimizer or registry.strategy("optimizer", "adamw")
+    schedule = schedule or registry.strategy("schedule", "linear")
     check_backward(loss, memory)
+    check_offload(optimizer, memory)
     check_compile(memory, accelerator.device)
     pairs = trainable_pairs(store, loss, model, settings)
     shown = validation_prompts[: settings.validation_videos]
@@ -157,7 +170,9 @@ def train(
         device_placement=memory.shard == 1,
         evaluation_mode=memory.shard > 1,
     )
-    optimizer = accelerator.prepare_optimizer(make_optimizer(parameters, settings, memory))
+    prepared = accelerator.prepare_optimizer(
+        make_optimizer(optimizer, parameters, settings, memory)
+    )
     gradient = Step(
         model=model,
         policy=network,
@@ -168,7 +183,7 @@ def train(
         autocast=accelerator.autocast,
     )
     run = Run(
-        model=model, store=store, policy=policy, network=network, optimizer=optimizer,
+        model=model, store=store, policy=policy, network=network, optimizer=prepared,
         settings=settings, memory=memory, accelerator=accelerator, out=out, fingerprint=fingerprint,
         options=options or {},
         reference_model=reference_model,
@@ -176,7 +191,7 @@ def train(
     )  # fmt: skip
     if checkpoint:
         check_unchanged(checkpoint, fingerprint)
-        run.state = restore(checkpoint, policy, optimizer, accelerator.scaler, reference_model)
+        run.state = restore(checkpoint, policy, prepared, accelerator.scaler, reference_model)
         before = [each for each in read_log(out) if each.step <= run.state.step]
         run.seconds = before[-1].seconds if before else 0.0
     cache = None
@@ -191,12 +206,13 @@ def train(
                 memory.forward_chunks,
                 compiled=memory.compile == "on",
                 adapter=fingerprint.adapter if settings.init_from else "none",
+                timesteps=_drawn_by(timesteps),
             )
             cache = ReferenceCache(store, manifest)
     on_ready(run.state.step)
     sampler = PairSampler(
         model, store, pairs, loss, settings, seed=seed, accelerator=accelerator, state=run.state,
-        noise_draws=noise_draws, cache=cache,
+        timesteps=timesteps, noise_draws=noise_draws, cache=cache,
     )  # fmt: skip
     agreed = _agreed(stop, accelerator)
     if run.state.step < settings.steps and not sampler.fill_cache(
@@ -212,12 +228,20 @@ def train(
     ]  # fmt: skip
     for listener in called:
         listener.on_train_begin(run)
-    for event in optimize(run, sampler, gradient, agreed):
+    for event in optimize(run, sampler, gradient, schedule, agreed):
         for listener in called:
             listener.on_step_end(event)
         yield event
     for listener in called:
         listener.on_train_end()
+
+
+def _drawn_by(timesteps: TimestepSampler) -> str:
+    """What draws the timesteps, for the reference cache; "" for the backbone's distribution."""
+    if registry.name_of(timesteps) == "family":
+        return ""
+    cls, options = type(timesteps), timesteps.model_dump(mode="json")
+    return json.dumps([cls.__module__, cls.__qualname__, options, made_by(timesteps)])
 
 
 def _agreed(stop: Callable[[], bool], accelerator: Accelerator) -> Callable[[int], bool]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo_video.data.segments import latent_parts, split
 from dpo_video.data.store import PairStore
 from dpo_video.errors import TrainingError
+from dpo_video.extensions import TimestepSampler
 from dpo_video.registry.returned import checked
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, VideoModel
@@ -109,6 +110,7 @@ class PairSampler:
         *,
         seed: int,
         accelerator: Accelerator,
+        timesteps: TimestepSampler,
         noise_draws: int | None = None,
         cache: ReferenceCache | None = None,
         state: TrainState = TrainState(),  # noqa: B008 - it is frozen
@@ -116,13 +118,14 @@ class PairSampler:
         """Prepare to draw.
 
         Args:
-            model: Draws the timesteps.
+            model: The model.
             store: The pairs.
             pairs: Indices of those to draw from.
             loss: Weighs the pairs of a step.
             settings: Batch size, accumulation and number of steps.
             seed: Seed of all draws.
             accelerator: Number of processes, and the device.
+            timesteps: Draws the timesteps.
             noise_draws: Draws of noise and timestep per pair, used in turn; None for a new one at
                 every visit.
             cache: Predictions of the reference for those draws.
@@ -130,6 +133,7 @@ class PairSampler:
         """
         self._model, self._store, self._pairs, self._settings = model, store, pairs, settings
         self._seed, self._accelerator, self._loss = seed, accelerator, loss
+        self._timesteps = timesteps
         self.noise_draws, self._cache, self._start = noise_draws, cache, state
         self._weighs = type(loss).pair_weights is not Loss.pair_weights or any(
             store.records[pair].weight != 1 for pair in pairs
@@ -233,8 +237,8 @@ class PairSampler:
         for draw in draws:
             source = generator(self._seed, "draw", draw.pair, draw.draw)
             noises.append(torch.randn(self._model.latent_shape, generator=source))
-            drawn = self._model.sample_timesteps(1, source)
-            timesteps.append(checked(self._model, "timesteps", drawn, (1,), device="cpu"))
+            drawn = self._timesteps(self._model, 1, source)
+            timesteps.append(checked(self._timesteps, "timesteps", drawn, (1,), device="cpu"))
         noise = torch.stack(noises).to(batch.first.dtype)
         return StepInputs(batch=batch, noise=noise, timestep=torch.cat(timesteps))
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
 from dpo_video.errors import UserError, fault_reason, unknown
+from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
 from dpo_video.paths import absolute
 from dpo_video.registry import local
 from dpo_video.registry.attribution import made_by
@@ -54,7 +55,12 @@ DEFAULTS: Mapping[str, str] = {
     "pairs": "local",
     "loss": "region",
     "reference": "toggle",
+    "timesteps": "family",
+    "optimizer": "adamw",
+    "schedule": "linear",
 }
+TRAINED_BY = ("loss", "reference", "timesteps", "optimizer", "schedule")
+"""The kinds whose strategies a training uses besides its pairs and its backbone."""
 METRICS = ("warp_error", "frame_difference", "dynamic_degree")
 ENGINES: Mapping[str, type[BaseModel]] = {
     "run": RunSettings,
@@ -86,8 +92,9 @@ class Config:
     pair_store: str | None
     """The folder or URL of finished pairs; None where `pairs` builds them."""
     labeler: Labeler | StoreLabeler | None
-    trained_by: tuple[Loss, Reference] | None
-    """None if they were not asked for: see `kinds` of `resolve`."""
+    trained_by: Mapping[str, Strategy]
+    """The strategies of the training by kind, as far as they were asked for: see `kinds` of
+    `resolve`."""
     metrics: Mapping[str, Metric]
     tables: Tables
     """All of the above as plain tables, defaults included."""
@@ -97,23 +104,39 @@ class Config:
     @property
     def loss(self) -> Loss:
         """The loss of the training."""
-        assert self.trained_by is not None
-        return self.trained_by[0]
+        return cast(Loss, self.trained_by["loss"])
 
     @property
     def reference(self) -> Reference:
         """The reference of the training."""
-        assert self.trained_by is not None
-        return self.trained_by[1]
+        return cast(Reference, self.trained_by["reference"])
+
+    @property
+    def timesteps(self) -> TimestepSampler:
+        """What draws the training's timesteps."""
+        return cast(TimestepSampler, self.trained_by["timesteps"])
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer of the training."""
+        return cast(Optimizer, self.trained_by["optimizer"])
+
+    @property
+    def schedule(self) -> Schedule:
+        """The learning-rate schedule of the training."""
+        return cast(Schedule, self.trained_by["schedule"])
 
     def versions(self) -> dict[str, str]:
         """The installed version of each main package, and of those whose strategies are used."""
-        versions = {name: version(name) for name in _PACKAGES}
-        used = [self.backbone, self.pairs, self.labeler, *(self.trained_by or ())]
-        if self.trained_by is not None:
+        own = {name: version(name) for name in _PACKAGES}
+        return {**own, **self.plugin_versions(), "python": platform.python_version()}
+
+    def plugin_versions(self) -> dict[str, str]:
+        """Version and hash of the code of each package whose strategies are used."""
+        used = [self.backbone, self.pairs, self.labeler, *self.trained_by.values()]
+        if "loss" in self.trained_by:
             used += getattr(self.loss, "terms", {}).values()  # of a sum
-        versions.update(filter(None, map(made_by, [*used, *self.metrics.values()])))
-        return {**versions, "python": platform.python_version()}
+        return dict(filter(None, map(made_by, [*used, *self.metrics.values()])))
 
     def toml(self, changes: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of run.toml; `--config` with it repeats the run.
@@ -417,7 +440,7 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
         for name in engines["evaluate"].min_effects:  # type: ignore[attr-defined]
             if not registry.is_installed("metric", name):
                 raise unknown("metric", name, registry.named("metric"))
-    made: dict[str, Any] = dict.fromkeys(("backbone", "pairs", "labeler", "loss", "reference"))
+    made: dict[str, Any] = dict.fromkeys(sorted(_CHOSEN))
     store = _store(tables["pairs"]) if "store" in tables["pairs"] else None
     for kind in set(made) & set(kinds):
         if kind in tables and not (kind == "pairs" and store is not None):
@@ -443,8 +466,7 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
         elif kind in tables and kind not in kinds:
             resolved[kind] = tables[kind]
     resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
-    loss, reference = made.pop("loss"), made.pop("reference")
-    trained_by = None if loss is None or reference is None else (loss, reference)
+    trained_by = {kind: each for kind in TRAINED_BY if (each := made.pop(kind)) is not None}
     rest: dict[str, Any] = {"pair_store": store, "metrics": metrics, "tables": resolved}
     return Config(**engines, **made, trained_by=trained_by, **rest)  # type: ignore[arg-type]
 

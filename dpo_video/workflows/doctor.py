@@ -158,24 +158,20 @@ def _check(kind: str, strategy: Any) -> None:
     from dpo_video.testing.strided import StridedModel
     from dpo_video.types import Placement
 
-    if kind == "loss":
-        testing.check_loss(strategy)
-    elif kind == "metric":
-        testing.check_metric(strategy)
-    elif kind == "labeler":
+    if kind == "labeler":
         names = getattr(strategy, "metric_names", ())
         testing.check_labeler(
             strategy, metrics={name: registry.strategy("metric", name) for name in names}
         )
-    elif kind == "backbone":
-        testing.check_backbone(strategy)  # its model may have to be downloaded
-    else:
+    elif kind in ("pairs", "reference", "timesteps"):
         tiny = registry.strategy("backbone", "tiny").load(Placement())
         for model in (tiny, StridedModel()):
-            if kind == "reference":
-                testing.check_reference(strategy, model)
-            else:
+            if kind == "pairs":
                 testing.check_pairs(strategy, model, labeler=testing.SteadyLabeler())
+            else:
+                getattr(testing, f"check_{kind}")(strategy, model)
+    else:  # of a backbone alone: its model may have to be downloaded
+        getattr(testing, f"check_{kind}")(strategy)
 
 
 def _fault(load: Callable[[], object]) -> str:

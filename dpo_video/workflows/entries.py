@@ -16,7 +16,7 @@ from dpo_video.support.reading import read_toml
 from dpo_video.workflows import config as configs
 from dpo_video.workflows.config import Config
 
-_KINDS = ("pairs", "loss", "reference", "backbone", "labeler")
+_KINDS = ("pairs", *configs.TRAINED_BY, "backbone", "labeler")
 _KEYS = {*_KINDS, "recipe", "set", "seeds"}
 _RESERVED = ("pairs", "comparison.json", "comparison.md", "frontier.svg", "index.html")
 _QUIET = {"train.report_to": "none", "train.validation_videos": 0, "build.previews": False}

@@ -22,6 +22,9 @@ _EXAMPLES = {
     "metric": ("evaluate", "RUN", "--metric={name}"),
     "pairs": ("build", "--pairs={name}", "--count=2"),
     "reference": ("train", "--pairs=local", "--reference={name}"),
+    "timesteps": ("train", "--pairs=local", "--timesteps={name}"),
+    "optimizer": ("train", "--pairs=local", "--optimizer={name}"),
+    "schedule": ("train", "--pairs=local", "--schedule={name}"),
 }
 
 

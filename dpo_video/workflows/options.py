@@ -14,9 +14,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from dpo_video import registry
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError, unknown
+from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
 from dpo_video.registry import local
 from dpo_video.strategies import Backbone, Loss, Metric, Reference, Strategy
-from dpo_video.workflows.config import ENGINES, Config, resolve
+from dpo_video.workflows.config import ENGINES, TRAINED_BY, Config, resolve
 
 
 class Options(TypedDict, total=False):
@@ -56,6 +57,9 @@ class TrainOptions(BuildOptions, total=False):
 
     loss: Loss | str | None
     reference: Reference | str | None
+    timesteps: TimestepSampler | str | None
+    optimizer: Optimizer | str | None
+    schedule: Schedule | str | None
     metrics: Sequence[Metric | str] | None
     steps: int | None
     batch_size: int | None
@@ -182,7 +186,7 @@ def configure(
         name: value for name, value in options.items() if not (value is None or value in ((), []))
     }
     choices: dict[str, Any] = {
-        kind: given.pop(kind, None) for kind in ("loss", "reference", "backbone", "labeler")
+        kind: given.pop(kind, None) for kind in (*TRAINED_BY, "backbone", "labeler")
     }
     allow_code = bool(given.pop("allow_code", False))
     for name in (*choices.values(), pairs):  # typed, so the file may run

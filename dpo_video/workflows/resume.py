@@ -14,7 +14,7 @@ from dpo_video.support.reading import read_toml
 from dpo_video.training.checkpoint import Checkpoint, newest_checkpoint
 from dpo_video.training.optimizer import learning_rate
 from dpo_video.training.run_dir import checkpoints, read_log
-from dpo_video.workflows.config import CHANGES, Config
+from dpo_video.workflows.config import CHANGES, DEFAULTS, Config
 
 _PROCESSES = "processes"
 _ANY = ("memory.", "evaluate.", "metric.", "versions.")
@@ -58,6 +58,7 @@ _FREE = {
 }
 _FIXED = {
     "backbone.name",
+    "optimizer.name",
     "run.seed",
     "train.rank",
     "train.alpha",
@@ -65,6 +66,8 @@ _FIXED = {
     "memory.quantization",
 }
 """A run with another value is another run."""
+_USUAL = {f"{kind}.name": DEFAULTS[kind] for kind in ("timesteps", "optimizer", "schedule")}
+"""What a run used whose options do not say it."""
 _PASSES = {"train.batch_size", "train.gradient_accumulation_steps", _PROCESSES}
 """Their product is the number of pairs of a step."""
 
@@ -81,8 +84,9 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def options_of(config: Config, processes: int) -> dict[str, Any]:
-    """A run's options by path, with the number of its processes."""
-    return {**flat(config.tables), _PROCESSES: processes}
+    """A run's options by path, with the number of its processes and the versions of its plugins."""
+    plugins = {f"versions.{name}": each for name, each in config.plugin_versions().items()}
+    return {**flat(config.tables), _PROCESSES: processes, **plugins}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +146,7 @@ class Resumption:
         now = options_of(config, processes)
         if not self.checkpoint:
             return Changes(step=0, then={}, now={})
-        before = {_PROCESSES: processes, **self.options}
+        before = {_PROCESSES: processes, **_USUAL, **self.options}
         paths = [p for p in sorted(before.keys() | now.keys()) if before.get(p) != now.get(p)]
         # Labels are named without their hash until they are read.
         if "train.labels" in paths and _unpinned(before) == _unpinned(now):
@@ -190,8 +194,9 @@ class Resumption:
     def _changes_learning(self, path: str, config: Config, changes: Changes) -> bool:
         if path == "train.steps":  # the learning rate may decay towards the last one
             before = config.train.model_copy(update={"steps": changes.then[path]})
+            schedule = config.schedule
             return any(
-                learning_rate(before, step) != learning_rate(config.train, step)
+                learning_rate(schedule, before, step) != learning_rate(schedule, config.train, step)
                 for step in range(self.step)
             )
         if path in _PASSES:

@@ -32,6 +32,7 @@ from dpo_video.support.interrupts import StopSignal, deferred
 from dpo_video.training.diagnosis import Diagnosis, TrainingState, TrainingVerdict
 from dpo_video.training.listeners import Listener, saving
 from dpo_video.training.lora import check_lora, starting_rank
+from dpo_video.training.optimizer import check_offload
 from dpo_video.training.reference_cache import ReferenceCacheReport
 from dpo_video.training.report import StepReport
 from dpo_video.training.run import check_without_reference
@@ -122,6 +123,7 @@ def train(
                 options["config"] = options.get("config") or folder / "run.toml"
             config = configure("train", options, pairs, launched=request.options)
         check_backward(config.loss, config.memory)
+        check_offload(config.optimizer, config.memory)
         if config.tables["reference"]["name"] == "none":
             check_without_reference(config.loss)
         check_lora(config.train, config.memory)
@@ -314,6 +316,9 @@ def run_training(
                 out=folder,
                 accelerator=accelerator,
                 memory=config.memory,
+                timesteps=config.timesteps,
+                optimizer=config.optimizer,
+                schedule=config.schedule,
                 resume=resumption.checkpoint or False,
                 options=options_of(config, accelerator.num_processes),
                 on_ready=begin,

@@ -15,6 +15,7 @@ from conftest import SHAPE, load_small
 from safetensors.torch import load_file, save_file
 from small_training import SETTINGS, adapter_hash, make_store, run
 
+from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.store import PairStore
 from dpo_video.errors import RunError, StoreError, TrainingError
@@ -26,9 +27,11 @@ from dpo_video.loss.sft import SFT
 from dpo_video.reference.cached import Cached
 from dpo_video.reference.none import NoReference
 from dpo_video.reference.toggle import Toggle
+from dpo_video.registry import local
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss
 from dpo_video.support.tensor_tree import save_state
+from dpo_video.timesteps.family import Family
 from dpo_video.training.checkpoint import (
     MANIFEST,
     CheckpointManifest,
@@ -155,8 +158,9 @@ def test_the_pointer_is_valid_when_a_save_is_cut_off(
 def test_every_pair_is_seen_once_per_epoch(small_model: AnimateDiffModel, tmp_path: Path) -> None:
     store = make_store(tmp_path / "pairs", small_model, pairs=5)
     sampler = PairSampler(
-        small_model, store, [0, 2, 3], Global(), SETTINGS, seed=0, accelerator=Accelerator(cpu=True)
-    )
+        small_model, store, [0, 2, 3], Global(), SETTINGS, seed=0,
+        accelerator=Accelerator(cpu=True), timesteps=Family(),
+    )  # fmt: skip
     epochs = [[sampler.draw_at(3 * epoch + i) for i in range(3)] for epoch in range(4)]
     pairs = [[drawn.pair for drawn in epoch] for epoch in epochs]
     assert all(sorted(epoch) == [0, 2, 3] for epoch in pairs)
@@ -182,8 +186,9 @@ def test_pairs_weigh_by_their_decided_frames_over_a_whole_step(
         accelerator.num_processes, accelerator.process_index = processes, rank
         accelerator.device = torch.device("cpu")
         sampler = PairSampler(
-            small_model, store, range(4), loss, settings, seed=0, accelerator=accelerator
-        )
+            small_model, store, range(4), loss, settings, seed=0, accelerator=accelerator,
+            timesteps=Family(),
+        )  # fmt: skip
         found = []
         for step in range(4 // processes):
             for inputs in sampler.inputs(step):
@@ -623,3 +628,49 @@ def test_a_tracker_gets_the_names_of_trl(
         rewards["rewards/chosen"] - rewards["rewards/rejected"]
     )
     assert rewards["rewards/chosen"] == -rewards["errors/chosen"] != 0
+
+
+STEPS = """
+import torch
+from dpo_video.plugin import Optimizer, Schedule, TimestepSampler
+
+class Largest(TimestepSampler):
+    "The larger of two draws."
+    def __call__(self, model, n, generator):
+        "Draw."
+        return model.sample_timesteps(2 * n, generator).view(n, 2).amax(dim=1)
+
+class Momentum(Optimizer):
+    "SGD with momentum."
+    def __call__(self, parameters, settings, *, on_host=False):
+        "Make it."
+        return torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=0.9)
+
+class Halved(Schedule):
+    "Half the rate from the fourth step on."
+    def __call__(self, step, settings):
+        "The factor."
+        return 1.0 if step < 3 else 0.5
+"""
+
+
+def test_a_plugins_steps_are_taken_and_resume_in_the_same_bytes(
+    small_folder: Path, store: PairStore, tmp_path: Path, whole: Path
+) -> None:
+    (tmp_path / "own.py").write_text(STEPS)
+    given = {}
+    for kind, cls in (("timesteps", "Largest"), ("optimizer", "Momentum"), ("schedule", "Halved")):
+        name = f"{tmp_path / 'own.py'}:{cls}"
+        local.allow(name)
+        given[kind] = registry.strategy(kind, name)
+    settings = SETTINGS.model_copy(update={"learning_rate": 10.0})
+
+    def trained(out: Path, *, steps: int = 6, resume: bool = False) -> list[float]:
+        some = settings.model_copy(update={"steps": steps})
+        return [e.report.lr for e in run(small_folder, store, out, some, resume=resume, **given)]
+
+    assert trained(tmp_path / "run") == [10.0] * 3 + [5.0] * 3
+    trained(tmp_path / "halves", steps=3)
+    assert trained(tmp_path / "halves", resume=True) == [5.0] * 3
+    assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "halves")
+    assert adapter_hash(tmp_path / "run") != adapter_hash(whole)
