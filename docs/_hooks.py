@@ -28,6 +28,7 @@ TITLES = {
     "timesteps": "Timestep samplers",
     "optimizer": "Optimizers",
     "schedule": "Schedules",
+    "listener": "Listeners",
     "metric": "Metrics",
     "backbone": "Backbones",
 }
@@ -39,6 +40,7 @@ BASES = {
     "timesteps": "TimestepSampler",
     "optimizer": "Optimizer",
     "schedule": "Schedule",
+    "listener": "ListenerFactory",
     "metric": "Metric",
     "backbone": "Backbone",
 }
@@ -76,7 +78,7 @@ def option_pages() -> dict[str, str]:
         found = {
             f"`{listing.name}`": (
                 registry.load(kind, listing.name),
-                f"metric.{listing.name}" if kind == "metric" else kind,
+                f"{kind}.{listing.name}" if kind in registry.SEVERAL else kind,
             )
             for listing in registry.listings(kind)
             if listing.distribution.startswith(OURS)

@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dpo_video import backbone as backbone
     from dpo_video import labeler as labeler
+    from dpo_video import listener as listener
     from dpo_video import loss as loss
     from dpo_video import metric as metric
     from dpo_video import optimizer as optimizer
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from dpo_video import reference as reference
     from dpo_video import schedule as schedule
     from dpo_video import timesteps as timesteps
+    from dpo_video.extensions import Listener as Listener
     from dpo_video.registry import strategy as strategy
-    from dpo_video.training.listeners import Listener as Listener
     from dpo_video.workflows.build import build_pairs as build_pairs
     from dpo_video.workflows.compare import compare as compare
     from dpo_video.workflows.doctor import doctor as doctor
@@ -53,11 +54,11 @@ if TYPE_CHECKING:
     from dpo_video.workflows.train import train as train
 
 _KINDS = (
-    "backbone", "labeler", "loss", "metric", "optimizer", "pairs", "reference", "schedule",
-    "timesteps",
+    "backbone", "labeler", "listener", "loss", "metric", "optimizer", "pairs", "reference",
+    "schedule", "timesteps",
 )  # fmt: skip
 _WHERE = {
-    "Listener": "training.listeners",
+    "Listener": "extensions",
     "Progress": "workflows.progress",
     "Run": "workflows.runs",
     "build_pairs": "workflows.build",

@@ -11,7 +11,14 @@ from __future__ import annotations
 from pydantic import Field
 
 from dpo_video.errors import PluginError, UserError
-from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
+from dpo_video.extensions import (
+    Listener,
+    ListenerFactory,
+    Optimizer,
+    Schedule,
+    TimestepSampler,
+    TrainingRun,
+)
 from dpo_video.loss.functional import (
     chosen_error,
     clip_loss,
@@ -37,6 +44,7 @@ from dpo_video.strategies import (
     SuppliedPairs,
     VideoModel,
 )
+from dpo_video.support.report import StepEvent, StepReport
 from dpo_video.types import (
     Clip,
     Context,
@@ -86,6 +94,8 @@ __all__ = [
     "Labeler",
     "LabelerFactory",
     "Latents",
+    "Listener",
+    "ListenerFactory",
     "Loss",
     "LossOutput",
     "Metric",
@@ -105,10 +115,13 @@ __all__ = [
     "Region",
     "Sampling",
     "Schedule",
+    "StepEvent",
+    "StepReport",
     "StoreLabeler",
     "SuppliedPairs",
     "TimestepSampler",
     "TrainSettings",
+    "TrainingRun",
     "UserError",
     "Video",
     "VideoModel",

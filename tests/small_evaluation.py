@@ -11,8 +11,8 @@ import numpy as np
 from dpo_video.evaluation.change import Witness
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.verdict import MetricResult, Role, judge_evaluation
+from dpo_video.support.report import StepReport
 from dpo_video.training.diagnosis import judge_training
-from dpo_video.training.report import StepReport
 
 FRAMES, FPS = 16, 8.0
 # Other people's text, which can be anything.

@@ -16,8 +16,8 @@ from dpo_video.loss.region import Region
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss, Reference, VideoModel
+from dpo_video.support.report import StepEvent
 from dpo_video.training.listeners import Listener
-from dpo_video.training.report import StepEvent
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.types import Pair

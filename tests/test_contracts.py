@@ -21,7 +21,7 @@ from dpo_video import registry, testing
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.video_writer import write_video
 from dpo_video.errors import PluginError
-from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
+from dpo_video.extensions import Listener, ListenerFactory, Optimizer, Schedule, TimestepSampler
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.segment import Segment
 from dpo_video.metric.frame_difference import FrameDifference
@@ -41,6 +41,7 @@ from dpo_video.strategies import (
     SuppliedPairs,
     VideoModel,
 )
+from dpo_video.support.report import StepEvent
 from dpo_video.testing import (
     SteadyLabeler,
     StridedModel,
@@ -77,7 +78,7 @@ def test_references(name: str, small_model: AnimateDiffModel) -> None:
     check_reference(made("reference", name), small_model)
 
 
-@pytest.mark.parametrize("kind", ["timesteps", "optimizer", "schedule"])
+@pytest.mark.parametrize("kind", ["timesteps", "optimizer", "schedule", "listener"])
 def test_what_a_run_takes_its_steps_with(kind: str, small_model: AnimateDiffModel) -> None:
     for name in installed(kind):
         for model in (small_model, StridedModel()) if kind == "timesteps" else ((),):
@@ -464,9 +465,34 @@ def rate(factor: Callable[[int], object]) -> type[Schedule]:
     return Rating
 
 
+def hears(**methods: Any) -> type[ListenerFactory]:
+    class Hearing(ListenerFactory):
+        """Makes a listener of functions."""
+
+        def __call__(self) -> Listener:
+            return type("Own", (Listener,), {"heard": 0, **methods})()
+
+    return Hearing
+
+
+def count(listener: Any, event: StepEvent) -> None:
+    listener.heard += 1
+    if listener.heard == 40:
+        listener.run.end("Enough.")
+
+
+def shift(listener: Any, event: StepEvent) -> None:
+    with torch.no_grad():
+        next(listener.run.policy.parameters()).add_(1)
+
+
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
+        (hears(on_step_end=count), "ends a training at another step after a resume"),
+        (hears(on_step_end=shift), "writes to its inputs"),
+        (hears(state=lambda listener: {"heard": 1}), "returns a state that is not a dict of tens"),
+        (hears(__init__=lambda listener: torch.rand(1) and None), "global generator"),
         (draws(lambda n, g: torch.rand(n)), "draws from torch's global generator"),
         (draws(lambda n, g: torch.randint(5, (n,), generator=g)), "has the type int64"),
         (draws(lambda n, g: torch.ones(n)), "the same timesteps from every generator"),

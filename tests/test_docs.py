@@ -105,7 +105,7 @@ def option_paths(kind: str) -> set[str]:
         return {option.path for option in registry.options(config.ENGINES[kind], kind)}
     paths = set()
     for listing in registry.listings(kind):
-        prefix = f"metric.{listing.name}" if kind == "metric" else kind
+        prefix = f"{kind}.{listing.name}" if kind in registry.SEVERAL else kind
         model = registry.load(kind, listing.name)
         paths |= {option.path for option in registry.options(model, prefix)}
     return paths

@@ -25,7 +25,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dpo_video.strategies import VideoModel
-from dpo_video.training.report import StepReport
+from dpo_video.support.report import StepReport
 from dpo_video.training.run import train
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.config import resolve

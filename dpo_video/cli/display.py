@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_video.cli.console import WARNING, console, say
+from dpo_video.support.report import StepEvent, StepReport
 from dpo_video.training.diagnosis import TrainingState, TrainingVerdict
-from dpo_video.training.report import StepEvent, StepReport
 from dpo_video.workflows import progress as workflows
 
 STYLES = {"healthy": "bold green", "too_early": "dim", "diverged": "bold red"}

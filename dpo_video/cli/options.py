@@ -68,6 +68,9 @@ FLAGS: Mapping[str, Any] = {
     "timesteps": _strategy("timesteps", "Distribution of the training timesteps."),
     "optimizer": _strategy("optimizer", "Optimizer of the adapter."),
     "schedule": _strategy("schedule", "Schedule of the learning rate."),
+    "listeners": _strategy(
+        "listener", "Listener of the training, such as early_stop; repeat for more.", list[str]
+    ),
     "metrics": _strategy(
         "metric", "Metric to evaluate; repeat for more. +NAME adds it to the usual ones.", list[str]
     ),
@@ -156,8 +159,8 @@ BUILDING = (
     "device", "deterministic", "clips", "prompt", "prompts", "count",
 )  # fmt: skip
 TRAINING = (
-    *BUILDING, "loss", "reference", "timesteps", "optimizer", "schedule", "metrics", "steps",
-    "labels",
+    *BUILDING, "loss", "reference", "timesteps", "optimizer", "schedule", "listeners",
+    "metrics", "steps", "labels",
 )  # fmt: skip
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -193,7 +196,8 @@ def _check_names(options: Mapping[str, Any]) -> None:
     from dpo_video.workflows.recipes import find_recipe
 
     named = [(kind, options.get(kind)) for kind in registry.KINDS]
-    named += [("metric", name.removeprefix("+")) for name in options.get("metrics") or ()]
+    for kind in registry.SEVERAL:
+        named += [(kind, name.removeprefix("+")) for name in options.get(f"{kind}s") or ()]
     named += _names_in(options.get("config"))
     for kind, name in named:
         if isinstance(name, str) and not (kind == "pairs" and registry.is_store(name)):
@@ -214,5 +218,5 @@ def _names_in(config: Path | None) -> list[tuple[str, Any]]:
     except (OSError, ValueError):
         return []
     tables = {kind: table for kind, table in tables.items() if isinstance(table, dict)}
-    named = [("metric", name) for name in tables.pop("metric", {})]
+    named = [(kind, name) for kind in registry.SEVERAL for name in tables.pop(kind, {})]
     return named + [(kind, tables[kind].get("name")) for kind in registry.KINDS if kind in tables]

@@ -18,8 +18,8 @@ from dpo_video.evaluation import charts
 from dpo_video.evaluation.rendering import asset
 from dpo_video.evaluation.verdict import MetricResult, Role
 from dpo_video.support.formatting import apart, brief, counted
+from dpo_video.support.report import StepReport
 from dpo_video.training.diagnosis import WINDOW
-from dpo_video.training.report import StepReport
 
 Sides = tuple[bytes | str, bytes | str]
 """Videos of base and tuned model: mp4, or the address of a file."""

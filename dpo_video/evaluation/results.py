@@ -19,9 +19,9 @@ from dpo_video.evaluation.rendering import templates
 from dpo_video.evaluation.report import Sides, embedding_order, page_context
 from dpo_video.evaluation.verdict import EvaluationVerdict, MetricResult, rules
 from dpo_video.support.formatting import apart, cell, counted, html_table
+from dpo_video.support.report import StepReport
 from dpo_video.support.statistics import Record
 from dpo_video.training.diagnosis import TrainingVerdict
-from dpo_video.training.report import StepReport
 
 _JSON, _PAGE = "evaluation.json", "index.html"
 EMBEDDED = 32 * 2**20  # bytes of videos inside a page

@@ -28,9 +28,12 @@ _RESERVED = {"name": "the strategy's name", "store": "a folder of finished pairs
 _SESSION: dict[tuple[str, str], type[Strategy]] = {}
 _TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?(?:e-?\d+)?)\*)?(?P<name>[A-Za-z_][\w:-]*)")
 KINDS = (
-    "pairs", "labeler", "loss", "reference", "timesteps", "optimizer", "schedule", "metric",
-    "backbone",
+    "pairs", "labeler", "loss", "reference", "timesteps", "optimizer", "schedule", "listener",
+    "metric", "backbone",
 )  # fmt: skip
+
+SEVERAL = ("listener", "metric")
+"""The kinds of which a run has any number, each with a table [KIND.NAME]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +358,7 @@ def _bases(kind: str) -> tuple[type[Strategy], ...]:
         "timesteps": (extensions.TimestepSampler,),
         "optimizer": (extensions.Optimizer,),
         "schedule": (extensions.Schedule,),
+        "listener": (extensions.ListenerFactory,),
         "metric": (strategies.Metric,),
         "backbone": (strategies.Backbone,),
     }

@@ -26,6 +26,7 @@ from dpo_video.testing.inputs import (
     small_videos,
     swapped,
 )
+from dpo_video.testing.listeners import check_listener
 from dpo_video.testing.models import check_backbone, check_backbone_model, check_reference
 from dpo_video.testing.steps import check_optimizer, check_schedule, check_timesteps
 from dpo_video.testing.strided import StridedModel
@@ -38,6 +39,7 @@ __all__ = [
     "check_backbone",
     "check_backbone_model",
     "check_labeler",
+    "check_listener",
     "check_loss",
     "check_metric",
     "check_optimizer",

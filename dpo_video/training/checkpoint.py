@@ -20,10 +20,11 @@ from typing import Any, Literal, Self
 from peft import PeftModel, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_video.data.store import PairStore
 from dpo_video.errors import RunError
+from dpo_video.extensions import Listener
 from dpo_video.paths import is_inside
 from dpo_video.strategies import ReferenceModel, VideoModel
 from dpo_video.support.atomic import sync, write_text
@@ -246,6 +247,7 @@ def write_checkpoint(
     scaler: Any,
     options: Mapping[str, Any] | None = None,
     reference: ReferenceModel | None = None,
+    listeners: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a checkpoint under another name, rename it, then update `latest`."""
     partial = folder.with_name(f".partial-{folder.name}")
@@ -258,6 +260,8 @@ def write_checkpoint(
         "scaler": None if scaler is None else scaler.state_dict(),
         "reference": {} if reference is None else dict(reference.state()),
     }
+    if listeners:
+        state["listeners"] = {name: dict(each) for name, each in listeners.items()}
     save_state(partial / "state.safetensors", state)
     write_manifest(partial, progress.step, fingerprint, options)
     shutil.rmtree(folder, ignore_errors=True)
@@ -289,8 +293,9 @@ def restore(
     optimizer: Any,
     scaler: Any,
     reference: ReferenceModel | None = None,
+    listeners: Mapping[str, Listener] | None = None,
 ) -> TrainState:
-    """Load a checkpoint into a run's adapter, optimizer, loss scaler, generators and reference.
+    """Load a checkpoint into a run's adapter, optimizer, scaler, generators, reference, listeners.
 
     Files that agree with their manifest were written by this program for this run: if they do not
     load, that is a bug, and keeps its traceback.
@@ -311,6 +316,9 @@ def restore(
     set_global_states(state["rng"])
     if reference is not None and (saved := state.get("reference")):
         reference.restore(saved)
+    for name, saved in state.get("listeners", {}).items():
+        if listeners and name in listeners:
+            listeners[name].restore(saved)
     return TrainState(**{name: state[name] for name in ("step", "position", "skipped")})
 
 

@@ -11,8 +11,8 @@ from enum import StrEnum
 import numpy as np
 
 from dpo_video.support.formatting import brief, counted, option
+from dpo_video.support.report import StepReport
 from dpo_video.support.statistics import Record
-from dpo_video.training.report import StepReport
 
 WINDOW = 20
 """Reports in a verdict's window. One report is a few pairs at random timesteps and its margin is

@@ -1,27 +1,31 @@
 """What happens after every step of a training besides learning.
 
-A listener's methods run in every process, in the order of the list of listeners.
+A listener's methods run in every process. A run's own listeners are called before its checkpoints
+are written, which hold their states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_video.data.prompts import negative_option
 from dpo_video.data.video_writer import write_video
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import TrainingError
+from dpo_video.extensions import Listener, ListenerFactory
+from dpo_video.registry import name_of
+from dpo_video.registry.returned import wrong
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import sync, writing
+from dpo_video.support.report import StepEvent
 from dpo_video.training.checkpoint import drop_checkpoints, write_checkpoint
 from dpo_video.training.loop import Run
-from dpo_video.training.report import StepEvent
 from dpo_video.training.run_dir import LOG, checkpoint_folder, resume_command, truncate_log
 from dpo_video.training.trackers import log_video
 from dpo_video.types import Context, Latents, Prompt
@@ -46,32 +50,30 @@ class EncodedPrompt:
         return cls(prompt=prompt, context={name: value.cpu() for name, value in context.items()})
 
 
-class Listener:
-    """Receives what happens in a training. Override the methods you need.
+def named(listeners: Sequence[Listener | ListenerFactory]) -> dict[str, Listener]:
+    """The listeners, by a name that is the same when the run is resumed.
 
-        class Print(Listener):
-            def on_step_end(self, event: StepEvent) -> None:
-                print(event.report.step, event.report.loss)
-
-    An exception ends the training.
+    Raises:
+        PluginError: if a factory makes something else.
     """
-
-    run: Run
-
-    def on_train_begin(self, run: Run) -> None:
-        """Called before the first step, and before the first step after resuming."""
-        self.run = run
-
-    def on_step_end(self, event: StepEvent) -> None:
-        """Called after every optimizer step; the checkpoint that `event` names is written."""
-
-    def on_train_end(self) -> None:
-        """Called after the last step, or when the run was stopped."""
+    found: dict[str, Listener] = {}
+    for each in listeners:
+        if isinstance(each, Listener):
+            listener, name = each, f"{type(each).__module__}.{type(each).__qualname__}"
+        else:
+            listener, name = each(), name_of(each)
+            if not isinstance(listener, Listener):
+                raise wrong(each, f"makes a {type(listener).__name__}, no Listener")
+        same = sum(other.partition("#")[0] == name for other in found)
+        found[f"{name}#{same}" if same else name] = listener
+    return found
 
 
 @final
 class SkipLimit(Listener):
     """Ends a run with more than `train.skips` steps that were not finite."""
+
+    run: Run
 
     def on_step_end(self, event: StepEvent) -> None:
         """Raise a TrainingError if this step is one too many."""
@@ -89,7 +91,9 @@ class SkipLimit(Listener):
 class LogWriter(Listener):
     """Appends every report to log.jsonl."""
 
-    def on_train_begin(self, run: Run) -> None:
+    run: Run
+
+    def on_train_begin(self, run: Run) -> None:  # type: ignore[override]
         """Remove the steps after the checkpoint that the run starts from."""
         self.run, self._path = run, run.out / LOG
         if run.accelerator.is_main_process:
@@ -108,7 +112,13 @@ class LogWriter(Listener):
 class CheckpointWriter(Listener):
     """Writes the checkpoints that are due and one when the run is stopped; deletes old ones."""
 
-    def on_train_begin(self, run: Run) -> None:
+    def __init__(self, listeners: Mapping[str, Listener] | None = None) -> None:
+        """Take the run's own listeners, whose states are saved and who are told."""
+        self._listeners = listeners or {}
+
+    run: Run
+
+    def on_train_begin(self, run: Run) -> None:  # type: ignore[override]
         """Delete what a run that was stopped meanwhile has left."""
         self.run = run
         self._saved = run.state.step
@@ -130,13 +140,20 @@ class CheckpointWriter(Listener):
         run = self.run
         run.accelerator.wait_for_everyone()
         self._saved = run.state.step
-        if not run.accelerator.is_main_process:
-            return
+        folder = checkpoint_folder(run.out, run.state.step)
+        if run.accelerator.is_main_process:
+            self._write(folder)
+        for listener in self._listeners.values():
+            listener.on_checkpoint(folder)
+
+    def _write(self, folder: Path) -> None:
+        run = self.run
+        states = {name: each for name, one in self._listeners.items() if (each := state_of(one))}
         with saving(run.out):
             if (run.out / LOG).exists():
                 sync(run.out / LOG)
             write_checkpoint(
-                checkpoint_folder(run.out, run.state.step),
+                folder,
                 run.policy,
                 run.optimizer,
                 run.state,
@@ -144,19 +161,34 @@ class CheckpointWriter(Listener):
                 run.accelerator.scaler,
                 run.options,
                 run.reference_model,
+                states,
             )
             drop_checkpoints(run.out, run.state.step, run.settings.save_total_limit)
+
+
+def state_of(listener: Listener) -> dict[str, Tensor]:
+    """What checkpoints hold of a listener.
+
+    Raises:
+        PluginError: if it is not a dict of tensors.
+    """
+    state = listener.state()
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise wrong(listener, "returns a state that is not a dict of tensors")
+    return dict(state)
 
 
 @final
 class ValidationVideos(Listener):
     """Samples videos at every checkpoint, with prompts and seeds that never change."""
 
+    run: Run
+
     def __init__(self, prompts: Sequence[EncodedPrompt] = ()) -> None:
         """Take prompts for the videos; by default those of the first pairs."""
         self._prompts = prompts
 
-    def on_train_begin(self, run: Run) -> None:
+    def on_train_begin(self, run: Run) -> None:  # type: ignore[override]
         """Sample those of a run that was stopped after its checkpoint and before its videos."""
         self.run = run
         step = run.state.step
@@ -220,6 +252,8 @@ class ValidationVideos(Listener):
 @final
 class TrackerLogger(Listener):
     """Logs every report to the trackers of `train.report_to`, under TRL's names."""
+
+    run: Run
 
     def on_step_end(self, event: StepEvent) -> None:
         """Log the report."""

@@ -25,22 +25,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dpo_video.data.store import PairStore
-from dpo_video.extensions import Schedule
+from dpo_video.extensions import Schedule, TrainingRun
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import ReferenceModel, VideoModel
+from dpo_video.support.report import StepEvent
 from dpo_video.support.rng import global_states, set_global_states
 from dpo_video.training.checkpoint import RunFingerprint, TrainState
 from dpo_video.training.meter import Meter, check_first_step, nonfinite_pairs
 from dpo_video.training.objective import PairFigures
 from dpo_video.training.optimizer import LossScaling, learning_rate
-from dpo_video.training.report import StepEvent
 from dpo_video.training.run_dir import checkpoint_folder
 from dpo_video.training.sampler import PairSampler
 from dpo_video.training.step import Step
 
 
 @dataclass(kw_only=True)
-class Run:
+class Run(TrainingRun):
     """The parts of a run that its loop and its listeners share."""
 
     model: VideoModel
@@ -63,6 +63,22 @@ class Run:
     state: TrainState = TrainState()  # noqa: RUF009 - it is frozen
     seconds: float = 0.0
     """Seconds of training before this process resumed it."""
+    ended: str = ""
+    """Why a listener has ended the run; "" if none has."""
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps done."""
+        return self.state.step
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.accelerator.is_main_process
+
+    def end(self, reason: str) -> None:
+        """End the run after this step; `reason` is a sentence for the user."""
+        self.ended = self.ended or reason
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due after so many steps."""

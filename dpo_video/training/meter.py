@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dpo_video.errors import TrainingError
+from dpo_video.support.report import StepReport
 from dpo_video.training.objective import PairFigures
-from dpo_video.training.report import StepReport
 
 
 class Meter:

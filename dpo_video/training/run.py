@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from dpo_video import registry
 from dpo_video.data.store import PairStore
 from dpo_video.errors import TrainingError
-from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
+from dpo_video.extensions import Listener, ListenerFactory, Optimizer, Schedule, TimestepSampler
 from dpo_video.memory.compile import check_compile
 from dpo_video.memory.fsdp import shard_frozen_weights
 from dpo_video.memory.modes import apply_memory_modes
@@ -23,6 +24,7 @@ from dpo_video.registry.attribution import made_by
 from dpo_video.registry.returned import wrong
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Loss, Reference, ReferenceModel, VideoModel
+from dpo_video.support.report import StepEvent
 from dpo_video.support.rng import derive
 from dpo_video.training.checkpoint import (
     Checkpoint,
@@ -34,11 +36,11 @@ from dpo_video.training.checkpoint import (
 from dpo_video.training.listeners import (
     CheckpointWriter,
     EncodedPrompt,
-    Listener,
     LogWriter,
     SkipLimit,
     TrackerLogger,
     ValidationVideos,
+    named,
 )
 from dpo_video.training.loop import Run, optimize
 from dpo_video.training.lora import adapt
@@ -48,7 +50,6 @@ from dpo_video.training.reference_cache import (
     ReferenceCacheManifest,
     ReferenceCacheReport,
 )
-from dpo_video.training.report import StepEvent
 from dpo_video.training.run_dir import read_log
 from dpo_video.training.sampler import PairSampler, trainable_pairs
 from dpo_video.training.step import Step, check_backward
@@ -88,7 +89,7 @@ def train(
     on_reference_cache: Callable[[ReferenceCacheReport], None] = lambda report: None,
     stop: Callable[[], bool] = lambda: False,
     validation_prompts: Sequence[Prompt] = (),
-    listeners: Sequence[Listener] = (),
+    listeners: Sequence[Listener | ListenerFactory] = (),
 ) -> Iterator[StepEvent]:
     """Train an adapter; one event per optimizer step.
 
@@ -115,7 +116,7 @@ def train(
             is true in any process, the completed steps are saved and the events end.
         validation_prompts: Prompts of the validation videos, one each; those of the first pairs by
             default. They are encoded before the adapter exists.
-        listeners: Called after the built-in ones: log, checkpoints, validation videos, trackers.
+        listeners: Called at the start, after every step and checkpoint, and at the end.
 
     Raises:
         TrainingError: if all pairs are ties or lack what the loss needs, if the loss does not
@@ -125,6 +126,7 @@ def train(
         RunError: if there is nothing to resume, or the reference or the pairs have changed.
     """
     store.check_fits(model)
+    own_listeners = named(listeners)
     checkpoint = newest_checkpoint(out) if resume is True else resume or None
     if checkpoint:  # another run may have added pairs since
         store = store.beginning(checkpoint.manifest.fingerprint.count)
@@ -191,7 +193,9 @@ def train(
     )  # fmt: skip
     if checkpoint:
         check_unchanged(checkpoint, fingerprint)
-        run.state = restore(checkpoint, policy, prepared, accelerator.scaler, reference_model)
+        run.state = restore(
+            checkpoint, policy, prepared, accelerator.scaler, reference_model, own_listeners
+        )
         before = [each for each in read_log(out) if each.step <= run.state.step]
         run.seconds = before[-1].seconds if before else 0.0
     cache = None
@@ -223,15 +227,17 @@ def train(
     ):
         return
     called = [
-        SkipLimit(), LogWriter(), CheckpointWriter(), ValidationVideos(encoded), TrackerLogger(),
-        *listeners,
+        SkipLimit(), LogWriter(), *own_listeners.values(), CheckpointWriter(own_listeners),
+        ValidationVideos(encoded), TrackerLogger(),
     ]  # fmt: skip
     for listener in called:
         listener.on_train_begin(run)
     for event in optimize(run, sampler, gradient, schedule, agreed):
         for listener in called:
             listener.on_step_end(event)
-        yield event
+        yield replace(event, ended=run.ended)
+        if run.ended:
+            break
     for listener in called:
         listener.on_train_end()
 

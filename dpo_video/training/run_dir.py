@@ -11,8 +11,8 @@ from dpo_video.errors import RunError, first_fault
 from dpo_video.registry import local
 from dpo_video.support.atomic import write_bytes
 from dpo_video.support.reading import read_bytes
+from dpo_video.support.report import StepReport
 from dpo_video.text import command
-from dpo_video.training.report import StepReport
 
 MAX_LOG = 1 << 30  # bytes
 LATEST, LOG = "latest", "log.jsonl"

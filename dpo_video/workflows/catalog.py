@@ -70,7 +70,7 @@ def show_strategy(kind: str, name: str | None = None) -> Description:
         raise UserError(f"show {kind} needs a NAME (see `dpo-video list {kind}`).")
     else:
         model = registry.load(registry.check_kind(kind), name)
-        path = f"metric.{name}" if kind == "metric" else kind
+        path = f"{kind}.{name}" if kind in registry.SEVERAL else kind
     return Description(
         kind=kind,
         name=name,

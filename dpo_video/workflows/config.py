@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
 from dpo_video.errors import UserError, fault_reason, unknown
-from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
+from dpo_video.extensions import ListenerFactory, Optimizer, Schedule, TimestepSampler
 from dpo_video.paths import absolute
 from dpo_video.registry import local
 from dpo_video.registry.attribution import made_by
@@ -96,6 +96,7 @@ class Config:
     """The strategies of the training by kind, as far as they were asked for: see `kinds` of
     `resolve`."""
     metrics: Mapping[str, Metric]
+    listeners: Mapping[str, ListenerFactory]
     tables: Tables
     """All of the above as plain tables, defaults included."""
     notes: tuple[str, ...] = ()
@@ -136,7 +137,9 @@ class Config:
         used = [self.backbone, self.pairs, self.labeler, *self.trained_by.values()]
         if "loss" in self.trained_by:
             used += getattr(self.loss, "terms", {}).values()  # of a sum
-        return dict(filter(None, map(made_by, [*used, *self.metrics.values()])))
+        return dict(
+            filter(None, map(made_by, [*used, *self.metrics.values(), *self.listeners.values()]))
+        )
 
     def toml(self, changes: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text of run.toml; `--config` with it repeats the run.
@@ -177,6 +180,7 @@ def resolve(
     file: Path | None = None,
     choices: Mapping[str, Any] | None = None,
     metrics: Sequence[Metric | str] = (),
+    listeners: Sequence[ListenerFactory | str] = (),
     tier: str | None = None,
     flags: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
@@ -194,6 +198,7 @@ def resolve(
         choices: Kind to a strategy or its name, as `--loss NAME` gives it; None changes nothing.
         metrics: Metrics or their names, as `--metric` gives them; none changes nothing, and names
             like `+NAME` are added to the others.
+        listeners: The same of listeners.
         tier: Name of a tier. Its options override a recipe's, and are overridden by the file's. It
             lowers a recipe's numbers and raises none.
         flags: Option path to value, for options with flags of their own.
@@ -215,6 +220,14 @@ def resolve(
             each["name"] = local.below(file.parent, named)
             if allow_code:
                 local.allow(each["name"])
+    if file and "listener" in tables:
+        tables["listener"] = {
+            local.below(file.parent, name) if local.is_file(name) else name: options
+            for name, options in tables["listener"].items()
+        }
+        for name in tables["listener"] if allow_code else ():
+            if local.is_file(name):
+                local.allow(name)
     base = find_recipe(recipe) if recipe else None
     names = {**DEFAULTS, **(base.strategies if base else {})}
     names["backbone"] = _table(made_with, "backbone").get("name", names["backbone"])
@@ -237,14 +250,8 @@ def resolve(
     backbone_class = registry.load("backbone", backbone)
     absent: list[str] = []
     if metrics or "metric" not in tables:
-        before = tables.get("metric", {})
-        usual = list(before) or [*METRICS, *cast(type[Backbone], backbone_class).guards]
-        tables["metric"] = {}
-        for metric in _with_added(metrics, usual):
-            if isinstance(metric, Metric):
-                tables["metric"][registry.name_of(metric)] = _set_by_hand(metric)
-            else:
-                tables["metric"][metric] = before.get(metric, {})
+        guards = cast(type[Backbone], backbone_class).guards
+        _choose_several(tables, "metric", metrics, [*METRICS, *guards])
     elif not set(registry.KINDS) <= set(kinds):
         absent = sorted(n for n in tables["metric"] if not registry.is_installed("metric", n))
         effects = tables.get("evaluate", {}).get("min_effects")
@@ -252,6 +259,8 @@ def resolve(
             del tables["metric"][missing]
             if isinstance(effects, dict):
                 effects.pop(missing, None)
+    if listeners:
+        _choose_several(tables, "listener", listeners, [])
     for text in shared:
         _assign(tables, *_read_assignment(text))
     given += [(path, value) for path, value in (flags or {}).items() if value is not None]
@@ -286,19 +295,27 @@ def resolve(
     notes += presets.kept_from_pairs(made, config.tables)
     if recipe is None and file is None:
         built = _table(made_with, "pairs").get("name") or tables["pairs"].get("name")
-        if name := recipe_for(backbone, built, _name(tables, "loss")):
+        if paper := recipe_for(backbone, built, _name(tables, "loss")):
             notes.append(
                 f"This run has {backbone}'s defaults. For the values of the paper on {built} pairs "
-                f"and the {_name(tables, 'loss')} loss, add --recipe {name}."
+                f"and the {_name(tables, 'loss')} loss, add --recipe {paper}."
             )
     return replace(config, notes=tuple(notes))
 
 
-def _with_added(metrics: Sequence[Metric | str], usual: Sequence[str]) -> Sequence[Metric | str]:
-    """The metrics that were asked for; those like `+NAME` are added to the others, or the usual."""
-    added = [m[1:] for m in metrics if isinstance(m, str) and m.startswith("+")]
-    plain = [m for m in metrics if not (isinstance(m, str) and m.startswith("+"))]
-    return [*(plain or usual), *added]
+def _choose_several(
+    tables: Tables, kind: str, given: Sequence[Strategy | str], usual: Sequence[str]
+) -> None:
+    """Choose strategies of a kind; those like `+NAME` are added to the file's, or to the usual."""
+    before = tables.get(kind, {})
+    added = [each[1:] for each in given if isinstance(each, str) and each.startswith("+")]
+    plain = [each for each in given if not (isinstance(each, str) and each.startswith("+"))]
+    tables[kind] = {}
+    for each in [*(plain or list(before) or usual), *added]:
+        if isinstance(each, Strategy):
+            tables[kind][registry.name_of(each)] = _set_by_hand(each)
+        else:
+            tables[kind][each] = before.get(each, {})
 
 
 def _made_with(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
@@ -324,7 +341,8 @@ def _keep_secrets(
 ) -> None:
     """Refuse secrets that a file names; what it names the receiver of gets none by default."""
     places = [(kind, tables[kind].get("name"), tables[kind]) for kind in tables.keys() & _CHOSEN]
-    places += [(f"metric.{name}", name, table) for name, table in tables["metric"].items()]
+    for several in registry.SEVERAL:
+        places += [(f"{several}.{n}", n, each) for n, each in tables.get(several, {}).items()]
     for path, name, table in places:
         kind = path.partition(".")[0]
         if kind not in kinds or not isinstance(name, str) or not isinstance(table, Mapping):
@@ -409,8 +427,11 @@ def _assign(tables: Tables, path: str, value: Any) -> None:
     if head in registry.KINDS and not middle and last == "name":
         raise UserError(f"'{path}' is not an option. Choose a {head} with --{head} NAME.")
     node = tables.setdefault(head, {})
-    if head == "metric" and middle and middle[0] not in node:
-        raise unknown("metric of this run", middle[0], node)
+    if head in registry.SEVERAL and middle:
+        short = {registry.short_name(name): name for name in node}  # of a class in a file
+        if middle[0] not in node and middle[0] not in short:
+            raise unknown(f"{head} of this run", middle[0], node)
+        middle[0] = short.get(middle[0], middle[0])
     for part in middle:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
@@ -455,6 +476,14 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
         for name, table in tables["metric"].items()
         if "metric" in kinds
     }
+    listeners = {
+        name: cast(
+            ListenerFactory,
+            _build(registry.load("listener", name), table, f"listener.{name}", name),
+        )
+        for name, table in tables.get("listener", {}).items()
+        if "listener" in kinds
+    }
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
     for kind, strategy in {**made, "labeler": resolved_labeler}.items():
         if strategy is not None:
@@ -466,8 +495,20 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
         elif kind in tables and kind not in kinds:
             resolved[kind] = tables[kind]
     resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
+    if listeners:
+        resolved["listener"] = {
+            local.recorded(name) if local.is_file(name) else name: _dump(each)
+            for name, each in listeners.items()
+        }
+    elif "listener" in tables and "listener" not in kinds:
+        resolved["listener"] = tables["listener"]
     trained_by = {kind: each for kind in TRAINED_BY if (each := made.pop(kind)) is not None}
-    rest: dict[str, Any] = {"pair_store": store, "metrics": metrics, "tables": resolved}
+    rest: dict[str, Any] = {
+        "pair_store": store,
+        "metrics": metrics,
+        "listeners": listeners,
+        "tables": resolved,
+    }
     return Config(**engines, **made, trained_by=trained_by, **rest)  # type: ignore[arg-type]
 
 

@@ -25,6 +25,7 @@ _EXAMPLES = {
     "timesteps": ("train", "--pairs=local", "--timesteps={name}"),
     "optimizer": ("train", "--pairs=local", "--optimizer={name}"),
     "schedule": ("train", "--pairs=local", "--schedule={name}"),
+    "listener": ("train", "--pairs=local", "--listener={name}"),
 }
 
 

@@ -188,8 +188,8 @@ def configure(
     choices: dict[str, Any] = {
         kind: given.pop(kind, None) for kind in (*TRAINED_BY, "backbone", "labeler")
     }
-    allow_code = bool(given.pop("allow_code", False))
-    for name in (*choices.values(), pairs):  # typed, so the file may run
+    allow_code, listeners = bool(given.pop("allow_code", False)), given.pop("listeners", ())
+    for name in (*choices.values(), *listeners, pairs):  # typed, so the file may run
         if isinstance(name, str) and local.is_file(name):
             local.allow(name)
     file, paths = given.pop("config", None), given.pop("set", ())
@@ -219,7 +219,9 @@ def configure(
     for name, value in given.items():
         if name not in homes:
             raise unknown(
-                "option", name, {*homes, *choices, "metrics", "tier", "config", "set", "recipe"}
+                "option",
+                name,
+                {*homes, *choices, "metrics", "listeners", "tier", "config", "set", "recipe"},
             )
         flags[f"{homes[name]}.{name}"] = str(value) if isinstance(value, Path) else value
     return resolve(
@@ -227,6 +229,7 @@ def configure(
         file=Path(file) if file is not None else None,
         choices={**choices, "pairs": pairs},
         metrics=metrics,
+        listeners=listeners,
         tier=tier,
         flags=flags,
         assignments=paths,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dpo_video.support.report import StepEvent
 from dpo_video.training.diagnosis import TrainingVerdict
-from dpo_video.training.report import StepEvent
 
 
 class Progress:

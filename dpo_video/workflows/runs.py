@@ -21,9 +21,9 @@ from dpo_video.evaluation.results import Evaluation
 from dpo_video.support.atomic import write_text
 from dpo_video.support.formatting import html_table, plain_table
 from dpo_video.support.reading import read_bytes
+from dpo_video.support.report import StepReport
 from dpo_video.text import without_credentials
 from dpo_video.training.diagnosis import TrainingVerdict, judge_training
-from dpo_video.training.report import StepReport
 from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log, resume_command
 from dpo_video.workflows.config import Config, resolve
 from dpo_video.workflows.results import ExportResult, GeneratedVideo

@@ -21,6 +21,7 @@ from dpo_video.data.build import Worker
 from dpo_video.data.films import SUFFIXES
 from dpo_video.data.store import PairStore
 from dpo_video.errors import BusyError, RunError, TrainingError, UserError
+from dpo_video.extensions import Listener, ListenerFactory
 from dpo_video.memory.compile import check_compile
 from dpo_video.registry import local
 from dpo_video.settings import TrainSettings
@@ -29,12 +30,12 @@ from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.claims import claim
 from dpo_video.support.formatting import counted
 from dpo_video.support.interrupts import StopSignal, deferred
+from dpo_video.support.report import StepReport
 from dpo_video.training.diagnosis import Diagnosis, TrainingState, TrainingVerdict
-from dpo_video.training.listeners import Listener, saving
+from dpo_video.training.listeners import saving
 from dpo_video.training.lora import check_lora, starting_rank
 from dpo_video.training.optimizer import check_offload
 from dpo_video.training.reference_cache import ReferenceCacheReport
-from dpo_video.training.report import StepReport
 from dpo_video.training.run import check_without_reference
 from dpo_video.training.run import train as train_loop
 from dpo_video.training.run_dir import checkpoints, read_log, resume_command
@@ -75,7 +76,7 @@ def train(
     resume: bool = False,
     auto_resume: bool = False,
     accept_changes: bool = False,
-    listeners: Sequence[Listener] = (),
+    listeners: Sequence[Listener | ListenerFactory | str] | None = (),
     progress: Progress = SILENT,
     stop: Callable[[], bool] = lambda: False,
     **options: Unpack[TrainOptions],
@@ -91,7 +92,8 @@ def train(
         resume: Resume the run in `out`.
         auto_resume: Resume the run in `out` if there is one, else start it.
         accept_changes: Resume with options that change what the run learns from here on.
-        listeners: Called at the start, after every step and at the end, in every process.
+        listeners: Listeners or their names, called at the start, after every step and checkpoint,
+            and at the end, in every process.
         progress: Receives the progress.
         stop: Asked after every forward pass; True saves a checkpoint and ends the training.
         options: See `TrainOptions`.
@@ -109,10 +111,12 @@ def train(
     if not main:
         progress = SILENT
     request = launcher_request()
+    own = [each for each in listeners or () if isinstance(each, Listener)]
+    chosen = {"listeners": [each for each in listeners or () if each not in own]}
     with ExitStack() as stack:
         stack.enter_context(hidden())
         if out is None:
-            config = configure("train", options, pairs, launched=request.options)
+            config = configure("train", {**options, **chosen}, pairs, launched=request.options)
             folder = _new_folder(config, stack, claimed=main)
         else:
             folder = Path(out)
@@ -121,7 +125,7 @@ def train(
                 stack.enter_context(claim_run(folder, progress))
             if _exists(folder, resume=resume, auto_resume=auto_resume, progress=progress):
                 options["config"] = options.get("config") or folder / "run.toml"
-            config = configure("train", options, pairs, launched=request.options)
+            config = configure("train", {**options, **chosen}, pairs, launched=request.options)
         check_backward(config.loss, config.memory)
         check_offload(config.optimizer, config.memory)
         if config.tables["reference"]["name"] == "none":
@@ -177,7 +181,7 @@ def train(
                 store,
                 resumption,
                 accelerator,
-                listeners=listeners,
+                listeners=own,
                 progress=progress,
                 stop=stop,
             )
@@ -262,8 +266,9 @@ def write_run(
         prompts = sorted({record.prompt for record in store.records})
         write_text(folder / PROMPTS, json.dumps(prompts, indent=0, ensure_ascii=False))
         for table in config.tables.values():
-            if local.is_file(str(table.get("name", ""))):
-                local.save(table["name"], folder)
+            for name in (table.get("name"), *table):
+                if isinstance(name, str) and local.is_file(name):
+                    local.save(name, folder)
         write_text(folder / "run.toml", config.toml(changes))
 
 
@@ -290,6 +295,7 @@ def run_training(
     for note in _left_out(store, trained_on, settings, config.loss):
         progress.note(note)
     reports: list[StepReport] = []
+    ended = ""
     diagnosis = Diagnosis(settings.steps, options=config.tables["loss"])
     alarmed = set[TrainingState]()
 
@@ -325,9 +331,10 @@ def run_training(
                 on_reference_cache=_CacheNotes(progress, config),
                 stop=lambda: stop() or signalled(),
                 validation_prompts=validation,
-                listeners=listeners,
+                listeners=[*config.listeners.values(), *listeners],
             ):
                 reports.append(event.report)
+                ended = event.ended
                 diagnosis.add(event.report)
                 verdict = diagnosis.verdict()
                 progress.step(event, verdict, settings.steps)
@@ -349,8 +356,11 @@ def run_training(
         if reports:
             signal.done = f"Stopped and saved at step {reports[-1].step}."
         raise
+    if ended:
+        progress.note(f"Ended at step {reports[-1].step} of {settings.steps}. {ended}")
     last = reports[-1].step if reports else resumption.step
-    return Run(folder=folder, new_reports=tuple(reports), stopped=last < settings.steps)
+    stopped = last < settings.steps and not ended
+    return Run(folder=folder, new_reports=tuple(reports), stopped=stopped)
 
 
 def _track(accelerator: Accelerator, verdict: TrainingVerdict, *, alert: bool = False) -> None:

@@ -34,10 +34,10 @@ from dpo_video.reference.copy import Copy
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings, TrainSettings
 from dpo_video.strategies import Metric, Reference, VideoModel
+from dpo_video.support.report import StepReport
 from dpo_video.support.reproducibility import settle
 from dpo_video.testing import small_videos
 from dpo_video.training.lora import adapt
-from dpo_video.training.report import StepReport
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint
 from dpo_video.training.step import Step

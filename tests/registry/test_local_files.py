@@ -15,7 +15,9 @@ from dpo_video.workflows.config import resolve
 from dpo_video.workflows.options import configure
 
 SOURCE = '''
-from dpo_video.plugin import Field, Loss, LossOutput, PairErrors, clip_loss
+from dpo_video.plugin import (
+    Field, Listener, ListenerFactory, Loss, LossOutput, PairErrors, clip_loss
+)
 
 __import__("pathlib").Path("ran").touch()
 
@@ -31,6 +33,16 @@ class Mine(Loss):
 
 class Broken:
     pass
+
+class Heard(ListenerFactory):
+    """Does nothing."""
+
+    loud: bool = False
+    """Whether it is loud."""
+
+    def __call__(self) -> Listener:
+        """A listener."""
+        return Listener()
 '''
 
 
@@ -52,6 +64,10 @@ def test_a_typed_file_is_used_and_kept_with_its_hash(file: Path) -> None:
     assert name.startswith("code/mine-") and name.endswith(".py:Mine")
     again = configure("train", {"loss": str(file) + ":Mine"}).tables["loss"]["name"]
     assert again == name and registry.short_name(name) == "Mine"
+    heard = {"listeners": ["./mine.py:Heard"], "set": ["listener.Heard.loud=true"]}
+    assert configure("train", heard).tables["listener"] == {
+        name.replace("Mine", "Heard"): {"loud": True}
+    }
     local.save(name, file.parent / "run")
     file.write_text(SOURCE + "# changed\n")
     assert configure("train", {"loss": "mine.py:Mine"}).tables["loss"]["name"] != name

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dpo_video.support.report import StepReport
 from dpo_video.training.diagnosis import SHORT, WINDOW, Diagnosis, TrainingState, judge_training
-from dpo_video.training.report import StepReport
 
 SLOPE = 2500.0
 Curve = Callable[[int], float]

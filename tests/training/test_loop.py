@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.store import PairStore
 from dpo_video.errors import RunError, StoreError, TrainingError
+from dpo_video.listener.early_stop import EarlyStop
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.mapo import MaPO
 from dpo_video.loss.region import Region
@@ -30,6 +32,7 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.registry import local
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Loss
+from dpo_video.support.report import StepEvent, StepReport
 from dpo_video.support.tensor_tree import save_state
 from dpo_video.timesteps.family import Family
 from dpo_video.training.checkpoint import (
@@ -40,7 +43,6 @@ from dpo_video.training.checkpoint import (
 )
 from dpo_video.training.listeners import Listener
 from dpo_video.training.loop import Run
-from dpo_video.training.report import StepEvent, StepReport
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log, truncate_log
 from dpo_video.training.sampler import PairSampler, trainable_pairs
@@ -578,8 +580,18 @@ class Recorder(Listener):
         self.calls.append(f"begin at {run.state.step}")
 
     def on_step_end(self, event: StepEvent) -> None:
-        written = event.checkpoint is not None and (event.checkpoint / MANIFEST).exists()
-        self.calls.append(f"step {event.report.step}{' saved' if written else ''}")
+        assert event.checkpoint is None or not event.checkpoint.exists()
+        self.calls.append(f"step {event.report.step}")
+
+    def on_checkpoint(self, folder: Path) -> None:
+        assert (folder / MANIFEST).exists()
+        self.calls.append("saved")
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"calls": torch.tensor(len(self.calls))}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.calls.append(f"after {state['calls']} calls")
 
     def on_train_end(self) -> None:
         self.calls.append("end")
@@ -591,13 +603,35 @@ def test_a_listener_is_called_before_the_event_is_yielded(
     settings = SETTINGS.model_copy(update={"steps": 3})
     recorder = Recorder()
     events = run(small_folder, store, tmp_path / "run", settings, listeners=[recorder])
-    assert recorder.calls == ["begin at 0", "step 1", "step 2 saved", "step 3 saved", "end"]
+    assert recorder.calls == [
+        "begin at 0", "step 1", "step 2", "saved", "step 3", "saved", "end",
+    ]  # fmt: skip
     assert [event.checkpoint and event.checkpoint.name for event in events] == [
         None, "step_000002", "step_000003",
     ]  # fmt: skip
     longer, recorder = settings.model_copy(update={"steps": 4}), Recorder()
     run(small_folder, store, tmp_path / "run", longer, resume=True, listeners=[recorder])
-    assert recorder.calls == ["begin at 3", "step 4 saved", "end"]
+    assert recorder.calls == ["after 5 calls", "begin at 3", "step 4", "saved", "end"]
+
+
+def test_a_listener_ends_a_training_and_keeps_its_state(
+    small_folder: Path, store: PairStore, tmp_path: Path
+) -> None:
+    stop = EarlyStop(below=0.49, window=3)
+    settings = SETTINGS.model_copy(update={"steps": 2})
+
+    def trained(out: str, steps: int, *, resume: bool = False) -> list[StepEvent]:
+        some = settings.model_copy(update={"steps": steps})
+        return run(small_folder, store, tmp_path / out, some, listeners=[stop], resume=resume)
+
+    whole = trained("whole", 50)
+    last = whole[-1].report.step
+    assert 3 <= last < 50 and "below 0.49" in whole[-1].ended
+    assert [event.ended for event in whole[:-1]] == [""] * (last - 1)
+    assert max(checkpoints(tmp_path / "whole")) == last
+    trained("halves", last - 1)
+    again = trained("halves", 50, resume=True)
+    assert [event.report.step for event in again] == [last] and again[0].ended == whole[-1].ended
 
 
 def test_a_tracker_gets_the_names_of_trl(

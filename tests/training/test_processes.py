@@ -36,8 +36,8 @@ from dpo_video.reference.ema import EMA
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import Reference
+from dpo_video.support.report import StepEvent
 from dpo_video.training.listeners import Listener
-from dpo_video.training.report import StepEvent
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint, resumable
 
@@ -61,8 +61,8 @@ WAYS: Mapping[str, tuple[Mapping[str, Any], Reference]] = {
 class KillsItself(Listener):
     """Ends the second process without notice once the first one has saved."""
 
-    def on_step_end(self, event: StepEvent) -> None:
-        if not self.run.accelerator.is_main_process and event.checkpoint is not None:
+    def on_checkpoint(self, folder: Path) -> None:
+        if not self.run.is_main:
             while not resumable(self.run.out):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)

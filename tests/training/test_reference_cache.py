@@ -24,13 +24,13 @@ from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Reference
 from dpo_video.support.claims import claim
+from dpo_video.support.report import StepEvent
 from dpo_video.training.reference_cache import (
     PairDraw,
     ReferenceCache,
     ReferenceCacheManifest,
     ReferenceCacheReport,
 )
-from dpo_video.training.report import StepEvent
 from dpo_video.training.run import train
 
 PAIRS = 3

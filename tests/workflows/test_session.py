@@ -18,8 +18,8 @@ from tensorboard.summary.writer import record_writer
 from dpo_video.data.store import PairStore
 from dpo_video.errors import StoreError, UserError
 from dpo_video.strategies import VideoModel
+from dpo_video.support.report import StepEvent
 from dpo_video.training.listeners import TrackerLogger, saving
-from dpo_video.training.report import StepEvent
 from dpo_video.workflows import session
 from dpo_video.workflows.config import Config, resolve
 

@@ -90,3 +90,5 @@ class StepEvent:
     nonfinite_pairs: Sequence[str] = ()
     """Keys of the pairs whose loss was not finite, or of all pairs if only the gradient was not.
     The step was skipped then."""
+    ended: str = ""
+    """Why a listener has ended the training after this step; "" if none has."""
