@@ -13,12 +13,18 @@ from dpo_video.strategies import VideoModel
 from dpo_video.training.checkpoint import load_adapter
 
 
-def put_on(model: VideoModel, adapter: Path) -> nn.Module:
+def put_on(model: VideoModel, adapter: Path, *, merge: bool = True) -> nn.Module:
     """Put an adapter on the model's denoiser, in place, and return the adapted network.
 
     It is merged into weights in fp32. An update of DPO is often smaller than the rounding error of
     weights in half precision, where merging would lose it: there, and on packed weights, the
     adapter stays separate, in fp32, as in training.
+
+    Args:
+        model: The base model.
+        adapter: A folder in PEFT's format.
+        merge: False keeps the adapter separate in fp32 too: a PeftModel, whose `unload` takes the
+            adapter off.
 
     Raises:
         RunError: if the adapter does not fit the denoiser, is not finite or cannot be merged.
@@ -34,7 +40,7 @@ def put_on(model: VideoModel, adapter: Path) -> nn.Module:
                 f"The adapter in '{adapter}' is not finite ('{name}'): its training has diverged. "
                 "Use an earlier checkpoint (--checkpoint N)."
             )
-    if half or next(frozen_weights(policy), None) is not None:
+    if half or not merge or next(frozen_weights(policy), None) is not None:
         return policy.eval().requires_grad_(False)
     try:
         network: nn.Module = policy.merge_and_unload(safe_merge=True)

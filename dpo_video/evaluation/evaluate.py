@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ def measure(
     settings: EvaluateSettings,
     folder: Path,
     *,
+    start: Path | None = None,
     base_folder: Path | None = None,
     encodings: PromptEncodings | None = None,
     drawn_from: object = None,
@@ -64,6 +66,7 @@ def measure(
         prompts: One per video, with its seed (`data.prompts.prompt_table`).
         settings: Sampling and thresholds.
         folder: Receives the videos of both models.
+        start: The adapter that the base model has, in PEFT's format; without one by default.
         base_folder: Where the base's videos are kept for other evaluations; each set of them has a
             folder of its own there. `folder` by default.
         encodings: Encodes the prompts; the model alone by default.
@@ -81,10 +84,10 @@ def measure(
         model.identity, str(model.device.type), torch.__version__, drawn_from,
         settings.num_inference_steps, settings.guidance_scale,
     ]  # fmt: skip
-    shown = VideoSet.of(folder, "base", common, batches)
+    started = [] if start is None else [_digests(start)]
+    shown = VideoSet.of(folder, "base", [*common, *started], batches)
     base = replace(shown, folder=(base_folder or folder) / f"base-{hash_of(shown.keys)[:10]}")
-    trained = [file_digest(path) for path in sorted(adapter.glob("adapter_*"))]
-    tuned = VideoSet.of(folder, "tuned", [common, trained], batches)
+    tuned = VideoSet.of(folder, "tuned", [common, _digests(adapter), *started], batches)
     meters = Meters.of(metrics)
     sampler = _Sampler(
         model=model, settings=settings, encodings=encodings or PromptEncodings(model)
@@ -93,8 +96,12 @@ def measure(
     finished = _Finished([base, tuned], meters.keys, on_progress)
     work = _Work(batches=batches, meters=meters, fps=model.shape.fps, worker=worker)
     with claim(base.folder, part=part, patience=float("inf"), note=note):
-        work.draw(base, lambda each: sampler.batches(model.denoiser, each), finished)
-    work.draw(tuned, lambda each: sampler.batches(put_on(model, adapter), each), finished)
+        work.draw(base, lambda each: sampler.of_base(each, start), finished)
+    # Both in the same arithmetic: a base with an adapter cannot be restored after merging it.
+    merge = start is None
+    work.draw(
+        tuned, lambda each: sampler.batches(put_on(model, adapter, merge=merge), each), finished
+    )
     before, after = finished.records()
     base.link_into(shown)
     return meters.results(before, after, [prompt.text for prompt in prompts], settings)
@@ -151,6 +158,10 @@ def _reader(files: Sequence[Path], batches: Sequence[Sequence[Prompt]]) -> Sourc
             yield read_video(by_row[id(batch[0])]).frames.float().div(255)[None]
 
     return read
+
+
+def _digests(adapter: Path) -> list[str]:
+    return [file_digest(path) for path in sorted(adapter.glob("adapter_*"))]
 
 
 class _Finished:
@@ -233,6 +244,17 @@ class _Sampler:
     model: VideoModel
     settings: EvaluateSettings
     encodings: PromptEncodings
+
+    def of_base(self, batches: Sequence[Sequence[Prompt]], start: Path | None) -> Iterator[Videos]:
+        """The videos of the base model, with the adapter `start` if there is one."""
+        if start is None:
+            yield from self.batches(self.model.denoiser, batches)
+            return
+        network: Any = put_on(self.model, start, merge=False)
+        try:
+            yield from self.batches(network, batches)
+        finally:
+            network.unload()
 
     def batches(self, denoiser: nn.Module, batches: Sequence[Sequence[Prompt]]) -> Iterator[Videos]:
         """Yield the videos of each batch, on the CPU.

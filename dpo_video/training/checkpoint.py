@@ -270,6 +270,16 @@ def write_checkpoint(
     write_text(folder.parent / LATEST, folder.name + "\n")
 
 
+def write_start(folder: Path, policy: PeftModel) -> None:
+    """Write the adapter of step 0 under another name, then rename it."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    for each in (partial, folder):
+        shutil.rmtree(each, ignore_errors=True)
+    policy.save_pretrained(partial)
+    partial.rename(folder)
+    sync(folder.parent)
+
+
 def drop_checkpoints(out: Path, step: int, limit: int | None) -> None:
     """Delete a run's oldest checkpoints, up to a step, until `limit` of them are left.
 

@@ -24,9 +24,15 @@ from dpo_video.registry.returned import wrong
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import sync, writing
 from dpo_video.support.report import StepEvent
-from dpo_video.training.checkpoint import drop_checkpoints, write_checkpoint
+from dpo_video.training.checkpoint import drop_checkpoints, write_checkpoint, write_start
 from dpo_video.training.loop import Run
-from dpo_video.training.run_dir import LOG, checkpoint_folder, resume_command, truncate_log
+from dpo_video.training.run_dir import (
+    LOG,
+    START,
+    checkpoint_folder,
+    resume_command,
+    truncate_log,
+)
 from dpo_video.training.trackers import log_video
 from dpo_video.types import Context, Latents, Prompt
 
@@ -124,6 +130,8 @@ class CheckpointWriter(Listener):
         self._saved = run.state.step
         if run.accelerator.is_main_process:
             with saving(run.out):
+                if run.settings.init_from is not None and not run.state.step:
+                    write_start(run.out / START, run.policy)
                 drop_checkpoints(run.out, run.state.step, run.settings.save_total_limit)
 
     def on_step_end(self, event: StepEvent) -> None:

@@ -16,6 +16,8 @@ from dpo_video.text import command
 
 MAX_LOG = 1 << 30  # bytes
 LATEST, LOG = "latest", "log.jsonl"
+START = "start"
+"""Folder of the LoRA that a run started from (`train.init_from`), in PEFT's format."""
 _STEP = re.compile(r"step_[0-9]{6,12}")  # no path to another folder
 
 

@@ -28,8 +28,9 @@ from dpo_video.estimation.results import (
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
 from dpo_video.strategies import PairBuilder
-from dpo_video.training.lora import check_lora
+from dpo_video.training.lora import check_lora, starting_rank
 from dpo_video.training.step import check_backward
+from dpo_video.types import Placement
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import TrainOptions, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
@@ -71,6 +72,7 @@ def estimate(
     for note in config.notes:
         progress.note(note)
     card = find_tier(tier) if tier else None
+    config = with_starting_rank(config)
     traces = TraceCache()
     progress.note(_ANNOUNCED)
     if config.memory.checkpointing == "auto":
@@ -185,6 +187,14 @@ def _fewest(
         ).estimate
         return estimate if found.for_mode(estimate.mode) is None else None
     return None
+
+
+def with_starting_rank(config: Config) -> Config:
+    """The configuration with the rank of the LoRA that `train.init_from` names, if it does."""
+    if config.train.init_from is None:
+        return config
+    model = config.backbone.load(Placement(on_meta=True))
+    return replace(config, train=starting_rank(config.train, model))
 
 
 def choose_blocks(

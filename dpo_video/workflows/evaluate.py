@@ -23,6 +23,7 @@ from dpo_video.support.claims import claim
 from dpo_video.support.formatting import counted
 from dpo_video.training.checkpoint import kept_adapter
 from dpo_video.training.foreign_lora import peft_adapter
+from dpo_video.training.run_dir import START
 from dpo_video.types import Prompt
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import launched_worker
@@ -155,14 +156,20 @@ def evaluate_run(
         kept_adapter(run.folder, checkpoint) as adapter,
     ):
         model = load_model(config, pick_device(config.run.device))
+        start = run.folder / START
+        started = start if start.is_dir() else None
         measured = _measure(
-            model, adapter, rows, config, folder, base_folder or run.folder, worker, progress
-        )
+            model, adapter, rows, config, folder, base_folder or run.folder, worker, progress,
+            start=started,
+        )  # fmt: skip
+        facts = {"Checkpoint": adapter.parent.name}
+        if started is not None:
+            facts["Base"] = "with the LoRA that training started from"
         return _written(
             measured, config, folder, worker, progress,
             name=run.name, **_drawn(rows, model), trained_prompts=trained, command=command,
             training=tuple(reports), training_verdict=verdict_of(reports, toml), run_toml=toml,
-            versions=versions, facts=_facts(config, model, Checkpoint=adapter.parent.name),
+            versions=versions, facts=_facts(config, model, **facts),
         )  # fmt: skip
 
 
@@ -221,6 +228,7 @@ def _measure(
     base_folder: Path,
     worker: Worker,
     progress: Progress,
+    start: Path | None = None,
 ) -> Measurement:
     return measure(
         model,
@@ -229,6 +237,7 @@ def _measure(
         rows,
         config.evaluate,
         folder / VIDEOS,
+        start=start,
         base_folder=base_folder,
         encodings=prompt_encodings(model, config),
         drawn_from=[config.tables["backbone"], config.run.deterministic],

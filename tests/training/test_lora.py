@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import load_small
+from conftest import SHAPE, load_small
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from small_training import SETTINGS, make_store
@@ -29,6 +29,8 @@ from dpo_video.training.foreign_lora import peft_adapter
 from dpo_video.training.lora import adapt, check_lora, starting_rank
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint
+from dpo_video.workflows.estimate import with_starting_rank
+from dpo_video.workflows.options import configure
 
 
 def prediction(model: AnimateDiffModel, network: nn.Module) -> Tensor:
@@ -175,6 +177,14 @@ def test_policy_and_reference_start_from_the_lora(
         assert not torch.equal(trained, start)
 
 
+def test_an_estimate_counts_the_rank_of_the_lora(small_folder: Path, lora: Path) -> None:
+    backbone = {"backbone.model": str(small_folder), "backbone.frames": SHAPE.frames}
+    options: Any = {"set": {**backbone, "train.init_from": str(lora)}}
+    config = configure("train", {"backbone": "animatediff", **options}, None)
+    train = with_starting_rank(config).train
+    assert (train.rank, train.alpha) == (2, 6)
+
+
 def adapters(small_folder: Path, out: Path, settings: TrainSettings, reference: Reference) -> Any:
     store = make_store(out.parent / "pairs", load_small(small_folder))
     events = train(
@@ -195,7 +205,10 @@ def test_a_run_from_a_lora_has_one_adapter_and_the_same_bytes_with_every_referen
     ]
     reports, weights = found[0]
     assert reports[0].margin == 0 and reports[1].margin != 0
-    assert weights.keys() == load_file(lora / "adapter_model.safetensors").keys()
+    started = load_file(lora / "adapter_model.safetensors")
+    kept = load_file(tmp_path / "toggle" / "run" / "start" / "adapter_model.safetensors")
+    assert weights.keys() == kept.keys() == started.keys()
+    assert all(torch.equal(value, started[name]) for name, value in kept.items())
     for others, same in found[1:]:
         assert [each.loss for each in others] == [each.loss for each in reports]
         assert all(torch.equal(value, same[name]) for name, value in weights.items())
