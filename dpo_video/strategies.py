@@ -453,6 +453,9 @@ class Backbone(Strategy, ABC):
     """Names of the guard metrics of its evaluations."""
     training: ClassVar[Mapping[str, Any]] = {}
     """Defaults of [train] for this family, from its papers."""
+    tiers: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Presets for cards: name of a tier to options by path, such as {"l4": {"train.rank": 16}}.
+    They go before what the tier has for every backbone."""
     efficiency: ClassVar[float] = 0.35
     """Share of a card's published operations per second that a training step is assumed to reach;
     measured for AnimateDiff and Wan (benchmarks/results/0.1.0/gpu.md)."""

@@ -16,13 +16,13 @@ from dpo_video.text import one_line
 def list_strategies(
     kind: Annotated[
         str | None,
-        typer.Argument(help="A kind, such as loss, metric, recipe or tier; by default all."),
+        typer.Argument(help="A kind, such as loss, metric, recipe, tier or model."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the installed strategies and recipes, or the tiers of `--tier`."""
-    if kind == "tier":
-        _list_tiers(as_json)
+    """List the installed strategies and recipes, the tiers of `--tier`, or known models."""
+    if kind in ("tier", "model"):
+        (_list_tiers if kind == "tier" else _list_models)(as_json)
         return
     from dpo_video.workflows.catalog import list_strategies
 
@@ -51,7 +51,27 @@ def _list_tiers(as_json: bool) -> None:
         show_json([tier.model_dump() for tier in tiers().values()])
         return
     rows = [
-        (Text(tier.name, NAME), tier.card, f"{tier.memory_gib:g}", f"{tier.tflops:g}")
+        (
+            Text(tier.name, NAME),
+            tier.card,
+            f"{tier.memory_gib:g}",
+            f"{tier.tflops:g}",
+            tier.distribution,
+        )
         for tier in tiers().values()
     ]
-    show(plain_table(("tier", "card", "GiB", "TFLOP/s"), rows))
+    show(plain_table(("tier", "card", "GiB", "TFLOP/s", "from"), rows))
+
+
+def _list_models(as_json: bool) -> None:
+    from dpo_video.diffusion.known_models import known_models
+
+    rows = [
+        (each.name, each.backbone, each.hub[0] if each.hub else "", each.distribution)
+        for each in known_models()
+    ]
+    head = ("model", "backbone", "on the hub", "from")
+    if as_json:
+        show_json([dict(zip(head, row, strict=True)) for row in rows])
+        return
+    show(plain_table(head, [(Text(one_line(name), NAME), *rest) for name, *rest in rows]))

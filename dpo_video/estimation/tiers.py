@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import tomllib
 from functools import cache
-from pathlib import Path
-from typing import Any, final
+from typing import Any, Self, final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dpo_video import registry
 from dpo_video.diffusion.known_models import find_model
-from dpo_video.errors import UserError, unknown
+from dpo_video.errors import PluginError, UserError, first_fault, unknown
+from dpo_video.registry.entry_points import Entry
+from dpo_video.registry.packaged import called, folder_of
+from dpo_video.support.reading import read_toml
 
+KIND = "tier"
+"""Of the entry points' group, `dpo_video.tier`."""
 AUTO = "auto"
 # The reported memory varies a little with the driver and with error correction.
 _SLACK = 0.03
@@ -25,6 +29,8 @@ class Tier(BaseModel):
 
     name: str
     """Name for `--tier`."""
+    distribution: str
+    """Package that it comes from, and its version."""
     card: str
     """The card's name."""
     memory_gib: float = Field(gt=0)
@@ -34,11 +40,22 @@ class Tier(BaseModel):
     source: str
     """Where the operations per second are published."""
     options: dict[str, Any]
-    """Option path to value, for every backbone."""
+    """Option path to value, for every backbone: memory modes, which do not change what is learned.
+    What a family trains with is its own."""
     backbone: dict[str, dict[str, Any]] = {}
     """Backbone name to further options."""
     model: dict[str, dict[str, Any]] = {}
     """Model name, as its configuration ships, to further options."""
+
+    @model_validator(mode="after")
+    def _asks_for_memory(self) -> Self:
+        for path in self.options:
+            if not path.startswith("memory."):
+                raise ValueError(
+                    f"[options] hold for every backbone and are memory modes, which '{path}' is "
+                    "not; write it under [backbone.NAME]"
+                )
+        return self
 
     def preset(self, backbone: str, model: str | None = None) -> dict[str, Any]:
         """Option path to value for a backbone, and for one of its models under any of its names."""
@@ -47,12 +64,29 @@ class Tier(BaseModel):
         return {**self.options, **self.backbone.get(backbone, {}), **own}
 
 
-@cache
 def tiers() -> dict[str, Tier]:
-    """All tiers by name, the smallest card first."""
-    text = Path(__file__).with_name("tiers.toml").read_text(encoding="utf-8")
-    found = [Tier(name=name, **table) for name, table in tomllib.loads(text).items()]
+    """All tiers by name that can be read, the smallest card first."""
+    found = []
+    for name in registry.named(KIND):
+        try:
+            found.append(_read(registry.find(KIND, name)))
+        except UserError:  # a plugin's fault is none of the others
+            continue
     return {tier.name: tier for tier in sorted(found, key=lambda tier: (tier.tflops, tier.name))}
+
+
+@cache
+def _read(entry: Entry) -> Tier:
+    """The tier of an entry point: the file NAME.toml of the package that it names."""
+    path = folder_of(entry) / f"{entry.name}.toml"
+    try:
+        table = read_toml(path)
+        return Tier(**{**table, "name": entry.name, "distribution": entry.distribution})
+    except (OSError, ValueError, TypeError) as error:
+        reason = first_fault(error) if isinstance(error, ValidationError) else str(error)
+        raise PluginError(
+            f"{called(entry)} cannot be read ({reason}). Correct '{path}'."
+        ) from error
 
 
 def find_tier(name: str) -> Tier:
@@ -60,12 +94,13 @@ def find_tier(name: str) -> Tier:
 
     Raises:
         UserError: for an unknown name, and for "auto" without a GPU or with too small a one.
+        PluginError: for a name that several packages use, or a file that cannot be read.
     """
     if name == AUTO:
         return _tier_of_this_gpu()
-    if name not in tiers():
+    if not registry.is_installed(KIND, name):
         raise unknown("tier", name, [*tiers(), AUTO])
-    return tiers()[name]
+    return _read(registry.find(KIND, name))
 
 
 def tier_of_card(card: str, memory_gib: float) -> Tier | None:

@@ -32,6 +32,8 @@ KINDS = (
     "metric", "backbone",
 )  # fmt: skip
 
+FILES = ("recipe", "tier", "model")
+"""Kinds of files: an entry point names the package that holds them."""
 SEVERAL = ("listener", "metric")
 """The kinds of which a run has any number, each with a table [KIND.NAME]."""
 
@@ -75,7 +77,7 @@ def listings(kind: str) -> list[Listing]:
 
 def unknown_groups() -> list[str]:
     """One sentence for each package with entry points of a group that is none."""
-    kinds = [*KINDS, "recipe"]
+    kinds = [*KINDS, *FILES]
     found: dict[tuple[str, str], str] = {}
     for entry in entries():
         if entry.kind not in kinds:

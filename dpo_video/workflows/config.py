@@ -278,6 +278,7 @@ def resolve(
         tier,
         {kind: table.get("name") for kind, table in tables.items()},
         model if isinstance(model, str) else None,
+        cast(type[Backbone], backbone_class).tiers,
     )
     notes = [] if file is None else presets.overridden_by(file, tables)
     notes += [f"Not measured: no installed package provides the metric '{n}'." for n in absent]

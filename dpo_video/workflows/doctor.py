@@ -12,7 +12,9 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from dpo_video import registry
+from dpo_video.diffusion.known_models import models_of
 from dpo_video.errors import UserError, unknown
+from dpo_video.estimation.tiers import find_tier
 from dpo_video.registry.entry_points import PLUGINS, Entry, entries, unreadable
 from dpo_video.text import one_line
 from dpo_video.workflows import recipes
@@ -124,8 +126,13 @@ def _requirements(package: str) -> Iterator[Finding]:
 
 def _examined(entry: Entry, *, contracts: bool) -> Iterator[Finding]:
     what = f"{entry.kind} {entry.qualified}"
-    if entry.kind == recipes.KIND:
-        yield Finding(what=what, fault=_fault(lambda: recipes.find_recipe(entry.name)))
+    read: dict[str, Callable[[], object]] = {
+        "recipe": lambda: recipes.find_recipe(entry.name),
+        "tier": lambda: find_tier(entry.name),
+        "model": lambda: models_of(entry),
+    }
+    if entry.kind in read:
+        yield Finding(what=what, fault=_fault(read[entry.kind]))
         return
     if entry.kind not in registry.KINDS:
         return

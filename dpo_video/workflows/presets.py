@@ -34,6 +34,7 @@ class Presets:
         tier: str | None,
         names: Mapping[str, Any],
         model: str | None,
+        tiers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Self:
         """The options for a backbone and one of its models.
 
@@ -42,6 +43,7 @@ class Presets:
             tier: Name of the tier.
             names: Kind to the name of the chosen strategy.
             model: The backbone's model.
+            tiers: The backbone's own presets by name of a tier.
         """
         backbone = names["backbone"]
         published, card = {}, {}
@@ -52,7 +54,9 @@ class Presets:
                 if dot and chosen.get(kind) in (None, names.get(kind)):
                     published[path] = setting.value
         if tier is not None:
-            for path, value in find_tier(tier).preset(backbone, model).items():
+            found = find_tier(tier)
+            own = (tiers or {}).get(found.name, {})
+            for path, value in {**found.preset(backbone, model), **own}.items():
                 old = published.get(path)
                 both = _is_number(value) and _is_number(old)
                 card[path] = min(value, old) if both else value

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, Self, final
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -15,6 +13,7 @@ from dpo_video.diffusion.known_models import find_model
 from dpo_video.errors import PluginError, UserError, first_fault
 from dpo_video.registry import Listing
 from dpo_video.registry.entry_points import Entry
+from dpo_video.registry.packaged import called, folder_of
 from dpo_video.support.formatting import option
 from dpo_video.support.reading import read_toml
 
@@ -165,19 +164,13 @@ def recipe_for(backbone: str, pairs: str | None, loss: str) -> str | None:
 @cache
 def _read(entry: Entry) -> Recipe:
     """The recipe of an entry point: the file NAME.toml of the package that it names."""
-    which = f"The recipe '{entry.name}' of {entry.distribution}"
-    try:
-        spec = importlib.util.find_spec(entry.module)
-    except Exception as error:  # it imports the packages around it
-        raise PluginError(f"{which} names '{entry.module}', which fails: {error}.") from error
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    if not folders:
-        raise PluginError(f"{which} names '{entry.module}', which is no package. Correct it.")
-    path = Path(folders[0], f"{entry.name}.toml")
+    path = folder_of(entry) / f"{entry.name}.toml"
     try:
         table = read_toml(path)
         recipe = Recipe(**{**table, "name": entry.name, "distribution": entry.distribution})
     except (OSError, ValueError, TypeError) as error:
         reason = first_fault(error) if isinstance(error, ValidationError) else str(error)
-        raise PluginError(f"{which} cannot be read ({reason}). Correct '{path}'.") from error
+        raise PluginError(
+            f"{called(entry)} cannot be read ({reason}). Correct '{path}'."
+        ) from error
     return recipe

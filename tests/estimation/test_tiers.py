@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from dpo_video.errors import UserError
+from dpo_video.diffusion.known_models import find_model
+from dpo_video.errors import PluginError, UserError
 from dpo_video.estimation.estimate import estimate_memory
 from dpo_video.estimation.fewest_blocks import BUDGET_SHARE
 from dpo_video.estimation.results import GIB
 from dpo_video.estimation.tiers import find_tier, tier_of_card, tiers
 from dpo_video.estimation.tracing import TraceCache
+from dpo_video.registry import entry_points
 from dpo_video.workflows.config import resolve
+from dpo_video.workflows.doctor import doctor
 from dpo_video.workflows.estimate import mode_of, phases_of, predict
 
 
 def test_the_presets_are_those_of_video_dpo() -> None:
     ranks = {name: tier.preset("animatediff")["train.rank"] for name, tier in tiers().items()}
     assert ranks == {"t4": 4, "l4": 16, "4090": 16, "a100": 32, "h100": 32}
-    # What memory does not ask for is a recipe's: see `video-dpo-t4`.
-    assert not any("train.gradient_accumulation_steps" in t.options for t in tiers().values())
+    # What a family trains with is its own, and what memory does not ask for is a recipe's.
+    assert all(path.startswith("memory.") for t in tiers().values() for path in t.options)
 
 
 def test_a_backbones_option_overrides_the_general_one() -> None:
@@ -148,3 +153,81 @@ def test_a_resolved_run_stores_options_and_no_tier_name(tmp_path: Path) -> None:
     first = resolve(tier="t4", choices={"backbone": "wan"})
     file.write_text(first.toml())
     assert resolve(file=file).tables == first.tables
+
+
+FAMILY = """
+from dpo_video.backbone.tiny import Tiny as Ours
+from dpo_video.strategies import Backbone
+
+class Stranger(Backbone):
+    "A family of a plugin."
+    guards = ("sharpness",)
+    training = {"rank": 48, "learning_rate": 3e-5}
+    tiers = {"l4": {"memory.checkpointing": "auto"}, "small": {"train.rank": 8}}
+    model: str = "stranger-1b"
+    "Model."
+    load = Ours.load
+    clips = Ours.clips
+    prompts = Ours.prompts
+"""
+SMALL = """
+card = "A small card"
+memory_gib = 6
+tflops = 9
+source = "its box"
+options = {"memory.backward" = "split"}
+[model."stranger-1b"]
+"train.steps" = 11
+"""
+ENTRIES = """
+[dpo_video.backbone]
+stranger = stranger.family:Stranger
+[dpo_video.tier]
+small = stranger
+spoilt = stranger
+[dpo_video.model]
+stranger = stranger
+"""
+
+
+@pytest.fixture
+def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package with a family, its presets and models, a tier, and a tier that cannot be read."""
+    info = tmp_path / "stranger-1.0.dist-info"
+    files = {
+        "stranger/__init__.py": "",
+        "stranger/family.py": FAMILY,
+        "stranger/small.toml": SMALL,
+        "stranger/spoilt.toml": SMALL.replace("memory.backward", "train.rank"),
+        "stranger/index.json": json.dumps(
+            {"stranger-1b": {"backbone": "stranger", "hub": ["some/Stranger-1B"], "parameters": 5}}
+        ),
+        f"{info.name}/METADATA": "Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n",
+        f"{info.name}/entry_points.txt": ENTRIES,
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    entry_points.forget()
+    yield
+    entry_points.forget()
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_family_of_a_plugin_brings_presets_and_models_and_keeps_its_own_training() -> None:
+    chosen = {"choices": {"backbone": "stranger"}, "metrics": ["sharpness"]}
+    for name in ("t4", "l4", "4090", "a100", "h100"):
+        config = resolve(tier=name, **chosen)
+        assert (config.train.rank, config.train.learning_rate) == (48, 3e-5)
+        assert config.memory.checkpointing == ("auto" if name == "l4" else "blocks")
+    small = resolve(tier="small", **chosen)
+    assert (small.train.rank, small.train.steps, small.memory.backward) == (8, 11, "split")
+    by_hub = resolve(tier="small", assignments=["backbone.model=some/stranger-1b"], **chosen)
+    assert by_hub.train.steps == 11
+    model = find_model("stranger-1b")
+    assert model is not None and model.distribution == "stranger 1.0"
+    assert "small" in tiers() and "spoilt" not in tiers()
+    with pytest.raises(PluginError, match=r"'spoilt' of stranger 1.0 .*'train.rank' is not"):
+        find_tier("spoilt")
+    assert [each.what for each in doctor("stranger").faults] == ["tier stranger:spoilt"]
