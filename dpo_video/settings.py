@@ -30,6 +30,17 @@ class BuildSettings(Settings):
     """Number of pairs to build. Default: 64, or all pairs of a builder that reads its own files."""
     previews: bool = True
     """Write an mp4 preview of every pair."""
+    rebuild: bool = False
+    """Build pairs again that another version of their builder, its plugin or dpo-video has built.
+    The earlier ones are kept."""
+    accept_pairs: bool = False
+    """Use such pairs as they are."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.rebuild and self.accept_pairs:
+            raise ValueError("rebuild and accept_pairs exclude each other")
+        return self
 
 
 class TrainSettings(Settings):

@@ -13,7 +13,7 @@ from dpo_video.cli.options import Json, option, takes
 
 @takes(
     "recipe", "steps", "prompts", "num_prompts", "num_videos_per_prompt", "min_effect",
-    "tolerance", "min_prompts", "device",
+    "tolerance", "min_prompts", "device", "rebuild", "accept_pairs",
 )  # fmt: skip
 def compare(
     options: dict[str, Any],

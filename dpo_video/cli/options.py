@@ -138,6 +138,12 @@ FLAGS: Mapping[str, Any] = {
         "lists.",
         autocompletion=_prompt_lists,
     ),
+    "rebuild": _flag(
+        bool, "--rebuild", "Build pairs again that another version has built; those are kept."
+    ),
+    "accept_pairs": _flag(
+        bool, "--accept-pairs", "Use pairs that another version of their builder has built."
+    ),
     "checkpoint": _flag(int, "--checkpoint", "Step of the checkpoint; by default the last one."),
     "num_inference_steps": _flag(
         int,
@@ -157,6 +163,7 @@ FLAGS: Mapping[str, Any] = {
 BUILDING = (
     "recipe", "pairs", "backbone", "labeler", "set", "config", "allow_code", "tier", "seed",
     "device", "deterministic", "clips", "prompt", "prompts", "count",
+    "rebuild", "accept_pairs",
 )  # fmt: skip
 TRAINING = (
     *BUILDING, "loss", "reference", "timesteps", "optimizer", "schedule", "listeners",

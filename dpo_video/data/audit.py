@@ -15,6 +15,7 @@ from dpo_video.data import audit_checks as checks
 from dpo_video.data.audit_checks import Finding, Level
 from dpo_video.data.audit_stats import PairSummary, summarize
 from dpo_video.data.store import PairStore
+from dpo_video.registry.returned import checked, decoded
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.support.formatting import cell, counted, html_table
 from dpo_video.support.statistics import Record
@@ -103,11 +104,12 @@ def audit(
         pairs.append(pair)
         if match.level is Level.FINE and pair.finite and pair.label and index in sampled and motion:
             both = torch.cat([batch.first, batch.second]).to(model.device)
-            videos = model.decode_videos(both).cpu()
+            videos = decoded(model, both).cpu()
             if pair.label < 0:
                 videos = videos.flip(0)
             for name, metric in motion.items():
-                chosen, rejected = metric(videos, [store.records[index].prompt] * 2).tolist()
+                values = metric(videos, [store.records[index].prompt] * 2)
+                chosen, rejected = checked(metric, "values", values, (2,), finite=False).tolist()
                 moved[name].append((chosen, rejected))
         on_progress(index + 1)
     finite = [pair for pair in pairs if pair.finite]

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_video.data.pair_check import pair_fault
+from dpo_video.data.pair_check import context_fault, pair_fault
 from dpo_video.data.store import PairStore
 from dpo_video.data.video_writer import write_video
 from dpo_video.errors import UserError
-from dpo_video.registry.returned import wrong
+from dpo_video.registry.returned import decoded, wrong
 from dpo_video.settings import BuildSettings
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.support.rng import generator
@@ -86,7 +86,10 @@ def build(
 
     @lru_cache(maxsize=PROMPTS_KEPT)
     def encode(prompt: str) -> Context:
-        return {name: value.cpu() for name, value in model.encode_prompts([prompt]).items()}
+        encoded = model.encode_prompts([prompt])
+        if fault := context_fault(encoded):
+            raise wrong(model, fault)
+        return {name: value.cpu() for name, value in encoded.items()}
 
     total, kept = wanted(settings, available), False
     for index in range(worker.number, total, worker.count):
@@ -143,7 +146,7 @@ def _write_preview(video: Video | None, shape: VideoShape, path: Path) -> None:
 def preview(pair: Pair, model: VideoModel) -> Video:
     """First video, second video and region side by side."""
     first, second = (  # one at a time: two do not fit on every GPU
-        model.decode_videos(latents[None].to(model.device))[0].cpu()
+        decoded(model, latents[None].to(model.device))[0].cpu()
         for latents in (pair.first, pair.second)
     )
     region: Float[Tensor, "1 F H W"] = torch.nn.functional.interpolate(

@@ -15,8 +15,9 @@ from rich.table import Table
 from dpo_video.data.labels import Agreement, LabelRecipe, LabelSet, agreement, names
 from dpo_video.data.segments import SECONDS, check_labels, latent_parts, split
 from dpo_video.data.store import PairStore
-from dpo_video.registry.returned import wrong
+from dpo_video.registry.returned import decoded, wrong
 from dpo_video.strategies import (
+    AnyLabeler,
     Labeler,
     LabelResult,
     LabelTask,
@@ -51,9 +52,10 @@ class StoreTask(LabelTask):
         store: PairStore,
         model: VideoModel,
         label_set: LabelSet,
+        labeler: AnyLabeler,
         on_remark: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self._on_remark = on_remark
+        self._labeler, self._on_remark = labeler, on_remark
         self.store, self.model, self.label_set = store, model, label_set
         self.pairs = range(len(store))
         self.segments = [slice(start, stop) for start, stop in label_set.recipe.segments]
@@ -67,7 +69,7 @@ class StoreTask(LabelTask):
         """Both videos, decoded by the model that the pairs were made with."""
         batch = self.store.batch([pair])
         both = torch.cat([batch.first, batch.second]).to(self.model.device)
-        first, second = self.model.decode_videos(both).float().cpu()
+        first, second = decoded(self.model, both).float().cpu()
         return first, second
 
     @property
@@ -82,9 +84,31 @@ class StoreTask(LabelTask):
     def record(
         self, pair: int, labels: Sequence[SegmentLabel], *, rater: str = "", note: str = ""
     ) -> None:
-        """Append a line with the current time to the label set."""
+        """Append a line with the current time to the label set.
+
+        Raises:
+            PluginError: for a pair that does not exist, or labels that are none.
+        """
+        if fault := self._fault(pair, labels, rater, note):
+            raise wrong(self._labeler, f"records {fault}")
         now = datetime.now(UTC).replace(microsecond=0)
         self.label_set.record(pair, labels, rater=rater, note=note, time=now)
+
+    def _fault(self, pair: object, labels: object, rater: object, note: object) -> str:
+        """What is wrong with a record, as the end of a sentence; "" if nothing is."""
+        if type(pair) is not int or pair not in self.pairs:
+            return f"labels of the pair {pair!r}, of {len(self.pairs)} pairs"
+        if not isinstance(labels, Sequence) or isinstance(labels, str):
+            return f"a {type(labels).__name__} as the labels of a pair, not a sequence"
+        if len(labels) != len(self.segments):
+            return f"{len(labels)} labels for {len(self.segments)} segments"
+        for label in labels:
+            number = isinstance(label, int | float) and not isinstance(label, bool)
+            if not (label is None or label == "skip" or (number and -1 <= label <= 1)):
+                return f"the label {label!r}, which is no number in [-1, 1], 'skip' or None"
+        if not (isinstance(rater, str) and isinstance(note, str)):
+            return "a rater or a note that is no text"
+        return ""
 
     def remark(self, text: str) -> None:
         """Pass it on."""
@@ -120,7 +144,7 @@ def label(
     labels goes to `on_remark`.
     """
     store.check_fits(model)
-    task = StoreTask(store, model, label_set, on_remark)
+    task = StoreTask(store, model, label_set, labeler, on_remark)
     if isinstance(labeler, StoreLabeler):
         labeler.label_store(task)
         return

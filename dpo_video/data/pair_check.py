@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from dpo_video.registry.returned import tensor_fault
 from dpo_video.strategies import VideoModel
 from dpo_video.types import Pair
+
+
+def context_fault(context: object) -> str:
+    """What is wrong with one encoded prompt, as the end of a sentence; "" if nothing is."""
+    if not isinstance(context, Mapping) or not context:
+        return f"encodes a prompt as a {type(context).__name__}, not as tensors by name"
+    for name, value in context.items():
+        if not isinstance(value, Tensor):
+            return f"encodes a prompt with '{name}', a {type(value).__name__} and no tensor"
+        if not value.ndim or len(value) != 1:
+            shape = tuple(value.shape)
+            return f"encodes one prompt with '{name}' of the shape {shape}, without an axis of 1"
+    return ""
 
 
 def pair_fault(pair: object, model: VideoModel, *, finite: bool = True) -> str:

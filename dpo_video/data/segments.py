@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dpo_video.registry.returned import checked
+from dpo_video.registry.returned import checked, decoded
 from dpo_video.strategies import Labeler, VideoModel
 from dpo_video.types import Latents, VideoShape
 
@@ -72,7 +72,7 @@ def preference(
 ) -> Float[Tensor, " f"]:
     """A labeler's preference between two videos' latents, per latent frame."""
     both: Latents = torch.stack([first, second]).to(model.device)
-    videos = model.decode_videos(both).cpu()
+    videos = decoded(model, both).cpu()
     segments = split(model.shape, seconds)
     labels = labeler([prompt], videos[:1], videos[1:], segments)
     parts = latent_parts(model, segments)

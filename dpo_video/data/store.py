@@ -69,12 +69,18 @@ class Manifest(BaseModel):
     latent_shape: tuple[int, int, int, int]
     """`(c, f, h, w)`."""
     fps: float
+    versions: dict[str, str] = {}
+    """Versions of the packages that built the pairs; of a plugin with a hash of its source."""
 
     @property
     def key(self) -> str:
         """A hash of the manifest: 10 hex digits."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+        return _digest(self.model_dump(mode="json"))
+
+    @property
+    def recipe_key(self) -> str:
+        """The same without the versions."""
+        return _digest(self.model_dump(mode="json", exclude={"versions"}))
 
 
 @final
@@ -139,7 +145,8 @@ class PairStore:
                         write_text(path, manifest.model_dump_json(indent=2) + "\n")
         store = cls(folder)
         if store.manifest.key != manifest.key:
-            changed = "; ".join(_changes(store.manifest.recipe, manifest.recipe)[:3])
+            before, now = ({**m.recipe, **m.versions} for m in (store.manifest, manifest))
+            changed = "; ".join(_changes(before, now)[:3])
             raise StoreError(
                 f"'{folder}' holds pairs that were built with other options"
                 f"{f' ({changed})' if changed else ''}. Name another folder with --out, or delete "
@@ -535,6 +542,11 @@ def _context_name(pair: Pair) -> str:
 
 def _name_of(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

@@ -25,6 +25,7 @@ from dpo_video.diffusion.sampling import check_finite
 from dpo_video.evaluation.adapter import put_on
 from dpo_video.evaluation.measuring import Measurement, Meters
 from dpo_video.evaluation.videos import VideoRecord, VideoSet, hash_of
+from dpo_video.registry.returned import checked, decoded
 from dpo_video.settings import EvaluateSettings
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.support.claims import claim
@@ -261,6 +262,7 @@ class _Sampler:
 
         Raises:
             UserError: if a video is not finite.
+            PluginError: if the model returns something else than samples and videos of its shape.
         """
         model, settings = self.model, self.settings
         for number, batch in enumerate(batches):
@@ -274,7 +276,9 @@ class _Sampler:
                 guidance_scale=settings.guidance_scale,
                 **negative_option(batch[0].negative_prompt),
             )
+            shape = len(batch), *model.latent_shape
+            checked(model, "samples", latents, shape, finite=False)
             # One at a time, so that the decoder's memory does not grow with the batch.
-            videos = torch.cat([model.decode_videos(one).cpu() for one in latents.split(1)])
+            videos = torch.cat([decoded(model, one).cpu() for one in latents.split(1)])
             check_finite(latents, videos, texts)
             yield videos

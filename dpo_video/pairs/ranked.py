@@ -13,6 +13,7 @@ from dpo_video.data.prompts import negative_option
 from dpo_video.data.segments import SECONDS, check_labels, split
 from dpo_video.errors import UserError
 from dpo_video.pairs._chosen import OWN_SAMPLE
+from dpo_video.registry.returned import decoded
 from dpo_video.strategies import Labeler, PairBuilder, VideoModel
 from dpo_video.types import Clip, Pair, Videos
 
@@ -69,7 +70,7 @@ class Ranked(PairBuilder):
             )
             for noise in noises
         ]
-        videos = torch.cat([model.decode_videos(one).cpu() for one in latents])
+        videos = torch.cat([decoded(model, one).cpu() for one in latents])
         scores = rank(videos, clip.caption, labeler, split(model.shape, self.seconds))
         order = sorted(range(self.samples), key=lambda sample: scores[sample], reverse=True)
         best, worst = order[0], order[-1]

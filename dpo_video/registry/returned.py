@@ -9,6 +9,8 @@ from torch import Tensor
 
 from dpo_video.errors import PluginError
 from dpo_video.registry.attribution import plugin_of
+from dpo_video.strategies import VideoModel
+from dpo_video.types import Latents, Videos
 
 
 def called(thing: object) -> str:
@@ -79,3 +81,17 @@ def checked(
     if fault := tensor_fault(value, shape, within=within, finite=finite, device=device):
         raise wrong(thing, f"returns {what} that {fault}")
     return value
+
+
+def decoded(model: VideoModel, latents: Latents) -> Videos:
+    """Decode scaled latents to pixels, on the model's device. Values may be nan or infinite.
+
+    Raises:
+        PluginError: if the videos do not have the model's shape, or finite pixels leave [0, 1].
+    """
+    videos = model.decode_videos(latents)
+    shape = len(latents), 3, model.shape.frames, model.shape.height, model.shape.width
+    checked(model, "videos", videos, shape, finite=False)
+    if videos.isfinite().all():
+        checked(model, "videos", videos, shape, within=(0, 1))
+    return videos

@@ -20,7 +20,7 @@ from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import TrainingError
 from dpo_video.extensions import Listener, ListenerFactory
 from dpo_video.registry import name_of
-from dpo_video.registry.returned import wrong
+from dpo_video.registry.returned import decoded, wrong
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import sync, writing
 from dpo_video.support.report import StepEvent
@@ -225,7 +225,7 @@ class ValidationVideos(Listener):
                 for index in range(self._count):
                     latents = self._latents(index, denoiser)
                     if main:
-                        video = model.decode_videos(latents)[0].cpu()
+                        video = decoded(model, latents)[0].cpu()
                         scale = max(1, 256 // model.shape.height)
                         path = self._folder(step) / f"{index:02d}.mp4"
                         write_video(path, video, model.shape.fps, scale)

@@ -19,6 +19,7 @@ from dpo_video.support.formatting import counted
 from dpo_video.text import command, label_command
 from dpo_video.training.checkpoint import Checkpoint
 from dpo_video.types import Remark
+from dpo_video.workflows import pair_versions
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import launched_worker
 from dpo_video.workflows.launcher import hidden, launcher_request, notes_on
@@ -107,7 +108,7 @@ def obtain_pairs(
         model: The model that builds them.
         folder: The pairs' folder if `exact`, else its parent.
         exact: Otherwise the pairs' folder is named after a hash of everything that the pairs depend
-            on, so that equal recipes share their pairs.
+            on but versions, so that equal recipes share their pairs.
         wait: Whether to wait for another process that is building these pairs.
         worker: The part of the pairs to build.
         progress: Receives the progress.
@@ -116,6 +117,7 @@ def obtain_pairs(
     Raises:
         BusyError: if another process is building these pairs.
         RunError: if a resumed run was trained on other pairs.
+        StoreError: if another version has built them, and `config` does not say what to do.
     """
     if config.pairs is None:
         assert config.pair_store is not None
@@ -135,14 +137,28 @@ def obtain_pairs(
     manifest = store_manifest(config, model, source.fingerprint)
     settings, total = config.build, wanted(config.build, source.count)
     if resumed is not None:
-        _check_recipe(config, manifest, resumed)
         total = resumed.manifest.fingerprint.count
         settings = settings.model_copy(update={"count": total})
     if not exact:
         names = "-".join(
             registry.short_name(config.tables[kind]["name"]) for kind in ("pairs", "backbone")
         )
-        folder /= f"{names}-{manifest.key}"
+        folder /= f"{names}-{manifest.recipe_key}"
+    chosen = pair_versions.choose(
+        folder,
+        manifest,
+        settings,
+        total,
+        exact=exact,
+        several=worker.count > 1,
+        trained_on=resumed.manifest.fingerprint.recipe if resumed is not None else "",
+        note=progress.note,
+    )
+    if isinstance(chosen, PairStore):
+        return chosen
+    folder = chosen
+    if resumed is not None:
+        _check_recipe(config, manifest, resumed)
     if (folder / "store.json").exists():
         store = PairStore(folder)
         finished = store.manifest.key == manifest.key and len(store) >= total

@@ -59,6 +59,8 @@ def compare(
     selection_seeds: Sequence[int] | None = None,
     out: Path | str = "runs/compare",
     device: str | None = None,
+    rebuild: bool | None = None,
+    accept_pairs: bool | None = None,
     progress: Progress = SILENT,
 ) -> Comparison:
     """Build, train and evaluate several entries with the same seeds and prompts.
@@ -91,6 +93,8 @@ def compare(
         out: The folder of all runs, with comparison.json, comparison.md, frontier.svg and
             index.html.
         device: As for training.
+        rebuild: As `build.rebuild`.
+        accept_pairs: As `build.accept_pairs`.
         progress: Receives the progress.
 
     Raises:
@@ -102,6 +106,8 @@ def compare(
     flags = {
         "train.steps": steps,
         "run.device": device,
+        "build.rebuild": rebuild,
+        "build.accept_pairs": accept_pairs,
         "evaluate.prompts": None if prompts is None else str(prompts),
         "evaluate.num_prompts": num_prompts,
         "evaluate.num_videos_per_prompt": num_videos_per_prompt,
@@ -243,12 +249,14 @@ def _other_settings(folder: Path) -> UserError:
 
 
 def _measured(tables: Tables) -> Tables:
-    """The tables without the thresholds of the verdict, and what a LoRA to start from brings."""
+    """The tables without what changes no measured value, and what a LoRA to start from brings."""
     evaluate = {k: v for k, v in tables.get("evaluate", {}).items() if k not in _JUDGING}
+    others = {"rebuild", "accept_pairs"}
+    build = {k: v for k, v in tables.get("build", {}).items() if k not in others}
     train, brought = tables.get("train", {}), {"rank", "alpha"}
     if "init_from" in train:
         train = {k: v for k, v in train.items() if k not in brought}
-    return {**tables, "evaluate": evaluate, "train": train}
+    return {**tables, "build": build, "evaluate": evaluate, "train": train}
 
 
 def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Evaluation:

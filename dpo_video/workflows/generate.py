@@ -21,6 +21,7 @@ from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.diffusion.sampling import check_finite
 from dpo_video.errors import UserError
 from dpo_video.evaluation.adapter import put_on
+from dpo_video.registry import returned
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import writing
 from dpo_video.support.claims import WRITER, claim
@@ -230,7 +231,8 @@ def _draw(
         guidance_scale=guidance_scale,
         **negative_option(row.negative_prompt),
     )
-    pixels = model.decode_videos(latents).cpu()
+    returned.checked(model, "samples", latents, (1, *model.latent_shape), finite=False)
+    pixels = returned.decoded(model, latents).cpu()
     check_finite(latents, pixels, [row.text])
     return pixels[0]
 

@@ -50,6 +50,10 @@ class BuildOptions(Options, total=False):
     seed: int | None
     count: int | None
     previews: bool | None
+    rebuild: bool | None
+    """Build pairs again that another version has built."""
+    accept_pairs: bool | None
+    """Use pairs that another version has built."""
 
 
 class TrainOptions(BuildOptions, total=False):

@@ -45,6 +45,8 @@ _FREE = {
     "run.device",
     "run.deterministic",
     "build.previews",
+    "build.rebuild",
+    "build.accept_pairs",
     "train.steps",
     "train.skips",
     "train.save_steps",

@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -46,6 +46,7 @@ from dpo_video.workflows import distributed
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.presets import Tables
 
+_OURS = "dpo-video"
 NUM_PROMPTS = 47  # of an evaluation, of the backbone's own
 
 
@@ -298,16 +299,16 @@ def store_manifest(config: Config, model: VideoModel, clips: str) -> Manifest:
     if config.memory.quantization != "native":  # it changes the model's samples
         tables["memory"] = {"quantization": config.memory.quantization}
     assert config.pairs is not None
-    number = config.pairs.pairs_version
-    version: dict[str, Any] = {"pairs_version": number} if number > 1 else {}
     used = (config.pairs, config.labeler, config.backbone)
-    if plugins := dict(filter(None, map(made_by, used))):
-        version["plugins"] = plugins
+    versions = {_OURS: version(_OURS), **dict(filter(None, map(made_by, used)))}
+    if (number := config.pairs.pairs_version) > 1:
+        versions[(made_by(config.pairs) or (_OURS,))[0]] += f", pairs version {number}"
     return Manifest(
-        recipe={**tables, **version, "seed": config.run.seed, "clips": clips},
+        recipe={**tables, "seed": config.run.seed, "clips": clips},
         identity=model.identity,
         latent_shape=model.latent_shape,
         fps=model.shape.fps,
+        versions=versions,
     )
 
 

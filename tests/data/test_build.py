@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,7 @@ from dpo_video.data.build import (
     in_order,
     preview,
 )
+from dpo_video.data.pair_check import context_fault
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.data.video import read_video
 from dpo_video.errors import PluginError, StoreError, UserError
@@ -279,3 +281,41 @@ def test_a_nonfinite_pair_is_neither_stored_nor_previewed(
                 EvaluateSettings(num_inference_steps=1),
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("videos", "sentence"),
+    [
+        (lambda right: right[:, :, :1], r"videos that has the shape \(1, 3, 1, 16, 16\)"),
+        (lambda right: 255 * right, r"videos that is not in \[0, 1\]"),
+        (lambda right: (255 * right).byte(), "videos that has the type uint8"),
+        (lambda right: None, "videos that is None, not a tensor"),
+    ],
+)
+def test_a_model_that_decodes_to_something_else_is_named(
+    small_model: AnimateDiffModel,
+    monkeypatch: pytest.MonkeyPatch,
+    videos: Callable[[Any], Any],
+    sentence: str,
+) -> None:
+    right = torch.full((1, 3, SHAPE.frames, SHAPE.height, SHAPE.width), 0.5)
+    monkeypatch.setattr(small_model, "decode_videos", lambda latents: videos(right))
+    monkeypatch.setattr(small_model, "sample", lambda *given, **options: latents)
+    latents = torch.zeros(1, *small_model.latent_shape)
+    settings = EvaluateSettings(num_inference_steps=1)
+    drawn = sample_videos(small_model, small_model.denoiser, [Prompt(text="a")], settings)
+    with pytest.raises(PluginError, match=rf"^The model AnimateDiffModel .* returns {sentence}"):
+        next(drawn)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "sentence"),
+    [
+        (torch.zeros(1, 2), "as a Tensor, not as tensors by name"),
+        ({"text": [0.0]}, "with 'text', a list and no tensor"),
+        ({"text": torch.zeros(2, 3)}, r"'text' of the shape \(2, 3\), without an axis of 1"),
+    ],
+)
+def test_an_encoded_prompt_that_is_none_is_named(encoded: object, sentence: str) -> None:
+    assert re.search(sentence, context_fault(encoded))
+    assert not context_fault({"text": torch.zeros(1, 2)})

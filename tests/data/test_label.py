@@ -15,7 +15,7 @@ from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.label import LabelSummary, StoreTask, label, recipe, summarize
 from dpo_video.data.labels import LabelSet, preferences
 from dpo_video.data.store import PairStore
-from dpo_video.errors import StoreError
+from dpo_video.errors import PluginError, StoreError
 from dpo_video.strategies import Labeler, LabelResult, LabelTask, ReasonedLabeler, StoreLabeler
 
 SECONDS = 2 / SHAPE.fps  # two frames a segment, so two segments
@@ -115,11 +115,37 @@ def test_a_store_labeler_labels_the_store_itself(
     label_set = open_label_set(store, small_model)
     assert list(label(store, small_model, Everything(), label_set)) == []
     again = LabelSet(store.folder, "mine")
-    assert again.raters == ["me"] == list(StoreTask(store, small_model, again).raters)
+    assert again.raters == ["me"] == list(StoreTask(store, small_model, again, Everything()).raters)
     assert {line.note for line in again.lines} == {f"prompt {i}" for i in range(COUNT)}
     assert all(line.time is not None for line in again.lines)
     list(label(store, small_model, Everything(), again))
     assert len(again.lines) == COUNT
+
+
+@pytest.mark.parametrize(
+    ("pair", "labels", "sentence"),
+    [
+        (9, [0.0, 0.0], "the pair 9, of 3 pairs"),
+        (0, [0.0], "1 labels for 2 segments"),
+        (0, [0.0, 2.0], "the label 2.0, which is no number in"),
+        (0, [0.0, float("nan")], "the label nan, which"),
+    ],
+)
+def test_a_store_labeler_that_records_something_else_is_named(
+    store: PairStore,
+    small_model: AnimateDiffModel,
+    pair: int,
+    labels: list[float],
+    sentence: str,
+) -> None:
+    class Wrong(StoreLabeler):
+        def label_store(self, work: LabelTask) -> None:
+            work.record(pair, labels)
+
+    label_set = open_label_set(store, small_model)
+    with pytest.raises(PluginError, match=rf"^The labeler Wrong of \S+ records .*{sentence}"):
+        list(label(store, small_model, Wrong(), label_set))
+    assert not LabelSet(store.folder, "mine").lines
 
 
 def test_pairs_of_another_model_are_refused(

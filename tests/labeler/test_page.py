@@ -92,7 +92,7 @@ def store(
 @pytest.fixture
 def task(store: PairStore, model: AnimateDiffModel, request: pytest.FixtureRequest) -> StoreTask:
     """The store with a new label set."""
-    return StoreTask(store, model, new_label_set(store, model, request.node.name))
+    return StoreTask(store, model, new_label_set(store, model, request.node.name), PageLabeler())
 
 
 def new_label_set(store: PairStore, model: AnimateDiffModel, name: str) -> LabelSet:

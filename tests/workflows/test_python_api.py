@@ -23,7 +23,7 @@ import dpo_video as dv
 from dpo_video import registry, settings
 from dpo_video.cli import app
 from dpo_video.data.store import PairStore
-from dpo_video.errors import UserError
+from dpo_video.errors import StoreError, UserError
 from dpo_video.registry import entry_points
 from dpo_video.strategies import Loss
 from dpo_video.support.report import StepEvent
@@ -519,13 +519,37 @@ def test_pairs_of_another_version_of_a_plugin_are_not_taken(
     install("dpo-speed", SPEED, "speed", "Speed", "pairs")
     build: dict[str, Any] = {"backbone": backbone, "prompt": "a", "count": 1, "device": "cpu"}
     store = dv.build_pairs("speed", out="made", **build)
-    (plugin,) = store.manifest.recipe["plugins"].items()
-    assert plugin[0] == "dpo-speed" and re.fullmatch(r"1\.0 \(source [0-9a-f]{12}\)", plugin[1])
+    versions = store.manifest.versions
+    assert versions["dpo-video"] == dv.__version__
+    assert re.fullmatch(r"1\.0 \(source [0-9a-f]{12}\)", versions["dpo-speed"])
     assert len(dv.build_pairs("speed", out="made", **build)) == 1
-    run = dv.train("speed", loss="global", out="runs/one", **build, **TRAIN)
-    assert run.versions["dpo-speed"] == plugin[1]
+    train: dict[str, Any] = {**build, **TRAIN, "loss": "global"}
+    run = dv.train("speed", out="runs/one", **{**train, "steps": 1})
+    assert run.versions["dpo-speed"] == versions["dpo-speed"]
     (tmp_path / "dpo_speed.py").write_text(SPEED + "# Another one.\n")
-    with pytest.raises(UserError, match=r"plugins\.dpo-speed: '1\.0 \(source .* before, '1\.0 \("):
+
+    told = (
+        r"by dpo-speed 1\.0 \(source \w+\), and dpo-speed 1\.0 \(source \w+\) is installed\. "
+        r"Build them again with --rebuild, or use them as they are with --accept-pairs\.$"
+    )
+    with pytest.raises(StoreError, match=told):
         dv.build_pairs("speed", out="made", **build)
-    dv.train("speed", loss="global", out="runs/two", **build, **TRAIN)
-    assert len(list((tmp_path / "runs" / "pairs").iterdir())) == 2
+    with pytest.raises(StoreError, match=told):
+        dv.train("speed", out="runs/two", **train)
+    progress = Kept()
+    dv.train("speed", out="runs/one", resume=True, progress=progress, **train)
+    assert any(note.startswith("Using the pairs of this run.") for note in progress.notes)
+
+    kept = dv.train("speed", out="runs/two", accept_pairs=True, **train)
+    assert "accept_pairs = true" in kept.toml
+    assert dv.build_pairs("speed", out="made", accept_pairs=True, **build).digest == store.digest
+    with pytest.raises(StoreError, match=r"They are 1 of 2, .* with --accept-pairs --count 1, or"):
+        dv.build_pairs("speed", out="made", accept_pairs=True, **{**build, "count": 2})
+    (folder,) = (tmp_path / "runs" / "pairs").iterdir()
+    again = dv.train("speed", out="runs/three", rebuild=True, **train)
+    assert "rebuild = true" in again.toml
+    assert {each.name for each in folder.parent.iterdir()} == {folder.name, f"{folder.name}-2"}
+    dv.train("speed", out="runs/four", **train)  # finds those of its version
+    rebuilt = dv.build_pairs("speed", out="made", rebuild=True, **build)
+    assert rebuilt.manifest.versions != versions
+    assert PairStore(tmp_path / "made-2").digest == store.digest
