@@ -388,6 +388,9 @@ class Loss(Strategy, ABC):
     """Whether it sees the reference's errors. If False, no reference is made or run."""
     reference_free: ClassVar[bool] = True
     """Whether it can compare the policy's own errors, with the reference `none`."""
+    sees_groups: ClassVar[bool] = False
+    """Whether it sees the samples that are ranked between the two videos of a pair
+    (`PairErrors.between`). They are not predicted otherwise."""
     linear_in_mean_error: ClassVar[bool] = False
     """Whether the loss depends on a video's errors by their mean only, so its gradient is the
     same for all of them. Such a loss can be trained with `memory.backward = linear`, which takes

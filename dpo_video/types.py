@@ -7,7 +7,7 @@ Axes: `b` pair, `c` latent channel, `f` latent frame, `h w` latent height and wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +145,12 @@ class Pair:
     context: Context | None = None
     """The encoded prompt with a leading axis of 1, if it came with the pair; None if the model has
     to encode `prompt`."""
+    between: Float[Tensor, "n c f h w"] | None = None
+    """Latents of further samples of the prompt, ranked between the chosen and the rejected video,
+    best first. Losses that see groups, such as `group`, compare them as well."""
+    ranks: Sequence[int] = ()
+    """With `between`: the ranks of the chosen video, of `between` and of the rejected video. 0 is
+    the best, and equal ranks are ties."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +164,9 @@ class PairBatch:
     strength: PerPair
     context: Context
     keys: Sequence[str]
+    between: Float[Tensor, "b n c f h w"] | None = None
+    """See `Pair`."""
+    ranks: Float[Tensor, "b m"] | None = None
 
     def to(self, device: torch.device) -> PairBatch:
         """The same batch on another device."""
@@ -173,7 +182,23 @@ class PairBatch:
             strength=change(self.strength),
             context={name: change(value) for name, value in self.context.items()},
             keys=self.keys,
+            between=None if self.between is None else change(self.between),
+            ranks=None if self.ranks is None else change(self.ranks),
         )
+
+    def as_pairs(self) -> PairBatch:
+        """The batch without the samples between the two of each pair."""
+        return replace(self, between=None, ranks=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupErrors:
+    """Squared errors on the samples that are ranked between the two videos of a pair."""
+
+    policy: Float[Tensor, "b n c f h w"]
+    reference: Float[Tensor, "b n c f h w"]
+    ranks: Float[Tensor, "b m"]
+    """Ranks of the chosen video, of these samples and of the rejected video: 0 is the best."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +230,16 @@ class PairErrors:
     progress: PerPair
     """Share of the run's optimizer steps that are done, from 0 to below 1; the same for all
     pairs."""
+    between: GroupErrors | None = None
+    """Only for a loss that sees groups (`Loss.sees_groups`), and pairs that are groups."""
+
+    def rows(self, rows: slice | Tensor) -> PairErrors:
+        """The errors of some of the pairs."""
+        parts = {name: value[rows] for name, value in vars(self).items() if name != "between"}
+        group = self.between
+        if group is not None:
+            parts["between"] = GroupErrors(**{k: v[rows] for k, v in vars(group).items()})
+        return PairErrors(**parts)
 
     @property
     def change_first(self) -> Latents:

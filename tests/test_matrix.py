@@ -71,7 +71,7 @@ WITHOUT_REGIONS = sorted(set(installed("pairs")) - {"local"})
 REFUSED = {(pairs, "region"): "have no regions" for pairs in WITHOUT_REGIONS}
 # Initial losses of the built-in losses.
 STARTS = {"ipo": 1.0, "hinge": 1.0, "kto": 0.5, "poly": math.log(2) + 0.5, **dict.fromkeys(
-    ("global", "segment", "robust", "dpop", "sdpo"), math.log(2)
+    ("global", "group", "segment", "robust", "dpop", "sdpo"), math.log(2)
 )}  # fmt: skip
 
 

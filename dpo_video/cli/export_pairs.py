@@ -21,7 +21,8 @@ def export_pairs(
     """Write pairs as the pair_00000.pt files that Video-DPO publishes, with their prompts.
 
     The format has a chosen and a rejected video only: ties are left out, labels that differ between
-    frames become their majority, and regions are lost. The command reports what was lost.
+    frames become their majority, and regions and the samples between of groups are lost. The
+    command reports what was lost.
     """
     from dpo_video.workflows.pairs import export_pairs
 
@@ -31,6 +32,7 @@ def export_pairs(
         (done.undecided, "left out: neither video is preferred"),
         (done.simplified, "written by the majority of their labels, which differ between frames"),
         (done.regions, "written without their region"),
+        (done.groups, "written without the samples between the best and the worst"),
     ):
         if count:
             say((str(count), WARNING), f" {what}")

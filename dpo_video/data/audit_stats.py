@@ -41,7 +41,8 @@ class PairSummary:
 
 def summarize(index: int, batch: PairBatch) -> PairSummary:
     """Summarize a batch of one pair."""
-    tensors = (batch.first, batch.second, batch.preference, batch.region, *batch.context.values())
+    tensors = (batch.first, batch.second, batch.preference, batch.region, *batch.context.values(),
+               *(() if batch.between is None else (batch.between,)))  # fmt: skip
     first, second, region = batch.first[0].float(), batch.second[0].float(), batch.region[0]
     scale = first.std().item()
     difference = first - second

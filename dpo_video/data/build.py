@@ -127,6 +127,7 @@ def _check_finite(pair: Pair, context: Mapping[str, Tensor], index: int) -> None
         "first video": pair.first,
         "second video": pair.second,
         "preference": pair.preference,
+        **({} if pair.between is None else {"ranked video": pair.between}),
         **{f"encoded prompt ({name})": value for name, value in context.items()},
     }
     for part, value in parts.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ def pair_fault(pair: object, model: VideoModel, *, finite: bool = True) -> str:
     for part, fault in faults.items():
         if fault:
             return f"returns a pair whose {part} {fault}"
+    if fault := _group_fault(pair, shape, finite=finite):
+        return f"returns a group {fault}"
     if pair.first.dtype != pair.second.dtype:
         return "returns a pair whose two videos have different types"
     if not ((pair.region == 0) | (pair.region == 1)).all():
@@ -68,4 +70,20 @@ def pair_fault(pair: object, model: VideoModel, *, finite: bool = True) -> str:
         return f"returns a pair whose weight is {pair.weight}, not above 0"
     if not (isinstance(pair.prompt, str) and isinstance(pair.source, str)):
         return "returns a pair whose prompt or source is no text"
+    return ""
+
+
+def _group_fault(pair: Pair, shape: Sequence[int], *, finite: bool) -> str:
+    """What is wrong with the samples between the two videos, as the end of a sentence."""
+    ranks, between = list(pair.ranks), pair.between
+    if between is None and not ranks:
+        return ""  # a pair
+    if between is None or len(ranks) < 3:
+        return "without samples between, or without a rank for each of its samples"
+    if fault := tensor_fault(between, (len(ranks) - 2, *shape), finite=finite, device="cpu"):
+        return f"whose between {fault}"
+    if between.dtype != pair.first.dtype:
+        return "whose samples have different types"
+    if not all(type(rank) is int and rank >= 0 for rank in ranks) or ranks != sorted(ranks):
+        return f"whose ranks are {ranks}, not numbers from 0 that never fall"
     return ""

@@ -41,6 +41,8 @@ class PairRecord:
     context_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{16})?$")] = ""
     """The same of the encoded prompt's."""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Ranks of the samples of a group (`Pair.ranks`); empty for a pair."""
 
     @property
     def key(self) -> str:
@@ -59,7 +61,8 @@ class PairRecord:
 
     def line(self) -> bytes:
         """The line in the file, without the line break."""
-        return _ONE.dump_json(self, exclude={"weight"} if self.weight == 1 else None)
+        usual = {"weight": 1.0, "ranks": ()}
+        return _ONE.dump_json(self, exclude={k for k, v in usual.items() if getattr(self, k) == v})
 
 
 BLOCK = 5000  # lines parsed at once; bounds pydantic's temporary memory

@@ -2,7 +2,7 @@
 
     store.json                  the manifest, checked before the pairs are used
     pairs.jsonl                 one line per pair, appended once its files are on the disk
-    latents/00000.safetensors   first, second, preference, region
+    latents/00000.safetensors   first, second, preference, region; of a group also between
     contexts/HASH.safetensors   an encoded prompt, shared by its pairs
     negative.safetensors        the model's encoded negative prompt, for validation videos
     previews/00000.mp4          first video, second video and region side by side
@@ -224,6 +224,8 @@ class PairStore:
                 return
             preview(self.preview(index))
             tensors = {name: vars(pair)[name] for name in PARTS}
+            if pair.between is not None:
+                tensors["between"] = pair.between
             name = _context_name(pair)
             encoded = f"contexts/{name}"
             context_file = self.folder / f"{encoded}.safetensors"
@@ -242,6 +244,7 @@ class PairStore:
                 latents_hash=_hash(tensors),
                 context_hash=_hash(context),
                 weight=pair.weight,
+                ranks=tuple(pair.ranks),
             )
             write_tensors(self.folder / f"{record.latents_file}.safetensors", tensors)
             append_line(self.folder / "pairs.jsonl", record.line())
@@ -290,12 +293,19 @@ class PairStore:
                 f"The prompts of the pairs {', '.join(str(record.index) for record in records)} in "
                 f"'{self.where}' are encoded in several ways. Delete it and build the pairs again."
             )
+        if len({len(record.ranks) for record in records}) > 1:
+            raise StoreError(
+                f"'{self.where}' holds groups of several sizes, which cannot be stacked. Set "
+                "train.batch_size=1."
+            )
+        ranks = [record.ranks for record in records]
         stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
         return PairBatch(
             **stacked,
             strength=torch.tensor([record.strength for record in records]),
             context={name: torch.cat([c[name] for c in contexts]) for name in contexts[0]},
             keys=[record.key for record in records],
+            ranks=torch.tensor(ranks).float() if ranks[0] else None,
         )
 
     def preference(self, index: int) -> Float[Tensor, " f"]:
@@ -337,6 +347,11 @@ class PairStore:
         """Whether the two videos of any pair are equal outside a region."""
         return any(record.region_share != 1 for record in self.records)
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether any pair has samples between its two videos."""
+        return any(record.ranks for record in self.records)
+
     def decided(self) -> list[int]:
         """Indices of the pairs that have a preference in any frame."""
         if self._preferences is None:  # no tensors, because there may be very many
@@ -375,6 +390,8 @@ class PairStore:
         shape = self.manifest.latent_shape
         expected = {"first": shape, "second": shape, "preference": shape[1:2],
                   "region": (1, *shape[1:])}  # fmt: skip
+        if record.ranks:
+            expected["between"] = (len(record.ranks) - 2, *shape)
         shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
         if shapes != expected or not all(part.is_floating_point() for part in found.values()):
             raise self._foreign(name, "a pair of this store")

@@ -48,6 +48,8 @@ class VideoDPOExport:
     """Written pairs whose labels differ between frames; the file has only the majority."""
     regions: int
     """Written pairs with a region, which the file cannot hold."""
+    groups: int
+    """Written pairs of groups; the file has only the best and the worst sample."""
 
 
 def read_videodpo_pair(path: Path) -> VideoDPOPair:
@@ -153,7 +155,7 @@ def _embeds(store: PairStore, batch: PairBatch) -> Tensor:
 
 
 def _write_all(store: PairStore, folder: Path) -> VideoDPOExport:
-    written = undecided = simplified = regions = 0
+    written = undecided = simplified = regions = groups = 0
     for index, record in enumerate(store.records):
         batch = store.batch([index])
         label = batch.preference[0].sum().sign()
@@ -171,6 +173,7 @@ def _write_all(store: PairStore, folder: Path) -> VideoDPOExport:
         written += 1
         simplified += bool((batch.preference[0] != batch.preference[0, 0]).any())
         regions += bool((batch.region == 0).any())
+        groups += bool(record.ranks)
     return VideoDPOExport(
-        written=written, undecided=undecided, simplified=simplified, regions=regions
+        written=written, undecided=undecided, simplified=simplified, regions=regions, groups=groups
     )

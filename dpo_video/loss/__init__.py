@@ -10,6 +10,7 @@ from dpo_video.registry.lazy import lazy
 if TYPE_CHECKING:
     from dpo_video.loss.dpop import DPOP as DPOP
     from dpo_video.loss.global_ import Global as Global
+    from dpo_video.loss.group import Group as Group
     from dpo_video.loss.hinge import Hinge as Hinge
     from dpo_video.loss.ipo import IPO as IPO
     from dpo_video.loss.kto import KTO as KTO

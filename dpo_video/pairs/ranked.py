@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import torch
 from pydantic import Field
@@ -36,6 +36,9 @@ class Ranked(PairBuilder):
 
     samples: int = Field(default=4, ge=2)
     """Samples per prompt; n samples take n (n - 1) / 2 comparisons."""
+    keep: Literal["ends", "all"] = "ends"
+    """ends: keep the best and the worst sample. all: keep every sample with its rank, for the loss
+    `group`; all other losses compare the best with the worst."""
     num_inference_steps: int | None = Field(default=None, ge=1)
     """Sampling steps; the backbone's default if unset."""
     guidance_scale: float | None = Field(default=None, ge=0)
@@ -51,7 +54,7 @@ class Ranked(PairBuilder):
     def __call__(
         self, clip: Clip, model: VideoModel, labeler: Labeler | None, generator: Generator
     ) -> Pair:
-        """Draw samples, compare them by the labeler, and keep the best and the worst."""
+        """Draw samples, compare them by the labeler, and keep the best and the worst, or all."""
         if labeler is None:
             raise UserError(
                 "Pairs of kind 'ranked' need a labeler. Choose one with --labeler NAME (see "
@@ -76,6 +79,8 @@ class Ranked(PairBuilder):
         best, worst = order[0], order[-1]
         first, second = latents[best][0].cpu(), latents[worst][0].cpu()
         decided = scores[best] != scores[worst]
+        levels = sorted(set(scores), reverse=True)
+        group = self.keep == "all" and self.samples > 2
         return Pair(
             first=first,
             second=second,
@@ -83,6 +88,8 @@ class Ranked(PairBuilder):
             region=torch.ones(1, *first.shape[1:]),
             prompt=clip.caption,
             source=OWN_SAMPLE,
+            between=torch.cat([latents[n].cpu() for n in order[1:-1]]) if group else None,
+            ranks=[levels.index(scores[n]) for n in order] if group else (),
         )
 
 

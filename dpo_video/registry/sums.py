@@ -65,5 +65,6 @@ def sum_of(name: str) -> type[Sum]:
     made.compares = any(cls.compares for cls in classes.values())
     made.needs_reference = any(cls.needs_reference for cls in classes.values())
     made.reference_free = all(cls.reference_free for cls in classes.values())
+    made.sees_groups = any(cls.sees_groups for cls in classes.values())
     made.linear_in_mean_error = all(cls.linear_in_mean_error for cls in classes.values())
     return made

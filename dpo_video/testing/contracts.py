@@ -40,7 +40,7 @@ from dpo_video.testing.inputs import (
 from dpo_video.testing.laws import close, contract, law, pure, same
 from dpo_video.tiny.scenes import spread_captions
 from dpo_video.training.objective import figures
-from dpo_video.types import Clip, LossOutput, Pair, PairErrors
+from dpo_video.types import Clip, GroupErrors, LossOutput, Pair, PairErrors
 
 
 @contract
@@ -114,7 +114,7 @@ def check_loss(loss: Loss) -> None:
         loss.compares or not loss.needs_reference,
         f"{name} declares compares False, so that no reference is run. Set needs_reference False.",
     )
-    with pure(name, *vars(errors).values()):
+    with pure(name, *(each for each in vars(errors).values() if each is not None)):
         output, again = loss(errors), loss(errors)
     law(
         isinstance(output, LossOutput),
@@ -159,6 +159,38 @@ def check_loss(loss: Loss) -> None:
         )
     _check_gradients(loss, errors)
     _check_margin(loss, errors)
+    if loss.sees_groups:
+        _check_group(loss, errors)
+
+
+def _check_group(loss: Loss, errors: PairErrors) -> None:
+    """Check a loss on groups: it depends on the samples between, and on each group alone."""
+    name, count = type(loss).__name__, len(PREFERENCES)
+    more = random_errors(seed=1, pairs=2 * count, change=SMALL_CHANGE)
+    shape = (count, 2, *more.policy_first.shape[1:])
+    groups = replace(
+        errors,
+        between=GroupErrors(
+            policy=more.policy_first.view(shape).requires_grad_(),
+            reference=more.reference_first.view(shape),
+            ranks=torch.tensor([[0.0, 1, 2, 3]]).expand(count, -1),
+        ),
+    )
+    output = loss(groups)
+    alone = [loss(one_of(groups, i)).loss for i in range(count)]
+    law(
+        close(torch.cat(alone), output.loss),
+        f"{name}'s loss of a group depends on the other groups of its batch.",
+    )
+    assert groups.between is not None
+    (gradient,) = torch.autograd.grad(
+        output.loss.sum(), groups.between.policy, materialize_grads=True
+    )
+    reached = (gradient != 0).flatten(2).any(dim=2)
+    law(
+        reached.all() and gradient.isfinite().all(),
+        f"{name} declares sees_groups, but no finite gradient reaches some sample of a group.",
+    )
 
 
 def _check_margin(loss: Loss, errors: PairErrors) -> None:
@@ -202,7 +234,7 @@ def _check_margin(loss: Loss, errors: PairErrors) -> None:
 
 def _check_gradients(loss: Loss, errors: PairErrors) -> None:
     name = type(loss).__name__
-    decided = PairErrors(**{k: v[errors.label != 0] for k, v in vars(errors).items()})
+    decided = errors.rows(errors.label != 0)
     policy = [
         value.clone().requires_grad_() for value in (decided.policy_first, decided.policy_second)
     ]

@@ -77,7 +77,7 @@ def swapped(errors: PairErrors) -> PairErrors:
 
 def one_of(errors: PairErrors, index: int) -> PairErrors:
     """The errors of one pair, as a batch of size 1."""
-    return PairErrors(**{k: v[index : index + 1] for k, v in vars(errors).items()})
+    return errors.rows(slice(index, index + 1))
 
 
 def small_videos(

@@ -14,6 +14,7 @@ from dpo_video.registry.returned import checked, wrong
 from dpo_video.strategies import Loss, ReferenceModel, VideoModel
 from dpo_video.types import (
     Context,
+    GroupErrors,
     Latents,
     LossOutput,
     PairBatch,
@@ -24,7 +25,10 @@ from dpo_video.types import (
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """Inputs of both networks: the first videos of all pairs, then their second ones."""
+    """Inputs of both networks: the first videos of all pairs, then their second ones.
+
+    Then, for groups, the best of the samples between of all of them, then the next ones, and so on.
+    """
 
     noisy: Latents
     timestep: PerPair
@@ -43,13 +47,14 @@ class Inputs:
 
 
 def noised(model: VideoModel, batch: PairBatch, noise: Latents, timestep: PerPair) -> Inputs:
-    """Both videos of a pair at the same noise and the same timestep (Diffusion-DPO, Sec. 4)."""
-    clean = torch.cat([batch.first, batch.second])
-    noise, timestep = noise.repeat(2, 1, 1, 1, 1), timestep.repeat(2)
+    """All videos of a pair at the same noise and the same timestep (Diffusion-DPO, Sec. 4)."""
+    between = () if batch.between is None else batch.between.unbind(dim=1)
+    clean, videos = torch.cat([batch.first, batch.second, *between]), 2 + len(between)
+    noise, timestep = noise.repeat(videos, 1, 1, 1, 1), timestep.repeat(videos)
     return Inputs(
         noisy=model.add_noise(clean, noise, timestep),
         timestep=timestep,
-        context={name: torch.cat([value, value]) for name, value in batch.context.items()},
+        context={name: torch.cat([value] * videos) for name, value in batch.context.items()},
         target=model.target(clean, noise, timestep),
     )
 
@@ -133,21 +138,37 @@ def pair_errors(
         prediction = _pair_by_pair(model, policy, inputs)
     else:
         prediction = predicted(model, policy, inputs)
-    first, second = signed_errors(prediction, inputs).chunk(2)
+    videos = len(inputs.timestep) // len(timestep)
+    signed = signed_errors(prediction, inputs).chunk(videos)
     if reference_prediction is None:
-        reference_first = reference_second = no_errors(first)
+        of_reference = (no_errors(signed[0]),) * videos
     else:
-        reference_first, reference_second = signed_errors(reference_prediction, inputs).chunk(2)
+        of_reference = signed_errors(reference_prediction, inputs).chunk(videos)
+    squared, reference = ([each.square() for each in part] for part in (signed, of_reference))
     return PairErrors(
-        policy_first=first.square(),
-        policy_second=second.square(),
-        reference_first=reference_first.square(),
-        reference_second=reference_second.square(),
-        policy_product=(first * second).detach(),
+        policy_first=squared[0],
+        policy_second=squared[1],
+        reference_first=reference[0],
+        reference_second=reference[1],
+        policy_product=(signed[0] * signed[1]).detach(),
+        between=group_errors(batch, squared[2:], reference[2:]),
         preference=batch.preference,
         region=batch.region,
         strength=batch.strength,
         **seen_by_losses(model, timestep, progress),
+    )
+
+
+def group_errors(
+    batch: PairBatch, policy: Sequence[Latents], reference: Sequence[Latents]
+) -> GroupErrors | None:
+    """The errors on the samples between of groups, one tensor for each; None for pairs."""
+    if batch.ranks is None:
+        return None
+    return GroupErrors(
+        policy=torch.stack([*policy], dim=1),
+        reference=torch.stack([*reference], dim=1),
+        ranks=batch.ranks,
     )
 
 
@@ -180,6 +201,7 @@ def chosen_errors(
         reference_first=none,
         reference_second=none,
         policy_product=none,
+        between=None,
         preference=batch.preference,
         region=batch.region,
         strength=batch.strength,
@@ -272,11 +294,18 @@ def figures(loss: Loss, errors: PairErrors) -> PairFigures:
             chosen_change=output.chosen_change.detach(),
             rejected_change=none,
         )
+    between = errors.between
+    if between is not None:
+        errors = replace(errors, between=replace(between, policy=between.policy.detach()))
+        between = replace(between, policy=between.reference)
     output, slope = _slope(loss, errors)
-    _, initial = _slope(
-        loss,
-        replace(errors, policy_first=errors.reference_first, policy_second=errors.reference_second),
+    equal = replace(
+        errors,
+        policy_first=errors.reference_first,
+        policy_second=errors.reference_second,
+        between=between,
     )
+    _, initial = _slope(loss, equal)
     pushes = initial != 0  # an even pair has no slope: it stays at its initial factor
     return PairFigures(
         loss=output.loss.detach(),

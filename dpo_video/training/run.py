@@ -198,6 +198,14 @@ def train(
         )
         before = [each for each in read_log(out) if each.step <= run.state.step]
         run.seconds = before[-1].seconds if before else 0.0
+    if (
+        loss.sees_groups and store.has_groups and reference_model is not None
+        and reference_model.noise_draws is not None
+    ):  # fmt: skip
+        raise TrainingError(
+            "The reference's cache holds predictions of two videos, and this loss compares whole "
+            "groups. Choose another reference: --reference toggle"
+        )
     cache = None
     noise_draws = None if reference_model is None else reference_model.noise_draws
     if noise_draws is not None:

@@ -71,6 +71,11 @@ def trainable_pairs(
             "everywhere. Train them with --loss global, or build pairs that have regions "
             "(--pairs local)."
         )
+    if loss.sees_groups and store.has_groups and store.labels_digest:
+        raise TrainingError(
+            "Labels judge two videos, and this loss compares whole groups by the ranking that they "
+            "were built with. Leave --labels out, or train with --loss global."
+        )
     decided = store.decided()
     segments = [part for part in latent_parts(model, split(model.shape)) if part.start < part.stop]
     pairs = [
@@ -233,6 +238,8 @@ class PairSampler:
 
     def _load(self, draws: Sequence[PairDraw]) -> StepInputs:
         batch = self._store.batch([draw.pair for draw in draws])
+        if not self._loss.sees_groups:
+            batch = batch.as_pairs()
         noises, timesteps = [], []
         for draw in draws:
             source = generator(self._seed, "draw", draw.pair, draw.draw)

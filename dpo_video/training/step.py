@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
@@ -21,6 +21,7 @@ from dpo_video.training.objective import (
     PairFigures,
     chosen_errors,
     figures,
+    group_errors,
     loss_of,
     no_errors,
     noised,
@@ -112,21 +113,22 @@ class Step:
                 errors = self._joint(mine, noise[rows], timestep[rows], None, scale, progress)
                 parts.append(figures(self.loss, errors))
                 continue
-            both = noised(self.model, mine, noise[rows], timestep[rows])
-            inputs = both.only([0]), both.only([1])
+            all_videos = noised(self.model, mine, noise[rows], timestep[rows])
+            inputs = [all_videos.only([video]) for video in range(len(all_videos.timestep))]
             if self.reference_model is None:
-                reference = no_errors(inputs[0].target), no_errors(inputs[1].target)
+                reference = [no_errors(each.target) for each in inputs]
             else:
                 if reference_prediction is None:
-                    predicted = self._reference(inputs[0]), self._reference(inputs[1])
+                    predicted = [self._reference(each) for each in inputs]
                 else:
-                    predicted = (
+                    predicted = [
                         reference_prediction[rows],
                         reference_prediction[count + pair : count + pair + 1],
-                    )
-                reference = (
-                    signed_errors(predicted[0], inputs[0]), signed_errors(predicted[1], inputs[1])
-                )  # fmt: skip
+                    ]
+                reference = [
+                    signed_errors(prediction, each)
+                    for prediction, each in zip(predicted, inputs, strict=True)
+                ]
             seen = seen_by_losses(self.model, timestep[rows], progress)
             parts.append(one_pair(_Pair(mine, inputs, reference, seen, scale)))
         return PairFigures.cat(parts).weighted(weight)
@@ -197,31 +199,34 @@ class Step:
         return errors
 
     def _split(self, pair: _Pair) -> PairFigures:
-        """The first video's errors without a graph, then each video's with one, in turn.
+        """The errors without a graph, then each video's with one, in turn.
 
-        `d loss / d errors` needs the errors of both videos, but not their graphs.
+        `d loss / d errors` needs the errors of all videos, but not their graphs. The second
+        video's are computed once, with its graph.
         """
+        first, _, *between = pair.inputs
         with without_graph(self.policy):
-            first = self._signed(pair.inputs[0]).detach()
+            others = [self._signed(inputs).detach() for inputs in (first, *between)]
         second = self._signed(pair.inputs[1])
-        errors, slopes = pair.slopes(self.loss, first, second.detach())
+        errors, slopes = pair.slopes(self.loss, [others[0], second.detach(), *others[1:]])
         self.backward((second.square() * slopes[1]).sum())
         del second
-        first = self._signed(pair.inputs[0])
-        self.backward((first.square() * slopes[0]).sum())
-        del first
+        for video in (0, *range(2, len(pair.inputs))):
+            signed = self._signed(pair.inputs[video])
+            self.backward((signed.square() * slopes[video]).sum())
+            del signed
         return figures(self.loss, errors)
 
     def _linear(self, pair: _Pair) -> PairFigures:
         """Each video's gradient times an estimate of the loss's slope, corrected at the end.
 
-        For a loss whose slope is one number per video, `grad loss = slope_1 grad mean(errors_1) +
-        slope_2 grad mean(errors_2)`. The estimate is the slope of a policy that equals its
+        For a loss whose slope is one number per video, `grad loss` is the sum over the videos of
+        `slope grad mean(errors)`. The estimate is the slope of a policy that equals its
         reference: it keeps half-precision gradients as large as they are in the other modes.
         """
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         before = _take_gradients(parameters)
-        _, untrained = pair.slopes(self.loss, *pair.reference)
+        _, untrained = pair.slopes(self.loss, pair.reference)
         signed, gradients, estimates = [], [], []
         for inputs, slope in zip(pair.inputs, untrained, strict=True):
             estimate = slope.sum()
@@ -232,7 +237,7 @@ class Step:
             del error
             estimates.append(estimate)
             gradients.append(_take_gradients(parameters))
-        errors, slopes = pair.slopes(self.loss, signed[0], signed[1])
+        errors, slopes = pair.slopes(self.loss, signed)
         if any(not _constant(slope) for slope in slopes if slope.isfinite().all()):
             raise TrainingError(
                 f"{type(self.loss).__name__} declares linear_in_mean_error, but its gradient "
@@ -241,10 +246,10 @@ class Step:
         factors = [
             slope.sum() / estimate for slope, estimate in zip(slopes, estimates, strict=True)
         ]
-        for parameter, kept, first, second in zip(parameters, before, *gradients, strict=True):
+        for parameter, kept, *found in zip(parameters, before, *gradients, strict=True):
             parts = [
                 gradient * factor
-                for gradient, factor in zip((first, second), factors, strict=True)
+                for gradient, factor in zip(found, factors, strict=True)
                 if gradient is not None
             ]
             total = sum(parts[1:], start=parts[0]) if parts else None
@@ -254,11 +259,11 @@ class Step:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One pair, its two videos separately."""
+    """One pair or group, its videos separately: first, second, and those between."""
 
     batch: PairBatch
-    inputs: tuple[Inputs, Inputs]
-    reference: tuple[Latents, Latents]
+    inputs: Sequence[Inputs]
+    reference: Sequence[Latents]
     """The signed errors of the reference."""
     seen: dict[str, PerPair]
     """At which timestep, and when in the run, the errors are made."""
@@ -266,26 +271,27 @@ class _Pair:
     """Weight of the pair in its optimizer step."""
 
     def slopes(
-        self, loss: Loss, first: Latents, second: Latents
-    ) -> tuple[PairErrors, tuple[Tensor, Tensor]]:
-        """The policy's squared errors, and the loss's gradient on them."""
+        self, loss: Loss, signed: Sequence[Latents]
+    ) -> tuple[PairErrors, tuple[Tensor, ...]]:
+        """The policy's squared errors from its signed ones, and the loss's gradient on them."""
+        policy = [each.square().requires_grad_() for each in signed]
+        reference = [each.square() for each in self.reference]
         errors = PairErrors(
-            policy_first=first.square().requires_grad_(),
-            policy_second=second.square().requires_grad_(),
-            reference_first=self.reference[0].square(),
-            reference_second=self.reference[1].square(),
-            policy_product=first * second,
+            policy_first=policy[0],
+            policy_second=policy[1],
+            reference_first=reference[0],
+            reference_second=reference[1],
+            policy_product=signed[0] * signed[1],
+            between=group_errors(self.batch, policy[2:], reference[2:]),
             preference=self.batch.preference,
             region=self.batch.region,
             strength=self.batch.strength,
             **self.seen,
         )
-        of_first, of_second = torch.autograd.grad(
-            (loss_of(loss, errors).loss * self.loss_scale).mean(),
-            (errors.policy_first, errors.policy_second),
-            materialize_grads=True,
+        slopes = torch.autograd.grad(
+            (loss_of(loss, errors).loss * self.loss_scale).mean(), policy, materialize_grads=True
         )
-        return errors, (of_first, of_second)
+        return errors, slopes
 
 
 def _constant(values: Tensor) -> bool:
@@ -310,4 +316,6 @@ def _only(batch: PairBatch, rows: slice) -> PairBatch:
         strength=batch.strength[rows],
         context={name: value[rows] for name, value in batch.context.items()},
         keys=batch.keys[rows],
+        between=None if batch.between is None else batch.between[rows],
+        ranks=None if batch.ranks is None else batch.ranks[rows],
     )

@@ -71,6 +71,13 @@ def estimate(
     config = configure("train", options, pairs)
     for note in config.notes:
         progress.note(note)
+    if config.loss.sees_groups:
+        progress.note(
+            "The step is predicted for pairs. On groups of n samples joint backward passes hold n "
+            "/ 2 times the activations; memory.backward=split and linear hold those of one video "
+            "and need n / 2 times the time.",
+            warning=True,
+        )
     card = find_tier(tier) if tier else None
     config = with_starting_rank(config)
     traces = TraceCache()

@@ -43,7 +43,8 @@ def next_step(store: PairStore, *options: str) -> str:
     if not (options or store.decided()):
         return f"Label them, then train with --labels: {label_command(store.folder)}"
     where = f"{store.folder}/" if store.local else store.where
-    loss = () if store.has_regions else ("--loss", "global")
+    suited = "group" if store.has_groups else "global"
+    loss = () if store.has_regions else ("--loss", suited)
     return f"Train on them: {command('train', '--pairs', where, *loss, *options)}"
 
 
@@ -119,7 +120,8 @@ def export_pairs(
     """Write pairs as the pair_00000.pt files that Video-DPO publishes, with their prompts.
 
     The format has a chosen and a rejected video only: ties are left out, labels that differ between
-    frames become their majority, and regions are lost. The result counts them.
+    frames become their majority, and regions and the samples between of groups are lost. The result
+    counts them.
 
     Args:
         pairs: The pairs, or their folder or URL.

@@ -424,6 +424,11 @@ def _left_out(
         TrainingError: if the loss needs a preferred video, and no pair has one.
     """
     notes, decided = [], store.decided()
+    if loss.sees_groups and not store.has_groups:
+        notes.append(
+            "These are pairs and no groups, so this loss compares two videos each. Groups are "
+            "built by --pairs ranked --set pairs.keep=all."
+        )
     if left_out := len(decided) - len(pairs):
         notes.append(
             f"{left_out} of {len(store)} pairs are left out: they prefer a video in no more than "

@@ -143,11 +143,13 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> PairStore:
-    """Three pairs: the first video chosen, a tie, the second chosen."""
+    """Three pairs: the first video chosen, a tie, the second chosen; the last is a group."""
     store = PairStore.create(tmp_path / "pairs", MANIFEST)
     ones, whole = torch.ones(4), torch.ones(1, 4, 3, 3)
     for seed, preference in enumerate((ones, 0 * ones, torch.tensor([1.0, -1, -1, 0]))):
         pair = replace(random_pair(seed, f"prompt {seed}"), preference=preference)
+        if seed == 2:
+            pair = replace(pair, between=random_pair(3).first[None], ranks=(0, 1, 2))
         store.append(
             replace(pair, region=whole) if seed else pair, {"prompt_embeds": EMBEDS + seed}
         )
@@ -157,6 +159,7 @@ def store(tmp_path: Path) -> PairStore:
 def test_chosen_videos_come_first_and_ties_are_left_out(store: PairStore, tmp_path: Path) -> None:
     done = export_videodpo(store, tmp_path / "out")
     assert (done.written, done.undecided, done.simplified, done.regions) == (2, 1, 1, 1)
+    assert done.groups == 1
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["pair_00000.pt", "pair_00000.txt", "pair_00001.pt", "pair_00001.txt"]
     for number, (seed, chosen, rejected) in enumerate(

@@ -95,13 +95,14 @@ def test_weighted_pairs_are_the_mean_over_all_decided_frames() -> None:
 
 def test_one_labelled_frame_is_the_global_loss_of_that_frame() -> None:
     errors = replace(random_errors(change=1e-2), preference=torch.tensor([[0.0, 0, -1, 0]] * 3))
+    elements = {name: value for name, value in vars(errors).items() if value is not None}
     alone = PairErrors(
         **{
             name: value[:, 2:3] if name == "preference" else value[:, :, 2:3]
-            for name, value in vars(errors).items()
+            for name, value in elements.items()
             if value.ndim > 1
         },
-        **{name: value for name, value in vars(errors).items() if value.ndim == 1},
+        **{name: value for name, value in elements.items() if value.ndim == 1},
     )
     options = {"beta": 250.0, "sft_weight": 0.1}
     torch.testing.assert_close(Segment(**options)(errors).loss, Global(**options)(alone).loss)
