@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import SHAPE, Said
 
+from dpo_video import registry
 from dpo_video.data.video_writer import write_video
 from dpo_video.registry import entry_points as entries
 from dpo_video.testing import small_videos
@@ -78,8 +80,10 @@ def on_path(installed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     entries.forget()
 
 
-def test_there_is_one_of_several_kinds() -> None:
-    assert {"dpo-video-focal", "dpo-video-wavelet", "dpo-video-shuffle"} <= set(NAMES)
+def test_there_is_one_of_every_kind() -> None:
+    projects = [tomllib.loads((PLUGINS / name / "pyproject.toml").read_text()) for name in NAMES]
+    groups = [group for each in projects for group in each["project"]["entry-points"]]
+    assert sorted(groups) == sorted(f"dpo_video.{kind}" for kind in registry.KINDS)
 
 
 def test_it_is_listed_and_shown_like_our_own(installed: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,21 +67,21 @@ def tensor_fault(
 def checked(
     thing: object,
     what: str,
-    value: Tensor,
+    value: Any,
     shape: Sequence[int],
     *,
     within: tuple[float, float] | None = None,
     finite: bool = True,
     device: str = "",
 ) -> Tensor:
-    """A returned tensor; arguments as for `tensor_fault`.
+    """A returned value that is a tensor as it must be; arguments as for `tensor_fault`.
 
     Raises:
         PluginError: names the strategy and what is wrong.
     """
     if fault := tensor_fault(value, shape, within=within, finite=finite, device=device):
         raise wrong(thing, f"returns {what} that {fault}")
-    return value
+    return cast(Tensor, value)
 
 
 def decoded(model: VideoModel, latents: Latents) -> Videos:

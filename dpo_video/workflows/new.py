@@ -37,7 +37,7 @@ def new_plugin(kind: str, name: str, out: Path | str | None = None) -> Path:
 
     Args:
         kind: The kind of the strategy.
-        name: Its name on the command line, such as `my-loss`.
+        name: Its name on the command line, such as `my-loss` or `MyLoss`.
         out: The folder; `dpo-video-NAME` by default.
 
     Returns:
@@ -47,14 +47,15 @@ def new_plugin(kind: str, name: str, out: Path | str | None = None) -> Path:
         UserError: for a kind or name that is none, a name that is taken, or a folder that exists.
     """
     registry.check_kind(kind)
-    if not re.fullmatch(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([_-][A-Za-z0-9]+)*", name) or (
+        keyword.iskeyword(name)
+    ):
         raise UserError(
-            f"'{name}' cannot name a strategy. Use lower-case letters, digits, '-' and '_', such "
-            "as my-loss."
+            f"'{name}' cannot name a strategy. Use letters, digits, '-' and '_', such as my-loss."
         )
     if registry.is_installed(kind, name):
         raise UserError(f"There is a {kind} '{name}' already. Choose another name.")
-    package = f"{PREFIX}{name.replace('_', '-')}"
+    package = f"{PREFIX}{name.replace('_', '-').lower()}"
     folder = Path(out) if out is not None else Path(package)
     if folder.exists():
         raise UserError(f"'{folder}' exists already. Name another folder with --out.")
@@ -64,7 +65,7 @@ def new_plugin(kind: str, name: str, out: Path | str | None = None) -> Path:
         "name": name,
         "package": package,
         "module": module,
-        "cls": "".join(part.capitalize() for part in re.split(r"[_-]", name)),
+        "cls": "".join(part[:1].upper() + part[1:] for part in re.split(r"[_-]", name)),
         "version": version("dpo-video"),
         "example": command(*(part.format(name=name) for part in _EXAMPLES[kind])),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from dpo_video.cli import app
 from dpo_video.errors import PluginError, UserError
 from dpo_video.pairs._masks import RegionOptions
 from dpo_video.registry import entry_points as entries
+from dpo_video.workflows.config import resolve
 
 SOUND = '''
 from dpo_video.loss.global_ import Global
@@ -115,6 +117,33 @@ def test_a_built_in_strategy_wins_over_a_plugins(install: Install) -> None:
     assert registry.name_of(registry.load("loss", "dpo-three:region")()) == "dpo-three:region"
     result = CliRunner().invoke(app, ["list", "loss"], env={"COLUMNS": "200"})
     assert "(hidden by the built-in; choose it as dpo-three:region)" in result.output
+
+
+def test_two_packages_with_a_built_in_name_change_nothing_but_a_line_in_list(
+    install: Install,
+) -> None:
+    def told(*command: str) -> list[str]:
+        return CliRunner().invoke(app, [*command], env={"COLUMNS": "200"}).output.splitlines()
+
+    commands = [("list", "loss"), ("show", "loss", "region"), ("config", "--loss", "region")]
+    before = [told(*command) for command in commands]
+    for package in ("dpo-one", "dpo-two"):
+        install(package, SOUND, "region", "Sound")
+    listed, *others = [told(*command) for command in commands]
+    assert others == before[1:]
+    added = [line for line in listed if line not in before[0]]
+    assert [line.split()[-2] for line in added] == ["dpo-one", "dpo-two"]
+    assert [line for line in listed if line not in added] == before[0]
+
+
+def test_a_name_keeps_its_case(install: Install) -> None:
+    install("dpo-mine", SOUND, "MyLoss", "Sound")
+    assert "MyLoss" in [listing.name for listing in registry.listings("loss")]
+    config = resolve(choices={"loss": "MyLoss"})
+    assert tomllib.loads(config.toml())["loss"]["name"] == "MyLoss"
+    assert registry.name_of(config.loss) == "MyLoss"
+    with pytest.raises(UserError, match=r"Unknown loss 'myloss'\. Did you mean 'MyLoss'"):
+        registry.load("loss", "myloss")
 
 
 @pytest.mark.parametrize(
