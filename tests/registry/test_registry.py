@@ -132,7 +132,7 @@ def test_two_packages_with_a_built_in_name_change_nothing_but_a_line_in_list(
     listed, *others = [told(*command) for command in commands]
     assert others == before[1:]
     added = [line for line in listed if line not in before[0]]
-    assert [line.split()[-2] for line in added] == ["dpo-one", "dpo-two"]
+    assert sorted(line.split()[-2] for line in added) == ["dpo-one", "dpo-two"]
     assert [line for line in listed if line not in added] == before[0]
 
 

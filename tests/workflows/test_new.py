@@ -77,7 +77,9 @@ def test_packages_of_all_kinds_mix_and_a_run_outlives_them(
     install("dpo-strided", STRIDED, "strided", "Strided", "backbone")
     assert not doctor().faults
     mine: dict[str, Any] = {
-        "loss": "my-loss", "reference": "my-reference", "metrics": ["my-metric"], **RUN,
+        **{kind: f"my-{kind}" for kind in ("loss", "reference", "timesteps", "optimizer",
+                                           "schedule")},
+        "listeners": ["my-listener"], "metrics": ["my-metric"], **RUN,
     }  # fmt: skip
 
     runs = [dv.train("my-pairs", backbone="tiny", out="runs/tiny", **mine)]
