@@ -22,6 +22,7 @@ import benchmarks.bench
 from dpo_video import registry
 from dpo_video.cli import app
 from dpo_video.estimation.tiers import tiers
+from dpo_video.registry.commands import load_command
 from dpo_video.workflows import config
 from dpo_video.workflows.recipes import recipe_names
 
@@ -126,7 +127,7 @@ def check_strategy(kind: str, name: str) -> None:
 def test_every_command_parses(document: str, line: str) -> None:
     name, *arguments = shlex.split(line)
     group = typer.main.get_command(app)
-    command = group.commands[name]  # type: ignore[attr-defined]
+    command = group.commands.get(name) or load_command(name)  # type: ignore[attr-defined]
     # Parses and converts without running; an unknown flag or a wrong type raises.
     given = command.make_context(name, list(arguments)).params
     if name == "bench":  # passes its arguments on

@@ -1,20 +1,24 @@
-"""The command line: one command per file. Nothing here imports torch before a command runs."""
+"""The command line: one command per file. Nothing here imports torch before a command runs.
+
+Further commands, of plugins too, are entry points of the group `dpo_video.command`: `--help` reads
+their names, and one is imported when it is run.
+"""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
 
 import dpo_video
+from dpo_video import registry
 from dpo_video.cli import (
-    bench,
     build,
     check,
     compare,
@@ -34,12 +38,44 @@ from dpo_video.cli import (
 from dpo_video.cli import list as listing
 from dpo_video.cli.console import BAD, console, say
 from dpo_video.errors import UserError
+from dpo_video.registry.commands import KIND, help_of, load_command
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Variables by which a user chooses how OpenMP's threads wait."""
 
+
+class Commands(TyperGroup):
+    """The commands of `COMMANDS`, and those of entry points."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names; of entry points those that a command of ours does not hide."""
+        own = super().list_commands(ctx)
+        return [*own, *sorted(registry.named(KIND).keys() - set(own))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """One of ours, or the name and the package of another, which is not imported."""
+        if found := super().get_command(ctx, cmd_name):
+            return found
+        if not (same := registry.named(KIND).get(cmd_name)):
+            return None
+        entry = same[0]
+        about = registry.summary_of(entry) or f"(of {entry.distribution})"
+        return TyperCommand(cmd_name, help=about, rich_markup_mode=None)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command to run; here one of an entry point is imported."""
+        if (
+            args
+            and super().get_command(ctx, args[0]) is None
+            and registry.is_installed(KIND, args[0])
+        ):
+            return args[0], load_command(args[0]), args[1:]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="dpo-video",
+    cls=Commands,
     help="Direct Preference Optimization for text-to-video diffusion models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -62,12 +98,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "config": config.config,
     "new": new.new,
     "doctor": doctor.doctor,
-    "bench": bench.bench,
 }
 for _name, _command in COMMANDS.items():
-    _help = re.sub(r"(?<=\S)\n *(?=\S)", " ", _command.__doc__ or "")  # the terminal wraps lines
-    _settings = bench.OPEN if _name == "bench" else None
-    app.command(_name, help=_help, context_settings=_settings)(_command)
+    app.command(_name, help=help_of(_command))(_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -107,8 +140,7 @@ def main() -> None:
     except UserError as error:
         _exit_with(error)
     except (Exception, SystemExit) as error:
-        if "torch" in sys.modules:  # no strategy runs without it
-            _explain(error)
+        _explain(error)
         raise
 
 
@@ -129,15 +161,14 @@ def _exit_with(error: UserError) -> NoReturn:
 
 def _explain(error: BaseException) -> None:
     """Exit with a sentence if an unexpected error has a known cause."""
-    if isinstance(error, RuntimeError):
+    if "torch" in sys.modules:
+        from dpo_video.support.oom import shortage
         from dpo_video.support.reproducibility import refusal
 
-        if refused := refusal(error):
+        if isinstance(error, RuntimeError) and (refused := refusal(error)):
             _exit_with(refused)
-    from dpo_video.support.oom import shortage
-
-    if short := shortage(error):
-        _exit_with(short)
+        if short := shortage(error):
+            _exit_with(short)
     from dpo_video.registry.attribution import attribution
 
     if sentence := attribution(error):

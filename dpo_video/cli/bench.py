@@ -11,9 +11,6 @@ import typer
 
 from dpo_video.errors import UserError
 
-OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Context settings of the command: it passes every argument on."""
-
 
 def bench(context: typer.Context) -> None:
     """Run the repository's benchmarks, or compare two of their results.
@@ -35,3 +32,10 @@ def bench(context: typer.Context) -> None:
     command = [sys.executable, "-m", "benchmarks.bench", *context.args]
     code = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
     raise typer.Exit(code)
+
+
+# It passes every argument on.
+bench.context_settings = {  # type: ignore[attr-defined]
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+}

@@ -24,6 +24,7 @@ def list_strategies(
     if kind in ("tier", "model"):
         (_list_tiers if kind == "tier" else _list_models)(as_json)
         return
+    from dpo_video.cli import COMMANDS
     from dpo_video.workflows.catalog import list_strategies
 
     found = list_strategies(kind)
@@ -35,7 +36,10 @@ def list_strategies(
         listed = [row for row in found.strategies if row.kind == each]
         for row in listed:
             name, summary, package = map(one_line, (row.name, row.summary, row.distribution))
-            about = Text(f"({row.note})", WARNING) if row.note else summary
+            note = row.note
+            if each == "command" and name in COMMANDS:
+                note = f"hidden by the built-in; run it as {package.split()[0]}:{name}"
+            about = Text(f"({note})", WARNING) if note else summary
             rows.append((row.kind, Text(name, NAME), about, package))
         if not listed:
             rows.append((each, Text("none", DIM)))

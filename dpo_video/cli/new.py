@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dpo_video.cli.console import BOLD, say
+from dpo_video.errors import UserError
 from dpo_video.text import quoted
 
 
@@ -21,7 +22,11 @@ def new(
     ] = None,
 ) -> None:
     """Write a plugin package with a strategy that works, its test and its entry point."""
+    from dpo_video.cli import COMMANDS
     from dpo_video.workflows.new import new_plugin
+
+    if kind == "command" and name in COMMANDS:
+        raise UserError(f"There is a command '{name}' already. Choose another name.")
 
     folder = new_plugin(kind, name, out)
     say("Written: ", (str(folder), BOLD))

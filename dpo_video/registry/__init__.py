@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -32,6 +33,8 @@ KINDS = (
     "metric", "backbone",
 )  # fmt: skip
 
+PYTHON = (*KINDS, "command")
+"""Kinds that are Python objects: strategies, and commands, which are functions."""
 FILES = ("recipe", "tier", "model")
 """Kinds of files: an entry point names the package that holds them."""
 SEVERAL = ("listener", "metric")
@@ -67,17 +70,17 @@ def listings(kind: str) -> list[Listing]:
             kind=kind,
             name=name,
             distribution=entry.distribution,
-            summary=_summary(entry),
+            summary=summary_of(entry),
             note=_note(entry, same),
         )
-        for name, same in sorted(named(check_kind(kind)).items())
+        for name, same in sorted(named(check_kind(kind, PYTHON)).items())
         for entry in same
     ]
 
 
 def unknown_groups() -> list[str]:
     """One sentence for each package with entry points of a group that is none."""
-    kinds = [*KINDS, *FILES]
+    kinds = [*PYTHON, *FILES]
     found: dict[tuple[str, str], str] = {}
     for entry in entries():
         if entry.kind not in kinds:
@@ -128,19 +131,28 @@ def load(kind: str, name: str) -> type[Strategy]:
     if name not in named(check_kind(kind)) and (kind, name) in _SESSION:
         return _SESSION[kind, name]
     entry = find(kind, name)
-    try:
-        loaded = entry.load()
-    except (Exception, SystemExit) as error:  # a plugin's import may do anything
-        reason = "" if isinstance(error, PluginError) else f"{type(error).__name__}: "
-        raise PluginError(
-            f"The {kind} '{name}' of {entry.distribution} cannot be imported "
-            f"({reason}{error}). Repair or uninstall that package; all other "
-            "strategies still work."
-        ) from error
+    loaded = imported(entry)
     if fault := _fault(loaded, kind, entry):
         raise PluginError(f"The {kind} '{name}' of {entry.distribution} {fault}")
     strategy: type[Strategy] = loaded
     return strategy
+
+
+def imported(entry: Entry) -> Any:
+    """What an entry point names.
+
+    Raises:
+        PluginError: if it cannot be imported.
+    """
+    try:
+        return entry.load()
+    except (Exception, SystemExit) as error:  # a plugin's import may do anything
+        reason = "" if isinstance(error, PluginError) else f"{type(error).__name__}: "
+        raise PluginError(
+            f"The {entry.kind} '{entry.name}' of {entry.distribution} cannot be imported "
+            f"({reason}{error}). Repair or uninstall that package; all other "
+            "strategies still work."
+        ) from error
 
 
 def terms(name: str) -> dict[str, float]:
@@ -227,10 +239,10 @@ def options(model: type[Any], path: str) -> list[Option]:
     return found
 
 
-def check_kind(kind: str) -> str:
+def check_kind(kind: str, kinds: Sequence[str] = KINDS) -> str:
     """Return a kind's name; a UserError for an unknown one."""
-    if kind not in KINDS:
-        raise unknown("kind", kind, KINDS)
+    if kind not in kinds:
+        raise unknown("kind", kind, kinds)
     return kind
 
 
@@ -334,7 +346,7 @@ def _fault(loaded: Any, kind: str, entry: Entry) -> str:
     return ""
 
 
-def _summary(entry: Entry) -> str:
+def summary_of(entry: Entry) -> str:
     """First line of a built-in strategy's docstring, read from its source without importing it."""
     if not entry.module.startswith(_OURS):
         return ""
@@ -343,7 +355,7 @@ def _summary(entry: Entry) -> str:
         return ""
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == entry.attr:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == entry.attr:
             return (ast.get_docstring(node) or "").split("\n")[0]
     return ""
 

@@ -11,6 +11,7 @@ framework, no download and no GPU.
 
 from __future__ import annotations
 
+from dpo_video.testing.commands import check_command
 from dpo_video.testing.contracts import (
     check_labeler,
     check_loss,
@@ -38,6 +39,7 @@ __all__ = [
     "StridedModel",
     "check_backbone",
     "check_backbone_model",
+    "check_command",
     "check_labeler",
     "check_listener",
     "check_loss",

@@ -43,7 +43,7 @@ class Description:
 
 def list_strategies(kind: str | None = None) -> Catalog:
     """The installed strategies of a kind, or of all kinds; recipes count as one."""
-    kinds = [kind] if kind else [*registry.KINDS, recipes.KIND]
+    kinds = [kind] if kind else [*registry.PYTHON, recipes.KIND]
     return Catalog(
         kinds=kinds,
         strategies=[
@@ -65,6 +65,8 @@ def show_strategy(kind: str, name: str | None = None) -> Description:
 
     if kind in ENGINES:
         model, path = ENGINES[kind], kind
+    elif kind == "command":
+        raise UserError(f"A command explains itself: dpo-video {name or 'NAME'} --help")
     elif name is None:
         registry.check_kind(kind)
         raise UserError(f"show {kind} needs a NAME (see `dpo-video list {kind}`).")

@@ -15,6 +15,7 @@ from dpo_video import registry
 from dpo_video.diffusion.known_models import models_of
 from dpo_video.errors import UserError, unknown
 from dpo_video.estimation.tiers import find_tier
+from dpo_video.registry.commands import load_command
 from dpo_video.registry.entry_points import PLUGINS, Entry, entries, unreadable
 from dpo_video.text import one_line
 from dpo_video.workflows import recipes
@@ -134,6 +135,11 @@ def _examined(entry: Entry, *, contracts: bool) -> Iterator[Finding]:
     if entry.kind in read:
         yield Finding(what=what, fault=_fault(read[entry.kind]))
         return
+    if entry.kind == "command":
+        fault = _fault(lambda: load_command(entry.qualified))
+        yield Finding(what=what, fault=fault, detail=entry.distribution)
+        if contracts and not fault:
+            yield _told(what, lambda: _checks().check_command(registry.imported(entry)))
     if entry.kind not in registry.KINDS:
         return
     note = registry.note(entry)
@@ -153,15 +159,25 @@ def _contract(entry: Entry, what: str) -> Finding:
     except ValidationError:
         detail = "not run: it has options without a default. Run the package's own tests."
         return Finding(what=f"{what}: contract", fault="", detail=detail)
+    return _told(what, lambda: _check(entry.kind, strategy))
+
+
+def _told(what: str, check: Callable[[], None]) -> Finding:
     try:
-        _check(entry.kind, strategy)
+        check()
     except (AssertionError, UserError) as error:
         return Finding(what=f"{what}: contract", fault=one_line(str(error)))
     return Finding(what=f"{what}: contract", fault="", detail="kept")
 
 
+def _checks() -> Any:
+    from dpo_video import testing  # it imports torch
+
+    return testing
+
+
 def _check(kind: str, strategy: Any) -> None:
-    from dpo_video import testing
+    testing = _checks()
     from dpo_video.testing.strided import StridedModel
     from dpo_video.types import Placement
 

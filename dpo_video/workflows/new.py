@@ -25,6 +25,7 @@ _EXAMPLES = {
     "timesteps": ("train", "--pairs=local", "--timesteps={name}"),
     "optimizer": ("train", "--pairs=local", "--optimizer={name}"),
     "schedule": ("train", "--pairs=local", "--schedule={name}"),
+    "command": ("{name}", "RUN"),
     "listener": ("train", "--pairs=local", "--listener={name}"),
 }
 
@@ -46,7 +47,7 @@ def new_plugin(kind: str, name: str, out: Path | str | None = None) -> Path:
     Raises:
         UserError: for a kind or name that is none, a name that is taken, or a folder that exists.
     """
-    registry.check_kind(kind)
+    registry.check_kind(kind, registry.PYTHON)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([_-][A-Za-z0-9]+)*", name) or (
         keyword.iskeyword(name)
     ):
@@ -65,7 +66,9 @@ def new_plugin(kind: str, name: str, out: Path | str | None = None) -> Path:
         "name": name,
         "package": package,
         "module": module,
-        "cls": "".join(part[:1].upper() + part[1:] for part in re.split(r"[_-]", name)),
+        "cls": name.replace("-", "_")
+        if kind == "command"
+        else "".join(part[:1].upper() + part[1:] for part in re.split(r"[_-]", name)),
         "version": version("dpo-video"),
         "example": command(*(part.format(name=name) for part in _EXAMPLES[kind])),
     }

@@ -121,7 +121,7 @@ def test_list_names_every_strategy_with_its_kind_and_package(run: Run) -> None:
 
 def test_list_prints_json(run: Run) -> None:
     found = json.loads(run("list", "--json").out)
-    assert {row["kind"] for row in found} <= {*registry.KINDS, "recipe"}
+    assert {row["kind"] for row in found} <= {*registry.PYTHON, "recipe"}
     assert {"kind": "loss", "name": "region"}.items() <= found[
         [row["name"] for row in found].index("region")
     ].items()

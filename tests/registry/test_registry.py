@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import Install
+from conftest import Install, Said
 from typer.testing import CliRunner
 
 from dpo_video import registry, strategies
@@ -16,6 +16,7 @@ from dpo_video.errors import PluginError, UserError
 from dpo_video.pairs._masks import RegionOptions
 from dpo_video.registry import entry_points as entries
 from dpo_video.workflows.config import resolve
+from dpo_video.workflows.doctor import doctor
 
 SOUND = '''
 from dpo_video.loss.global_ import Global
@@ -264,3 +265,41 @@ def test_an_empty_entry_point_is_harmless(install: Install, tmp_path: Path, valu
     assert "odd" in [listing.name for listing in registry.listings("loss")]
     with pytest.raises(PluginError, match="loss 'odd' of a package without a name"):
         registry.load("loss", "odd")
+
+
+HELLO = '''
+import typer
+open("imported", "w").close()
+
+def hello(name: str = typer.Option("you", help="Whom to greet.")) -> None:
+    """Say hello."""
+    typer.echo(f"Hello, {name}.")
+
+def raising() -> None:
+    """Raise."""
+    raise RuntimeError("no greeting")
+'''
+
+
+def test_a_command_of_a_plugin_is_imported_when_it_runs_and_takes_nothing_away(
+    install: Install, said: Said
+) -> None:
+    install("dpo-hello", HELLO, "hello", "hello", "command")
+    install("dpo-gone", "import nothing_like_this\n", "gone", "gone", "command")
+    install("dpo-raises", HELLO, "raises", "raising", "command")
+    install("dpo-train", HELLO, "train", "hello", "command")
+    said(0, "--help")
+    helped = said.out  # type: ignore[attr-defined]
+    assert "hello" in helped and "(of dpo-hello 1.0)" in helped and "dpo-train" not in helped
+    assert not Path("imported").exists()
+    said(0, "list", "command")
+    listed = said.out  # type: ignore[attr-defined]
+    assert "run it as dpo-train:train" in listed and not Path("imported").exists()
+    for name in ("hello", "dpo-train:train"):
+        said(0, name, "--name=all")
+        assert said.out == "Hello, all.\n"  # type: ignore[attr-defined]
+    told = said(2, "gone")
+    assert told.startswith("Error: The command 'gone' of dpo-gone 1.0 cannot be imported")
+    assert "The command 'raises' of dpo-raises 1.0 failed (RuntimeError: no" in said(1, "raises")
+    faults = {each.what: each.fault for each in doctor(contracts=True).faults}
+    assert list(faults) == ["command dpo-gone:gone"]

@@ -20,7 +20,7 @@ from dpo_video.workflows.doctor import doctor
 from dpo_video.workflows.new import new_plugin
 
 
-@pytest.mark.parametrize("kind", registry.KINDS)
+@pytest.mark.parametrize("kind", registry.PYTHON)
 def test_a_package_of_every_kind_keeps_its_contract(
     kind: str, install: Install, tmp_path: Path
 ) -> None:
@@ -30,7 +30,8 @@ def test_a_package_of_every_kind_keeps_its_contract(
     module, _, cls = value.partition(":")
     assert project["tool"]["setuptools"]["py-modules"] == [module]
     install("dpo-video-myown", (folder / f"{module}.py").read_text(), name, cls, kind)
-    assert registry.load(kind, "MyOwn").__name__ == cls == "MyOwn"
+    loaded = registry.imported(registry.find(kind, "MyOwn"))
+    assert loaded.__name__ == cls == "MyOwn"
     assert not [each.note for each in registry.listings(kind) if each.note]
     test = runpy.run_path(str(folder / "tests" / f"test_{module}.py"))
     test["test_it_keeps_the_contract"]()
@@ -119,6 +120,7 @@ def test_it_says_what_to_do_next(said: Said) -> None:
         ("loss", "class", "cannot name a strategy"),
         ("loss", "../a", "cannot name a strategy"),
         ("loss", "region", "There is a loss 'region' already"),
+        ("command", "bench", "There is a command 'bench' already"),
     ],
 )
 def test_what_cannot_be_written_is_refused(

@@ -230,7 +230,7 @@ def test_list_and_show_print_recipes_with_their_sources(monkeypatch: pytest.Monk
     monkeypatch.setenv("COLUMNS", "250")
     listed = CliRunner().invoke(app, ["list", "recipe"]).stdout
     assert all(name in listed for name in recipe_names()) and "segment by segment" in listed
-    assert {row.kind for row in list_strategies().strategies} == {*registry.KINDS, "recipe"}
+    assert {row.kind for row in list_strategies().strategies} == {*registry.PYTHON, "recipe"}
     shown = CliRunner().invoke(app, ["show", "recipe", "densedpo"]).stdout
     assert "arXiv 2506.03517" in shown
     (beta,) = (line for line in shown.splitlines() if "loss.beta" in line)
