@@ -66,7 +66,12 @@ def checkpoints(run: Path) -> dict[int, Path]:
     """A run's checkpoints by step, in order."""
     found = (run / "checkpoints").glob("step_*/adapter")
     folders = [path.parent for path in found if _STEP.fullmatch(path.parent.name)]
-    return dict(sorted((int(folder.name.removeprefix("step_")), folder) for folder in folders))
+    return dict(sorted((step_of(folder), folder) for folder in folders))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def checkpoint_at(run: Path, step: int | None) -> Path:

@@ -100,6 +100,43 @@ def log_text(
             tracker.tracker.alert(title=title, text=text, level=level)
 
 
+def log_evaluation(
+    name: str, folder: Path, project: str, run_name: str, *, text: str,
+    values: Mapping[str, float], step: int,
+) -> None:  # fmt: skip
+    """Add an evaluation to the tracker of a finished run; trackers without texts get none.
+
+    Args:
+        name: The tracker's name in Accelerate.
+        folder: The run's folder.
+        project: Name of the project.
+        run_name: Name of the run in the project.
+        text: The verdict.
+        values: Numbers by name.
+        step: The step of the checkpoint.
+
+    Raises:
+        Exception: whatever the tracker's library raises.
+    """
+    if name == "tensorboard":
+        if not (folder / TENSORBOARD).is_dir():  # deleted, or left out of a copy
+            return
+        writer: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        with writer(folder / TENSORBOARD) as file:
+            file.add_text("evaluation", text, global_step=step)
+            for key, value in values.items():
+                file.add_scalar(key, value, global_step=step)
+    elif name in _MEDIA:
+        module = importlib.import_module(name)
+        options: dict[str, Any] = {"project": project, "name": run_name, "resume": "allow"}
+        if name == "wandb":
+            options |= {"id": _run_id(folder, resumed=True), "dir": str(folder)}
+        run = module.init(**options)
+        run.log(dict(values))
+        run.alert(title="evaluation", text=text, level=module.AlertLevel.INFO)
+        run.finish()
+
+
 def _text(accelerator: Accelerator, title: str, text: str, step: int) -> None:
     for tracker in _trackers(accelerator):
         if tracker.name == "tensorboard":

@@ -23,7 +23,8 @@ from dpo_video.support.claims import claim
 from dpo_video.support.formatting import counted
 from dpo_video.training.checkpoint import kept_adapter
 from dpo_video.training.foreign_lora import peft_adapter
-from dpo_video.training.run_dir import START
+from dpo_video.training.run_dir import START, step_of
+from dpo_video.training.trackers import log_evaluation
 from dpo_video.types import Prompt
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.distributed import launched_worker
@@ -165,12 +166,37 @@ def evaluate_run(
         facts = {"Checkpoint": adapter.parent.name}
         if started is not None:
             facts["Base"] = "with the LoRA that training started from"
-        return _written(
+        evaluation = _written(
             measured, config, folder, worker, progress,
             name=run.name, **_drawn(rows, model), trained_prompts=trained, command=command,
             training=tuple(reports), training_verdict=verdict_of(reports, toml), run_toml=toml,
             versions=versions, facts=_facts(config, model, **facts),
         )  # fmt: skip
+        if not worker.number:
+            _track(evaluation, run, config, step_of(adapter.parent), progress)
+        return evaluation
+
+
+def _track(evaluation: Evaluation, run: Run, config: Config, step: int, progress: Progress) -> None:
+    """Show the verdict and the means in the run's tracker."""
+    train = config.train
+    values: dict[str, float] = {}
+    for metric in evaluation.metrics:
+        values[f"evaluation/{metric.name}/base"] = metric.difference.base_mean
+        values[f"evaluation/{metric.name}/tuned"] = metric.difference.tuned_mean
+    verdict = evaluation.verdict
+    try:
+        log_evaluation(
+            train.report_to, run.folder, train.project,
+            train.run_name or run.folder.resolve().name,
+            text="\n\n".join((verdict.headline, *verdict.details)), values=values, step=step,
+        )  # fmt: skip
+    except Exception as error:  # hours of videos must not be lost to a tracker
+        progress.note(
+            f"The evaluation could not be shown in {train.report_to} "
+            f"({type(error).__name__}: {error}). Its files are complete.",
+            warning=True,
+        )
 
 
 def _evaluate_lora(

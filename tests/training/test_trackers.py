@@ -50,6 +50,8 @@ def test_tensorboard_shows_videos_configuration_and_diagnosis(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     trained(small_folder, tmp_path, "loss.beta=123.0")
+    folder, values = tmp_path / "my run", {"evaluation/warp_error/tuned": 2.5}
+    trackers.log_evaluation("tensorboard", folder, "", "", text="Improved.", values=values, step=2)
     logged = EventAccumulator(str(tmp_path / "my run" / trackers.TENSORBOARD))
     logged.Reload()
     (shown,) = logged.Images("validation/00")
@@ -64,6 +66,9 @@ def test_tensorboard_shows_videos_configuration_and_diagnosis(
     assert "beta = 123.0" in text("run.toml")
     assert text("validation/00/prompt") == PROMPT
     assert text("diagnosis") == "healthy: all is well."
+    assert text("evaluation") == "Improved."
+    (number,) = logged.Scalars("evaluation/warp_error/tuned")
+    assert (number.step, number.value) == (2, 2.5)
 
 
 def stored_records(file: Path) -> Iterator[bytes]:
@@ -184,6 +189,20 @@ def test_trackio_gets_project_name_configuration_videos_and_alerts(
     assert given["Video"] == {"value": str(path), "caption": PROMPT}
     assert given["log"]["step"] == 2 and list(given["log"]["metrics"]) == ["validation/00"]
     assert given["alert"] == {"title": "diagnosis", "text": "diverged.", "level": "warn"}
+
+
+def test_an_evaluation_goes_to_the_run_of_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Recorded()
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    trackers.log_evaluation(
+        "trackio", tmp_path, "clouds", "first", text="Improved.", values={"a": 1.0}, step=3
+    )
+    assert [name for name, _ in fake.calls] == ["init", "log", "alert", "finish"]
+    given = dict(fake.calls)
+    assert given["init"] == {"project": "clouds", "name": "first", "resume": "allow"}
+    assert given["log"] == {"metrics": {"a": 1.0}} and given["alert"]["text"] == "Improved."
 
 
 def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_another(tmp_path: Path) -> None:
