@@ -26,7 +26,7 @@ from dpo_video.training.diagnosis import TrainingVerdict
 _JSON, _PAGE = "evaluation.json", "index.html"
 EMBEDDED = 32 * 2**20  # bytes of videos inside a page
 VIDEOS = "videos"  # folder of the videos, in that of the evaluation
-_SHORT = {"no clear change": "unclear", "not shown to be kept": "unclear"}
+_SHORT = {"no clear change": "unclear", "not shown to be kept": "unproven"}
 _HEADER = ("metric", "better", "base", "tuned", "change", "95% interval", "result")
 
 

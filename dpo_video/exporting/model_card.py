@@ -76,7 +76,7 @@ def model_card(
     backticks = max(map(len, re.findall("`+", f"{script}\n{toml}")), default=0)
     return environment.get_template("model_card.md.j2").render(
         base_model=base,
-        base=f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint",
+        base=f"[{base}](https://huggingface.co/{base})" if base else _local(summary),
         merged=merged,
         library="peft" if format == "peft" else "diffusers",
         fence="`" * max(3, backticks + 1),
@@ -91,7 +91,7 @@ def model_card(
         measured=_measured(summary),
         change=f"{change:.2g}",
         difference=f"{difference:.2g}",
-        licence=_licence(base),
+        licence=_licence(base, summary),
         toml=toml,
     )
 
@@ -224,7 +224,8 @@ def _on_hub(spec: ExportSpec) -> bool:
 def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:
     tables = summary.tables
     train, run = tables["train"], tables["run"]
-    base = spec.source if _on_hub(spec) else Path(spec.file or spec.source).name
+    local = "tiny, in the package" if _embedded(summary) else Path(spec.file or spec.source).name
+    base = spec.source if _on_hub(spec) else local
     loss = {key: value for key, value in tables["loss"].items() if key != "name"}
     per_step = train["batch_size"] * train["gradient_accumulation_steps"]
     return [
@@ -288,7 +289,19 @@ def _measured(summary: RunSummary) -> str:
     return "" if measured == summary.checkpoint else f"measured on another checkpoint, {measured}"
 
 
-def _licence(base: str | None) -> str:
+def _embedded(summary: RunSummary) -> bool:
+    table = summary.tables["backbone"]
+    return table["name"] == "tiny" and "model" not in table
+
+
+def _local(summary: RunSummary) -> str:
+    embedded = "`tiny`, the model that ships with `dpo-video`"
+    return embedded if _embedded(summary) else "a local checkpoint"
+
+
+def _licence(base: str | None, summary: RunSummary) -> str:
+    if base is None and _embedded(summary):
+        return "It is derived from `tiny`, whose licence is that of `dpo-video`."
     if base is None:
         return (
             "It is derived from a local checkpoint, whose licence applies. Name that licence here "

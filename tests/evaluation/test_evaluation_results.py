@@ -60,7 +60,7 @@ def test_the_table_states_every_change_in_words() -> None:
     assert "better" in line and "lower" in line and "%" in line
     lines = text.splitlines()
     (line,) = (line for line in lines if "caption match" in line and "higher" in line)
-    assert "unclear" in line
+    assert "unproven" in line
     assert "a loss of more than 3%" in " ".join(text.split())
 
 

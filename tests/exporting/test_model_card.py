@@ -90,6 +90,14 @@ def test_a_missing_log_and_evaluation_are_stated() -> None:
     assert "The training log is missing." in text and "It has not been evaluated." in text
 
 
+def test_the_card_of_the_embedded_model_names_it_and_its_licence(tmp_path: Path) -> None:
+    summary = replace(SUMMARY, tables={**TABLES, "backbone": {"name": "tiny"}})
+    spec = replace(SPEC, source=str(tmp_path / "weights"), revision=None)
+    text = model_card(summary, spec, format="diffusers", script="", change=0.5, difference=0.0)
+    assert "A LoRA adapter of `tiny`" in text and "licence is that of `dpo-video`" in text
+    assert "local checkpoint" not in text and str(tmp_path) not in text
+
+
 def test_the_card_shows_the_second_measurement() -> None:
     evaluation = an_evaluation([f"prompt {i}" for i in range(16)])
     warp = with_witness(evaluation.metrics[0], 3.0)
