@@ -29,6 +29,7 @@ TITLES = {
     "optimizer": "Optimizers",
     "schedule": "Schedules",
     "listener": "Listeners",
+    "check": "Checks of pairs",
     "metric": "Metrics",
     "backbone": "Backbones",
 }
@@ -41,6 +42,7 @@ BASES = {
     "optimizer": "Optimizer",
     "schedule": "Schedule",
     "listener": "ListenerFactory",
+    "check": "PairCheck",
     "metric": "Metric",
     "backbone": "Backbone",
 }

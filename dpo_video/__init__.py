@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dpo_video import backbone as backbone
+    from dpo_video import checks as checks
     from dpo_video import labeler as labeler
     from dpo_video import listener as listener
     from dpo_video import loss as loss
@@ -54,8 +55,8 @@ if TYPE_CHECKING:
     from dpo_video.workflows.train import train as train
 
 _KINDS = (
-    "backbone", "labeler", "listener", "loss", "metric", "optimizer", "pairs", "reference",
-    "schedule", "timesteps",
+    "backbone", "checks", "labeler", "listener", "loss", "metric", "optimizer", "pairs",
+    "reference", "schedule", "timesteps",
 )  # fmt: skip
 _WHERE = {
     "Listener": "extensions",

@@ -1,4 +1,4 @@
-"""Further kinds of strategy: how a run takes its steps, and who is told of them.
+"""Further kinds of strategy: how a run takes its steps, who is told of them, and more.
 
 As in `dpo_video.strategies`, everything here is abstract: what runs is in the folder named after
 the kind.
@@ -7,17 +7,23 @@ the kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
+from pydantic import Field
 from torch import Generator, Tensor, nn
 
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Strategy, VideoModel
 from dpo_video.support.report import StepEvent
-from dpo_video.types import PerPair
+from dpo_video.support.statistics import Array, Record
+from dpo_video.types import PairBatch, PerPair
 
 
 class TimestepSampler(Strategy, ABC):
@@ -154,3 +160,104 @@ class ListenerFactory(Strategy, ABC):
     @abstractmethod
     def __call__(self) -> Listener:
         """A new listener for one training."""
+
+
+class Level(StrEnum):
+    """Severity of a finding."""
+
+    FINE = "fine"
+    UNKNOWN = "unknown"
+    """It could not be checked."""
+    NOTICE = "notice"
+    """Harmless or not, depending on the aim of the training."""
+    PROBLEM = "problem"
+    """Correct it before training."""
+
+
+class Finding(Record):
+    """The result of one check."""
+
+    check: str
+    level: Level
+    message: str
+    advice: str = ""
+    """What to do; empty if all is fine."""
+    pairs: tuple[int, ...] = ()
+    """Indices of the pairs concerned, if single ones are."""
+    figures: dict[str, float] = Field(default_factory=dict)
+
+
+class Findings:
+    """Makes the findings of one check: `Findings("length").notice("One is long.", "Cut it.")`."""
+
+    def __init__(self, name: str, **figures: float) -> None:
+        self.name, self.figures = name, figures
+
+    def __call__(
+        self, level: Level, message: str, advice: str = "", pairs: Sequence[int] = ()
+    ) -> Finding:
+        """A finding; `figures` are its numbers by name."""
+        return Finding(check=self.name, level=level, message=message, advice=advice,
+                       pairs=tuple(pairs), figures=self.figures)  # fmt: skip
+
+    fine = partialmethod(__call__, Level.FINE)
+    unknown = partialmethod(__call__, Level.UNKNOWN)
+    notice = partialmethod(__call__, Level.NOTICE)
+    problem = partialmethod(__call__, Level.PROBLEM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSummary:
+    """The numbers of a pair that the checks use."""
+
+    index: int
+    finite: bool
+    label: int
+    """+1 if most frames prefer the first video, -1 the second, 0 for as many of each."""
+    decided: float
+    """Share of frames that are not ties."""
+    distance: float
+    """RMS difference inside the region, in standard deviations of the first video."""
+    outside: float
+    """Largest absolute difference outside the region."""
+    scale: float
+    hashes: tuple[str, str]
+    signature: Float[Tensor, " k"]
+    statistics: tuple[Array, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """What a check sees of stored pairs."""
+
+    where: str
+    """Folder or URL."""
+    model: VideoModel
+    """The model to train on them."""
+    match: Finding
+    """Whether they were made for this model."""
+    summaries: Sequence[PairSummary]
+    """Of every pair."""
+    prompts: Sequence[str]
+    """Of every pair."""
+    evaluation_prompts: Sequence[str]
+    """The evaluation's prompts."""
+    motion: Mapping[str, Sequence[tuple[float, float]]]
+    """Metrics of motion to (chosen, rejected) of the pairs that were decoded."""
+    batch: Callable[[int], PairBatch]
+    """Reads a pair by its index, as a batch of one."""
+
+    @property
+    def finite(self) -> list[PairSummary]:
+        """The summaries of pairs without nan and infinity."""
+        return [pair for pair in self.summaries if pair.finite]
+
+
+class PairCheck(Strategy, ABC):
+    """Checks a pair set before it is trained on."""
+
+    kind: ClassVar[str] = "check"
+
+    @abstractmethod
+    def __call__(self, pair_set: PairSet) -> Finding | Sequence[Finding]:
+        """One finding or several."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,16 @@ from dpo_video import registry, testing
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.video_writer import write_video
 from dpo_video.errors import PluginError
-from dpo_video.extensions import Listener, ListenerFactory, Optimizer, Schedule, TimestepSampler
+from dpo_video.extensions import (
+    Finding,
+    Findings,
+    Listener,
+    ListenerFactory,
+    Optimizer,
+    PairCheck,
+    Schedule,
+    TimestepSampler,
+)
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.segment import Segment
 from dpo_video.metric.frame_difference import FrameDifference
@@ -78,7 +88,7 @@ def test_references(name: str, small_model: AnimateDiffModel) -> None:
     check_reference(made("reference", name), small_model)
 
 
-@pytest.mark.parametrize("kind", ["timesteps", "optimizer", "schedule", "listener"])
+@pytest.mark.parametrize("kind", ["timesteps", "optimizer", "schedule", "listener", "check"])
 def test_what_a_run_takes_its_steps_with(kind: str, small_model: AnimateDiffModel) -> None:
     for name in installed(kind):
         for model in (small_model, StridedModel()) if kind == "timesteps" else ((),):
@@ -486,9 +496,28 @@ def shift(listener: Any, event: StepEvent) -> None:
         next(listener.run.policy.parameters()).add_(1)
 
 
+def finds(find: Callable[[Any], object]) -> type[PairCheck]:
+    class Finds(PairCheck):
+        """Finds by a function."""
+
+        def __call__(self, pair_set: Any) -> Any:
+            return find(pair_set)
+
+    return Finds
+
+
+def said(message: str, *more: Any) -> Finding:
+    return Findings("own").problem(message, *more)
+
+
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
+        (finds(lambda pairs: "fine"), "returns a str, not a Finding"),
+        (finds(lambda pairs: said("Bad.")), "gives no advice"),
+        (finds(lambda pairs: said("Bad.", "Go.", [99])), "names a pair that does not exist"),
+        (finds(lambda pairs: said(f"At {time.perf_counter()}.", "Go.")), "finds something else"),
+        (finds(lambda pairs: pairs.summaries[3]), "IndexError"),
         (hears(on_step_end=count), "ends a training at another step after a resume"),
         (hears(on_step_end=shift), "writes to its inputs"),
         (hears(state=lambda listener: {"heard": 1}), "returns a state that is not a dict of tens"),

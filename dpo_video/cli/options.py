@@ -71,6 +71,9 @@ FLAGS: Mapping[str, Any] = {
     "listeners": _strategy(
         "listener", "Listener of the training, such as early_stop; repeat for more.", list[str]
     ),
+    "checks": _strategy(
+        "check", "Check of the pairs; repeat for more. +NAME adds it to the usual ones.", list[str]
+    ),
     "metrics": _strategy(
         "metric", "Metric to evaluate; repeat for more. +NAME adds it to the usual ones.", list[str]
     ),

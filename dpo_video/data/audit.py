@@ -11,15 +11,21 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from dpo_video.data import audit_checks as checks
-from dpo_video.data.audit_checks import Finding, Level
-from dpo_video.data.audit_stats import PairSummary, summarize
+from dpo_video import registry
+from dpo_video.data.audit_checks import model_match
+from dpo_video.data.audit_stats import summarize
 from dpo_video.data.store import PairStore
-from dpo_video.registry.returned import checked, decoded
+from dpo_video.extensions import Finding, Level, PairCheck, PairSet, PairSummary
+from dpo_video.registry.returned import checked, decoded, wrong
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.support.formatting import cell, counted, html_table
 from dpo_video.support.statistics import Record
 
+CHECKS = (
+    "model", "numbers", "scale", "difference", "duplicates", "region", "labels", "motion",
+    "shortcut", "prompts", "length", "leakage",
+)  # fmt: skip
+"""Names of the checks that run by default, in this order."""
 _STYLES = {
     Level.FINE: "green",
     Level.UNKNOWN: "dim",
@@ -80,20 +86,22 @@ def audit(
     metrics: Mapping[str, Metric],
     prompts: Sequence[str],
     *,
+    checks: Sequence[PairCheck] | None = None,
     sample: int = 32,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Audit:
-    """Run all checks; every pair is read once.
+    """Run the checks; every pair is read once, and again by checks that read pairs themselves.
 
     Args:
         store: The pairs.
         model: The model to train on them.
         metrics: Those with the role "motion" are compared between chosen and rejected videos.
         prompts: The evaluation's prompts.
+        checks: The checks; by default the built-in ones.
         sample: Number of pairs that are decoded for that comparison; 0 for none.
         on_progress: Called with the number of pairs read so far.
     """
-    match = checks.model_match(store, model)
+    match = model_match(store, model)
     pairs: list[PairSummary] = []
     moved: dict[str, list[tuple[float, float]]] = defaultdict(list)
     motion = {name: metric for name, metric in metrics.items() if metric.role == "motion"}
@@ -112,20 +120,31 @@ def audit(
                 chosen, rejected = checked(metric, "values", values, (2,), finite=False).tolist()
                 moved[name].append((chosen, rejected))
         on_progress(index + 1)
-    finite = [pair for pair in pairs if pair.finite]
-    texts = [row.prompt for row in store.records]
-    findings = [
-        match,
-        checks.finite(pairs),
-        checks.scale(finite),
-        checks.difference(finite),
-        checks.duplicates(finite),
-        checks.region(finite),
-        checks.labels(finite, store.where),
-        *(checks.motion(name, values) for name, values in moved.items()),
-        checks.shortcut(finite),
-        checks.prompts(texts),
-        checks.length(texts, model.unread),
-        checks.leakage(texts, prompts),
-    ]
+    pair_set = PairSet(
+        where=store.where,
+        model=model,
+        match=match,
+        summaries=pairs,
+        prompts=[row.prompt for row in store.records],
+        evaluation_prompts=prompts,
+        motion=moved,
+        batch=lambda index: store.batch([index]),
+    )
+    if checks is None:
+        checks = [registry.strategy("check", name) for name in CHECKS]
+    findings = [finding for check in checks for finding in findings_of(check, pair_set)]
     return Audit(store=store.where, pairs=len(store), findings=tuple(findings))
+
+
+def findings_of(check: PairCheck, pair_set: PairSet) -> list[Finding]:
+    """What a check finds.
+
+    Raises:
+        PluginError: if it returns something else.
+    """
+    found = check(pair_set)
+    findings: list[Any] = list(found) if isinstance(found, list | tuple) else [found]
+    strays = [type(each).__name__ for each in findings if not isinstance(each, Finding)]
+    if strays:
+        raise wrong(check, f"returns a {strays[0]}, not a Finding or a list of them")
+    return findings

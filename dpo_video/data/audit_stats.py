@@ -3,40 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
+from dpo_video.extensions import PairSummary
+from dpo_video.support.statistics import Array
 from dpo_video.types import PairBatch
 
 SIGNATURE = 4
 """Cells per side, and most frames, that a video is reduced to for the comparison of pairs."""
 FOLDS = 5
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairSummary:
-    """The numbers of a pair that the checks use."""
-
-    index: int
-    finite: bool
-    label: int
-    """+1 if most frames prefer the first video, -1 the second, 0 for as many of each."""
-    decided: float
-    """Share of frames that are not ties."""
-    distance: float
-    """RMS difference inside the region, in standard deviations of the first video."""
-    outside: float
-    """Largest absolute difference outside the region."""
-    scale: float
-    hashes: tuple[str, str]
-    signature: Float[Tensor, " k"]
-    statistics: tuple[Array, Array]
 
 
 def summarize(index: int, batch: PairBatch) -> PairSummary:

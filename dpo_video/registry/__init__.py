@@ -30,14 +30,14 @@ _SESSION: dict[tuple[str, str], type[Strategy]] = {}
 _TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?(?:e-?\d+)?)\*)?(?P<name>[A-Za-z_][\w:-]*)")
 KINDS = (
     "pairs", "labeler", "loss", "reference", "timesteps", "optimizer", "schedule", "listener",
-    "metric", "backbone",
+    "metric", "backbone", "check",
 )  # fmt: skip
 
 PYTHON = (*KINDS, "command")
 """Kinds that are Python objects: strategies, and commands, which are functions."""
 FILES = ("recipe", "tier", "model")
 """Kinds of files: an entry point names the package that holds them."""
-SEVERAL = ("listener", "metric")
+SEVERAL = ("listener", "metric", "check")
 """The kinds of which a run has any number, each with a table [KIND.NAME]."""
 
 
@@ -373,6 +373,7 @@ def _bases(kind: str) -> tuple[type[Strategy], ...]:
         "optimizer": (extensions.Optimizer,),
         "schedule": (extensions.Schedule,),
         "listener": (extensions.ListenerFactory,),
+        "check": (extensions.PairCheck,),
         "metric": (strategies.Metric,),
         "backbone": (strategies.Backbone,),
     }

@@ -11,6 +11,7 @@ framework, no download and no GPU.
 
 from __future__ import annotations
 
+from dpo_video.testing.checks import check_check
 from dpo_video.testing.commands import check_command
 from dpo_video.testing.contracts import (
     check_labeler,
@@ -39,6 +40,7 @@ __all__ = [
     "StridedModel",
     "check_backbone",
     "check_backbone_model",
+    "check_check",
     "check_command",
     "check_labeler",
     "check_listener",

@@ -19,8 +19,9 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
+from dpo_video.data.audit import CHECKS
 from dpo_video.errors import UserError, fault_reason, unknown
-from dpo_video.extensions import ListenerFactory, Optimizer, Schedule, TimestepSampler
+from dpo_video.extensions import ListenerFactory, Optimizer, PairCheck, Schedule, TimestepSampler
 from dpo_video.paths import absolute
 from dpo_video.registry import local
 from dpo_video.registry.attribution import made_by
@@ -97,6 +98,7 @@ class Config:
     `resolve`."""
     metrics: Mapping[str, Metric]
     listeners: Mapping[str, ListenerFactory]
+    checks: Mapping[str, PairCheck]
     tables: Tables
     """All of the above as plain tables, defaults included."""
     notes: tuple[str, ...] = ()
@@ -181,6 +183,7 @@ def resolve(
     choices: Mapping[str, Any] | None = None,
     metrics: Sequence[Metric | str] = (),
     listeners: Sequence[ListenerFactory | str] = (),
+    checks: Sequence[PairCheck | str] | None = None,
     tier: str | None = None,
     flags: Mapping[str, Any] | None = None,
     assignments: Sequence[str] = (),
@@ -199,6 +202,7 @@ def resolve(
         metrics: Metrics or their names, as `--metric` gives them; none changes nothing, and names
             like `+NAME` are added to the others.
         listeners: The same of listeners.
+        checks: The same of checks of pairs; None where no pairs are checked.
         tier: Name of a tier. Its options override a recipe's, and are overridden by the file's. It
             lowers a recipe's numbers and raises none.
         flags: Option path to value, for options with flags of their own.
@@ -220,14 +224,9 @@ def resolve(
             each["name"] = local.below(file.parent, named)
             if allow_code:
                 local.allow(each["name"])
-    if file and "listener" in tables:
-        tables["listener"] = {
-            local.below(file.parent, name) if local.is_file(name) else name: options
-            for name, options in tables["listener"].items()
-        }
-        for name in tables["listener"] if allow_code else ():
-            if local.is_file(name):
-                local.allow(name)
+    for kind in ("listener", "check"):
+        if file and kind in tables:
+            tables[kind] = _below(tables[kind], file.parent, allow_code)
     base = find_recipe(recipe) if recipe else None
     names = {**DEFAULTS, **(base.strategies if base else {})}
     names["backbone"] = _table(made_with, "backbone").get("name", names["backbone"])
@@ -261,6 +260,8 @@ def resolve(
                 effects.pop(missing, None)
     if listeners:
         _choose_several(tables, "listener", listeners, [])
+    if checks is not None:
+        _choose_several(tables, "check", checks, CHECKS)
     for text in shared:
         _assign(tables, *_read_assignment(text))
     given += [(path, value) for path, value in (flags or {}).items() if value is not None]
@@ -302,6 +303,15 @@ def resolve(
                 f"and the {_name(tables, 'loss')} loss, add --recipe {paper}."
             )
     return replace(config, notes=tuple(notes))
+
+
+def _below(table: Mapping[str, Any], folder: Path, allow_code: bool) -> dict[str, Any]:
+    """A table of a file in `folder`, with the paths of classes in files seen from there."""
+    found = {local.below(folder, n) if local.is_file(n) else n: each for n, each in table.items()}
+    for name in found if allow_code else ():
+        if local.is_file(name):
+            local.allow(name)
+    return found
 
 
 def _choose_several(
@@ -477,13 +487,13 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
         for name, table in tables["metric"].items()
         if "metric" in kinds
     }
-    listeners = {
-        name: cast(
-            ListenerFactory,
-            _build(registry.load("listener", name), table, f"listener.{name}", name),
-        )
-        for name, table in tables.get("listener", {}).items()
-        if "listener" in kinds
+    several: dict[str, dict[str, Any]] = {
+        kind: {
+            name: _build(registry.load(kind, name), table, f"{kind}.{name}", name)
+            for name, table in tables.get(kind, {}).items()
+            if kind in kinds
+        }
+        for kind in ("listener", "check")
     }
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
     for kind, strategy in {**made, "labeler": resolved_labeler}.items():
@@ -496,18 +506,20 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
         elif kind in tables and kind not in kinds:
             resolved[kind] = tables[kind]
     resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
-    if listeners:
-        resolved["listener"] = {
-            local.recorded(name) if local.is_file(name) else name: _dump(each)
-            for name, each in listeners.items()
-        }
-    elif "listener" in tables and "listener" not in kinds:
-        resolved["listener"] = tables["listener"]
+    for kind, made_of in several.items():
+        if made_of:
+            resolved[kind] = {
+                local.recorded(name) if local.is_file(name) else name: _dump(each)
+                for name, each in made_of.items()
+            }
+        elif kind in tables and kind not in kinds:
+            resolved[kind] = tables[kind]
     trained_by = {kind: each for kind in TRAINED_BY if (each := made.pop(kind)) is not None}
     rest: dict[str, Any] = {
         "pair_store": store,
         "metrics": metrics,
-        "listeners": listeners,
+        "listeners": several["listener"],
+        "checks": several["check"],
         "tables": resolved,
     }
     return Config(**engines, **made, trained_by=trained_by, **rest)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ _EXAMPLES = {
     "timesteps": ("train", "--pairs=local", "--timesteps={name}"),
     "optimizer": ("train", "--pairs=local", "--optimizer={name}"),
     "schedule": ("train", "--pairs=local", "--schedule={name}"),
+    "check": ("check", "PAIRS", "--check=+{name}"),
     "command": ("{name}", "RUN"),
     "listener": ("train", "--pairs=local", "--listener={name}"),
 }

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from dpo_video import registry
 from dpo_video.data.store import PairStore
 from dpo_video.errors import UserError, unknown
-from dpo_video.extensions import Optimizer, Schedule, TimestepSampler
+from dpo_video.extensions import Optimizer, PairCheck, Schedule, TimestepSampler
 from dpo_video.registry import local
 from dpo_video.strategies import Backbone, Loss, Metric, Reference, Strategy
 from dpo_video.workflows.config import ENGINES, TRAINED_BY, Config, resolve
@@ -170,6 +170,7 @@ def configure(
     more: Mapping[str, Any] | None = None,
     kinds: Collection[str] = registry.KINDS,
     launched: Mapping[str, Any] | None = None,
+    checks: Sequence[PairCheck | str] | None = None,
 ) -> Config:
     """Resolve the keyword arguments of a workflow.
 
@@ -182,6 +183,7 @@ def configure(
         more: Options by their paths.
         kinds: The kinds of strategies that are needed; see `resolve`.
         launched: The same from a launcher, beneath all others but the defaults.
+        checks: Checks of pairs or their names; None where no pairs are checked.
 
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
@@ -193,7 +195,12 @@ def configure(
         kind: given.pop(kind, None) for kind in (*TRAINED_BY, "backbone", "labeler")
     }
     allow_code, listeners = bool(given.pop("allow_code", False)), given.pop("listeners", ())
-    for name in (*choices.values(), *listeners, pairs):  # typed, so the file may run
+    for name in (
+        *choices.values(),
+        *listeners,
+        *(checks or ()),
+        pairs,
+    ):  # typed, so the file may run
         if isinstance(name, str) and local.is_file(name):
             local.allow(name)
     file, paths = given.pop("config", None), given.pop("set", ())
@@ -234,6 +241,7 @@ def configure(
         choices={**choices, "pairs": pairs},
         metrics=metrics,
         listeners=listeners,
+        checks=checks,
         tier=tier,
         flags=flags,
         assignments=paths,

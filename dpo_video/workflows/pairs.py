@@ -13,6 +13,7 @@ from dpo_video.data.pack import pack as pack_pairs
 from dpo_video.data.store import PairStore
 from dpo_video.data.videodpo import VideoDPOExport, export_videodpo
 from dpo_video.errors import StoreError, UserError
+from dpo_video.extensions import PairCheck
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.support.urls import is_url
 from dpo_video.text import command, label_command
@@ -57,6 +58,7 @@ def check(
     sample: int = 32,
     prompts: Path | str | None = None,
     metrics: Sequence[Metric | str] | None = None,
+    checks: Sequence[PairCheck | str] | None = None,
     progress: Progress = SILENT,
     **options: Unpack[Options],
 ) -> Audit:
@@ -70,13 +72,15 @@ def check(
         prompts: File of evaluation prompts, to find those that are trained on; the backbone's
             own by default.
         metrics: Those with the role "motion" are compared.
+        checks: Checks, by default all built-in ones; names like `+NAME` are added to those.
         progress: Receives the progress.
         options: See `Options`.
     """
     store = opened(pairs)
     flags = {} if prompts is None else {"evaluate.prompts": str(prompts)}
     given = {**options, "labels": labels, "metrics": metrics}
-    config = configure("train", given, store, flags, kinds=("backbone", "metric"))
+    kinds = ("backbone", "metric", "check")
+    config = configure("train", given, store, flags, kinds, checks=checks or ())
     model = load_model(config, pick_device(config.run.device))
     store = apply_labels(config, store).store
     return audit(
@@ -84,6 +88,7 @@ def check(
         model,
         config.metrics,
         [prompt.text for prompt in evaluation_prompts(config, progress.note)],
+        checks=list(config.checks.values()),
         sample=sample,
         on_progress=lambda done: progress.update("pairs", done, len(store)),
     )

@@ -17,7 +17,7 @@ from dpo_video.training.run_dir import checkpoints, read_log
 from dpo_video.workflows.config import CHANGES, DEFAULTS, Config
 
 _PROCESSES = "processes"
-_ANY = ("memory.", "evaluate.", "metric.", "listener.", "versions.")
+_ANY = ("memory.", "evaluate.", "metric.", "listener.", "check.", "versions.")
 """What was learned does not depend on these options, or only up to rounding."""
 _PAIRS = (
     "pairs.",

@@ -30,6 +30,9 @@ def test_the_exit_code_is_1_for_a_problem(
     assert found["pairs"] == 5
     assert {finding["level"] for finding in found["findings"]} <= {"fine", "notice", "unknown"}
 
+    some = [*arguments, "--check=prompts", "--check=+leakage", "--set=check.leakage.share=0.9"]
+    chosen = json.loads(CliRunner().invoke(app, some).stdout)["findings"]
+    assert [finding["check"] for finding in chosen] == ["prompts", "leakage"]
     path = store.folder / "latents" / "00002.safetensors"
     tensors = load_file(path)
     tensors["first"][0, 0] = float("nan")
