@@ -103,6 +103,8 @@ class Config:
     """All of the above as plain tables, defaults included."""
     notes: tuple[str, ...] = ()
     """What a user should know about how they were merged, a sentence each."""
+    presets: tuple[str, ...] = ()
+    """The flags that named a recipe and a tier, for the record only."""
 
     @property
     def loss(self) -> Loss:
@@ -150,7 +152,9 @@ class Config:
             changes: Options that were changed when the run was resumed, for the record only.
         """
         record = {CHANGES: list(changes)} if changes else {}
-        return tomli_w.dumps({**self.tables, "versions": self.versions(), **record})
+        heading = f"# resolved with {' '.join(self.presets)}\n\n" if self.presets else ""
+        text = tomli_w.dumps({**self.tables, "versions": self.versions(), **record})
+        return heading + text
 
 
 def _names_its_file(resolve: Callable[P, Config]) -> Callable[P, Config]:
@@ -302,7 +306,9 @@ def resolve(
                 f"This run has {backbone}'s defaults. For the values of the paper on {built} pairs "
                 f"and the {_name(tables, 'loss')} loss, add --recipe {paper}."
             )
-    return replace(config, notes=tuple(notes))
+    flags_of = {"--recipe": recipe, "--tier": tier}
+    named_presets = tuple(f"{flag} {name}" for flag, name in flags_of.items() if name)
+    return replace(config, notes=tuple(notes), presets=named_presets)
 
 
 def _below(table: Mapping[str, Any], folder: Path, allow_code: bool) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def test_a_part_of_a_nested_option_keeps_the_rest(tmp_path: Path) -> None:
 
 def test_a_run_toml_repeats_the_run_without_the_recipe(tmp_path: Path) -> None:
     config = resolved("localdpo", "cogvideox", tier="t4")
+    assert config.toml().startswith("# resolved with --recipe localdpo --tier t4\n")
     (tmp_path / "run.toml").write_text(config.toml())
     again = resolve(file=tmp_path / "run.toml")
     assert again.tables == config.tables and again.notes == ()
