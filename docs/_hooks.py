@@ -30,6 +30,7 @@ TITLES = {
     "schedule": "Schedules",
     "listener": "Listeners",
     "check": "Checks of pairs",
+    "format": "Export formats",
     "metric": "Metrics",
     "backbone": "Backbones",
 }
@@ -43,6 +44,7 @@ BASES = {
     "schedule": "Schedule",
     "listener": "ListenerFactory",
     "check": "PairCheck",
+    "format": "AdapterFormat",
     "metric": "Metric",
     "backbone": "Backbone",
 }

@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dpo_video import backbone as backbone
     from dpo_video import checks as checks
+    from dpo_video import format as format
     from dpo_video import labeler as labeler
     from dpo_video import listener as listener
     from dpo_video import loss as loss
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from dpo_video.workflows.train import train as train
 
 _KINDS = (
-    "backbone", "checks", "labeler", "listener", "loss", "metric", "optimizer", "pairs",
+    "backbone", "checks", "format", "labeler", "listener", "loss", "metric", "optimizer", "pairs",
     "reference", "schedule", "timesteps",
 )  # fmt: skip
 _WHERE = {

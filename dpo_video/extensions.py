@@ -7,12 +7,13 @@ the kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partialmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ from dpo_video.settings import TrainSettings
 from dpo_video.strategies import Strategy, VideoModel
 from dpo_video.support.report import StepEvent
 from dpo_video.support.statistics import Array, Record
-from dpo_video.types import PairBatch, PerPair
+from dpo_video.types import ExportSpec, LoraDelta, LoraUpdate, PairBatch, PerPair
 
 
 class TimestepSampler(Strategy, ABC):
@@ -261,3 +262,86 @@ class PairCheck(Strategy, ABC):
     @abstractmethod
     def __call__(self, pair_set: PairSet) -> Finding | Sequence[Finding]:
         """One finding or several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedAdapter:
+    """An adapter to be written for other programs."""
+
+    name: str
+    """Name of the run, for files that are listed by name."""
+    spec: ExportSpec
+    """Names of the model's parts in other programs, and its networks."""
+    updates: Mapping[str, LoraDelta]
+    """Network of `spec` to the updates of its adapted modules, on the CPU."""
+    dtype: torch.dtype | None
+    """Precision of the stored weights; None keeps their own."""
+    config: Any
+    """The adapter's peft.LoraConfig."""
+
+    def stored(self, update: LoraUpdate) -> tuple[Tensor, Tensor]:
+        """Both factors, down and up, in `dtype`, with alpha / rank multiplied into `up`."""
+        return (
+            update.down.to(self.dtype or update.down.dtype),
+            update.folded.to(self.dtype or update.up.dtype),
+        )
+
+
+class ExportFormat(Strategy, ABC):
+    """What every format of exports shares. A format of adapters derives from `AdapterFormat`."""
+
+    kind: ClassVar[str] = "format"
+    library: ClassVar[str] = "diffusers"
+    """The library that the model card names."""
+
+    @abstractmethod
+    def usage(self, spec: ExportSpec) -> str:
+        """How to load it, a sentence of the model card; with a colon at the end before a script."""
+
+
+class AdapterFormat(ExportFormat, ABC):
+    """A file format of adapters.
+
+    What is written is loaded back and compared with the run before the export's folder gets its
+    name.
+    """
+
+    imports: ClassVar[tuple[str, ...]] = ()
+    """Lines of Python that `script` needs."""
+
+    @abstractmethod
+    def write(self, folder: Path, adapter: ExportedAdapter) -> None:
+        """Write the updates of every adapted network."""
+
+    @abstractmethod
+    def load(self, folder: Path, adapter: ExportedAdapter, network: str) -> None:
+        """Load the written adapter of a network into `adapter.spec.networks[network]`.
+
+        As the other program does: the comparison is only worth what this repeats.
+        """
+
+    def unload(self, network: Any) -> None:
+        """Remove the adapter that `load` put on a network; by default as diffusers does."""
+        network.unload_lora()
+
+    def script(self, folder: Path, spec: ExportSpec, network: str) -> str:
+        """A line of Python that loads a network's adapter into `pipe`; "" if Python does not."""
+        return ""
+
+    @final
+    @contextmanager
+    def loaded(self, folder: Path, adapter: ExportedAdapter) -> Iterator[None]:
+        """Context in which the networks have the written adapter."""
+        loaded = []
+        try:
+            for network in adapter.updates:
+                self.load(folder, adapter, network)
+                loaded.append(network)
+            yield
+        finally:
+            for network in loaded:
+                self.unload(adapter.spec.networks[network])
+
+
+class MergedFormat(ExportFormat, ABC):
+    """A complete checkpoint in diffusers' layout, in whose weights the adapter is merged."""

@@ -40,6 +40,8 @@ def _lora(text: str) -> str:
 
 LocalPath = Annotated[str, AfterValidator(absolute)]
 """Type of an option that names a file or folder; run.toml holds its absolute path."""
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+"""The name of a LoRA that diffusers' `load_lora_weights` expects."""
 PROMPT_LISTS = ("training", "evaluation")
 """Names of the package's own lists of prompts."""
 PromptSource = Annotated[

@@ -12,6 +12,8 @@ from pydantic import Field
 
 from dpo_video.errors import PluginError, UserError
 from dpo_video.extensions import (
+    AdapterFormat,
+    ExportedAdapter,
     Finding,
     Findings,
     Level,
@@ -91,10 +93,12 @@ def require_api(version: int) -> None:
 
 __all__ = [
     "API",
+    "AdapterFormat",
     "Backbone",
     "Clip",
     "Context",
     "ExportSpec",
+    "ExportedAdapter",
     "Field",
     "Finding",
     "Findings",

@@ -321,3 +321,30 @@ class ExportSpec:
     """Variant ("fp16") of the checkpoint's weights."""
     call: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of a pipeline call besides size, steps and guidance."""
+
+    def subfolder(self, network: str) -> str:
+        """Subfolder of a network's files: its name if there are several networks, else none."""
+        return network if len(self.networks) > 1 else "."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraUpdate:
+    """The update of a linear layer's weight: `scale * up @ down`."""
+
+    down: Float[Tensor, "rank inputs"]
+    up: Float[Tensor, "outputs rank"]
+    scale: float
+    """alpha / rank."""
+
+    @property
+    def folded(self) -> Float[Tensor, "outputs rank"]:
+        """`scale * up`, in fp32."""
+        return self.up.float() * self.scale
+
+    def applied(self, inputs: Float[Tensor, "n inputs"]) -> Float[Tensor, "n outputs"]:
+        """The change of the layer's output, in fp32."""
+        return inputs @ self.down.float().T @ self.folded.T
+
+
+LoraDelta = Mapping[str, LoraUpdate]
+"""Adapted module of a network to its update."""

@@ -21,8 +21,9 @@ from torch import Generator, Tensor, nn
 from dpo_video import registry, testing
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.video_writer import write_video
-from dpo_video.errors import PluginError
+from dpo_video.errors import ExportError, PluginError
 from dpo_video.extensions import (
+    ExportedAdapter,
     Finding,
     Findings,
     Listener,
@@ -57,6 +58,7 @@ from dpo_video.testing import (
     StridedModel,
     check_backbone,
     check_backbone_model,
+    check_format,
     check_labeler,
     check_loss,
     check_metric,
@@ -94,6 +96,11 @@ def test_what_a_run_takes_its_steps_with(kind: str, small_model: AnimateDiffMode
         for model in (small_model, StridedModel()) if kind == "timesteps" else ((),):
             args = (model,) if model else ()
             getattr(testing, f"check_{kind}")(made(kind, name), *args)
+
+
+@pytest.mark.parametrize("name", installed("format"))
+def test_formats(name: str) -> None:
+    check_format(made("format", name), made("backbone", "tiny").load(Placement()))
 
 
 @pytest.mark.parametrize("name", installed("pairs"))
@@ -508,6 +515,21 @@ def finds(find: Callable[[Any], object]) -> type[PairCheck]:
 
 def said(message: str, *more: Any) -> Finding:
     return Findings("own").problem(message, *more)
+
+
+class Shrinking(type(registry.strategy("format", "comfyui"))):  # type: ignore[misc]
+    """Loads half of the adapter."""
+
+    def load(self, folder: Path, adapter: ExportedAdapter, network: str) -> None:
+        super().load(folder, adapter, network)
+        for key, weight in adapter.spec.networks[network].named_parameters():
+            if ".lora_B" in key:
+                weight.data /= 2
+
+
+def test_a_format_that_loads_something_else_is_caught() -> None:
+    with pytest.raises(ExportError, match=r"The reloaded update of .* differs by 50"):
+        check_format(Shrinking(), made("backbone", "tiny").load(Placement()))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from dpo_video.cli.console import BOLD, say
-from dpo_video.cli.options import option, takes
-
-# The module that defines the formats imports torch.
-Target = StrEnum("Target", ["diffusers", "peft", "comfyui", "merged"])
+from dpo_video.cli.options import completed, option, takes
+from dpo_video.registry import check_name
 
 
 class Precision(StrEnum):
@@ -23,18 +21,20 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-@takes("checkpoint", "device")
+@takes("checkpoint", "device", "set")
 def export(
     options: dict[str, Any],
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     target: Annotated[
-        Target,
+        str,
         option(
             "--format",
             "Format: diffusers for load_lora_weights, peft for PeftModel.from_pretrained, "
-            "comfyui for ComfyUI, merged for a complete checkpoint that contains the adapter.",
+            "comfyui for ComfyUI, merged for a complete checkpoint that contains the adapter; or a "
+            "plugin's.",
+            autocompletion=completed("format"),
         ),
-    ] = Target.diffusers,
+    ] = "diffusers",
     out: Annotated[
         Path | None, option("--out", "New folder; by default RUN/export/FORMAT-STEP.")
     ] = None,
@@ -50,14 +50,15 @@ def export(
 
     The export is loaded back and compared with the run before its folder gets its name.
     """
+    check_name("format", target)
     from dpo_video.workflows.export import export
 
-    done = export(run, target.value, out, dtype=dtype.value if dtype else None, **options)
+    done = export(run, target, out, dtype=dtype.value if dtype else None, **options)
     say(
         f"Loaded back and compared: the predictions differ by {done.check.difference:.2g} of their "
         f"size; the adapter changes them by {done.check.change:.2g}."
     )
-    if target is Target.merged:
+    if target == "merged":
         say(
             f"Rounding the merged weights makes an error of {done.check.rounded:.2g} of the "
             "adapter's update."

@@ -26,6 +26,11 @@ def _flag(type_: Any, name: str, help_: str, **more: Any) -> Any:
 
 def _strategy(kind: str, help_: str, type_: Any = str) -> Any:
     """The flag of a kind of strategy, completed by the names of the installed ones."""
+    return _flag(type_, f"--{kind}", help_, panel=STRATEGIES, autocompletion=completed(kind))
+
+
+def completed(kind: str) -> Callable[[str], list[str]]:
+    """Completes the names of a kind."""
 
     def complete(incomplete: str) -> list[str]:
         from dpo_video import registry
@@ -33,7 +38,7 @@ def _strategy(kind: str, help_: str, type_: Any = str) -> Any:
         names = [listing.name for listing in registry.listings(kind)]
         return [name for name in names if name.startswith(incomplete)]
 
-    return _flag(type_, f"--{kind}", help_, panel=STRATEGIES, autocompletion=complete)
+    return complete
 
 
 def _tiers(incomplete: str) -> list[str]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -21,22 +20,15 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dpo_video.diffusion.adapters import remove_adapter
 from dpo_video.errors import ExportError, RunError, UserError
-from dpo_video.exporting.lora_formats import (
-    ComfyFormat,
-    DiffusersFormat,
-    LoraDelta,
-    LoraFormat,
-    PeftFormat,
-    precision,
-    read_delta,
-    remove_adapter,
-)
+from dpo_video.exporting.updates import precision, read_delta
+from dpo_video.extensions import AdapterFormat, ExportedAdapter, MergedFormat
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.rng import generator
 from dpo_video.training.checkpoint import load_adapter
-from dpo_video.types import Context, ExportSpec, Latents
+from dpo_video.types import Context, ExportSpec, Latents, LoraDelta
 
 LAYER_TOLERANCE = 4.0
 """Largest error of a layer's update, in rounding errors of the stored precision."""
@@ -50,15 +42,6 @@ MERGE_TOLERANCE = 0.05
 _SUMS = 1e-5  # relative error from the order of a sum in fp32
 _TIMESTEPS = 16  # drawn; the highest and lowest are compared, so that every expert is
 _INPUTS = 8  # random vectors that a layer's update is compared on
-
-
-class Format(StrEnum):
-    """Program that loads the export."""
-
-    DIFFUSERS = "diffusers"
-    PEFT = "peft"
-    COMFYUI = "comfyui"
-    MERGED = "merged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +61,7 @@ class Check:
 def export(
     model: VideoModel,
     adapter: Path,
-    format: Format,
+    format: AdapterFormat | MergedFormat,
     out: Path,
     *,
     name: str,
@@ -91,9 +74,9 @@ def export(
     Args:
         model: The base model; it must not be used afterwards.
         adapter: A folder in PEFT's format.
-        format: The program that loads the export.
+        format: The format.
         out: The new folder.
-        name: Name of the file in ComfyUI's list.
+        name: Name of the run, for files that are listed by name.
         card: Returns the text of README.md for the result of the comparison.
         reload: Loads the same backbone from another folder, for merged checkpoints.
         dtype: Precision of the stored weights; None keeps their own, and is fp32 for merged ones.
@@ -124,31 +107,37 @@ def export(
     adapted = [name for name, network in spec.networks.items() if read_delta(network)]
     rounded = 0.0
     dora = any(config.use_dora for config in policy.peft_config.values())
-    if format is Format.MERGED:
+    merges = isinstance(format, MergedFormat)
+    if merges:
         dtype = dtype or torch.float32
-    if dora and (format is not Format.MERGED or dtype is not torch.float32):
+    if dora and (not merges or dtype is not torch.float32):
         raise ExportError(
             "The adapter is a DoRA (train.lora.use_dora), which not every program reads. Export "
             "with --format merged --dtype fp32."
         )
-    if format is Format.MERGED and not dora:
+    if merges and not dora:
         rounded = _rounded(policy, dtype or torch.float32)
-    epsilon = _epsilon(model.denoiser, dtype, format)
+    epsilon = _epsilon(model.denoiser, dtype, merges)
     partial = out.with_name(f".partial-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(out):
             partial.mkdir(parents=True)
-            if format is Format.MERGED:
+            if isinstance(format, MergedFormat):
                 _write_merged(policy, spec, partial, dtype)
                 for network in spec.networks.values():
                     network.to("meta")  # frees its memory; it is on disk
                 found = probe.predict(_reloaded(reload, partial))
             else:
-                updates = _detach_updates(spec)
-                lora_format = _lora_format(format, policy, name)
-                lora_format.write(partial, spec, updates, dtype)
-                found = _predict_loaded(model, probe, lora_format, partial, spec, updates, dtype)
+                exported = ExportedAdapter(
+                    name=name,
+                    spec=spec,
+                    updates=_detach_updates(spec),
+                    dtype=dtype,
+                    config=policy.peft_config[policy.active_adapter],
+                )
+                format.write(partial, exported)
+                found = _predict_loaded(model, probe, format, partial, exported)
             check = replace(_compare(bare, expected, found, adapted, epsilon), rounded=rounded)
             write_text(partial / "README.md", card(spec, check))
             partial.rename(out)
@@ -204,28 +193,18 @@ def _detach_updates(spec: ExportSpec) -> dict[str, LoraDelta]:
     return found
 
 
-def _lora_format(format: Format, policy: PeftModel, name: str) -> LoraFormat:
-    if format is Format.DIFFUSERS:
-        return DiffusersFormat()
-    if format is Format.PEFT:
-        return PeftFormat(policy.peft_config[policy.active_adapter])
-    return ComfyFormat(name)
-
-
 def _predict_loaded(
     model: VideoModel,
     probe: _Probe,
-    lora_format: LoraFormat,
+    format: AdapterFormat,
     folder: Path,
-    spec: ExportSpec,
-    updates: Mapping[str, LoraDelta],
-    dtype: torch.dtype | None,
+    adapter: ExportedAdapter,
 ) -> Tensor:
     """Load the export back, compare it layer by layer, and predict with it."""
     try:
-        with lora_format.loaded(folder, spec, list(updates)):
-            for name, layers in updates.items():
-                _compare_layers(layers, read_delta(spec.networks[name]), dtype)
+        with format.loaded(folder, adapter):
+            for name, layers in adapter.updates.items():
+                _compare_layers(layers, read_delta(adapter.spec.networks[name]), adapter.dtype)
             return probe.predict(model)
     except (RuntimeError, ValueError, LookupError, OSError, SafetensorError) as error:
         raise _does_not_load(error) from error
@@ -323,10 +302,10 @@ def _reloaded(reload: Callable[[Path], VideoModel], folder: Path) -> VideoModel:
         raise _does_not_load(error) from error
 
 
-def _epsilon(denoiser: nn.Module, dtype: torch.dtype | None, format: Format) -> float:
+def _epsilon(denoiser: nn.Module, dtype: torch.dtype | None, merges: bool) -> float:
     """Rounding error of the denoiser, and of merged weights in their stored precision."""
     own = precision(denoiser)
-    kinds = {own, dtype or own} if format is Format.MERGED else {own}
+    kinds = {own, dtype or own} if merges else {own}
     return max(torch.finfo(kind).eps for kind in kinds)
 
 

@@ -16,12 +16,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_video.evaluation.change import Change
 from dpo_video.evaluation.results import Evaluation
-from dpo_video.exporting.lora_formats import load_options, precision, subfolder
+from dpo_video.exporting.updates import precision
+from dpo_video.extensions import AdapterFormat, ExportFormat, MergedFormat
 from dpo_video.paths import is_hub_id
 from dpo_video.strategies import VideoModel
 from dpo_video.support.formatting import apart, counted
 from dpo_video.training.diagnosis import TrainingVerdict
-from dpo_video.training.foreign_lora import DIFFUSERS_FILE
 from dpo_video.types import ExportSpec
 
 
@@ -47,7 +47,7 @@ def model_card(
     summary: RunSummary,
     spec: ExportSpec,
     *,
-    format: str,
+    format: ExportFormat,
     script: str,
     change: float,
     difference: float,
@@ -57,12 +57,12 @@ def model_card(
     Args:
         summary: The run.
         spec: Names of the model's parts in other programs.
-        format: One of `dpo_video.exporting.export.Format`.
-        script: Python that loads the export; empty for ComfyUI.
+        format: The format.
+        script: Python that loads the export; empty if Python does not.
         change: Relative change of the predictions by the adapter.
         difference: Relative difference between the predictions of export and run.
     """
-    merged = format == "merged"
+    merged = isinstance(format, MergedFormat)
     base = spec.source if _on_hub(spec) else None
     environment = Environment(
         loader=PackageLoader("dpo_video.exporting"),
@@ -78,11 +78,11 @@ def model_card(
         base_model=base,
         base=f"[{base}](https://huggingface.co/{base})" if base else _local(summary),
         merged=merged,
-        library="peft" if format == "peft" else "diffusers",
+        library=format.library,
         fence="`" * max(3, backticks + 1),
         name=_cell(summary.name),
         what="A fine-tuned checkpoint" if merged else "A LoRA adapter",
-        use=_use(spec, format),
+        use=format.usage(spec),
         script=script,
         settings=[(key, _cell(value)) for key, value in _settings(summary, spec)],
         verdict=summary.verdict,
@@ -100,22 +100,29 @@ def loading_script(
     model: VideoModel,
     spec: ExportSpec,
     *,
-    format: str,
+    format: ExportFormat,
     folder: Path,
     adapted: Sequence[str],
     prompt: str,
 ) -> str:
     """Write Python that builds the stock pipeline, loads the export and generates a video.
 
+    "" if the format is one that Python does not load.
+
     Args:
         model: Gives the size of the video and the sampling options.
         spec: Names of the model's parts in diffusers.
-        format: "diffusers", "peft" or "merged".
+        format: The format.
         folder: Folder of the export.
         adapted: Names, in the pipeline, of the networks that have the adapter.
         prompt: Prompt of the video.
     """
-    merged = format == "merged"
+    merged = isinstance(format, MergedFormat)
+    loading = []
+    if isinstance(format, AdapterFormat):
+        loading = [format.script(folder, spec, name) for name in adapted]
+        if not all(loading):
+            return ""
     source = _quoted(folder if merged else spec.source)
     if spec.revision and not merged:
         source += f", revision={_quoted(spec.revision)}"
@@ -142,8 +149,7 @@ def loading_script(
     if not merged and (scheduler := _scheduler_line(spec)):
         lines.append(f"pipe.scheduler = {scheduler}")
         classes.add(type(spec.scheduler).__name__)
-    for name in () if merged else adapted:
-        lines.append(_loading_line(spec, format, folder, name))
+    lines += loading
     if model.device.type != "cpu":
         lines.append(f"pipe.to({_quoted(model.device.type)})")
     shape = model.shape
@@ -161,17 +167,9 @@ def loading_script(
         ".frames[0]"
     )
     heads = ["import torch", f"from diffusers import {', '.join(sorted(classes))}"]
-    if format == "peft":
-        heads.append("from peft import PeftModel")
+    if isinstance(format, AdapterFormat):
+        heads += format.imports
     return "\n".join([*heads, *lines])
-
-
-def _loading_line(spec: ExportSpec, format: str, folder: Path, name: str) -> str:
-    path = _quoted(folder / subfolder(spec, name))
-    if format == "peft":
-        return f"pipe.{name} = PeftModel.from_pretrained(pipe.{name}, {path})"
-    options = "".join(f", {key}={value}" for key, value in load_options(spec, name).items())
-    return f'pipe.load_lora_weights({path}, weight_name="{DIFFUSERS_FILE}"{options})'
 
 
 def _scheduler_line(spec: ExportSpec) -> str:
@@ -190,26 +188,6 @@ def _scheduler_line(spec: ExportSpec) -> str:
         return ""
     options = "".join(f", {key}={value!r}" for key, value in changed.items())
     return f"{type(ours).__name__}.from_config(pipe.scheduler.config{options})"
-
-
-def _use(spec: ExportSpec, format: str) -> str:
-    if format == "comfyui":
-        text = spec.comfy_usage
-        if len(spec.networks) > 1:
-            first, second = spec.networks
-            text += (
-                f" The file ending in `-{first}` is for the high-noise model, the file ending in "
-                f"`-{second}` for the low-noise model."
-            )
-        return text
-    return (
-        f"Load it into diffusers' `{spec.pipeline}`"
-        + {
-            "diffusers": ":",
-            "peft": " by PEFT:",
-            "merged": ", or in dpo-video by `--set backbone.model=FOLDER`:",
-        }[format]
-    )
 
 
 def _quoted(text: str | Path) -> str:

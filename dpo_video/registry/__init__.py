@@ -30,7 +30,7 @@ _SESSION: dict[tuple[str, str], type[Strategy]] = {}
 _TERM = re.compile(r"(?:(?P<weight>\d+(?:\.\d+)?(?:e-?\d+)?)\*)?(?P<name>[A-Za-z_][\w:-]*)")
 KINDS = (
     "pairs", "labeler", "loss", "reference", "timesteps", "optimizer", "schedule", "listener",
-    "metric", "backbone", "check",
+    "metric", "backbone", "check", "format",
 )  # fmt: skip
 
 PYTHON = (*KINDS, "command")
@@ -374,6 +374,7 @@ def _bases(kind: str) -> tuple[type[Strategy], ...]:
         "schedule": (extensions.Schedule,),
         "listener": (extensions.ListenerFactory,),
         "check": (extensions.PairCheck,),
+        "format": (extensions.AdapterFormat, extensions.MergedFormat),
         "metric": (strategies.Metric,),
         "backbone": (strategies.Backbone,),
     }

@@ -20,6 +20,7 @@ from dpo_video.testing.contracts import (
     check_options,
     check_pairs,
 )
+from dpo_video.testing.formats import check_format
 from dpo_video.testing.inputs import (
     PREFERENCES,
     SMALL_CHANGE,
@@ -42,6 +43,7 @@ __all__ = [
     "check_backbone_model",
     "check_check",
     "check_command",
+    "check_format",
     "check_labeler",
     "check_listener",
     "check_loss",

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from dpo_video.diffusion.pretrained import quiet
 from dpo_video.errors import UserError
-from dpo_video.paths import is_hub_id
+from dpo_video.paths import DIFFUSERS_FILE, is_hub_id
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import write_tensors
 
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights expects
 _CONFIG = "adapter_config.json"
 _FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
 

@@ -21,7 +21,14 @@ from pydantic import BaseModel, ValidationError
 from dpo_video import registry
 from dpo_video.data.audit import CHECKS
 from dpo_video.errors import UserError, fault_reason, unknown
-from dpo_video.extensions import ListenerFactory, Optimizer, PairCheck, Schedule, TimestepSampler
+from dpo_video.extensions import (
+    ExportFormat,
+    ListenerFactory,
+    Optimizer,
+    PairCheck,
+    Schedule,
+    TimestepSampler,
+)
 from dpo_video.paths import absolute
 from dpo_video.registry import local
 from dpo_video.registry.attribution import made_by
@@ -71,7 +78,7 @@ ENGINES: Mapping[str, type[BaseModel]] = {
     "evaluate": EvaluateSettings,
 }
 _TABLES = frozenset({*ENGINES, *registry.KINDS})
-_CHOSEN = frozenset({*DEFAULTS, "labeler"})
+_CHOSEN = frozenset({*DEFAULTS, "labeler", "format"})
 CHANGES = "changes"
 """Array in a run.toml: the options that were changed when the run was resumed."""
 _MODEL, _DESCRIBED_BY = "backbone.model", "backbone.config"
@@ -93,6 +100,8 @@ class Config:
     pair_store: str | None
     """The folder or URL of finished pairs; None where `pairs` builds them."""
     labeler: Labeler | StoreLabeler | None
+    format: ExportFormat | None
+    """Of an export."""
     trained_by: Mapping[str, Strategy]
     """The strategies of the training by kind, as far as they were asked for: see `kinds` of
     `resolve`."""
@@ -236,7 +245,7 @@ def resolve(
     names["backbone"] = _table(made_with, "backbone").get("name", names["backbone"])
     given: list[tuple[str, Any]] = []
     chosen = {kind: choice for kind, choice in (choices or {}).items() if choice is not None}
-    for kind in (*DEFAULTS, "labeler"):
+    for kind in (*DEFAULTS, "labeler", "format"):
         choice = chosen.get(kind)
         if isinstance(choice, Strategy):
             tables[kind] = {"name": registry.name_of(choice)}
@@ -437,9 +446,9 @@ def _assign(tables: Tables, path: str, value: Any) -> None:
     head, *middle, last = path.split(".")
     if head not in _TABLES:
         raise unknown("table", head, _TABLES)
-    if head == "labeler" and head not in tables:
+    if head in ("labeler", "format") and head not in tables:
         raise UserError(
-            f"'{path}' sets an option of a labeler, but none is chosen. Add --labeler NAME."
+            f"'{path}' sets an option of a {head}, but none is chosen. Add --{head} NAME."
         )
     if head in registry.KINDS and not middle and last == "name":
         raise UserError(f"'{path}' is not an option. Choose a {head} with --{head} NAME.")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from dpo_video import registry
 from dpo_video.data.store import PairStore
-from dpo_video.errors import RunError, StoreError, UserError, unknown
-from dpo_video.exporting.export import Check, Format
+from dpo_video.errors import RunError, StoreError, UserError
+from dpo_video.exporting.export import Check
 from dpo_video.exporting.export import export as export_adapter
 from dpo_video.exporting.model_card import RunSummary, loading_script, model_card
+from dpo_video.extensions import AdapterFormat, MergedFormat
 from dpo_video.settings import MemorySettings
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import WRITER, claim
@@ -34,12 +36,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 @checked
 def export(
     run: Run | Path | str,
-    format: str = "diffusers",
+    format: AdapterFormat | MergedFormat | str = "diffusers",
     out: Path | str | None = None,
     *,
     checkpoint: int | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     device: str | None = None,
+    set: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> ExportResult:
     """Write a run's adapter so that other programs load it, with a model card.
 
@@ -47,13 +50,15 @@ def export(
 
     Args:
         run: The run or its folder.
-        format: "diffusers", "peft", "comfyui", or "merged" for a complete checkpoint.
+        format: "diffusers", "peft", "comfyui", or "merged" for a complete checkpoint;
+            or one of a plugin.
         out: A new folder; by default RUN/export/FORMAT-STEP.
         checkpoint: The step to export; the last checkpoint by default.
         dtype: Precision of the weights in the files; by default their own, and fp32 for "merged".
             Merged weights in half precision are refused if rounding makes an error of more than 5%
             of the adapter's update.
         device: As for training.
+        set: Options of the format by path: {"format.NAME": value}.
 
     Raises:
         UserError: if the format does not suit the run.
@@ -62,19 +67,21 @@ def export(
         ExportError: if the export does not load back as what was exported.
     """
     run = Run.open(run)
-    if format not in set(Format):
-        raise unknown("format", format, [each.value for each in Format])
-    target = Format(format)
     config = configure(
-        "run", {"config": run.folder / "run.toml", "device": device}, kinds=("backbone",)
+        "run",
+        {"config": run.folder / "run.toml", "device": device, "format": format, "set": set},
+        kinds=("backbone", "format"),
     )
-    if target is Format.MERGED and "model" not in type(config.backbone).model_fields:
+    target = config.format
+    assert isinstance(target, AdapterFormat | MergedFormat)
+    merges = isinstance(target, MergedFormat)
+    if merges and "model" not in type(config.backbone).model_fields:
         raise UserError(
             f"The backbone '{config.tables['backbone']['name']}' has no option 'model' that could "
             "load a merged checkpoint. Export with --format diffusers or peft."
         )
     quantization = config.memory.quantization
-    if target is Format.MERGED and quantization != "native":
+    if merges and quantization != "native":
         raise UserError(
             f"The adapter of '{run.folder}' was trained on a base in {quantization}, so it must "
             "not be merged into other weights. Export with --format diffusers or peft."
@@ -83,7 +90,8 @@ def export(
     config = dataclasses.replace(config, memory=MemorySettings())
     with kept_adapter(run.folder, checkpoint) as adapter:
         summary = _summary(run, config, adapter.parent.name)
-        folder = Path(out) if out is not None else run.folder / f"export/{format}-{summary.step}"
+        named = registry.short_name(config.tables["format"]["name"])
+        folder = Path(out) if out is not None else run.folder / f"export/{named}-{summary.step}"
         name = f".{folder.name}{WRITER}"
         with claim(folder.parent, name, instead="name another folder with --out"):
             return _export(config, adapter, target, folder, summary, dtype)
@@ -92,7 +100,7 @@ def export(
 def _export(
     config: Config,
     adapter: Path,
-    target: Format,
+    target: AdapterFormat | MergedFormat,
     folder: Path,
     summary: RunSummary,
     dtype: str | None,
@@ -103,20 +111,18 @@ def _export(
     model = load_model(config, where)
 
     def card(spec: ExportSpec, check: Check) -> str:
-        script = ""
-        if target is not Format.COMFYUI:
-            script = loading_script(
-                model,
-                spec,
-                format=target.value,
-                folder=folder,
-                adapted=check.adapted,
-                prompt=config.backbone.prompts(1)[0],
-            )
+        script = loading_script(
+            model,
+            spec,
+            format=target,
+            folder=folder,
+            adapted=check.adapted,
+            prompt=config.backbone.prompts(1)[0],
+        )
         return model_card(
             summary,
             spec,
-            format=target.value,
+            format=target,
             script=script,
             change=check.change,
             difference=check.difference,
@@ -137,7 +143,7 @@ def _export(
         reload=reload,
         dtype=DTYPES[dtype] if dtype else None,
     )
-    return ExportResult(folder=folder, format=target, check=check)
+    return ExportResult(folder=folder, format=config.tables["format"]["name"], check=check)
 
 
 def _summary(run: Run, config: Config, checkpoint: str) -> RunSummary:

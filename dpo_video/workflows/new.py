@@ -27,6 +27,7 @@ _EXAMPLES = {
     "schedule": ("train", "--pairs=local", "--schedule={name}"),
     "check": ("check", "PAIRS", "--check=+{name}"),
     "command": ("{name}", "RUN"),
+    "format": ("export", "RUN", "--format={name}"),
     "listener": ("train", "--pairs=local", "--listener={name}"),
 }
 

@@ -192,7 +192,7 @@ def configure(
         name: value for name, value in options.items() if not (value is None or value in ((), []))
     }
     choices: dict[str, Any] = {
-        kind: given.pop(kind, None) for kind in (*TRAINED_BY, "backbone", "labeler")
+        kind: given.pop(kind, None) for kind in (*TRAINED_BY, "backbone", "labeler", "format")
     }
     allow_code, listeners = bool(given.pop("allow_code", False)), given.pop("listeners", ())
     for name in (

@@ -78,7 +78,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _names_strategies(self) -> Self:
         for kind in self.strategies:
-            if kind not in registry.KINDS or kind in ("backbone", *registry.SEVERAL):
+            if kind not in registry.KINDS or kind in ("backbone", "format", *registry.SEVERAL):
                 raise ValueError(f"a recipe chooses no '{kind}'; options are like 'train.rank'")
         return self
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_video.data.video_writer import video_bytes
-from dpo_video.exporting.export import Check, Format
+from dpo_video.exporting.export import Check
 from dpo_video.types import Video
 
 
@@ -39,7 +39,7 @@ class ExportResult:
     """An export that was loaded back and compared with the run."""
 
     folder: Path
-    format: Format
+    format: str
     check: Check
 
     @property

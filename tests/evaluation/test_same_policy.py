@@ -20,7 +20,8 @@ from torch import Tensor
 import dpo_video as dv
 from dpo_video.data.video_writer import video_bytes
 from dpo_video.diffusion.initial_noise import initial_noise
-from dpo_video.exporting.lora_formats import DiffusersFormat
+from dpo_video.extensions import ExportedAdapter
+from dpo_video.format.diffusers import Diffusers
 from dpo_video.workflows.session import load_model
 
 PROMPT = "a red square moving left slowly"
@@ -106,7 +107,10 @@ def test_diffusers_draws_the_same_frames_with_the_exported_adapter(
     context, noise = model.encode_prompts([PROMPT]), initial_noise(model, [0])
     spec = model.export_spec()
     assert spec is not None
-    with DiffusersFormat().loaded(tmp_path / "export", spec, list(spec.networks)):
+    adapter = ExportedAdapter(
+        name="", spec=spec, updates={key: {} for key in spec.networks}, dtype=None, config=None
+    )
+    with Diffusers().loaded(tmp_path / "export", adapter):
         video = model.decode_videos(model.sample(context, noise))[0]
     theirs, ours = video.permute(1, 2, 3, 0), trained.frames(trained.run)
     effect = (ours - trained.frames(None)).abs().mean()

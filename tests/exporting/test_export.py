@@ -31,11 +31,12 @@ from small_wan import load_small_wan, save_small_wan
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiff
 from dpo_video.diffusion.initial_noise import initial_noise
 from dpo_video.errors import ExportError, RunError
 from dpo_video.evaluation.adapter import put_on
-from dpo_video.exporting.export import Check, Format, export
+from dpo_video.exporting.export import Check, export
 from dpo_video.exporting.model_card import loading_script
 from dpo_video.strategies import Sampling, VideoModel
 from dpo_video.types import ExportSpec, Placement
@@ -133,14 +134,17 @@ class Case:
         model = self.load()
 
         def card(spec: ExportSpec, check: Check) -> str:
-            if format == "comfyui":
-                return ""
             return loading_script(
-                model, spec, format=format, folder=out, adapted=check.adapted, prompt=PROMPT
+                model,
+                spec,
+                format=registry.strategy("format", format),
+                folder=out,
+                adapted=check.adapted,
+                prompt=PROMPT,
             )
 
         check = export(
-            model, self.adapter, Format(format), out, name="mine",
+            model, self.adapter, registry.strategy("format", format), out, name="mine",
             **{"card": card, "reload": self.load_from, **options},
         )  # fmt: skip
         return check, (out / "README.md").read_text()

@@ -11,6 +11,7 @@ import pytest
 from small_evaluation import an_evaluation, with_witness
 from torch import nn
 
+from dpo_video import registry
 from dpo_video.exporting.model_card import RunSummary, model_card
 from dpo_video.types import ExportSpec
 from dpo_video.workflows import config
@@ -39,9 +40,11 @@ SPEC = ExportSpec(
     comfy_usage="Here.",
 )
 
+DIFFUSERS = registry.strategy("format", "diffusers")
+
 
 def card(**options: Any) -> str:
-    given: dict[str, Any] = {"format": "diffusers", "script": "", "change": 0.5, "difference": 0.0}
+    given: dict[str, Any] = {"format": DIFFUSERS, "script": "", "change": 0.5, "difference": 0.0}
     spec = options.pop("spec", SPEC)
     return model_card(SUMMARY, spec, **{**given, **options})
 
@@ -57,7 +60,7 @@ def card(**options: Any) -> str:
 def test_the_header_names_the_base_model(
     format: str, library: str, relation: str, tag: str
 ) -> None:
-    _, head, body = card(format=format).split("---\n", 2)
+    _, head, body = card(format=registry.strategy("format", format)).split("---\n", 2)
     assert head.splitlines() == [
         'base_model: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"',
         f"base_model_relation: {relation}",
@@ -93,7 +96,7 @@ def test_a_missing_log_and_evaluation_are_stated() -> None:
 def test_the_card_of_the_embedded_model_names_it_and_its_licence(tmp_path: Path) -> None:
     summary = replace(SUMMARY, tables={**TABLES, "backbone": {"name": "tiny"}})
     spec = replace(SPEC, source=str(tmp_path / "weights"), revision=None)
-    text = model_card(summary, spec, format="diffusers", script="", change=0.5, difference=0.0)
+    text = model_card(summary, spec, format=DIFFUSERS, script="", change=0.5, difference=0.0)
     assert "A LoRA adapter of `tiny`" in text and "licence is that of `dpo-video`" in text
     assert "local checkpoint" not in text and str(tmp_path) not in text
 
@@ -104,7 +107,7 @@ def test_the_card_shows_the_second_measurement() -> None:
     assert warp.witness is not None and warp.disagreement
     evaluation = evaluation.model_copy(update={"metrics": (warp,)})
     summary = replace(SUMMARY, evaluation=evaluation)
-    text = model_card(summary, SPEC, format="diffusers", script="", change=0.5, difference=0.0)
+    text = model_card(summary, SPEC, format=DIFFUSERS, script="", change=0.5, difference=0.0)
     (line,) = (line for line in text.splitlines() if line.startswith("| by DIS |"))
     assert line.endswith(f"| {warp.witness.interval_text} |")
     assert f"\n\n{warp.disagreement}\n\nThe export" in text
@@ -112,5 +115,7 @@ def test_the_card_shows_the_second_measurement() -> None:
 
 def test_the_card_tells_the_files_of_two_networks_apart() -> None:
     networks = {"transformer": nn.Linear(1, 1), "transformer_2": nn.Linear(1, 1)}
-    text = card(format="comfyui", spec=replace(SPEC, networks=networks))
+    text = card(
+        format=registry.strategy("format", "comfyui"), spec=replace(SPEC, networks=networks)
+    )
     assert "`-transformer` is for the high-noise model, the file ending in `-transformer_2`" in text

@@ -90,6 +90,8 @@ def test_packages_of_all_kinds_mix_and_a_run_outlives_them(
     runs.append(dv.train("jitter", backbone="my-backbone", out="runs/mine", **mine))
     evaluation = dv.evaluate(runs[1], num_prompts=2, num_inference_steps=1)
     assert [metric.name for metric in evaluation.metrics] == ["my-metric"]
+    assert dv.check(pairs, checks=["+my-check"], sample=0).findings[-1].check == "my-check"
+    assert dv.export(runs[0], "my-format", set={"format.prefix": "a"}).format == "my-format"
     versions = pairs.manifest.versions
     assert {"dpo-video-my-pairs", "dpo-strided"} <= versions.keys()
 
