@@ -39,7 +39,7 @@ class BuildSettings(Settings):
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
         if self.rebuild and self.accept_pairs:
-            raise ValueError("rebuild and accept_pairs exclude each other")
+            raise ValueError("rebuild and accept_pairs exclude each other; leave one of them out")
         return self
 
 

@@ -44,7 +44,7 @@ def next_step(store: PairStore, *options: str) -> str:
     if not (options or store.decided()):
         return f"Label them, then train with --labels: {label_command(store.folder)}"
     where = f"{store.folder}/" if store.local else store.where
-    suited = "group" if store.has_groups else "global"
+    suited = "group" if store.has_groups and "--labels" not in options else "global"
     loss = () if store.has_regions else ("--loss", suited)
     return f"Train on them: {command('train', '--pairs', where, *loss, *options)}"
 

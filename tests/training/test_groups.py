@@ -28,6 +28,7 @@ from dpo_video.strategies import Labeler, Loss, Reference
 from dpo_video.testing import StridedModel
 from dpo_video.training.run import train
 from dpo_video.types import Prompt
+from dpo_video.workflows.pairs import next_step
 
 SAMPLES = 4
 SETTINGS = TrainSettings(
@@ -103,6 +104,11 @@ def test_a_group_trains_resumes_and_is_used_packed(store: PairStore, tmp_path: P
     list(pack(store, tmp_path / "packed"))
     packed = PairStore(tmp_path / "packed")
     assert run(packed, tmp_path / "cut", resume=True) == whole
+
+
+def test_the_next_command_suits_groups_and_their_labels(store: PairStore) -> None:
+    assert next_step(store).endswith("/ --loss group")
+    assert next_step(store, "--labels", "mine").endswith("/ --loss global --labels mine")
 
 
 def test_an_audit_reads_groups(store: PairStore) -> None:
