@@ -75,7 +75,7 @@ class Manifest(BaseModel):
     @property
     def key(self) -> str:
         """A hash of the manifest: 10 hex digits."""
-        return _digest(self.model_dump(mode="json"))
+        return _digest(self.model_dump(mode="json")) if self.versions else self.recipe_key
 
     @property
     def recipe_key(self) -> str:

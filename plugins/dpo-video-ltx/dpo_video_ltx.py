@@ -133,13 +133,14 @@ class LTXModel(VideoModel):
     def _network(self, kind: Any, part: str, device: torch.device | str) -> Any:
         """A network of the checkpoint, frozen and in evaluation mode."""
         source = self._options.model
-        if self._placement.on_meta:
+        if self._placement.on_meta:  # shapes alone
             with torch.device("meta"):
                 network = kind.from_config(kind.load_config(source, subfolder=part))
+            network.to(self._dtype)
         else:
-            network = kind.from_pretrained(source, subfolder=part)
-        return network.to(device if not self._placement.on_meta else "meta", self._dtype).eval(
-        ).requires_grad_(False)  # fmt: skip
+            network = kind.from_pretrained(source, subfolder=part, torch_dtype=self._dtype)
+            network.to(device)
+        return network.eval().requires_grad_(False)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
