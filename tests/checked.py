@@ -8,7 +8,7 @@ from typing import Any
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep673Exception
 
-CALLS = 25  # of a function in one test: the inner loop of an optical flow has many thousands
+CALLS = 5  # of a function in one test: the inner loop of an optical flow has many thousands
 
 # As for mypy, an int is good where a float is wanted.
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
