@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _LONGEST = 2000  # characters of a message
 # User and password before a host, where a password may contain a slash; and a query.
@@ -70,3 +73,8 @@ def _undashed(word: str | Path) -> str:
     text = str(word)
     flag = isinstance(word, str) and _FLAG.fullmatch(text)
     return f"./{text}" if text.startswith("-") and not flag else text
+
+
+def help_of(function: Callable[..., Any]) -> str:
+    """A function's docstring with a line for each paragraph: the terminal wraps them."""
+    return re.sub(r"(?<=\S)\n *(?=\S)", " ", inspect.getdoc(function) or "")

@@ -17,7 +17,6 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 import dpo_video
-from dpo_video import registry
 from dpo_video.cli import (
     build,
     check,
@@ -38,10 +37,12 @@ from dpo_video.cli import (
 from dpo_video.cli import list as listing
 from dpo_video.cli.console import BAD, console, say
 from dpo_video.errors import UserError
-from dpo_video.registry.commands import KIND, help_of, load_command
+from dpo_video.text import help_of
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 """Variables by which a user chooses how OpenMP's threads wait."""
+KIND = "command"
+"""Of the entry points' group, `dpo_video.command`."""
 
 
 class Commands(TyperGroup):
@@ -49,6 +50,8 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names; of entry points those that a command of ours does not hide."""
+        from dpo_video import registry
+
         own = super().list_commands(ctx)
         return [*own, *sorted(registry.named(KIND).keys() - set(own))]
 
@@ -56,6 +59,8 @@ class Commands(TyperGroup):
         """One of ours, or the name and the package of another, which is not imported."""
         if found := super().get_command(ctx, cmd_name):
             return found
+        from dpo_video import registry
+
         if not (same := registry.named(KIND).get(cmd_name)):
             return None
         entry = same[0]
@@ -64,12 +69,13 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command to run; here one of an entry point is imported."""
-        if (
-            args
-            and super().get_command(ctx, args[0]) is None
-            and registry.is_installed(KIND, args[0])
-        ):
-            return args[0], load_command(args[0]), args[1:]
+        if args and super().get_command(ctx, args[0]) is None:
+            from dpo_video import registry
+
+            if registry.is_installed(KIND, args[0]):
+                from dpo_video.registry.commands import load_command
+
+                return args[0], load_command(args[0]), args[1:]
         return super().resolve_command(ctx, args)
 
 
@@ -140,7 +146,9 @@ def main() -> None:
     except UserError as error:
         _exit_with(error)
     except (Exception, SystemExit) as error:
-        _explain(error)
+        # No strategy runs without torch, and no command of a plugin without that module.
+        if "torch" in sys.modules or "dpo_video.registry.commands" in sys.modules:
+            _explain(error)
         raise
 
 

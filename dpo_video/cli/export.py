@@ -10,7 +10,6 @@ import typer
 
 from dpo_video.cli.console import BOLD, say
 from dpo_video.cli.options import completed, option, takes
-from dpo_video.registry import check_name
 
 
 class Precision(StrEnum):
@@ -50,6 +49,8 @@ def export(
 
     The export is loaded back and compared with the run before its folder gets its name.
     """
+    from dpo_video.registry import check_name
+
     check_name("format", target)
     from dpo_video.workflows.export import export
 

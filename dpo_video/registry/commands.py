@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +10,7 @@ import typer
 from dpo_video import registry
 from dpo_video.errors import PluginError
 from dpo_video.registry.packaged import called
+from dpo_video.text import help_of
 
 KIND = "command"
 """Of the entry points' group, `dpo_video.command`."""
@@ -31,11 +30,6 @@ def command_of(function: Callable[..., Any] | typer.Typer, name: str) -> Any:
         made = typer.main.get_command(app)
     made.name = name
     return made
-
-
-def help_of(function: Callable[..., Any]) -> str:
-    """A function's docstring with a line for each paragraph: the terminal wraps them."""
-    return re.sub(r"(?<=\S)\n *(?=\S)", " ", inspect.getdoc(function) or "")
 
 
 def load_command(name: str) -> Any:

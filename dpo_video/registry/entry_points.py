@@ -74,6 +74,8 @@ def _scan() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
         if wanted is not None and _normalised(_called(distribution).split()[0]) not in wanted:
             continue
         try:
+            if "dpo_video." not in (distribution.read_text("entry_points.txt") or ""):
+                continue
             points = [each for each in distribution.entry_points if _GROUP.fullmatch(each.group)]
         except Exception as error:  # a damaged file may raise anything
             if _offers(distribution, error):

@@ -9,8 +9,9 @@ from typing import Any
 
 import typer
 
-from dpo_video.registry.commands import command_of, help_of
+from dpo_video.registry.commands import command_of
 from dpo_video.testing.laws import contract, law
+from dpo_video.text import help_of
 
 
 @contract

@@ -66,7 +66,8 @@ def show_strategy(kind: str, name: str | None = None) -> Description:
     if kind in ENGINES:
         model, path = ENGINES[kind], kind
     elif kind == "command":
-        raise UserError(f"A command explains itself: dpo-video {name or 'NAME'} --help")
+        name = name or "NAME"
+        raise UserError(f"A command explains itself: dpo-video {name} --help")
     elif name is None:
         registry.check_kind(kind)
         raise UserError(f"show {kind} needs a NAME (see `dpo-video list {kind}`).")
