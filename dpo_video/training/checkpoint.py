@@ -297,6 +297,9 @@ def drop_checkpoints(out: Path, step: int, limit: int | None) -> None:
         shutil.rmtree(partial)
 
 
+_OPTIONS = {"betas", "weight_decay"}  # of an optimizer, which a resumed run may change
+
+
 def restore(
     checkpoint: Checkpoint,
     policy: PeftModel,
@@ -320,7 +323,10 @@ def restore(
     except OSError as error:
         raise damaged(folder, error.strerror or "it cannot be read") from error
     set_peft_model_state_dict(policy, weights)
+    chosen = [{key: group[key] for key in _OPTIONS & {*group}} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, options in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(options)  # `load_state_dict` has restored the checkpoint's
     if scaler is not None and state.get("scaler"):
         scaler.load_state_dict(state["scaler"])
     set_global_states(state["rng"])

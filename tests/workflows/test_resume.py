@@ -20,6 +20,7 @@ from small_training import make_store
 import dpo_video as dv
 from dpo_video.errors import BusyError, RunError, UserError
 from dpo_video.support.claims import WRITER, claim
+from dpo_video.support.tensor_tree import load_state
 from dpo_video.training.run_dir import checkpoint_folder, read_log
 
 OPTIONS: dict[str, Any] = {
@@ -212,6 +213,13 @@ def test_accepted_changes_hold_from_then_on(
     assert [report.lr for report in read_log(run)] == [1e-4, 2e-4, 2e-4, 2e-4]
     (entry,) = tomllib.loads((run / "run.toml").read_text())["changes"]
     assert entry["step"] == 1
+
+
+def test_an_accepted_option_of_the_optimizer_is_the_optimizers(run: Path, resume: Train) -> None:
+    resume(run, accept_changes=True, steps=3, betas=(0.5, 0.6))
+    state = load_state(checkpoint_folder(run, 3) / "state.safetensors")
+    (group,) = state["optimizer"]["param_groups"]
+    assert (list(group["betas"]), group["weight_decay"]) == ([0.5, 0.6], 0.01)
 
 
 def test_a_changed_library_is_recorded(run: Path, resume: Train) -> None:
