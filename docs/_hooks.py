@@ -14,7 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from dpo_video import registry
-from dpo_video.workflows import config as options
+from dpo_video.workflows import tables as options
 from dpo_video.workflows.recipes import find_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]

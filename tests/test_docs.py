@@ -23,8 +23,8 @@ from dpo_video import registry
 from dpo_video.cli import app
 from dpo_video.estimation.tiers import tiers
 from dpo_video.registry.commands import load_command
-from dpo_video.workflows import config
 from dpo_video.workflows.recipes import recipe_names
+from dpo_video.workflows.tables import ENGINES, parse
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -34,7 +34,7 @@ DOCUMENTS = [
     *sorted(ROOT.glob("plugins/**/*.md")),
 ]
 NAMED = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
-OPTION = re.compile(rf"(?:{'|'.join((*config.ENGINES, *registry.KINDS))})(?:\.[a-z_0-9]+)+")
+OPTION = re.compile(rf"(?:{'|'.join((*ENGINES, *registry.KINDS))})(?:\.[a-z_0-9]+)+")
 # Tables whose keys are names of metrics, or of options of other libraries.
 ANY_KEY = (
     "labeler.weights",
@@ -102,8 +102,8 @@ def plugin_options() -> set[str]:
 @functools.cache
 def option_paths(kind: str) -> set[str]:
     """Every option path of a settings table, or of all strategies of a kind."""
-    if kind in config.ENGINES:
-        return {option.path for option in registry.options(config.ENGINES[kind], kind)}
+    if kind in ENGINES:
+        return {option.path for option in registry.options(ENGINES[kind], kind)}
     paths = set()
     for listing in registry.listings(kind):
         prefix = f"{kind}.{listing.name}" if kind in registry.SEVERAL else kind
@@ -166,11 +166,11 @@ def test_every_option_in_code_exists(name: str) -> None:
 def check_value(path: str, value: str) -> None:
     """A value in lower case is one that its table takes; NAME and the like stand for others."""
     table, _, option = path.partition(".")
-    model = config.ENGINES.get(table)
+    model = ENGINES.get(table)
     if model is None or "." in option or not re.fullmatch(r"[a-z0-9_.-]+", value):
         return
     try:
-        model(**{option: config._parse(value)})
+        model(**{option: parse(value)})
     except ValidationError as error:
         wrong = [fault for fault in error.errors() if fault["loc"][:1] == (option,)]
         assert not wrong, f"{path}={value}"
@@ -254,7 +254,7 @@ def test_the_option_pages_hold_every_option() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for name, page in pages.items():
         assert f"options/{name}.md" in navigation
-        for kind in config.ENGINES if name == "settings" else (name,):
+        for kind in ENGINES if name == "settings" else (name,):
             assert all(f"`{path}`" in page for path in option_paths(kind)), kind
 
 

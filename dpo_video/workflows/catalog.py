@@ -61,7 +61,7 @@ def show_strategy(kind: str, name: str | None = None) -> Description:
     Raises:
         UserError: for an unknown kind or name.
     """
-    from dpo_video.workflows.config import ENGINES
+    from dpo_video.workflows.tables import ENGINES
 
     if kind in ENGINES:
         model, path = ENGINES[kind], kind

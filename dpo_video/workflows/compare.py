@@ -16,7 +16,6 @@ from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.claims import claim
 from dpo_video.text import command
 from dpo_video.training.run_dir import checkpoints
-from dpo_video.workflows import config as configs
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.compare_runs import check_finished, finished_cells
 from dpo_video.workflows.config import Config
@@ -35,6 +34,7 @@ from dpo_video.workflows.session import (
     load_model,
     pick_device,
 )
+from dpo_video.workflows.tables import CHANGES
 from dpo_video.workflows.train import claim_run, run_training, started_from
 
 _JUDGING = ("tolerance", "min_effect", "min_effects", "min_prompts")
@@ -234,7 +234,7 @@ def _check_same(folder: Path, config: Config) -> None:
     if not started or not (folder / "run.toml").is_file():
         return
     before = tomllib.loads((folder / "run.toml").read_text(encoding="utf-8"))
-    for record in ("versions", configs.CHANGES):
+    for record in ("versions", CHANGES):
         before.pop(record, None)
     if _measured(before) != _measured(config.tables):
         raise _other_settings(folder)

@@ -7,7 +7,6 @@ file, strategies by name, and single options (`--set loss.beta=500`, and flags s
 from __future__ import annotations
 
 import platform
-import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -50,37 +49,33 @@ from dpo_video.strategies import (
     StoreLabeler,
     Strategy,
 )
-from dpo_video.support.reading import read_toml
 from dpo_video.support.urls import folder_of, is_url, without_credentials
 from dpo_video.workflows.presets import Presets, Tables
 from dpo_video.workflows.recipes import find_recipe, recipe_for
+from dpo_video.workflows.tables import (
+    CHANGES,
+    CHOSEN,
+    DEFAULTS,
+    ENGINES,
+    TABLES,
+    assign,
+    choose,
+    choose_several,
+    keep_secrets,
+    name_in,
+    read_assignment,
+    read_tables,
+    seen_from,
+    set_by_hand,
+    table_of,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 P = ParamSpec("P")
 
-DEFAULTS: Mapping[str, str] = {
-    "backbone": "tiny",
-    "pairs": "local",
-    "loss": "region",
-    "reference": "toggle",
-    "timesteps": "family",
-    "optimizer": "adamw",
-    "schedule": "linear",
-}
 TRAINED_BY = ("loss", "reference", "timesteps", "optimizer", "schedule")
 """The kinds whose strategies a training uses besides its pairs and its backbone."""
 METRICS = ("warp_error", "frame_difference", "dynamic_degree")
-ENGINES: Mapping[str, type[BaseModel]] = {
-    "run": RunSettings,
-    "build": BuildSettings,
-    "train": TrainSettings,
-    "memory": MemorySettings,
-    "evaluate": EvaluateSettings,
-}
-_TABLES = frozenset({*ENGINES, *registry.KINDS})
-_CHOSEN = frozenset({*DEFAULTS, "labeler", "format"})
-CHANGES = "changes"
-"""Array in a run.toml: the options that were changed when the run was resumed."""
 _MODEL, _DESCRIBED_BY = "backbone.model", "backbone.config"
 _PACKAGES = ("dpo-video", "torch", "diffusers", "peft", "transformers", "accelerate", "kornia")
 
@@ -231,7 +226,7 @@ def resolve(
     Raises:
         UserError: for an unknown name or option, or a value of the wrong type.
     """
-    tables = _read(file) if file else {}
+    tables = read_tables(file) if file else {}
     for each in tables.values():
         if file and isinstance(named := each.get("name"), str) and local.is_file(named):
             each["name"] = local.below(file.parent, named)
@@ -239,22 +234,22 @@ def resolve(
                 local.allow(each["name"])
     for kind in ("listener", "check"):
         if file and kind in tables:
-            tables[kind] = _below(tables[kind], file.parent, allow_code)
+            tables[kind] = seen_from(tables[kind], file.parent, allow_code)
     base = find_recipe(recipe) if recipe else None
     names = {**DEFAULTS, **(base.strategies if base else {})}
-    names["backbone"] = _table(made_with, "backbone").get("name", names["backbone"])
+    names["backbone"] = table_of(made_with, "backbone").get("name", names["backbone"])
     given: list[tuple[str, Any]] = []
     chosen = {kind: choice for kind, choice in (choices or {}).items() if choice is not None}
     for kind in (*DEFAULTS, "labeler", "format"):
         choice = chosen.get(kind)
         if isinstance(choice, Strategy):
             tables[kind] = {"name": registry.name_of(choice)}
-            given += [(f"{kind}.{name}", value) for name, value in _set_by_hand(choice).items()]
+            given += [(f"{kind}.{name}", value) for name, value in set_by_hand(choice).items()]
         elif choice is not None:
-            _choose(tables, kind, str(choice))
+            choose(tables, kind, str(choice))
         elif kind not in tables and kind in names:
             tables[kind] = {"name": names[kind]}
-    backbone = _name(tables, "backbone")
+    backbone = name_in(tables, "backbone")
     made = _made_with(made_with or {}, backbone)
     for path, value in made.items():
         table, option = path.split(".", 1)
@@ -263,7 +258,7 @@ def resolve(
     absent: list[str] = []
     if metrics or "metric" not in tables:
         guards = cast(type[Backbone], backbone_class).guards
-        _choose_several(tables, "metric", metrics, [*METRICS, *guards])
+        choose_several(tables, "metric", metrics, [*METRICS, *guards])
     elif not set(registry.KINDS) <= set(kinds):
         absent = sorted(n for n in tables["metric"] if not registry.is_installed("metric", n))
         effects = tables.get("evaluate", {}).get("min_effects")
@@ -272,13 +267,13 @@ def resolve(
             if isinstance(effects, dict):
                 effects.pop(missing, None)
     if listeners:
-        _choose_several(tables, "listener", listeners, [])
+        choose_several(tables, "listener", listeners, [])
     if checks is not None:
-        _choose_several(tables, "check", checks, CHECKS)
+        choose_several(tables, "check", checks, CHECKS)
     for text in shared:
-        _assign(tables, *_read_assignment(text))
+        assign(tables, *read_assignment(text))
     given += [(path, value) for path, value in (flags or {}).items() if value is not None]
-    given += [_read_assignment(text) for text in assignments]
+    given += [read_assignment(text) for text in assignments]
     # Recipes and tiers depend on the model, so the model is determined first.
     named = {
         **{f"backbone.{key}": value for key, value in tables["backbone"].items()},
@@ -296,57 +291,33 @@ def resolve(
     )
     notes = [] if file is None else presets.overridden_by(file, tables)
     notes += [f"Not measured: no installed package provides the metric '{n}'." for n in absent]
-    _keep_secrets(tables, {path for path, _ in given}, file, kinds)
+    keep_secrets(tables, {path for path, _ in given}, file, kinds)
     for path, value in given:
-        _assign(tables, path, value)
+        assign(tables, path, value)
     training = dict(cast(type[Backbone], backbone_class).training)
     for path, value in (launched or {}).items():
         table, option = path.split(".")
         defaults = training if table == "train" else tables.setdefault(table, {})
         defaults[option] = value if table == "train" else defaults.get(option, value)
-    presets.fill(tables, training, _TABLES)
+    presets.fill(tables, training, TABLES)
     config = _make(tables, kinds)
     notes += presets.departures(config.tables)
     notes += presets.kept_from_pairs(made, config.tables)
     if recipe is None and file is None:
-        built = _table(made_with, "pairs").get("name") or tables["pairs"].get("name")
-        if paper := recipe_for(backbone, built, _name(tables, "loss")):
+        built = table_of(made_with, "pairs").get("name") or tables["pairs"].get("name")
+        if paper := recipe_for(backbone, built, name_in(tables, "loss")):
             notes.append(
                 f"This run has {backbone}'s defaults. For the values of the paper on {built} pairs "
-                f"and the {_name(tables, 'loss')} loss, add --recipe {paper}."
+                f"and the {name_in(tables, 'loss')} loss, add --recipe {paper}."
             )
     flags_of = {"--recipe": recipe, "--tier": tier}
     named_presets = tuple(f"{flag} {name}" for flag, name in flags_of.items() if name)
     return replace(config, notes=tuple(notes), presets=named_presets)
 
 
-def _below(table: Mapping[str, Any], folder: Path, allow_code: bool) -> dict[str, Any]:
-    """A table of a file in `folder`, with the paths of classes in files seen from there."""
-    found = {local.below(folder, n) if local.is_file(n) else n: each for n, each in table.items()}
-    for name in found if allow_code else ():
-        if local.is_file(name):
-            local.allow(name)
-    return found
-
-
-def _choose_several(
-    tables: Tables, kind: str, given: Sequence[Strategy | str], usual: Sequence[str]
-) -> None:
-    """Choose strategies of a kind; those like `+NAME` are added to the file's, or to the usual."""
-    before = tables.get(kind, {})
-    added = [each[1:] for each in given if isinstance(each, str) and each.startswith("+")]
-    plain = [each for each in given if not (isinstance(each, str) and each.startswith("+"))]
-    tables[kind] = {}
-    for each in [*(plain or list(before) or usual), *added]:
-        if isinstance(each, Strategy):
-            tables[kind][registry.name_of(each)] = _set_by_hand(each)
-        else:
-            tables[kind][each] = before.get(each, {})
-
-
 def _made_with(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
     """What pairs were made with, by path; nothing for another backbone."""
-    options, train, memory = (_table(recipe, name) for name in ("backbone", "train", "memory"))
+    options, train, memory = (table_of(recipe, name) for name in ("backbone", "train", "memory"))
     if options.pop("name", None) != backbone:
         return {}
     made = {f"backbone.{option}": value for option, value in options.items()}
@@ -356,143 +327,18 @@ def _made_with(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
     return made
 
 
-def _table(recipe: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
-    """A table of the recipe of pairs, which may be anybody's; empty if it has none."""
-    table = (recipe or {}).get(name)
-    return dict(table) if isinstance(table, Mapping) else {}
-
-
-def _keep_secrets(
-    tables: Tables, given: Collection[str], file: Path | None, kinds: Collection[str]
-) -> None:
-    """Refuse secrets that a file names; what it names the receiver of gets none by default."""
-    places = [(kind, tables[kind].get("name"), tables[kind]) for kind in tables.keys() & _CHOSEN]
-    for several in registry.SEVERAL:
-        places += [(f"{several}.{n}", n, each) for n, each in tables.get(several, {}).items()]
-    for path, name, table in places:
-        kind = path.partition(".")[0]
-        if kind not in kinds or not isinstance(name, str) or not isinstance(table, Mapping):
-            continue  # not made, or refused later
-        cls = registry.load(kind, name)
-        for secret, receiver in cls.secrets.items():
-            if table.get(secret):
-                raise UserError(
-                    f"'{path}.{secret}' in '{file or 'an entry'}' names a secret, which a file "
-                    f"cannot do. Remove it there, and give it as --set {path}.{secret}=NAME."
-                )
-            default = cls.model_fields[receiver].default
-            if table.get(receiver, default) != default and f"{path}.{secret}" not in given:
-                table[secret] = ""
-
-
-def _set_by_hand(strategy: Strategy) -> dict[str, Any]:
-    """The options that were given to a strategy; the others keep their defaults."""
-    return strategy.model_dump(mode="json", exclude_unset=True)
-
-
-def _read_assignment(text: str) -> tuple[str, Any]:
-    """Option path and value of a text like "loss.beta=500"."""
-    path, separator, value = text.partition("=")
-    if not separator or "." not in path:
-        raise UserError(f"'{text}' is not KIND.OPTION=VALUE. Write it like --set loss.beta=500.")
-    return path.strip(), _parse(value.strip())
-
-
-def _read(file: Path) -> Tables:
-    try:
-        tables = read_toml(file)
-    except OSError as error:
-        raise UserError(
-            f"Cannot read '{file}': {error.strerror}. Name an existing TOML file."
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"'{file}' is not valid TOML: {error}. Correct it and run again."
-        ) from error
-    for record in ("versions", CHANGES):
-        tables.pop(record, None)
-    for name, table in tables.items():
-        if name not in _TABLES:
-            raise unknown("table", name, _TABLES)
-        if not isinstance(table, dict):
-            raise UserError(
-                f"'{name}' in '{file}' is not a table. Write [{name}] above its options."
-            )
-    return tables
-
-
-def _choose(tables: Tables, kind: str, name: str) -> None:
-    """Choose a strategy by name; the file's options stay only if the file names the same one."""
-    if kind == "pairs" and registry.is_store(name):
-        tables["pairs"] = {"store": name}
-    elif tables.get(kind, {}).get("name") != name:
-        tables[kind] = {"name": name}
-
-
-def _name(tables: Tables, kind: str) -> str:
-    name = tables[kind].get("name")
-    if not isinstance(name, str):
-        raise UserError(
-            f'The table [{kind}] names no strategy. Add name = "..." to it (see `dpo-video list '
-            f"{kind}`)."
-        )
-    return name
-
-
-def _assign(tables: Tables, path: str, value: Any) -> None:
-    for text in (path, value):
-        if isinstance(text, str) and not _encodes(text):
-            raise UserError(f"'{path}' = {text!r} is not valid UTF-8. Type it again.")
-    head, *middle, last = path.split(".")
-    if head not in _TABLES:
-        raise unknown("table", head, _TABLES)
-    if head in ("labeler", "format") and head not in tables:
-        raise UserError(
-            f"'{path}' sets an option of a {head}, but none is chosen. Add --{head} NAME."
-        )
-    if head in registry.KINDS and not middle and last == "name":
-        raise UserError(f"'{path}' is not an option. Choose a {head} with --{head} NAME.")
-    node = tables.setdefault(head, {})
-    if head in registry.SEVERAL and middle:
-        short = {registry.short_name(name): name for name in node}  # of a class in a file
-        if middle[0] not in node and middle[0] not in short:
-            raise unknown(f"{head} of this run", middle[0], node)
-        middle[0] = short.get(middle[0], middle[0])
-    for part in middle:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise UserError(f"'{part}' in '{path}' is not a table. Check the path.")
-    node[last] = value
-
-
-def _parse(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text  # a bare word
-
-
-def _encodes(text: str) -> bool:
-    """Whether a text is valid UTF-8, as a run.toml must be; a command line's bytes may not be."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _make(tables: Tables, kinds: Collection[str]) -> Config:
     engines = {name: _build(model, tables.get(name, {}), name) for name, model in ENGINES.items()}
     if "metric" in kinds:
         for name in engines["evaluate"].min_effects:  # type: ignore[attr-defined]
             if not registry.is_installed("metric", name):
                 raise unknown("metric", name, registry.named("metric"))
-    made: dict[str, Any] = dict.fromkeys(sorted(_CHOSEN))
+    made: dict[str, Any] = dict.fromkeys(sorted(CHOSEN))
     store = _store(tables["pairs"]) if "store" in tables["pairs"] else None
     for kind in set(made) & set(kinds):
         if kind in tables and not (kind == "pairs" and store is not None):
             options = {key: value for key, value in tables[kind].items() if key != "name"}
-            name = _name(tables, kind)
+            name = name_in(tables, kind)
             made[kind] = _build(registry.load(kind, name), options, kind, name)
     resolved_labeler = made["labeler"]
     if isinstance(resolved_labeler, LabelerFactory):
@@ -513,7 +359,7 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
     for kind, strategy in {**made, "labeler": resolved_labeler}.items():
         if strategy is not None:
-            name = _name(tables, kind)
+            name = name_in(tables, kind)
             name = local.recorded(name) if local.is_file(name) else name
             resolved[kind] = {"name": name, **_dump(strategy)}
         elif kind == "pairs" and store is not None:

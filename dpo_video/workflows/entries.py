@@ -15,6 +15,7 @@ from dpo_video.paths import check_name
 from dpo_video.support.reading import read_toml
 from dpo_video.workflows import config as configs
 from dpo_video.workflows.config import Config
+from dpo_video.workflows.tables import ENGINES
 
 _KINDS = ("pairs", *configs.TRAINED_BY, "backbone", "labeler")
 _KEYS = {*_KINDS, "recipe", "set", "seeds"}
@@ -88,7 +89,7 @@ def read_entries(paths: Sequence[Path | str] | None) -> Entries:
             ) from error
         except ValueError as error:
             raise UserError(f"'{path}' is not valid TOML: {error}. Correct it.") from error
-        if tables.keys() & {*configs.ENGINES, *registry.KINDS}:
+        if tables.keys() & {*ENGINES, *registry.KINDS}:
             name = path.resolve().parent.name if path.name == "run.toml" else path.stem
             found.append(Entry(name=name, file=path, table=None))
             continue

@@ -17,7 +17,8 @@ from dpo_video.errors import UserError, unknown
 from dpo_video.extensions import Optimizer, PairCheck, Schedule, TimestepSampler
 from dpo_video.registry import local
 from dpo_video.strategies import Backbone, Loss, Metric, Reference, Strategy
-from dpo_video.workflows.config import ENGINES, TRAINED_BY, Config, resolve
+from dpo_video.workflows.config import TRAINED_BY, Config, resolve
+from dpo_video.workflows.tables import ENGINES
 
 
 class Options(TypedDict, total=False):

@@ -14,7 +14,8 @@ from dpo_video.support.reading import read_toml
 from dpo_video.training.checkpoint import Checkpoint, newest_checkpoint
 from dpo_video.training.optimizer import learning_rate
 from dpo_video.training.run_dir import checkpoints, read_log
-from dpo_video.workflows.config import CHANGES, DEFAULTS, Config
+from dpo_video.workflows.config import Config
+from dpo_video.workflows.tables import CHANGES, DEFAULTS
 
 _PROCESSES = "processes"
 _ANY = ("memory.", "evaluate.", "metric.", "listener.", "check.", "versions.")
