@@ -227,7 +227,8 @@ def recorded(bench: Bench) -> Reading:
         place(path, data)
         label_set = LabelSet.open_or_create(bench.store.folder, "copied", made)
         try:
-            Recorded(file=str(path)).label_store(StoreTask(bench.store, bench.model, label_set))
+            labeler = Recorded(file=str(path))
+            labeler.label_store(StoreTask(bench.store, bench.model, label_set, labeler))
         finally:
             label_set.path.unlink(missing_ok=True)
         return None
@@ -578,11 +579,12 @@ def page_requests(bench: Bench) -> Reading:
     from dpo_video.data.labels import LabelSet
     from dpo_video.labeler._page import server
     from dpo_video.labeler._page.session import LabelSession
+    from dpo_video.labeler.page import Page
 
     server.PATIENCE = 0.2
     made = recipe(bench.store, bench.model, {"name": "page"}, 0.25)
     label_set = LabelSet.open_or_create(bench.store.folder, "asked", made)
-    session = LabelSession(StoreTask(bench.store, bench.model, label_set), seed=0)
+    session = LabelSession(StoreTask(bench.store, bench.model, label_set, Page()), seed=0)
     listener = server.listen(0)
     port = listener.getsockname()[1]
     threading.Thread(target=server.serve, args=(session, listener, "t"), daemon=True).start()

@@ -228,6 +228,11 @@ def _check_shape(options: Wan, denoiser: Mapping[str, Any], vae: Mapping[str, An
                 f"backbone.{axis} = {pixels} is not a multiple of {unit}, as '{options.model}' "
                 f"needs. Choose {below} or {below + unit}."
             )
+        if pixels // unit > (most := denoiser.get("rope_max_seq_len", 1024)):
+            raise UserError(
+                f"backbone.{axis} = {pixels} is more than '{options.model}' has positions for. "
+                f"Choose {most * unit} or less (--set backbone.{axis}={most * unit})."
+            )
 
 
 @final

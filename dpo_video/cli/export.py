@@ -59,6 +59,11 @@ def export(
         f"Loaded back and compared: the predictions differ by {done.check.difference:.2g} of their "
         f"size; the adapter changes them by {done.check.change:.2g}."
     )
+    if not done.check.change:
+        say(
+            "The adapter changes nothing: its training has not moved the model. `dpo-video train` "
+            "prints what to change when it ends."
+        )
     if target == "merged":
         say(
             f"Rounding the merged weights makes an error of {done.check.rounded:.2g} of the "

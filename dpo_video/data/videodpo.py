@@ -126,14 +126,14 @@ def export_videodpo(store: PairStore, folder: Path) -> VideoDPOExport:
     again.
 
     Raises:
-        UserError: if the folder has .pt files already.
+        UserError: if the folder is not empty.
         StoreError: if the prompts are encoded as other tensors than `prompt_embeds` alone.
     """
     with claim(folder, instead="name another folder"), writing(folder):
         unfinished = folder / UNFINISHED
         if not unfinished.exists():
-            if any(folder.glob("*.pt")):
-                raise UserError(f"'{folder}' holds .pt files already. Name another folder.")
+            if any(not path.name.startswith(".") for path in folder.iterdir()):
+                raise UserError(f"'{folder}' is not empty. Name a new folder.")
             if len(store):
                 _embeds(store, store.batch([0]))
             unfinished.touch()

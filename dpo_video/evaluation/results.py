@@ -30,6 +30,10 @@ _SHORT = {"no clear change": "unclear", "not shown to be kept": "unproven"}
 _HEADER = ("metric", "better", "base", "tuned", "change", "95% interval", "result")
 
 
+BASE_MODEL = "Base model"
+"""Fact that says what the base model has besides its own weights."""
+
+
 class Evaluation(Record):
     """Base and tuned model on identical prompts and seeds.
 
@@ -165,7 +169,9 @@ class Evaluation(Record):
     @property
     def rules(self) -> str:
         """The thresholds of the verdict, in words."""
-        return rules(self.metrics, self.min_prompts)
+        text = rules(self.metrics, self.min_prompts)
+        base = self.facts.get(BASE_MODEL)
+        return text if base is None else f"{text} Base: the model {base}."
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as JSON-ready data."""

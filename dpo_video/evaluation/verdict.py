@@ -251,6 +251,8 @@ def judge_evaluation(
         outcome = Outcome.WORSE if fallen else Outcome.NO_CLEAR_CHANGE
         headline = f"Worse: {_moves(fallen)}." if fallen else "No target metric changed clearly."
     details = [_describe(metric) for metric in (*targets, *motions, *guards)]
+    if all(metric.base == metric.tuned for metric in metrics):
+        details.insert(0, "Every value of the tuned model is the base's: it changes no video.")
     details += [metric.disagreement for metric in metrics if metric.disagreement]
     for reason in dict.fromkeys(metric.no_witness for metric in metrics if metric.no_witness):
         once = [metric for metric in metrics if metric.no_witness == reason]
@@ -258,8 +260,7 @@ def judge_evaluation(
         details.append(f"{_names(once).capitalize()} {verb} not measured a second time. {reason}")
     if min_prompts <= fewest < FEW:
         details.append(
-            f"With {counted(fewest, 'prompt')} the intervals are rough; evaluate more "
-            "(--num-prompts)."
+            f"With {counted(fewest, 'prompt')} the intervals are rough; evaluate more prompts."
         )
     if (runs := metrics[0].difference.runs) > 1:
         details.append(f"The intervals cover the prompts and {runs} training seeds.")

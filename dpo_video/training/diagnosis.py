@@ -140,9 +140,17 @@ class Diagnosis:
             return _rejected_dominant(view, self._options)
         if view.factor < DEAD:
             return _saturated(view, self._options)
-        if not view.moved and not patient:
-            return _not_moving(view, self._options)
-        return _healthy(view)
+        if view.moved:
+            return _healthy(view)
+        if patient:
+            return TrainingVerdict(
+                state=TrainingState.TOO_EARLY,
+                step=view.step,
+                seen=f"The policy does not differ clearly from the reference yet (logits "
+                f"{brief(view.logits.mean)} on average, reward accuracy {view.accuracy:.0%}).",
+                change="No change needed yet.",
+            )
+        return _not_moving(view, self._options)
 
     @property
     def _slope(self) -> float:

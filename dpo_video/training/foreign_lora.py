@@ -13,7 +13,7 @@ import diffusers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dpo_video.diffusion.pretrained import quiet
@@ -21,6 +21,7 @@ from dpo_video.errors import UserError
 from dpo_video.paths import DIFFUSERS_FILE, is_hub_id
 from dpo_video.strategies import VideoModel
 from dpo_video.support.atomic import write_tensors
+from dpo_video.training.run_dir import checkpoints
 
 _CONFIG = "adapter_config.json"
 _FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
@@ -57,6 +58,10 @@ def peft_adapter(source: str, model: VideoModel, folder: Path, option: str = "--
             alphas = given or {}
     except (ValueError, KeyError, OSError, SafetensorError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if not is_readable(found):
+            raise UserError(
+                f"The LoRA '{source}' is damaged ({reason}). Copy or download it again."
+            ) from error
         raise UserError(
             f"diffusers' {spec.pipeline} cannot read the LoRA '{source}' ({reason}). Name a LoRA "
             "of this model, or another --backbone."
@@ -95,6 +100,15 @@ def peft_adapter(source: str, model: VideoModel, folder: Path, option: str = "--
     }
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     return folder
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a .safetensors file has a sound header and all of its bytes."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -155,6 +169,9 @@ def _located(source: str, option: str) -> Path:
         )
     if (path / _CONFIG).is_file():
         return path
+    if runs := checkpoints(path):
+        adapter = runs[max(runs)] / "adapter"
+        raise UserError(f"'{source}' is a run. Name its adapter: {option}{adapter}")
     files = sorted(path.glob("*.safetensors"))
     known = [file for file in files if file.name == DIFFUSERS_FILE] or files
     if len(known) != 1:

@@ -90,6 +90,12 @@ def trainable_pairs(
             f"No pair in '{store.where}' prefers a video in more than {settings.min_decided:.0%} "
             "of its one-second segments. Lower train.min_decided, or label the pairs again."
         )
+    if settings.labels:
+        raise TrainingError(
+            f"By the labels {', '.join(settings.labels)}, all {len(store)} pairs in "
+            f"'{store.where}' are ties, from which there is nothing to learn. Label them "
+            "otherwise (dpo-video list labeler), or build other pairs."
+        )
     raise TrainingError(
         f"All {len(store)} pairs in '{store.where}' are ties, from which there is nothing to "
         "learn. Build them with a --labeler, or label them by metrics and train with --labels "

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
 from dpo_video.data.audit import CHECKS
-from dpo_video.errors import UserError, fault_reason, unknown
+from dpo_video.errors import PluginError, UserError, fault_reason, unknown
 from dpo_video.extensions import (
     ExportFormat,
     ListenerFactory,
@@ -255,12 +255,12 @@ def resolve(
         table, option = path.split(".", 1)
         tables.setdefault(table, {}).setdefault(option, value)
     backbone_class = registry.load("backbone", backbone)
-    absent: list[str] = []
+    absent: dict[str, str] = {}
     if metrics or "metric" not in tables:
         guards = cast(type[Backbone], backbone_class).guards
         choose_several(tables, "metric", metrics, [*METRICS, *guards])
     elif not set(registry.KINDS) <= set(kinds):
-        absent = sorted(n for n in tables["metric"] if not registry.is_installed("metric", n))
+        absent = {n: reason for n in tables["metric"] if (reason := _why_absent(n))}
         effects = tables.get("evaluate", {}).get("min_effects")
         for missing in absent:
             del tables["metric"][missing]
@@ -290,7 +290,7 @@ def resolve(
         cast(type[Backbone], backbone_class).tiers,
     )
     notes = [] if file is None else presets.overridden_by(file, tables)
-    notes += [f"Not measured: no installed package provides the metric '{n}'." for n in absent]
+    notes += [f"Not measured: {reason}" for _, reason in sorted(absent.items())]
     keep_secrets(tables, {path for path, _ in given}, file, kinds)
     for path, value in given:
         assign(tables, path, value)
@@ -313,6 +313,17 @@ def resolve(
     flags_of = {"--recipe": recipe, "--tier": tier}
     named_presets = tuple(f"{flag} {name}" for flag, name in flags_of.items() if name)
     return replace(config, notes=tuple(notes), presets=named_presets)
+
+
+def _why_absent(metric: str) -> str:
+    """Why a metric that a file names cannot be measured, as a sentence; empty if it can."""
+    if not registry.is_installed("metric", metric):
+        return f"no installed package provides the metric '{metric}'."
+    try:
+        registry.load("metric", metric)
+    except PluginError as error:
+        return str(error)
+    return ""
 
 
 def _made_with(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:

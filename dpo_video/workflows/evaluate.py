@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import tomli_w
+
 from dpo_video import text
 from dpo_video.data.build import Worker
 from dpo_video.data.video import probe_video
@@ -16,7 +18,7 @@ from dpo_video.evaluation.evaluate import measure, measure_files
 from dpo_video.evaluation.finished_videos import caption_of, paired_videos
 from dpo_video.evaluation.human import preference_in
 from dpo_video.evaluation.measuring import Measurement
-from dpo_video.evaluation.results import VIDEOS, Evaluation
+from dpo_video.evaluation.results import BASE_MODEL, VIDEOS, Evaluation
 from dpo_video.evaluation.verdict import EvaluationVerdict, judge_evaluation
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import claim
@@ -33,6 +35,9 @@ from dpo_video.workflows.pairs import prompt_encodings
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run, verdict_of
 from dpo_video.workflows.session import evaluation_prompts, load_model, pick_device
+
+_SAMPLED_BY = ("run", "backbone", "memory", "evaluate", "metric")
+"""The tables that an evaluation without a training depends on."""
 
 
 @with_options
@@ -121,6 +126,9 @@ def evaluation_folder(
     """Where an evaluation is written."""
     if out is not None:
         return Path(out)
+    if lora is not None and Path(str(lora)).name == "adapter":  # of a run's checkpoint
+        *_, name, _, step, _ = ("", "", "", *Path(str(lora)).resolve().parts)
+        return Path("runs") / f"evaluation-{name}-{step}"
     if run is None:
         return Path("runs") / f"evaluation-{Path(str(lora or tuned)).resolve().stem}"
     parent = run.folder if isinstance(run, Run) else Path(run)
@@ -165,7 +173,7 @@ def evaluate_run(
         )  # fmt: skip
         facts = {"Checkpoint": adapter.parent.name}
         if started is not None:
-            facts["Base"] = "with the LoRA that training started from"
+            facts[BASE_MODEL] = "with the LoRA that training started from"
         evaluation = _written(
             measured, config, folder, worker, progress,
             name=run.name, **_drawn(rows, model), trained_prompts=trained, command=command,
@@ -209,7 +217,8 @@ def _evaluate_lora(
         measured = _measure(model, adapter, rows, config, folder, folder, worker, progress)
     return _written(
         measured, config, folder, worker, progress,
-        name=Path(lora).name, **_drawn(rows, model), command=command, run_toml=config.toml(),
+        name=Path(lora).name, **_drawn(rows, model), command=command,
+        run_toml=tomli_w.dumps({name: config.tables[name] for name in _SAMPLED_BY}),
         facts=_facts(config, model, LoRA=lora),
     )  # fmt: skip
 
@@ -329,6 +338,8 @@ def _facts(config: Config, model: VideoModel, **facts: str) -> dict[str, str]:
     scale = settings.guidance_scale
     guidance = defaults.guidance_scale if scale is None else scale
     facts["Sampling"] = f"{counted(steps, 'step')}, guidance scale {guidance:g}"
+    precision = config.train.mixed_precision
+    facts["Precision"] = "fp32" if precision == "no" else precision
     facts["Device"] = str(model.device)
     if config.memory.quantization != "native":
         facts["Base quantized to"] = config.memory.quantization

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from dpo_video import registry
 from dpo_video.errors import UserError
-from dpo_video.support.atomic import write_text
+from dpo_video.support.atomic import write_text, writing
 from dpo_video.text import command
 
 PREFIX = "dpo-video-"
@@ -88,8 +88,9 @@ def new_plugin(kind: str, name: str, out: Path | str | None = None) -> Path:
         f"{module}.py": f"{kind}.py",
         f"tests/test_{module}.py": "test.py",
     }
-    for path, template in files.items():
-        text = templates.get_template(f"{template}.j2").render(values)
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        write_text(folder / path, text)
+    with writing(folder, "run the same command again"):
+        for path, template in files.items():
+            text = templates.get_template(f"{template}.j2").render(values)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            write_text(folder / path, text)
     return folder

@@ -156,6 +156,12 @@ def assign(tables: Tables, path: str, value: Any) -> None:
     if head in registry.SEVERAL and middle:
         short = {registry.short_name(name): name for name in node}  # of a class in a file
         if middle[0] not in node and middle[0] not in short:
+            if registry.is_installed(head, middle[0]):
+                plus = "" if not node else "+"
+                raise UserError(
+                    f"'{path}' sets an option of the {head} '{middle[0]}', which this run does not "
+                    f"use. Add --{head} {plus}{middle[0]}."
+                )
             raise unknown(f"{head} of this run", middle[0], node)
         middle[0] = short.get(middle[0], middle[0])
     for part in middle:

@@ -460,6 +460,11 @@ def test_sizes_that_patches_do_not_divide_are_refused(checkpoints: Checkpoints) 
         checkpoints.load("ti2v", height=48)
 
 
+def test_sizes_beyond_the_positions_of_the_model_are_refused(checkpoints: Checkpoints) -> None:
+    with pytest.raises(UserError, match=r"width = 1056 .*positions.*backbone\.width=1024"):
+        checkpoints.load("ti2v", width=1056)
+
+
 def test_experts_of_a_model_without_experts_are_refused(checkpoints: Checkpoints) -> None:
     with pytest.raises(UserError, match="no 'high' expert"):
         checkpoints.load("2.1", experts="high")

@@ -180,9 +180,10 @@ def test_a_file_holds_one_pair_only(store: PairStore, tmp_path: Path) -> None:
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in held.values())
 
 
-def test_a_folder_with_pt_files_is_refused(store: PairStore, tmp_path: Path) -> None:
-    export_videodpo(store, tmp_path / "out")
-    with pytest.raises(UserError, match="Name another folder"):
+def test_a_folder_that_holds_anything_is_refused(store: PairStore, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "clip.mp4").touch()
+    with pytest.raises(UserError, match=r"is not empty\. Name a new folder"):
         export_videodpo(store, tmp_path / "out")
 
 

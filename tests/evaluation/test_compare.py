@@ -350,7 +350,7 @@ def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
     path, out = tmp_path / "entries.toml", tmp_path / "out"
     small = (
         "'build.count=1', 'train.batch_size=1', 'train.gradient_accumulation_steps=1', "
-        "'evaluate.num_inference_steps=2'"
+        "'evaluate.num_inference_steps=2', 'train.validation_videos=0'"
     )
     path.write_text(
         f"[own]\npairs = 'jitter'\nloss = 'global'\nset = [{small}, "

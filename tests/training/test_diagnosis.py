@@ -398,6 +398,12 @@ def test_a_slow_start_is_given_time() -> None:
     assert states_along(slow) == [TrainingState.TOO_EARLY, TrainingState.HEALTHY]
 
 
+def test_a_still_run_is_not_called_healthy_while_it_is_given_time() -> None:
+    verdict = judge_training(run(flat, flat, steps=WINDOW), steps=WINDOW + 5)
+    assert verdict.state is TrainingState.TOO_EARLY and "No change needed yet" in verdict.change
+    assert judge_training(run(flat, flat, steps=WINDOW), steps=WINDOW).state is not verdict.state
+
+
 def test_the_verdict_turns_once_when_the_run_does() -> None:
     too_far = run(lambda step: -0.01 * step, lambda step: 0.03 * step, steps=200)
     assert states_along(too_far) == [

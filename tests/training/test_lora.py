@@ -237,6 +237,11 @@ def test_what_is_no_lora_of_this_model_is_refused(
     weights[next(iter(weights))].fill_(float("nan"))
     save_file(weights, broken / "adapter_model.safetensors", {"format": "pt"})
     refused(broken, "is not finite")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((lora / "adapter_model.safetensors").read_bytes()[:500])
+    refused(cut, "is damaged .* Copy or download it again")
+    (tmp_path / "run" / "checkpoints" / "step_000002" / "adapter").mkdir(parents=True)
+    refused(tmp_path / "run", "is a run. Name its adapter: .*step_000002/adapter")
 
 
 def test_a_foreign_lora_of_several_ranks_is_read(

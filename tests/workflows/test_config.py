@@ -167,6 +167,7 @@ def test_run_toml_has_every_option() -> None:
         ("loss.name=global", r"'loss\.name' is not an option\. Choose a loss with --loss NAME"),
         ("labeler.votes=3", r"but none is chosen\. Add --labeler NAME"),
         ("metric.sharpnes.x=1", r"Unknown metric of this run 'sharpnes'"),
+        ("listener.early_stop.below=0.1", r"does not use\. Add --listener early_stop\."),
         ("metric.frame_difference=1", r"'metric\.frame_difference' is 1, not a table"),
         ("pairs.store=5", r"pairs\.store = 5 is not a path"),
         ("pairs.store=here", r"pairs\.name is an option of a strategy, but pairs\.store names"),

@@ -112,6 +112,8 @@ def test_it_says_what_to_do_next(said: Said) -> None:
     assert "pip install -e dpo-video-my-own && pytest dpo-video-my-own" in told
     assert Path("dpo-video-my-own/tests").is_dir()
     assert "exists already" in said(2, "new", "loss", "my-own")
+    Path("file").touch()
+    assert "Cannot write to" in said(2, "new", "loss", "my-own", "--out", "file/package")
 
 
 @pytest.mark.parametrize(
