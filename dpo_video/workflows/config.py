@@ -10,7 +10,7 @@ import platform
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -49,6 +49,7 @@ from dpo_video.strategies import (
     StoreLabeler,
     Strategy,
 )
+from dpo_video.support.reading import read_toml
 from dpo_video.support.urls import folder_of, is_url, without_credentials
 from dpo_video.workflows.presets import Presets, Tables
 from dpo_video.workflows.recipes import find_recipe, recipe_for
@@ -177,10 +178,27 @@ def _names_its_file(resolve: Callable[P, Config]) -> Callable[P, Config]:
                 resolve(*args, **kept)  # type: ignore[arg-type]
             except UserError as alone:
                 if str(alone) == str(error):
-                    raise UserError(f"'{file}': {error}") from error
+                    text = f"'{file}': {error}{_missing_packages(Path(str(file)))}"
+                    raise UserError(text) from error
             raise
 
     return call
+
+
+def _missing_packages(file: Path) -> str:
+    """A sentence that names the packages that a run.toml was written with and that are missing."""
+    versions = read_toml(file).get("versions")
+    missing = []
+    for name, written in versions.items() if isinstance(versions, Mapping) else ():
+        try:
+            version(name)
+        except PackageNotFoundError:
+            if "source" in str(written):  # of a plugin
+                missing.append(f"{name} {written}")
+    if not missing:
+        return ""
+    these = "it" if len(missing) == 1 else "them"
+    return f" The file was written with {', '.join(missing)}: install {these}."
 
 
 @_names_its_file

@@ -132,6 +132,18 @@ def test_run_toml_resolves_to_the_same_text(tmp_path: Path, assignments: tuple[s
     assert tomllib.loads(text)["versions"].keys() >= {"dpo-video", "torch", "python"}
 
 
+def test_a_missing_package_of_a_run_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        '[loss]\nname = "focal"\n[versions]\ntorch = "2.0"\n'
+        'dpo-video-nosuch = "0.1.0 (source 0123456789ab)"\n'
+    )
+    with pytest.raises(
+        UserError, match=r"Unknown loss .* with dpo-video-nosuch 0\.1\.0 .*install it"
+    ):
+        resolve(file=file)
+
+
 def test_run_toml_has_every_option() -> None:
     tables = tomllib.loads(resolved().toml())
     assert tables["loss"] == {"name": "region", **Region().model_dump()}
