@@ -15,7 +15,7 @@ from dpo_video import registry
 from dpo_video.data.audit_checks import model_match
 from dpo_video.data.audit_stats import summarize
 from dpo_video.data.store import PairStore
-from dpo_video.extensions import Finding, Level, PairCheck, PairSet, PairSummary
+from dpo_video.extensions import Finding, Findings, Level, PairCheck, PairSet, PairSummary
 from dpo_video.registry.returned import checked, decoded, wrong
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.support.formatting import cell, counted, html_table
@@ -133,6 +133,14 @@ def audit(
     if checks is None:
         checks = [registry.strategy("check", name) for name in CHECKS]
     findings = [finding for check in checks for finding in findings_of(check, pair_set)]
+    if lost := store.unlisted():
+        findings.append(
+            Findings("store").notice(
+                f"{counted(lost, 'file')} of latents belong{'s' if lost == 1 else ''} to no pair: "
+                "a build is unfinished, or pairs.jsonl has lost lines.",
+                "Run the build again; it keeps the pairs that are there.",
+            )
+        )
     return Audit(store=store.where, pairs=len(store), findings=tuple(findings))
 
 

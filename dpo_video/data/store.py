@@ -347,6 +347,13 @@ class PairStore:
         """Whether the two videos of any pair are equal outside a region."""
         return any(record.region_share != 1 for record in self.records)
 
+    def unlisted(self) -> int:
+        """Number of files of latents that no line of pairs.jsonl names; 0 for packed pairs."""
+        if not self.local:
+            return 0
+        named = {Path(record.latents_file).name for record in self.records}
+        return sum(p.stem not in named for p in self.folder.glob("latents/*.safetensors"))
+
     @property
     def has_groups(self) -> bool:
         """Whether any pair has samples between its two videos."""

@@ -22,6 +22,7 @@ WIDTH, HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 10, 12, 24
 INTERVAL_WIDTH = 220  # of an interval in the table of metrics
 _AIR = 0.06  # fraction of the range that an axis leaves free at each end
+_SMALLEST = 1e-300  # range of an axis: with less, its logarithm may have no value
 _LABEL_HEIGHT = 17  # pixels between two labels
 _LETTER = 7  # pixels that a letter of a label is wide, on average
 
@@ -78,8 +79,8 @@ def linear(
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     margin = air * (high - low)
-    if high == low:
-        margin = abs(high) or 1.0
+    if high - low < _SMALLEST:
+        margin = abs(high) if abs(high) > _SMALLEST else 1.0
     low, high = low - margin, high + margin
     rough = (high - low) / ticks
     power = 10.0 ** math.floor(math.log10(rough))

@@ -248,6 +248,17 @@ def test_pairs_of_another_frame_rate_or_shape_are_found(
     assert "other weights" in found.findings[0].message and found.problems == 1
 
 
+def test_a_lost_line_is_noticed(small_model: AnimateDiffModel, tmp_path: Path) -> None:
+    audited(small_model, tmp_path / "pairs", clean(small_model.latent_shape))
+    store = PairStore(tmp_path / "pairs")
+    lines = (store.folder / "pairs.jsonl").read_bytes().splitlines(keepends=True)
+    (store.folder / "pairs.jsonl").write_bytes(b"".join([*lines[:1], *lines[2:]]))
+    found = audit(PairStore(store.folder), small_model, {}, [], checks=[])
+    (finding,) = found.findings
+    assert finding.level is Level.NOTICE
+    assert f"{COUNT - 1} files of latents belong to no pair" in finding.message  # after the gap
+
+
 def test_an_empty_set_is_a_problem(small_model: AnimateDiffModel, tmp_path: Path) -> None:
     assert audited(small_model, tmp_path / "pairs", []).problems
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_video.evaluation.charts import linear, log2
@@ -13,6 +13,8 @@ VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9)
 
 
 @given(VALUES)
+@example([5e-324])
+@example([0.0, 5e-324])
 def test_a_linear_axis_holds_its_values_in_order(values: list[float]) -> None:
     axis = linear([*values, math.nan], 0.0, 300.0)
     positions = [axis(value) for value in sorted(values)]
