@@ -1,13 +1,16 @@
-"""A small store of random pairs to label, shared by the tests of labelling."""
+"""A small store of random pairs to label, and a labeler, shared by the tests of labelling."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.store import Manifest, PairStore
+from dpo_video.strategies import Labeler
 from dpo_video.types import Pair
 
 COUNT = 3
@@ -34,3 +37,13 @@ def random_store(
         context = model.encode_prompts([pair.prompt])
         store.append(pair, {name: value.cpu() for name, value in context.items()})
     return store
+
+
+class Brighter(Labeler):
+    """Prefers the brighter video."""
+
+    def __call__(
+        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
+    ) -> Tensor:
+        lead = (first - second).mean(dim=(1, 3, 4))
+        return torch.stack([lead[:, part].mean(dim=1).sign() for part in segments], dim=1)

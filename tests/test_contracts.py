@@ -16,6 +16,7 @@ import torch
 from chat_server import serving
 from conftest import SHAPE
 from pydantic import Field
+from small_labels import Brighter
 from torch import Generator, Tensor, nn
 
 from dpo_video import registry, testing
@@ -698,16 +699,6 @@ class FirstIsBetter(Labeler):
         self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
     ) -> Tensor:
         return torch.ones(len(prompts), len(segments))
-
-
-class Brighter(Labeler):
-    """Prefers the brighter video, and keeps the contract."""
-
-    def __call__(
-        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
-    ) -> Tensor:
-        lead = (first - second).mean(dim=(1, 3, 4))
-        return torch.stack([lead[:, segment].mean(dim=1).sign() for segment in segments], dim=1)
 
 
 class AtLeastAsBright(Labeler):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate import Accelerator
 from conftest import SHAPE, load_small
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from small_labels import Brighter
+from torch import nn
 
 from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
@@ -22,7 +22,7 @@ from dpo_video.data.store import Manifest, PairStore
 from dpo_video.data.video_writer import write_video
 from dpo_video.errors import TrainingError
 from dpo_video.settings import BuildSettings, TrainSettings
-from dpo_video.strategies import Labeler, SuppliedPairs
+from dpo_video.strategies import SuppliedPairs
 from dpo_video.testing import small_videos
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import latest_checkpoint
@@ -43,16 +43,6 @@ SETTINGS = TrainSettings(
 
 def installed(kind: str) -> list[str]:
     return sorted({listing.name for listing in registry.listings(kind)})
-
-
-class Brighter(Labeler):
-    """Prefers the brighter video, for builders that need a labeler."""
-
-    def __call__(
-        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
-    ) -> Tensor:
-        lead = (first - second).mean(dim=(1, 3, 4))
-        return torch.stack([lead[:, segment].mean(dim=1).sign() for segment in segments], dim=1)
 
 
 def own_files(folder: Path) -> dict[str, object]:

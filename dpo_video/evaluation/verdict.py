@@ -252,7 +252,7 @@ def judge_evaluation(
         headline = f"Worse: {_moves(fallen)}." if fallen else "No target metric changed clearly."
     details = [_describe(metric) for metric in (*targets, *motions, *guards)]
     if all(metric.base == metric.tuned for metric in metrics):
-        details.insert(0, "Every value of the tuned model is the base's: it changes no video.")
+        details.insert(0, "Every measured value of the tuned model is that of the base.")
     details += [metric.disagreement for metric in metrics if metric.disagreement]
     for reason in dict.fromkeys(metric.no_witness for metric in metrics if metric.no_witness):
         once = [metric for metric in metrics if metric.no_witness == reason]

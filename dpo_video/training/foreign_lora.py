@@ -58,7 +58,7 @@ def peft_adapter(source: str, model: VideoModel, folder: Path, option: str = "--
             alphas = given or {}
     except (ValueError, KeyError, OSError, SafetensorError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if not is_readable(found):
+        if not _is_readable(found):
             raise UserError(
                 f"The LoRA '{source}' is damaged ({reason}). Copy or download it again."
             ) from error
@@ -102,7 +102,7 @@ def peft_adapter(source: str, model: VideoModel, folder: Path, option: str = "--
     return folder
 
 
-def is_readable(path: Path) -> bool:
+def _is_readable(path: Path) -> bool:
     """Whether a .safetensors file has a sound header and all of its bytes."""
     try:
         with safe_open(path, "pt"):

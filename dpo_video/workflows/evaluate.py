@@ -126,11 +126,12 @@ def evaluation_folder(
     """Where an evaluation is written."""
     if out is not None:
         return Path(out)
-    if lora is not None and Path(str(lora)).name == "adapter":  # of a run's checkpoint
-        *_, name, _, step, _ = ("", "", "", *Path(str(lora)).resolve().parts)
-        return Path("runs") / f"evaluation-{name}-{step}"
     if run is None:
-        return Path("runs") / f"evaluation-{Path(str(lora or tuned)).resolve().stem}"
+        source = Path(str(lora or tuned)).resolve()
+        name = source.stem
+        if source.parent.parent.name == "checkpoints":  # RUN/checkpoints/STEP/adapter
+            name = f"{source.parents[2].name}-{source.parent.name}"
+        return Path("runs") / f"evaluation-{name}"
     parent = run.folder if isinstance(run, Run) else Path(run)
     return parent / ("evaluation" if checkpoint is None else f"evaluation-{checkpoint}")
 
@@ -174,6 +175,12 @@ def evaluate_run(
         facts = {"Checkpoint": adapter.parent.name}
         if started is not None:
             facts[BASE_MODEL] = "with the LoRA that training started from"
+        elif config.train.init_from is not None:
+            progress.note(
+                f"'{start}', the LoRA that training started from, is missing. The base is the "
+                "model without it.",
+                warning=True,
+            )
         evaluation = _written(
             measured, config, folder, worker, progress,
             name=run.name, **_drawn(rows, model), trained_prompts=trained, command=command,

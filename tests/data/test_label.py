@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE
-from small_labels import COUNT, random_store
+from small_labels import COUNT, Brighter, random_store
 from torch import Tensor
 
 from dpo_video.backbone.animatediff import AnimateDiffModel
@@ -16,19 +16,9 @@ from dpo_video.data.label import LabelSummary, StoreTask, label, recipe, summari
 from dpo_video.data.labels import LabelSet, preferences
 from dpo_video.data.store import PairStore
 from dpo_video.errors import PluginError, StoreError
-from dpo_video.strategies import Labeler, LabelResult, LabelTask, ReasonedLabeler, StoreLabeler
+from dpo_video.strategies import LabelResult, LabelTask, ReasonedLabeler, StoreLabeler
 
 SECONDS = 2 / SHAPE.fps  # two frames a segment, so two segments
-
-
-class Brighter(Labeler):
-    """Prefers the brighter video."""
-
-    def __call__(
-        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
-    ) -> Tensor:
-        lead = (first - second).mean(dim=(1, 3, 4))
-        return torch.stack([lead[:, part].mean(dim=1).sign() for part in segments], dim=1)
 
 
 class Reasoned(ReasonedLabeler):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from small_labels import Brighter
 from small_step import FIRST, Bench, a_batch, apart
 from small_training import adapter_hash
-from torch import Tensor
 
 from dpo_video.data.audit import audit
 from dpo_video.data.build import build, cycle_prompts
@@ -24,7 +23,7 @@ from dpo_video.pairs.ranked import Ranked
 from dpo_video.reference.cached import Cached
 from dpo_video.reference.toggle import Toggle
 from dpo_video.settings import BuildSettings, TrainSettings
-from dpo_video.strategies import Labeler, Loss, Reference
+from dpo_video.strategies import Loss, Reference
 from dpo_video.testing import StridedModel
 from dpo_video.training.run import train
 from dpo_video.types import Prompt
@@ -35,16 +34,6 @@ SETTINGS = TrainSettings(
     steps=2, batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2, warmup_steps=0,
     rank=2, alpha=4, save_steps=1, validation_videos=0, report_to="none",
 )  # fmt: skip
-
-
-class Brighter(Labeler):
-    """Prefers the brighter video."""
-
-    def __call__(
-        self, prompts: Sequence[str], first: Tensor, second: Tensor, segments: Sequence[slice]
-    ) -> Tensor:
-        lead = (first - second).mean(dim=(1, 3, 4))
-        return torch.stack([lead[:, part].mean(dim=1).sign() for part in segments], dim=1)
 
 
 @pytest.fixture(scope="module")
