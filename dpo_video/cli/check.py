@@ -10,7 +10,9 @@ from dpo_video.cli.console import show
 from dpo_video.cli.options import Json, option, takes
 
 
-@takes("checks", "labels", "prompts", "backbone", "metrics", "set", "config", "device")
+@takes(
+    "checks", "labels", "prompts", "backbone", "metrics", "set", "config", "allow_code", "device"
+)
 def check(
     options: dict[str, Any],
     pairs: Annotated[str, typer.Argument(help="Folder or URL of finished pairs.")],

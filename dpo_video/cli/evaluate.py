@@ -13,8 +13,8 @@ from dpo_video.cli.options import Json, option, takes
 
 @takes(
     "prompts", "num_prompts", "num_videos_per_prompt", "batch_size", "metrics", "min_effect",
-    "tolerance", "min_prompts", "backbone", "set", "config", "tier", "device", "deterministic",
-    "checkpoint",
+    "tolerance", "min_prompts", "backbone", "set", "config", "allow_code", "tier", "device",
+    "deterministic", "checkpoint",
 )  # fmt: skip
 def evaluate(
     options: dict[str, Any],

@@ -20,7 +20,7 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
-@takes("checkpoint", "device", "set")
+@takes("checkpoint", "allow_code", "device", "set")
 def export(
     options: dict[str, Any],
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],

@@ -11,8 +11,8 @@ from dpo_video.cli.options import option, takes
 
 
 @takes(
-    "pairs", "backbone", "set", "config", "prompt", "prompts", "seed", "num_inference_steps",
-    "guidance_scale", "checkpoint", "device", "deterministic",
+    "pairs", "backbone", "set", "config", "allow_code", "prompt", "prompts", "seed",
+    "num_inference_steps", "guidance_scale", "checkpoint", "device", "deterministic",
 )  # fmt: skip
 def generate(
     options: dict[str, Any],

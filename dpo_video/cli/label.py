@@ -10,7 +10,7 @@ from dpo_video.cli.console import say, show, show_json
 from dpo_video.cli.options import Json, option, takes
 
 
-@takes("labeler", "backbone", "set", "config", "device")
+@takes("labeler", "backbone", "set", "config", "allow_code", "device")
 def label(
     options: dict[str, Any],
     pairs: Annotated[str, typer.Argument(help="Folder of finished pairs.")],

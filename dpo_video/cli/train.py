@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from dpo_video.cli.console import BOLD, say
 from dpo_video.cli.options import TRAINING, option, takes
 from dpo_video.cli.stopping import FROM_ANOTHER, exit_resumable
-from dpo_video.text import command
 
 
 @takes(*TRAINING)
@@ -56,4 +55,4 @@ def train(
         say(f"'{run.folder}' already has all its steps. Train longer with --steps.")
     elif not progress.showed(verdict):
         say(verdict_text(verdict))
-    say("Compare it with the base: ", (command("evaluate", run.folder), BOLD))
+    say("Compare it with the base: ", (run.evaluate_command, BOLD))

@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_video.data.shards import INDEX, Shard, ShardIndex
 from dpo_video.data.store import NEGATIVE, PairStore
 from dpo_video.errors import StoreError
+from dpo_video.registry import local
 from dpo_video.support.atomic import write_bytes, write_tensors, write_text, writing
 from dpo_video.support.claims import claim
 
@@ -78,6 +79,8 @@ def _pack(store: PairStore, folder: Path, size: int, digest: str) -> Iterator[Pa
         write_tensors(folder / NEGATIVE, negative)
     for path in sorted((store.folder / "labels").glob("*.json*")):
         write_bytes(folder / "labels" / path.name, path.read_bytes())
+    for path in sorted((store.folder / local.FOLDER).glob("*.py")):
+        write_bytes(folder / local.FOLDER / path.name, path.read_bytes())
     lines = b"".join(record.line() + b"\n" for record in store.records)
     write_bytes(folder / "pairs.jsonl", lines)
     write_text(folder / INDEX, ShardIndex(shards=tuple(shards)).model_dump_json() + "\n")

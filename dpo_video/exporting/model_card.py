@@ -19,6 +19,7 @@ from dpo_video.evaluation.results import Evaluation
 from dpo_video.exporting.updates import precision
 from dpo_video.extensions import AdapterFormat, ExportFormat, MergedFormat
 from dpo_video.paths import is_hub_id
+from dpo_video.registry import short_name
 from dpo_video.strategies import VideoModel
 from dpo_video.support.formatting import apart, counted
 from dpo_video.training.diagnosis import TrainingVerdict
@@ -204,16 +205,16 @@ def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:
     train, run = tables["train"], tables["run"]
     local = "tiny, in the package" if _embedded(summary) else Path(spec.file or spec.source).name
     base = spec.source if _on_hub(spec) else local
-    loss = {key: value for key, value in tables["loss"].items() if key != "name"}
+    loss = ", ".join(f"{key} {v}" for key, v in tables["loss"].items() if key != "name")
     per_step = train["batch_size"] * train["gradient_accumulation_steps"]
     return [
-        ("backbone", tables["backbone"]["name"]),
+        ("backbone", short_name(tables["backbone"]["name"])),
         ("base model", base + (f" at {spec.revision}" if spec.revision else "")),
         *_quantization(tables.get("memory", {}).get("quantization", "native")),
         ("pairs", summary.pairs),
         ("labels", ", ".join(train.get("labels", ())) or "those stored with the pairs"),
-        ("loss", f"{tables['loss']['name']} ({', '.join(f'{k} {v}' for k, v in loss.items())})"),
-        ("reference", tables["reference"]["name"]),
+        ("loss", f"{short_name(tables['loss']['name'])} ({loss})"),
+        ("reference", short_name(tables["reference"]["name"])),
         ("LoRA", f"rank {train['rank']}, alpha {train['alpha']:g}{_options(train)}"),
         ("learning rate", f"{train['learning_rate']:g}"),
         ("steps", f"{summary.step} of {train['steps']}, {counted(per_step, 'pair')} each"),

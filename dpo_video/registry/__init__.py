@@ -114,11 +114,6 @@ def load(kind: str, name: str) -> type[Strategy]:
     of a loss may be a sum, such as `global+0.1*sft`.
     """
     if local.is_file(name):
-        if kind in ("backbone", "metric"):
-            raise UserError(
-                f"A {kind} cannot be a class in a file, because a finished run is used with it. "
-                f"Write a package: dpo-video new {kind} NAME"
-            )
         loaded = local.load(name)
         entry = Entry(kind=kind, name=loaded.__name__, value="", distribution=name)
         if fault := _fault(loaded, check_kind(kind), entry):

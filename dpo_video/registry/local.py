@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ from dpo_video.errors import PluginError, UserError
 from dpo_video.support.reading import read_bytes
 
 FOLDER = "code"
-"""Where a run keeps the files of its strategies."""
+"""Where a run and a set of pairs keep the files of their strategies."""
 _NAME = re.compile(r"(?P<path>.+\.py):(?P<cls>[A-Za-z_]\w*)")
 _SUFFIX = re.compile(r"-[0-9a-f]{12}$")
 _allowed: set[str] = set()
@@ -42,7 +43,12 @@ def allow(name: str) -> None:
 
 
 def recorded(name: str) -> str:
-    """The name for a run.toml in whose folder `save` has put the file: it holds a hash."""
+    """The name for a file in whose folder `save` has put the code, which holds a hash of it.
+
+    A name that is none of a class in a file is returned as it is.
+    """
+    if not is_file(name):
+        return name
     path, cls = _split(name)
     data = _read(path, name)
     file = f"{FOLDER}/{_SUFFIX.sub('', path.stem)}-{_digest(data)[:12]}.py"
@@ -50,11 +56,14 @@ def recorded(name: str) -> str:
     return f"{file}:{cls}"
 
 
-def save(name: str, folder: Path) -> None:
-    """Write the file of a recorded name below a run's folder."""
-    file = name.rpartition(":")[0]
-    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-    (folder / file).write_bytes(_contents[file])
+def save(tables: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Write the files of the recorded names in some tables below a folder."""
+    for table in tables.values():
+        for name in (table.get("name"), *table) if isinstance(table, Mapping) else ():
+            if isinstance(name, str) and is_file(name):
+                file = name.rpartition(":")[0]
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (folder / file).write_bytes(_contents[file])
 
 
 def load(name: str) -> Any:

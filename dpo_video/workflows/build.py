@@ -12,6 +12,7 @@ from dpo_video.data.build import Worker, wanted
 from dpo_video.data.build import build as build_engine
 from dpo_video.data.store import Manifest, PairStore
 from dpo_video.errors import RunError, UserError
+from dpo_video.registry import local
 from dpo_video.settings import BuildSettings
 from dpo_video.strategies import PairBuilder, VideoModel
 from dpo_video.support.claims import claim
@@ -173,6 +174,7 @@ def obtain_pairs(
         note=progress.note,
     ):
         store = PairStore.create(folder, manifest)
+        local.save(manifest.recipe, folder)
         if missing := store.forget_missing():
             progress.note(f"Files of {missing} pairs are missing; they are built again.")
         later = exact or bool(config.train.labels)

@@ -14,7 +14,6 @@ from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.rows import Cell
 from dpo_video.support.atomic import write_text, writing
 from dpo_video.support.claims import claim
-from dpo_video.text import command
 from dpo_video.training.run_dir import checkpoints
 from dpo_video.workflows.build import obtain_pairs
 from dpo_video.workflows.compare_runs import check_finished, finished_cells
@@ -279,7 +278,7 @@ def _measure(config: Config, folder: Path, out: Path, progress: Progress) -> Eva
             run,
             config,
             folder / "evaluation",
-            command=command("evaluate", folder),
+            command=run.evaluate_command,
             base_folder=out,
             progress=progress,
         )

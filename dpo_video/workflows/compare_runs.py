@@ -9,7 +9,6 @@ from typing import Any
 from dpo_video.errors import UserError
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.evaluation.rows import Cell
-from dpo_video.text import command
 from dpo_video.workflows.config import Config, resolve
 from dpo_video.workflows.runs import Run
 
@@ -52,7 +51,7 @@ def finished_cells(folders: Sequence[Path], flags: Mapping[str, Any]) -> tuple[l
     configs: list[Config] = []
     for folder in folders:
         run = Run.open(folder)
-        evaluation, repeat = run.evaluation(), command("evaluate", run.folder)
+        evaluation, repeat = run.evaluation(), run.evaluate_command
         if evaluation is None:
             raise UserError(f"'{folder}' has no evaluation. Evaluate it first: {repeat}")
         first = first or evaluation

@@ -250,7 +250,7 @@ def resolve(
             each["name"] = local.below(file.parent, named)
             if allow_code:
                 local.allow(each["name"])
-    for kind in ("listener", "check"):
+    for kind in registry.SEVERAL:
         if file and kind in tables:
             tables[kind] = seen_from(tables[kind], file.parent, allow_code)
     base = find_recipe(recipe) if recipe else None
@@ -268,7 +268,7 @@ def resolve(
         elif kind not in tables and kind in names:
             tables[kind] = {"name": names[kind]}
     backbone = name_in(tables, "backbone")
-    made = _made_with(made_with or {}, backbone)
+    made = _made_with(made_with or {}, local.recorded(backbone))
     for path, value in made.items():
         table, option = path.split(".", 1)
         tables.setdefault(table, {}).setdefault(option, value)
@@ -335,6 +335,12 @@ def resolve(
 
 def _why_absent(metric: str) -> str:
     """Why a metric that a file names cannot be measured, as a sentence; empty if it can."""
+    if local.is_file(metric):
+        try:
+            registry.load("metric", metric)
+        except UserError as error:
+            return str(error)
+        return ""
     if not registry.is_installed("metric", metric):
         return f"no installed package provides the metric '{metric}'."
     try:
@@ -359,9 +365,10 @@ def _made_with(recipe: Mapping[str, Any], backbone: str) -> dict[str, Any]:
 def _make(tables: Tables, kinds: Collection[str]) -> Config:
     engines = {name: _build(model, tables.get(name, {}), name) for name, model in ENGINES.items()}
     if "metric" in kinds:
+        files = {registry.short_name(name) for name in tables["metric"] if local.is_file(name)}
         for name in engines["evaluate"].min_effects:  # type: ignore[attr-defined]
-            if not registry.is_installed("metric", name):
-                raise unknown("metric", name, registry.named("metric"))
+            if name not in files and not registry.is_installed("metric", name):
+                raise unknown("metric", name, [*registry.named("metric"), *files])
     made: dict[str, Any] = dict.fromkeys(sorted(CHOSEN))
     store = _store(tables["pairs"]) if "store" in tables["pairs"] else None
     for kind in set(made) & set(kinds):
@@ -372,47 +379,53 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
     resolved_labeler = made["labeler"]
     if isinstance(resolved_labeler, LabelerFactory):
         resolved_labeler, made["labeler"] = _give_metrics(resolved_labeler)
-    metrics = {
-        name: cast(Metric, _build(registry.load("metric", name), table, f"metric.{name}", name))
-        for name, table in tables["metric"].items()
-        if "metric" in kinds
-    }
     several: dict[str, dict[str, Any]] = {
         kind: {
             name: _build(registry.load(kind, name), table, f"{kind}.{name}", name)
             for name, table in tables.get(kind, {}).items()
             if kind in kinds
         }
-        for kind in ("listener", "check")
+        for kind in registry.SEVERAL
     }
     resolved: Tables = {name: _dump(model) for name, model in engines.items()}
     for kind, strategy in {**made, "labeler": resolved_labeler}.items():
         if strategy is not None:
-            name = name_in(tables, kind)
-            name = local.recorded(name) if local.is_file(name) else name
-            resolved[kind] = {"name": name, **_dump(strategy)}
+            resolved[kind] = {"name": local.recorded(name_in(tables, kind)), **_dump(strategy)}
         elif kind == "pairs" and store is not None:
             resolved["pairs"] = {"store": _recorded(store)}
         elif kind in tables and kind not in kinds:
             resolved[kind] = tables[kind]
-    resolved["metric"] = {name: _dump(metric) for name, metric in metrics.items()}
     for kind, made_of in several.items():
-        if made_of:
-            resolved[kind] = {
-                local.recorded(name) if local.is_file(name) else name: _dump(each)
-                for name, each in made_of.items()
-            }
+        if made_of or kind == "metric":
+            resolved[kind] = {local.recorded(name): _dump(each) for name, each in made_of.items()}
         elif kind in tables and kind not in kinds:
             resolved[kind] = tables[kind]
     trained_by = {kind: each for kind in TRAINED_BY if (each := made.pop(kind)) is not None}
     rest: dict[str, Any] = {
         "pair_store": store,
-        "metrics": metrics,
+        "metrics": _by_short_name("metric", several["metric"]),
         "listeners": several["listener"],
         "checks": several["check"],
         "tables": resolved,
     }
     return Config(**engines, **made, trained_by=trained_by, **rest)  # type: ignore[arg-type]
+
+
+def _by_short_name(kind: str, several: Mapping[str, Model]) -> dict[str, Model]:
+    """Strategies by the names that a report has for them: of a class in a file, that of the class.
+
+    Raises:
+        UserError: if two have the same.
+    """
+    found: dict[str, Model] = {}
+    for name, each in several.items():
+        short = registry.short_name(name) if local.is_file(name) else name
+        if short in found:
+            raise UserError(
+                f"Two of the {kind}s are named '{short}'. Rename the class in '{name}'."
+            )
+        found[short] = each
+    return found
 
 
 def _give_metrics(labeler: LabelerFactory) -> tuple[LabelerFactory, Labeler]:

@@ -98,7 +98,7 @@ def evaluate(
     for note in config.notes:
         progress.note(note)
     if run is not None:
-        command = command or text.command("evaluate", run.folder)
+        command = command or run.evaluate_command
         return evaluate_run(
             run, config, folder, checkpoint=checkpoint, command=command, progress=progress
         )

@@ -41,6 +41,7 @@ def export(
     *,
     checkpoint: int | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
+    allow_code: bool | None = None,
     device: str | None = None,
     set: Mapping[str, Any] | Sequence[str] | None = None,
 ) -> ExportResult:
@@ -57,6 +58,7 @@ def export(
         dtype: Precision of the weights in the files; by default their own, and fp32 for "merged".
             Merged weights in half precision are refused if rounding makes an error of more than 5%
             of the adapter's update.
+        allow_code: Run the Python file of the run's backbone.
         device: As for training.
         set: Options of the format by path: {"format.NAME": value}.
 
@@ -69,7 +71,13 @@ def export(
     run = Run.open(run)
     config = configure(
         "run",
-        {"config": run.folder / "run.toml", "device": device, "format": format, "set": set},
+        {
+            "config": run.folder / "run.toml",
+            "allow_code": allow_code,
+            "device": device,
+            "format": format,
+            "set": set,
+        },
         kinds=("backbone", "format"),
     )
     target = config.format

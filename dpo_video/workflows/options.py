@@ -18,7 +18,7 @@ from dpo_video.extensions import Optimizer, PairCheck, Schedule, TimestepSampler
 from dpo_video.registry import local
 from dpo_video.strategies import Backbone, Loss, Metric, Reference, Strategy
 from dpo_video.workflows.config import TRAINED_BY, Config, resolve
-from dpo_video.workflows.tables import ENGINES
+from dpo_video.workflows.tables import ENGINES, table_of
 
 
 class Options(TypedDict, total=False):
@@ -196,16 +196,12 @@ def configure(
         kind: given.pop(kind, None) for kind in (*TRAINED_BY, "backbone", "labeler", "format")
     }
     allow_code, listeners = bool(given.pop("allow_code", False)), given.pop("listeners", ())
-    for name in (
-        *choices.values(),
-        *listeners,
-        *(checks or ()),
-        pairs,
-    ):  # typed, so the file may run
-        if isinstance(name, str) and local.is_file(name):
-            local.allow(name)
     file, paths = given.pop("config", None), given.pop("set", ())
     metrics, tier = given.pop("metrics", ()), given.pop("tier", None)
+    for name in (*choices.values(), *listeners, *metrics, *(checks or ()), pairs):
+        # Typed, so the file may run.
+        if isinstance(name, str) and local.is_file(name := name.removeprefix("+")):
+            local.allow(name)
     if isinstance(prompt := given.get("prompt"), list | tuple):
         if len(prompt) > 1:
             raise UserError(
@@ -225,6 +221,11 @@ def configure(
         paths = ()
     if (store := _finished_pairs(pairs)) is not None:
         pairs, made_with = store, PairStore(store).manifest.recipe
+        made_in = table_of(made_with, "backbone").get("name")
+        if choices["backbone"] is None and file is None and local.is_file(str(made_in)):
+            choices["backbone"] = kept = local.below(Path(store), str(made_in))
+            if allow_code:
+                local.allow(kept)
     homes = {
         field: home for home in ("build", "run", table) for field in ENGINES[home].model_fields
     }

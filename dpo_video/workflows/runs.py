@@ -18,11 +18,12 @@ from dpo_video.errors import RunError, first_fault
 from dpo_video.evaluation.rendering import asset, templates
 from dpo_video.evaluation.report import training_context
 from dpo_video.evaluation.results import Evaluation
+from dpo_video.registry import local
 from dpo_video.support.atomic import write_text
 from dpo_video.support.formatting import html_table, plain_table
 from dpo_video.support.reading import read_bytes
 from dpo_video.support.report import StepReport
-from dpo_video.text import without_credentials
+from dpo_video.text import command, without_credentials
 from dpo_video.training.diagnosis import TrainingVerdict, judge_training
 from dpo_video.training.run_dir import checkpoint_at, checkpoints, read_log, resume_command
 from dpo_video.workflows.config import Config, resolve
@@ -106,6 +107,14 @@ class Run:
     def checkpoints(self) -> dict[int, Path]:
         """The checkpoints' folders by step."""
         return checkpoints(self.folder)
+
+    @property
+    def evaluate_command(self) -> str:
+        """The command that evaluates it, which allows the code of its backbone and its metrics."""
+        tables = tomllib.loads(self.toml)
+        names = [str(tables.get("backbone", {}).get("name")), *tables.get("metric", {})]
+        code = ["--allow-code"] if any(map(local.is_file, names)) else []
+        return command("evaluate", self.folder, *code)
 
     def adapter(self, step: int | None = None) -> Path:
         """The adapter's folder of a checkpoint, by default of the last one.

@@ -265,10 +265,7 @@ def write_run(
     with writing(folder):
         prompts = sorted({record.prompt for record in store.records})
         write_text(folder / PROMPTS, json.dumps(prompts, indent=0, ensure_ascii=False))
-        for table in config.tables.values():
-            for name in (table.get("name"), *table):
-                if isinstance(name, str) and local.is_file(name):
-                    local.save(name, folder)
+        local.save(config.tables, folder)
         write_text(folder / "run.toml", config.toml(changes))
 
 

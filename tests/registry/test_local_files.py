@@ -9,14 +9,24 @@ import pytest
 from conftest import Said
 
 from dpo_video import registry
+from dpo_video.data.pack import pack
+from dpo_video.data.store import PairStore
 from dpo_video.errors import PluginError, UserError
+from dpo_video.evaluation.results import Evaluation
 from dpo_video.registry import local
+from dpo_video.strategies import Placement
 from dpo_video.workflows.config import resolve
 from dpo_video.workflows.options import configure
+from dpo_video.workflows.session import check_pairs
 
 SOURCE = '''
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from dpo_video.backbone import Tiny
 from dpo_video.plugin import (
-    Field, Listener, ListenerFactory, Loss, LossOutput, PairErrors, clip_loss
+    Field, Listener, ListenerFactory, Loss, LossOutput, Metric, PairErrors, PerPair, Videos,
+    clip_loss,
 )
 
 __import__("pathlib").Path("ran").touch()
@@ -33,6 +43,22 @@ class Mine(Loss):
 
 class Broken:
     pass
+
+class Brightness(Metric):
+    """Mean brightness."""
+
+    higher_is_better: ClassVar[bool] = True
+    unit: ClassVar[str] = ""
+    role: ClassVar[Literal["guard"]] = "guard"
+    scale: float = 1.0
+    """Factor."""
+
+    def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
+        """Mean of all values."""
+        return videos.mean((1, 2, 3, 4)) * self.scale
+
+class Small(Tiny):
+    """The embedded model."""
 
 class Heard(ListenerFactory):
     """Does nothing."""
@@ -68,7 +94,7 @@ def test_a_typed_file_is_used_and_kept_with_its_hash(file: Path) -> None:
     assert configure("train", heard).tables["listener"] == {
         name.replace("Mine", "Heard"): {"loud": True}
     }
-    local.save(name, file.parent / "run")
+    local.save(config.tables, file.parent / "run")
     file.write_text(SOURCE + "# changed\n")
     assert configure("train", {"loss": "mine.py:Mine"}).tables["loss"]["name"] != name
     assert (file.parent / "run" / name.partition(":")[0]).read_text() == SOURCE
@@ -78,8 +104,8 @@ def test_a_file_that_another_file_names_runs_only_with_a_flag(
     file: Path, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = file.parent / "run"
-    config = configure("train", {"loss": "mine.py:Mine"})
-    local.save(config.tables["loss"]["name"], run)
+    config = configure("train", {"loss": "mine.py:Mine", "metrics": ["+mine.py:Brightness"]})
+    local.save(config.tables, run)
     (run / "run.toml").write_text(config.toml())
     Path("ran").unlink()
     monkeypatch.setattr(local, "_allowed", set())
@@ -92,7 +118,9 @@ def test_a_file_that_another_file_names_runs_only_with_a_flag(
         with pytest.raises(UserError, match="is code in a file, which does not run"):
             refused()
     assert "add --allow-code" in said(2, "config", "--config", run / "run.toml")
-    resolve(file=run / "run.toml", kinds=("backbone", "metric"))  # to evaluate or export it
+    evaluated = resolve(file=run / "run.toml", kinds=("backbone", "metric"))
+    assert "warp_error" in evaluated.metrics and "Brightness" not in evaluated.metrics
+    assert "Brightness' is code in a file" in " ".join(evaluated.notes)
     assert not Path("ran").exists()
     repeated = configure("train", {"config": run / "run.toml", "allow_code": True})
     assert repeated.tables["loss"] == config.tables["loss"] and Path("ran").exists()
@@ -113,5 +141,48 @@ def test_what_is_wrong_with_a_file_is_told(file: Path) -> None:
     Path("bad.py").write_text("1 / 0\n")
     with pytest.raises(PluginError, match=r"cannot be imported \(ZeroDivisionError"):
         configure("train", {"loss": "bad.py:Mine"})
-    with pytest.raises(UserError, match="dpo-video new backbone NAME"):
-        configure("train", {"backbone": "mine.py:Mine"})
+    with pytest.raises(UserError, match="Two of the metrics are named 'Brightness'"):
+        configure("evaluate", {"metrics": ["mine.py:Brightness", "./mine.py:Brightness"]})
+
+
+def test_a_backbone_and_a_metric_in_a_file_are_kept_with_the_run_and_its_pairs(
+    file: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forget() -> None:
+        monkeypatch.setattr(local, "_allowed", set())
+        for module in [name for name in sys.modules if name.startswith("dpo_video_local_")]:
+            monkeypatch.delitem(sys.modules, module)
+
+    few = ("--set", "pairs.num_inference_steps=2", "--set", "evaluate.num_inference_steps=2")
+    said(
+        0, "train", "--backbone", "mine.py:Small", "--metric", "+mine.py:Brightness", "--out",
+        "run", "--count", "2", "--steps", "1", *few, "--set", "train.batch_size=1", "--set",
+        "train.gradient_accumulation_steps=1", "--set", "train.validation_videos=0", "--set",
+        "metric.Brightness.scale=100",
+    )  # fmt: skip
+    Path("elsewhere").mkdir()
+    file.rename("elsewhere/mine.py")
+    forget()
+    assert "add --allow-code" in said(2, "evaluate", "run")
+    forget()
+    out = said(0, "evaluate", "run", "--allow-code", "--num-prompts", "2")
+    assert "Brightness" in out
+    assert Evaluation.load(Path("run/evaluation"))["Brightness"].base[0] > 1  # scaled
+    forget()
+    said(0, "export", "run", "--allow-code")
+    assert "Small" in (next(Path("run/export").iterdir()) / "README.md").read_text()
+    (pairs,) = [path.parent for path in Path().rglob("store.json")]
+    forget()
+    with pytest.raises(UserError, match="add --allow-code"):
+        configure("train", {}, pairs)
+    kept = configure("train", {"allow_code": True}, pairs)
+    forget()
+    typed = configure("train", {"backbone": "elsewhere/mine.py:Small"}, pairs)
+    made_with = PairStore(pairs).manifest.recipe["backbone"]
+    assert kept.tables["backbone"] == typed.tables["backbone"] == made_with
+    model = typed.backbone.load(Placement())
+    check_pairs(typed, PairStore(pairs), model)
+    list(pack(PairStore(pairs), Path("packed")))
+    assert [path.name for path in Path("packed/code").iterdir()] == [
+        path.name for path in (pairs / "code").iterdir()
+    ]
