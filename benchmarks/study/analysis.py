@@ -1,19 +1,21 @@
 """Choose the learning rates of the study, and answer its questions. See README.md.
 
     python -m benchmarks.study.analysis rates runs/selection --out benchmarks/study/report.toml
-    python -m benchmarks.study.analysis answers runs/report-* --out study.json
+    python -m benchmarks.study.analysis values runs/report-0 --out report-0.json
+    python -m benchmarks.study.analysis answers report-*.json --out study.json
 
-Both read the evaluations that `dpo-video compare` wrote: one folder per entry and training seed.
+All read the folders that `dpo-video compare` wrote, or the values that `values` took from them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,7 +26,8 @@ from dpo_video.support.statistics import t_quantile
 
 HERE = Path(__file__).parent
 TARGET, MOTION, GUARD = "warp_error", "dynamic_degree", "caption_match"
-METRICS = (TARGET, "frame_difference", MOTION, GUARD, "sharpness")
+WITNESS = f"{TARGET} (DIS)"
+METRICS = (TARGET, WITNESS, "frame_difference", MOTION, GUARD, "sharpness")
 KEPT = -0.03
 """Least mean change of motion and caption match of a learning rate that can be chosen."""
 SEEDS = range(5)
@@ -49,29 +52,71 @@ QUESTIONS = {
 """A metric and two methods each: the first one's change minus the second one's."""
 
 
-def cells(folders: Sequence[Path]) -> dict[str, dict[int, Evaluation]]:
-    """The evaluations of every entry of a comparison: entry to training seed to evaluation."""
-    found: dict[str, dict[int, Evaluation]] = {}
-    for folder in folders:
-        for path in sorted(folder.glob("*/seed-*/evaluation")):
-            seed = int(path.parent.name.removeprefix("seed-"))
-            entry = found.setdefault(path.parents[1].name, {})
-            if seed in entry:
-                raise UserError(f"Two evaluations of seed {seed} of '{path.parents[1].name}'.")
-            entry[seed] = Evaluation.load(path)
+Values = Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]]
+"""Metric to its values on every prompt, of the base and of the tuned model; None for no value."""
+Cells = dict[str, dict[int, Values]]
+"""Entry to training seed to values."""
+
+
+def values_of(evaluation: Evaluation) -> Values:
+    """The values of an evaluation, those of its second witnesses as `NAME (DIS)`."""
+    values = {}
+    for metric in evaluation.metrics:
+        values[metric.name] = (metric.base, metric.tuned)
+        if (witness := metric.witness) is not None:
+            values[f"{metric.name} ({witness.name})"] = (witness.base, witness.tuned)
+    finite = {
+        name: tuple([x if math.isfinite(x) else None for x in side] for side in sides)
+        for name, sides in values.items()
+    }
+    return cast(Values, finite)
+
+
+def cells(paths: Sequence[Path]) -> Cells:
+    """The values in folders of comparisons, and in files that `values` wrote.
+
+    Raises:
+        UserError: if there are none, or several of one entry and training seed.
+    """
+    found: Cells = {}
+    for path in paths:
+        for entry, seed, values in _in_file(path) if path.is_file() else _in_folder(path):
+            if seed in found.setdefault(entry, {}):
+                raise UserError(f"Two evaluations of seed {seed} of '{entry}'.")
+            found[entry][seed] = values
     if not found:
-        names = ", ".join(f"'{folder}'" for folder in folders)
+        names = ", ".join(f"'{path}'" for path in paths)
         raise UserError(f"No evaluations in {names}. Name the folders of a comparison.")
     return found
 
 
-def relative_change(evaluation: Evaluation, metric: str) -> float:
+def _in_folder(folder: Path) -> Iterator[tuple[str, int, Values]]:
+    for path in sorted(folder.glob("*/seed-*/evaluation")):
+        seed = int(path.parent.name.removeprefix("seed-"))
+        yield path.parents[1].name, seed, values_of(Evaluation.load(path))
+
+
+def _in_file(path: Path) -> Iterator[tuple[str, int, Values]]:
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        yield row["entry"], row["seed"], {name: tuple(both) for name, both in row["values"].items()}
+
+
+def values_text(found: Cells) -> str:
+    """The JSON of `values`: a line for each entry and training seed."""
+    rows = [
+        json.dumps({"entry": entry, "seed": seed, "values": values})
+        for entry, runs in sorted(found.items())
+        for seed, values in sorted(runs.items())
+    ]
+    return '{"rows": [\n' + ",\n".join(rows) + "\n]}\n"
+
+
+def relative_change(values: Values, metric: str) -> float:
     """Change of the mean of a metric over the prompts, relative to the base's mean.
 
     Prompts without a value on either side are left out of both means.
     """
-    base = np.asarray(evaluation[metric].base, dtype=np.float64)
-    tuned = np.asarray(evaluation[metric].tuned, dtype=np.float64)
+    base, tuned = (np.asarray(side, dtype=np.float64) for side in values[metric])
     finite = np.isfinite(base) & np.isfinite(tuned)
     return float(tuned[finite].mean() / base[finite].mean() - 1)
 
@@ -132,7 +177,7 @@ def summary(values: Mapping[int, float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": dict(values)}
 
 
-def changes(found: Mapping[str, Mapping[int, Evaluation]]) -> dict[str, dict[str, Any]]:
+def changes(found: Cells) -> dict[str, dict[str, Any]]:
     """Entry to metric to its relative change over the replicates."""
     return {
         entry: {
@@ -144,7 +189,7 @@ def changes(found: Mapping[str, Mapping[int, Evaluation]]) -> dict[str, dict[str
 
 
 def difference(
-    first: Mapping[int, Evaluation], second: Mapping[int, Evaluation], metric: str
+    first: Mapping[int, Values], second: Mapping[int, Values], metric: str
 ) -> dict[str, Any]:
     """First method's relative change minus the second's, paired by replicate.
 
@@ -152,8 +197,7 @@ def difference(
         UserError: if the two were not evaluated on the same base videos and seeds.
     """
     if first.keys() != second.keys() or any(
-        not np.array_equal(first[seed][metric].base, second[seed][metric].base, equal_nan=True)
-        for seed in first
+        list(first[seed][metric][0]) != list(second[seed][metric][0]) for seed in first
     ):
         raise UserError("Two methods were not evaluated on the same base videos. Evaluate again.")
     return summary({
@@ -162,7 +206,7 @@ def difference(
     })  # fmt: skip
 
 
-def answers(found: Mapping[str, Mapping[int, Evaluation]]) -> list[dict[str, Any]]:
+def answers(found: Cells) -> list[dict[str, Any]]:
     """The paired differences that answer each question."""
     rows = []
     for question, comparisons in QUESTIONS.items():
@@ -222,11 +266,11 @@ def _split(entry: str) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("rates", "answers"))
-    parser.add_argument("folders", type=Path, nargs="+", help="folders of the comparison")
+    parser.add_argument("action", choices=("rates", "values", "answers"))
+    parser.add_argument("paths", type=Path, nargs="+", help="folders of comparisons, or values")
     parser.add_argument("--out", type=Path, help="file of the result; by default it is printed")
     given = parser.parse_args()
-    found = cells(given.folders)
+    found = cells(given.paths)
     if given.action == "rates":
         measured = {
             entry: {name: relative_change(each, name) for name in METRICS}
@@ -236,13 +280,15 @@ def main() -> None:
         result = report_entries(chosen_rates(measured))
         for entry, each in measured.items():
             print(entry, *(f"{name} {percent(value)}" for name, value in each.items()), sep="  ")
+    elif given.action == "values":
+        result = values_text(found)
     else:
         by_entry, rows = changes(found), answers(found)
         result = json.dumps({"changes": by_entry, "answers": rows}, indent=2) + "\n"
         print(table(by_entry), text(rows), sep="\n")
     if given.out:
         given.out.write_text(result, encoding="utf-8")
-    elif given.action == "rates":
+    elif given.action != "answers":
         print(result)
 
 

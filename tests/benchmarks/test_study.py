@@ -82,7 +82,7 @@ def test_planted_differences_are_read_and_absent_ones_are_not() -> None:
         "local-global": {error: -0.1},
     }
     found = {
-        name: {seed: evaluated(1000 * i + seed, **change) for seed in range(5)}
+        name: {seed: analysis.values_of(evaluated(1000 * i + seed, **change)) for seed in range(5)}
         for i, (name, change) in enumerate(planted.items())
     }
     rows = analysis.answers(found)
@@ -127,7 +127,9 @@ def test_prompts_without_a_value_are_left_out_of_both_means() -> None:
     )
     found = found.model_copy(update={"metrics": (holed,)})
     expected = sum(metric.tuned[1:]) / sum(metric.base[1:]) - 1
-    assert analysis.relative_change(found, analysis.TARGET) == pytest.approx(expected)
+    assert analysis.relative_change(analysis.values_of(found), analysis.TARGET) == pytest.approx(
+        expected
+    )
 
 
 def test_cells_are_read_from_the_folder_of_a_comparison(tmp_path: Path) -> None:
@@ -136,6 +138,15 @@ def test_cells_are_read_from_the_folder_of_a_comparison(tmp_path: Path) -> None:
     folders = [tmp_path / "report-0", tmp_path / "report-1"]
     for seed, folder in enumerate(folders):
         evaluated(seed).save(folder / "sft" / f"seed-{seed}" / "evaluation")
-    assert list(analysis.cells(folders)["sft"]) == [0, 1]
+    read = analysis.cells(folders)
+    assert list(read["sft"]) == [0, 1]
+    file = tmp_path / "values.json"
+    file.write_text(analysis.values_text(read))
+    kept = analysis.cells([file])
+    for seed, values in read["sft"].items():
+        assert values.keys() == kept["sft"][seed].keys()
+        for metric in values:
+            change = analysis.relative_change(values, metric)
+            assert change == analysis.relative_change(kept["sft"][seed], metric)
     with pytest.raises(UserError, match="Two evaluations of seed 0 of 'sft'"):
         analysis.cells([*folders, folders[0]])
