@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 
 from benchmarks import memory, reference_cache, tiers
+from benchmarks.study import analysis
 from benchmarks.support.plots import scatter
 from benchmarks.support.results import markdown, read_results
-from dpo_video.evaluation.compare import Comparison
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 
@@ -27,9 +27,9 @@ def rendered() -> dict[Path, str]:
         for number, group in enumerate(result.groups, start=1):
             if (picture := scatter(group)) is not None:
                 texts[path.with_name(f"{path.stem}-{number}.svg")] = picture
-    comparison = Comparison.model_validate_json((RESULTS / "comparison.json").read_text())
-    texts[RESULTS / "comparison.md"] = comparison.markdown()
-    texts[RESULTS / "frontier.svg"] = comparison.picture()
+    study = json.loads((RESULTS / "study.json").read_text())
+    texts[RESULTS / "study.md"] = analysis.markdown(study)
+    texts[RESULTS / "study.svg"] = analysis.picture(study)
     rows = json.loads((RESULTS / "memory.json").read_text())
     texts[RESULTS / "memory.svg"] = memory.drawn([memory.Row.model_validate(row) for row in rows])
     texts[RESULTS / "tiers.md"] = tiers.markdown(json.loads((RESULTS / "tiers.json").read_text()))

@@ -14,12 +14,14 @@ import json
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from dpo_video.errors import UserError
+from dpo_video.evaluation import charts
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.support.formatting import percent
 from dpo_video.support.statistics import t_quantile
@@ -27,7 +29,10 @@ from dpo_video.support.statistics import t_quantile
 HERE = Path(__file__).parent
 TARGET, MOTION, GUARD = "warp_error", "dynamic_degree", "caption_match"
 WITNESS = f"{TARGET} (DIS)"
-METRICS = (TARGET, WITNESS, "frame_difference", MOTION, GUARD, "sharpness")
+ERRORS = (TARGET, WITNESS, "frame_difference")
+"""Metrics that are above 0 and vary many times over between prompts."""
+OF_THE_MEAN = ", mean"
+METRICS = (*ERRORS, f"{TARGET}{OF_THE_MEAN}", MOTION, GUARD, "sharpness")
 KEPT = -0.03
 """Least mean change of motion and caption match of a learning rate that can be chosen."""
 SEEDS = range(5)
@@ -91,9 +96,9 @@ def cells(paths: Sequence[Path]) -> Cells:
 
 
 def _in_folder(folder: Path) -> Iterator[tuple[str, int, Values]]:
-    for path in sorted(folder.glob("*/seed-*/evaluation")):
-        seed = int(path.parent.name.removeprefix("seed-"))
-        yield path.parents[1].name, seed, values_of(Evaluation.load(path))
+    for path in sorted(folder.glob("*/seed-*/evaluation/evaluation.json")):
+        entry, seed = path.parts[-4], int(path.parts[-3].removeprefix("seed-"))
+        yield entry, seed, values_of(Evaluation.load(path.parent))
 
 
 def _in_file(path: Path) -> Iterator[tuple[str, int, Values]]:
@@ -112,12 +117,17 @@ def values_text(found: Cells) -> str:
 
 
 def relative_change(values: Values, metric: str) -> float:
-    """Change of the mean of a metric over the prompts, relative to the base's mean.
+    """Relative change of a metric over the prompts.
 
-    Prompts without a value on either side are left out of both means.
+    Of an error, the geometric mean of the prompts' ratios less 1. Of any other metric, and of
+    `NAME, mean`, the change of the mean relative to the base's mean. Prompts without a value on
+    either side are left out.
     """
-    base, tuned = (np.asarray(side, dtype=np.float64) for side in values[metric])
+    name = metric.removesuffix(OF_THE_MEAN)
+    base, tuned = (np.asarray(side, dtype=np.float64) for side in values[name])
     finite = np.isfinite(base) & np.isfinite(tuned)
+    if metric in ERRORS:
+        return math.exp(np.log(tuned[finite] / base[finite]).mean()) - 1
     return float(tuned[finite].mean() / base[finite].mean() - 1)
 
 
@@ -253,6 +263,31 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def markdown(result: Mapping[str, Any]) -> str:
+    """Both tables of a finished study, whose JSON `answers` writes."""
+    return f"{table(result['changes'])}\n{text(result['answers'])}"
+
+
+def picture(result: Mapping[str, Any]) -> str:
+    """An SVG: the change of the error against that of the motion, with intervals."""
+    labels = {metric: f"change of {metric.replace('_', ' ')}" for metric in (TARGET, MOTION)}
+
+    def axis(metric: str) -> partial[charts.Axis]:
+        return partial(charts.linear, ticks=8, text=percent, label=labels[metric])
+
+    points = [
+        charts.Point(name=entry, x=_spread(metrics[MOTION]), y=_spread(metrics[TARGET]))
+        for entry, metrics in result["changes"].items()
+    ]
+    panel = charts.Panel(points=points, x=axis(MOTION), y=axis(TARGET), origin="base model")
+    title = f"{labels[TARGET]} against {labels[MOTION]}, one mark per entry"
+    return charts.scatter(title, [panel], width=480)
+
+
+def _spread(change: Mapping[str, float]) -> charts.Spread:
+    return charts.Spread(change["mean"], change["low"], change["high"])
+
+
 def _interval(result: Mapping[str, Any]) -> str:
     low, high = percent(result["low"]), percent(result["high"])
     return f"{percent(result['mean'])} ({low} to {high})"
@@ -283,9 +318,9 @@ def main() -> None:
     elif given.action == "values":
         result = values_text(found)
     else:
-        by_entry, rows = changes(found), answers(found)
-        result = json.dumps({"changes": by_entry, "answers": rows}, indent=2) + "\n"
-        print(table(by_entry), text(rows), sep="\n")
+        answered = {"changes": changes(found), "answers": answers(found)}
+        result = json.dumps(answered, indent=2) + "\n"
+        print(markdown(answered))
     if given.out:
         given.out.write_text(result, encoding="utf-8")
     elif given.action != "answers":

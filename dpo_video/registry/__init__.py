@@ -158,6 +158,11 @@ def terms(name: str) -> dict[str, float]:
     """
     found = [_TERM.fullmatch(part.strip()) for part in name.split("+")]
     weights = {term["name"]: float(term["weight"] or 1) for term in found if term}
+    if ".py:" in name:
+        raise UserError(
+            f"'{name}': a loss in a file cannot be part of a sum. Let its class add the other "
+            "loss, or make a package of it: dpo-video new loss NAME"
+        )
     if len(weights) < len(found) or not all(weights.values()):
         raise UserError(
             f"'{name}' is no sum of losses. Write each loss once, with a weight above 0: "
@@ -256,6 +261,8 @@ def find(kind: str, name: str) -> Entry:
             raise unknown(kind, name, qualified)
         return qualified[wanted]
     found = named(kind)
+    if name.endswith(".py"):
+        raise UserError(f"'{name}' is a file. Name the class in it, too: --{kind} {name}:CLASS")
     if name not in found:
         raise unknown(kind, name, found)
     same = found[name]

@@ -114,7 +114,7 @@ def test_the_interval_is_student_s_t_over_the_replicates() -> None:
     assert result["high"] == pytest.approx(3 + half, abs=1e-5)
 
 
-def test_prompts_without_a_value_are_left_out_of_both_means() -> None:
+def test_prompts_without_a_value_are_left_out_on_both_sides() -> None:
     found = evaluated(0, warp_error=0.5)
     metric = found[analysis.TARGET]
     holed = MetricResult.measured(
@@ -126,10 +126,13 @@ def test_prompts_without_a_value_are_left_out_of_both_means() -> None:
         role=Role.TARGET,
     )
     found = found.model_copy(update={"metrics": (holed,)})
-    expected = sum(metric.tuned[1:]) / sum(metric.base[1:]) - 1
-    assert analysis.relative_change(analysis.values_of(found), analysis.TARGET) == pytest.approx(
-        expected
-    )
+    values = analysis.values_of(found)
+    of_the_mean = sum(metric.tuned[1:]) / sum(metric.base[1:]) - 1
+    change = analysis.relative_change(values, analysis.TARGET + analysis.OF_THE_MEAN)
+    assert change == pytest.approx(of_the_mean)
+    ratios = [after / before for before, after in zip(metric.base, metric.tuned, strict=True)][1:]
+    geometric = math.prod(ratios) ** (1 / len(ratios)) - 1
+    assert analysis.relative_change(values, analysis.TARGET) == pytest.approx(geometric)
 
 
 def test_cells_are_read_from_the_folder_of_a_comparison(tmp_path: Path) -> None:
