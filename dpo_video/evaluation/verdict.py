@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
+
+import numpy as np
 
 from dpo_video.evaluation.change import Change, Witness, compared
 from dpo_video.support.formatting import apart, counted, limit, percent
@@ -17,6 +20,8 @@ TOLERANCE = 0.03
 """Relative loss of motion or of a guard that still counts as keeping it."""
 FEW = 16
 """Number of prompts below which an interval of very skewed values covers less than 93%."""
+_FEW_VIDEOS, _MOST = 0.2, 0.5
+"""A fifth of the videos with half of all values decide the change of the mean."""
 BETTER = ("\N{CHECK MARK}", "better")
 WORSE = ("\N{BALLOT X}", "worse")
 UNCLEAR = ("\N{WHITE CIRCLE}", "no clear change")
@@ -110,6 +115,29 @@ class MetricResult(Change):
             return ""
         size = f"{self.witness.change_text}, 95% interval {self.witness.interval_text}"
         return f"{self.witness.name} disagrees on {self.label} ({size}): {self.conflict}."
+
+    @property
+    def unevenness(self) -> str:
+        """A sentence if few videos decide the change of the mean; empty if they do not.
+
+        They do if a fifth of the videos have half of all values, of both models together. The
+        typical change is then the geometric mean of the videos' ratios, which has no such weights.
+        """
+        base, tuned = np.asarray(self.base), np.asarray(self.tuned)
+        if not (np.isfinite(base + tuned).all() and (base > 0).all() and (tuned > 0).all()):
+            return ""
+        largest = np.sort(base + tuned)[::-1]
+        few = max(1, round(_FEW_VIDEOS * len(largest)))
+        share = float(largest[:few].sum() / largest.sum())
+        if share < _MOST:
+            return ""
+        typical = math.exp(np.log(tuned / base).mean()) - 1
+        verbs = ("has", "decides") if few == 1 else ("have", "decide")
+        return (
+            f"{few} of the {len(largest)} videos {verbs[0]} {share:.0%} of the {self.label}, and "
+            f"{verbs[1]} its change. The typical change, without such weights, is "
+            f"{percent(typical)}."
+        )
 
     @property
     def improved(self) -> bool:
@@ -253,6 +281,7 @@ def judge_evaluation(
     details = [_describe(metric) for metric in (*targets, *motions, *guards)]
     if all(metric.base == metric.tuned for metric in metrics):
         details.insert(0, "Every measured value of the tuned model is that of the base.")
+    details += [metric.unevenness for metric in targets if metric.unevenness]
     details += [metric.disagreement for metric in metrics if metric.disagreement]
     for reason in dict.fromkeys(metric.no_witness for metric in metrics if metric.no_witness):
         once = [metric for metric in metrics if metric.no_witness == reason]

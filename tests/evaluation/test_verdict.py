@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_video.evaluation.verdict import MetricResult, Outcome, Role, judge_evaluation, rules
-from dpo_video.support.formatting import brief
+from dpo_video.support.formatting import brief, percent
 
 
 def metric(
@@ -251,3 +251,26 @@ def test_the_interval_that_is_shown_decides() -> None:
     assert metric.interval[1] < 0 < metric.deciding[1]
     assert not metric.clear and not metric.improved
     assert "better" not in judge_evaluation([metric]).details[0]
+
+
+def test_a_change_that_few_videos_decide_is_told_with_the_typical_one() -> None:
+    def uneven(base: list[float], tuned: list[float]) -> str:
+        return MetricResult.measured(
+            "warp_error", base, tuned, unit="", higher_is_better=False, role=Role.TARGET
+        ).unevenness
+
+    even = [5.0] * 10
+    # Eight videos halve; the two with most of the error rise by a tenth, and the mean with them.
+    base, tuned = [5.0] * 8 + [100.0, 100.0], [2.5] * 8 + [110.0, 110.0]
+    typical = (0.5**8 * 1.1**2) ** 0.1 - 1
+    assert uneven(base, tuned) == (
+        "2 of the 10 videos have 88% of the warp error, and decide its change. The typical change, "
+        f"without such weights, is {percent(typical)}."
+    )
+    assert f"{typical:.3f}" == "-0.415"
+    assert uneven(even, even) == ""
+    assert uneven([0.0, *base], [0.0, *tuned]) == ""  # a ratio of zeros
+    result = MetricResult.measured(
+        "warp_error", base, tuned, unit="", higher_is_better=False, role=Role.TARGET
+    )
+    assert result.unevenness in judge_evaluation([result]).details
