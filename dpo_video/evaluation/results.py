@@ -130,7 +130,10 @@ class Evaluation(Record):
             raise UserError(
                 f"Cannot read '{folder / _JSON}': {error.strerror}. Run dpo-video evaluate first."
             ) from error
-        evaluation = cls.from_json(text)
+        try:
+            evaluation = cls.from_json(text)
+        except UserError as error:
+            raise UserError(f"'{folder / _JSON}': {error}") from error
         evaluation._folder = folder
         return evaluation
 

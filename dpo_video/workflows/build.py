@@ -125,6 +125,12 @@ def obtain_pairs(
         store = PairStore(config.pair_store)
         check_pairs(config, store, model)
         progress.note(f"Using the {counted(len(store), 'pair')} in {store.where}.")
+        if after := store.made - len(store):
+            progress.note(
+                f"{counted(after, 'pair')} after the missing pair {len(store)} are not used. "
+                "Continue the command that built them to fill the gap.",
+                warning=True,
+            )
         unused = {
             "--clips": config.run.clips,
             "--prompt": config.run.prompt,

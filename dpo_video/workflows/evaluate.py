@@ -13,7 +13,7 @@ import tomli_w
 from dpo_video import text
 from dpo_video.data.build import Worker
 from dpo_video.data.video import probe_video
-from dpo_video.errors import UserError
+from dpo_video.errors import RunError, UserError
 from dpo_video.evaluation.evaluate import measure, measure_files
 from dpo_video.evaluation.finished_videos import caption_of, paired_videos
 from dpo_video.evaluation.human import preference_in
@@ -77,7 +77,7 @@ def evaluate(
 
     Raises:
         UserError: for a wrong option, a video that is not finite, or if no metric is left.
-        RunError: if there is no such run or checkpoint.
+        RunError: if there is no such run or checkpoint, or `out` has the evaluation of another.
         BusyError: if another process is writing the same evaluation.
     """
     folders = base is not None or tuned is not None
@@ -157,6 +157,7 @@ def evaluate_run(
     worker = launched_worker()
     if worker.number:
         progress = SILENT
+    _check_folder(folder, run.name)
     with (
         claim(
             folder,
@@ -192,6 +193,18 @@ def evaluate_run(
         return evaluation
 
 
+def _check_folder(folder: Path, name: str) -> None:
+    """Refuse a folder that has the evaluation of something else; that would be replaced."""
+    try:
+        other = Evaluation.load(folder).name
+    except UserError:  # none, or a damaged one
+        return
+    if other != name:
+        raise RunError(
+            f"'{folder}' holds the evaluation of '{other}'. Name another folder with --out."
+        )
+
+
 def _track(evaluation: Evaluation, run: Run, config: Config, step: int, progress: Progress) -> None:
     """Show the verdict and the means in the run's tracker."""
     train = config.train
@@ -218,6 +231,7 @@ def _evaluate_lora(
     lora: str, config: Config, folder: Path, worker: Worker, command: str, progress: Progress
 ) -> Evaluation:
     rows = evaluation_prompts(config, progress.note)
+    _check_folder(folder, Path(lora).name)
     model = load_model(config, pick_device(config.run.device))
     with tempfile.TemporaryDirectory(prefix="dpo-video-") as scratch:
         adapter = peft_adapter(lora, model, Path(scratch) / "adapter")
@@ -239,6 +253,8 @@ def _evaluate_files(
     command: str,
     progress: Progress,
 ) -> Evaluation:
+    name = f"{tuned.name} against {base.name}"
+    _check_folder(folder, name)
     pairs = paired_videos(base, tuned)
     infos = [probe_video(first) for first, _ in pairs]
     prompts = tuple(caption_of(first, second) for first, second in pairs)
@@ -255,7 +271,7 @@ def _evaluate_files(
     )
     return _written(
         measured, config, folder, worker, progress,
-        name=f"{tuned.name} against {base.name}", prompts=prompts, seeds=(),
+        name=name, prompts=prompts, seeds=(),
         frames=max(info.frames for info in infos), fps=infos[0].fps, command=command,
         run_toml="", facts={"Base": str(base), "Tuned": str(tuned)},
     )  # fmt: skip

@@ -133,6 +133,8 @@ def test_two_folders_of_videos_are_compared(folders: tuple[Path, Path], tmp_path
     ))  # fmt: skip
     page = (tmp_path / "out" / "index.html").read_text()
     assert "paired by their names" in page and "seed" not in page.split('id="videos"')[1][:9000]
+    with pytest.raises(UserError, match="holds the evaluation of 'tuned against base'"):
+        dv.evaluate(base=tuned, tuned=base, out=tmp_path / "out", **METRICS)
     (tuned / "clip_2.mp4").rename(tuned / "clip_9.mp4")
     with pytest.raises(UserError, match=r"'clip_2' of '.*base' first"):
         dv.evaluate(base=base, tuned=tuned, out=tmp_path / "odd", **METRICS)
