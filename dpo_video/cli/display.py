@@ -26,6 +26,8 @@ from dpo_video.support.report import StepEvent, StepReport
 from dpo_video.training.diagnosis import TrainingState, TrainingVerdict
 from dpo_video.workflows import progress as workflows
 
+_LASTING = 5
+"""Steps that a new state of the training lasts before it is printed."""
 STYLES = {"healthy": "bold green", "too_early": "dim", "diverged": "bold red"}
 
 
@@ -61,7 +63,8 @@ class TerminalProgress(workflows.Progress):
         )
         self._live = Live(self._bars, console=console, refresh_per_second=4, transient=True)
         self._tasks: dict[str, TaskID] = {}
-        self._state = TrainingState.TOO_EARLY
+        self._state = self._seen = TrainingState.TOO_EARLY
+        self._step = self._lasted = 0
         self._shown: TrainingVerdict | None = None
 
     def __enter__(self) -> Self:
@@ -105,10 +108,18 @@ class TerminalProgress(workflows.Progress):
             shown = ("loss", "margin", "accuracy") if report.compares else ("loss",)
             text = "".join(f"  {name} {figures[name]}" for name in shown)
             self.note(f"step {report.step:>5}{text}  saved {event.checkpoint}")
-        if verdict.state is not self._state:
+        self._judge(report.step, verdict)
+
+    def _judge(self, step: int, verdict: TrainingVerdict) -> None:
+        """A line for a new state, once it has lasted, so that two states do not take turns."""
+        if step <= self._step:  # of another run
+            self._state = self._seen = TrainingState.TOO_EARLY
+        self._lasted = self._lasted + 1 if verdict.state is self._seen else 1
+        self._step, self._seen = step, verdict.state
+        at_once = self._state is TrainingState.TOO_EARLY or self._seen is TrainingState.DIVERGED
+        if self._seen is not self._state and (at_once or self._lasted >= _LASTING):
             say(verdict_text(verdict))
-            self._shown = verdict
-        self._state = verdict.state
+            self._state, self._shown = self._seen, verdict
 
     def showed(self, verdict: TrainingVerdict) -> bool:
         """Whether this verdict is the last one that was printed."""
