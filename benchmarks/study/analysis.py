@@ -71,10 +71,15 @@ def values_of(evaluation: Evaluation) -> Values:
         if (witness := metric.witness) is not None:
             values[f"{metric.name} ({witness.name})"] = (witness.base, witness.tuned)
     finite = {
-        name: tuple([x if math.isfinite(x) else None for x in side] for side in sides)
+        name: tuple([_rounded(x) for x in side] for side in sides)
         for name, sides in values.items()
     }
     return cast(Values, finite)
+
+
+def _rounded(value: float) -> float | None:
+    """Six digits, for the files that are kept."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def cells(paths: Sequence[Path]) -> Cells:
