@@ -71,8 +71,7 @@ def values_of(evaluation: Evaluation) -> Values:
         if (witness := metric.witness) is not None:
             values[f"{metric.name} ({witness.name})"] = (witness.base, witness.tuned)
     finite = {
-        name: tuple([_rounded(x) for x in side] for side in sides)
-        for name, sides in values.items()
+        name: tuple([_rounded(x) for x in side] for side in sides) for name, sides in values.items()
     }
     return cast(Values, finite)
 
