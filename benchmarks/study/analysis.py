@@ -276,8 +276,11 @@ def picture(result: Mapping[str, Any]) -> str:
     """An SVG: the change of the error against that of the motion, with intervals."""
     labels = {metric: f"change of {metric.replace('_', ' ')}" for metric in (TARGET, MOTION)}
 
+    def tick(value: float) -> str:
+        return percent(value).replace(".0%", "%")
+
     def axis(metric: str) -> partial[charts.Axis]:
-        return partial(charts.linear, ticks=8, text=percent, label=labels[metric])
+        return partial(charts.linear, ticks=8, text=tick, label=labels[metric])
 
     points = [
         charts.Point(name=entry, x=_spread(metrics[MOTION]), y=_spread(metrics[TARGET]))
