@@ -208,11 +208,11 @@ def difference(
     """First method's relative change minus the second's, paired by replicate.
 
     Raises:
-        UserError: if the two were not evaluated on the same base videos and seeds.
+        UserError: if the two have other training seeds, or were evaluated on other base videos.
     """
-    if first.keys() != second.keys() or any(
-        list(first[seed][metric][0]) != list(second[seed][metric][0]) for seed in first
-    ):
+    if first.keys() != second.keys():
+        raise UserError("Two methods have different training seeds. Finish the report.")
+    if any(list(first[seed][metric][0]) != list(second[seed][metric][0]) for seed in first):
         raise UserError("Two methods were not evaluated on the same base videos. Evaluate again.")
     return summary({
         seed: relative_change(first[seed], metric) - relative_change(second[seed], metric)

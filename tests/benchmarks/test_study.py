@@ -99,8 +99,14 @@ def test_planted_differences_are_read_and_absent_ones_are_not() -> None:
     assert len(analysis.text(rows).splitlines()) == 2 + len(rows)
     with pytest.raises(UserError, match="The entry 'sft' is missing"):
         analysis.answers({name: each for name, each in found.items() if name != "sft"})
-    with pytest.raises(UserError, match="not evaluated on the same base videos"):
+    with pytest.raises(UserError, match="different training seeds"):
         analysis.difference(found["sft"], {0: found["ranked-sft"][0]}, error)
+    others = {
+        seed: {**values, error: ([2.0 * x for x in values[error][0] if x], values[error][1])}
+        for seed, values in found["sft"].items()
+    }
+    with pytest.raises(UserError, match="not evaluated on the same base videos"):
+        analysis.difference(found["sft"], others, error)
     with pytest.raises(UserError, match="2 training seeds or more, not 1"):
         analysis.difference({0: found["sft"][0]}, {0: found["ranked-sft"][0]}, error)
 
