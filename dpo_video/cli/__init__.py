@@ -64,7 +64,8 @@ class Commands(TyperGroup):
         if not (same := registry.named(KIND).get(cmd_name)):
             return None
         entry = same[0]
-        about = registry.summary_of(entry) or f"(of {entry.distribution})"
+        package = "" if entry.built_in else f"(of {entry.distribution})"
+        about = f"{registry.summary_of(entry)} {package}".strip()
         return TyperCommand(cmd_name, help=about, rich_markup_mode=None)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

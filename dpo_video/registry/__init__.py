@@ -23,7 +23,6 @@ from dpo_video.registry.entry_points import Entry, entries
 if TYPE_CHECKING:
     from dpo_video.strategies import Strategy
 
-_OURS = "dpo_video."
 # Keys with a fixed meaning in the tables of run.toml.
 _RESERVED = {"name": "the strategy's name", "store": "a folder of finished pairs"}
 _SESSION: dict[tuple[str, str], type[Strategy]] = {}
@@ -115,7 +114,8 @@ def load(kind: str, name: str) -> type[Strategy]:
     """
     if local.is_file(name):
         loaded = local.load(name)
-        entry = Entry(kind=kind, name=loaded.__name__, value="", distribution=name)
+        called = getattr(loaded, "__name__", name)
+        entry = Entry(kind=kind, name=called, value="", distribution=name)
         if fault := _fault(loaded, check_kind(kind), entry):
             raise PluginError(f"The {kind} '{name}' {fault}")
         return loaded
@@ -337,6 +337,8 @@ def _fault(loaded: Any, kind: str, entry: Entry) -> str:
     secrets = {*loaded.secrets, *loaded.secrets.values()}
     if strays := sorted(secrets - loaded.model_fields.keys()):
         return f"lists '{strays[0]}' in its secrets, which is none of its options."
+    if kind == "metric" and loaded.role not in ("target", "motion", "guard"):
+        return f"has the role {loaded.role!r}. Roles are target, motion and guard."
     if "kind" in loaded.model_fields:
         return "has an option 'kind', which is the kind of a strategy. Remove it."
     reserved = {"name", "store"} if kind == "pairs" else {"name"}
@@ -349,13 +351,20 @@ def _fault(loaded: Any, kind: str, entry: Entry) -> str:
 
 
 def summary_of(entry: Entry) -> str:
-    """First line of a built-in strategy's docstring, read from its source without importing it."""
-    if not entry.module.startswith(_OURS):
+    """First line of a strategy's docstring, read from its source without importing it.
+
+    "" if that cannot be read.
+    """
+    top, *rest = entry.module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)  # that of a module in it would import the package
+        origin = Path(str(spec.origin if spec else ""))
+        path = origin.parent.joinpath(*rest)
+        files = [path / "__init__.py", path.with_suffix(".py")] if rest else [origin]
+        source = next(file.read_text(encoding="utf-8") for file in files if file.is_file())
+        tree = ast.parse(source)
+    except (ImportError, OSError, ValueError, SyntaxError, StopIteration):
         return ""
-    spec = importlib.util.find_spec(entry.module)
-    if spec is None or spec.origin is None:
-        return ""
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == entry.attr:
             return (ast.get_docstring(node) or "").split("\n")[0]

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from dpo_video.registry import local
 from dpo_video.registry.entry_points import Entry, entries
 from dpo_video.text import one_line
 
+_PART = "code"
+"""In place of a kind, for a function in a file."""
 OURS = __name__.partition(".")[0]
 
 
@@ -32,8 +35,13 @@ def attribution(error: BaseException) -> str | None:
 
 
 def plugin_of(thing: object) -> Entry | None:
-    """The entry point of a strategy; None for a built-in one."""
+    """The entry point of a strategy, or what stands for it if its class is in a file.
+
+    None for a built-in strategy.
+    """
     cls = type(thing)
+    if local.is_module(cls.__module__):
+        return _in_file(cls.__module__, str(getattr(cls, "kind", _PART)), cls.__name__)
     same = _from(cls.__module__)
     exact = (
         entry for entry in same if (entry.module, entry.attr) == (cls.__module__, cls.__name__)
@@ -44,8 +52,11 @@ def plugin_of(thing: object) -> Entry | None:
 def made_by(thing: object) -> tuple[str, str] | None:
     """Package of a plugin's strategy, and its version with a hash of its source code.
 
-    None for a built-in strategy, and for a class that is defined in this session.
+    For a class in a file, the file's name and the hash. None for a built-in strategy, and for a
+    class that is defined in this session.
     """
+    if local.is_module(type(thing).__module__):
+        return local.origin(type(thing).__module__)
     if (entry := plugin_of(thing)) is None:
         return None
     digest = hashlib.sha256()
@@ -68,11 +79,13 @@ def _source(module: str) -> list[Path]:
 def sentence(entry: Entry, error: BaseException) -> str:
     """The sentence for an error that a plugin raised."""
     reason = one_line(f"{type(error).__name__}: {error}".removesuffix(": "))
-    return (
-        f"The {entry.kind} '{entry.name}' of {entry.distribution} failed ({reason}). Report it to "
-        "that package's author; nothing that was saved is lost, and all other strategies still "
-        "work."
+    advice = (
+        "Correct the file; nothing that was saved is lost."
+        if local.is_module(entry.module)
+        else "Report it to that package's author; nothing that was saved is lost, and all other "
+        "strategies still work."
     )
+    return f"The {entry.kind} '{entry.name}' of {entry.distribution} failed ({reason}). {advice}"
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:
@@ -94,9 +107,17 @@ def _entry(frame: FrameType) -> Entry:
 
 def _from(module: str) -> list[Entry]:
     """The entry points of a module's package, those of the module itself first."""
+    if local.is_module(module):
+        return [_in_file(module, _PART, local.origin(module)[0])]
     top = _top(module)
     same = [entry for entry in entries() if top not in ("", OURS) and _top(entry.module) == top]
     return sorted(same, key=lambda entry: entry.module != module)
+
+
+def _in_file(module: str, kind: str, name: str) -> Entry:
+    """What stands for the entry point of a class in a file."""
+    path = str(sys.modules[module].__file__)
+    return Entry(kind=kind, name=name, value=f"{module}:{name}", distribution=path)
 
 
 def _top(module: str) -> str:

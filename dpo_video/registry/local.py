@@ -19,7 +19,8 @@ from dpo_video.support.reading import read_bytes
 
 FOLDER = "code"
 """Where a run and a set of pairs keep the files of their strategies."""
-_NAME = re.compile(r"(?P<path>.+\.py):(?P<cls>[A-Za-z_]\w*)")
+_NAME = re.compile(r"(?P<path>[^*]+\.py):(?P<cls>[A-Za-z_]\w*)")
+_MODULE = "dpo_video_local_"
 _SUFFIX = re.compile(r"-[0-9a-f]{12}$")
 _allowed: set[str] = set()
 _contents: dict[str, bytes] = {}
@@ -28,6 +29,28 @@ _contents: dict[str, bytes] = {}
 def is_file(name: str) -> bool:
     """Whether a strategy's name is one of a class in a file."""
     return _NAME.fullmatch(name) is not None
+
+
+def is_module(module: str) -> bool:
+    """Whether a module was made of a file."""
+    return module.startswith(_MODULE)
+
+
+def origin(module: str) -> tuple[str, str]:
+    """The name of a module's file, without the hash in that of a copy, and the hash."""
+    path = Path(str(sys.modules[module].__file__))
+    return f"{_SUFFIX.sub('', path.stem)}.py", f"(source {module.removeprefix(_MODULE)})"
+
+
+def same(name: str, other: str) -> bool:
+    """Whether two names are equal, or of a class of one name in files of one name.
+
+    So the options of a class hold for a corrected file, too.
+    """
+    if not (is_file(name) and is_file(other)):
+        return name == other
+    (path, cls), (path_, cls_) = _split(name), _split(other)
+    return (_SUFFIX.sub("", path.stem), cls) == (_SUFFIX.sub("", path_.stem), cls_)
 
 
 def below(folder: Path, name: str) -> str:
@@ -81,7 +104,7 @@ def load(name: str) -> Any:
             f"'{name}' is code in a file, which does not run just because another file names it. "
             "Read it, then add --allow-code, or name it on the command line."
         )
-    module = f"dpo_video_local_{digest[:12]}"
+    module = f"{_MODULE}{digest[:12]}"
     if module not in sys.modules:
         made = ModuleType(module)
         made.__file__ = str(path)

@@ -228,6 +228,9 @@ def _take(path: Path, shared: bool, note: Callable[[str], None]) -> _Lock | Hold
         os.close(descriptor)  # the last holder has deleted this file meanwhile
     mine = Holder.this_process(shared=shared)
     found = _read(path)
+    if found is None and os.fstat(descriptor).st_size:  # read while it was written
+        time.sleep(_POLL)
+        found = _read(path)
     apart = found is not None and (not system or found.host != mine.host)
     if found and apart and not (shared and found.shared) and _beats(path, found, note):
         os.close(descriptor)

@@ -193,7 +193,7 @@ def _missing_packages(file: Path) -> str:
         try:
             version(name)
         except PackageNotFoundError:
-            if "source" in str(written):  # of a plugin
+            if "source" in str(written) and not name.endswith(".py"):  # of a plugin
                 missing.append(f"{name} {written}")
     if not missing:
         return ""

@@ -97,6 +97,7 @@ def evaluate(
     config = configure("evaluate", options, kinds=("backbone", "metric"))
     for note in config.notes:
         progress.note(note)
+    _check_targets(config)
     if run is not None:
         command = command or run.evaluate_command
         return evaluate_run(
@@ -151,9 +152,11 @@ def evaluate_run(
     The base's videos are kept in `base_folder`, by default the run's, for its other checkpoints.
     """
     # What can be refused comes before the videos, which may take hours.
+    _check_targets(config)
     rows = evaluation_prompts(config, progress.note)
     trained = tuple(sorted({*run.prompts} & {row.text for row in rows}))
-    reports, toml, versions = run.reports, run.toml, run.versions
+    reports, toml = run.reports, run.toml
+    versions = {**run.versions, **config.plugin_versions()}
     worker = launched_worker()
     if worker.number:
         progress = SILENT
@@ -191,6 +194,15 @@ def evaluate_run(
         if not worker.number:
             _track(evaluation, run, config, step_of(adapter.parent), progress)
         return evaluation
+
+
+def _check_targets(config: Config) -> None:
+    """Refuse metrics of which none measures what training should improve."""
+    if not any(metric.role == "target" for metric in config.metrics.values()):
+        raise UserError(
+            f"No verdict can be made by {' and '.join(config.metrics)} alone: none of them has the "
+            "role of a target. Add one: --metric +warp_error"
+        )
 
 
 def _check_folder(folder: Path, name: str) -> None:

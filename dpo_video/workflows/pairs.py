@@ -14,6 +14,7 @@ from dpo_video.data.store import PairStore
 from dpo_video.data.videodpo import VideoDPOExport, export_videodpo
 from dpo_video.errors import StoreError, UserError
 from dpo_video.extensions import PairCheck
+from dpo_video.registry import local
 from dpo_video.strategies import Metric, VideoModel
 from dpo_video.support.urls import is_url
 from dpo_video.text import command, label_command
@@ -21,6 +22,7 @@ from dpo_video.workflows.config import Config
 from dpo_video.workflows.options import Options, checked, configure, with_options
 from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.session import apply_labels, evaluation_prompts, load_model, pick_device
+from dpo_video.workflows.tables import table_of
 
 
 def opened(pairs: PairStore | Path | str) -> PairStore:
@@ -41,12 +43,15 @@ def prompt_encodings(
 
 def next_step(store: PairStore, *options: str) -> str:
     """What to do with finished pairs: train on them with a loss that suits them, or label them."""
+    backbone = table_of(store.manifest.recipe, "backbone").get("name")
+    code = ("--allow-code",) if local.is_file(str(backbone)) else ()
     if not (options or store.decided()):
-        return f"Label them, then train with --labels: {label_command(store.folder)}"
+        label = " ".join([label_command(store.folder), *code])
+        return f"Label them, then train with --labels: {label}"
     where = f"{store.folder}/" if store.local else store.where
     suited = "group" if store.has_groups and "--labels" not in options else "global"
     loss = () if store.has_regions else ("--loss", suited)
-    return f"Train on them: {command('train', '--pairs', where, *loss, *options)}"
+    return f"Train on them: {command('train', '--pairs', where, *loss, *options, *code)}"
 
 
 @with_options

@@ -86,7 +86,9 @@ def choose(tables: Tables, kind: str, name: str) -> None:
     """Choose a strategy by name; the file's options stay only if the file names the same one."""
     if kind == "pairs" and registry.is_store(name):
         tables["pairs"] = {"store": name}
-    elif tables.get(kind, {}).get("name") != name:
+    elif local.same(str(tables.get(kind, {}).get("name")), name):
+        tables[kind]["name"] = name
+    else:
         tables[kind] = {"name": name}
 
 
@@ -101,8 +103,12 @@ def choose_several(
     for each in [*(plain or list(before) or usual), *added]:
         if isinstance(each, Strategy):
             tables[kind][registry.name_of(each)] = set_by_hand(each)
-        else:
-            tables[kind][each] = before.get(each, {})
+            continue
+        found = next(
+            (name for name in (each, *before) if name in before and local.same(name, each)), ""
+        )
+        tables[kind].pop(found, None)  # the same class, named again
+        tables[kind][each] = before.get(found, {})
 
 
 def name_in(tables: Tables, kind: str) -> str:

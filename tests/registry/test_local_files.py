@@ -6,14 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Said
 
+import dpo_video as dv
 from dpo_video import registry
 from dpo_video.data.pack import pack
 from dpo_video.data.store import PairStore
 from dpo_video.errors import PluginError, UserError
+from dpo_video.evaluation.measuring import Meters
 from dpo_video.evaluation.results import Evaluation
 from dpo_video.registry import local
+from dpo_video.registry.attribution import attribution, made_by
+from dpo_video.registry.returned import called
 from dpo_video.strategies import Placement
 from dpo_video.workflows.config import resolve
 from dpo_video.workflows.options import configure
@@ -41,8 +46,27 @@ class Mine(Loss):
         """The loss."""
         return clip_loss(errors, self.beta)
 
+    def fail(self) -> None:
+        raise ValueError("no")
+
 class Broken:
     pass
+
+number = 1
+
+def leave():
+    raise SystemExit(0)
+
+class Misplaced(Metric):
+    """A role that does not exist."""
+
+    higher_is_better: ClassVar[bool] = True
+    unit: ClassVar[str] = ""
+    role: ClassVar[str] = "gard"
+
+    def __call__(self, videos: Videos, prompts: Sequence[str]) -> PerPair:
+        """Nothing."""
+        return videos.mean((1, 2, 3, 4))
 
 class Brightness(Metric):
     """Mean brightness."""
@@ -130,19 +154,68 @@ def test_a_file_that_another_file_names_runs_only_with_a_flag(
         resolve(file=run / "run.toml")
 
 
+def test_options_hold_for_the_same_class_named_again(file: Path) -> None:
+    Path("c.toml").write_text('[loss]\nname = "./mine.py:Mine"\nbeta = 3.0\n')
+    given = {"config": Path("c.toml"), "loss": str(file) + ":Mine"}
+    assert configure("train", given).tables["loss"]["beta"] == 3
+    file.write_text(SOURCE + "# corrected\n")
+    assert configure("train", given).tables["loss"]["beta"] == 3
+    run = file.parent / "run"
+    metric = "mine.py:Brightness"
+    config = configure("train", {"metrics": [f"+{metric}"], "set": ["metric.Brightness.scale=2"]})
+    local.save(config.tables, run)
+    (run / "run.toml").write_text(config.toml())
+    again = configure("evaluate", {"config": run / "run.toml", "metrics": [f"+{metric}"]})
+    (table,) = [table for name, table in again.tables["metric"].items() if "Brightness" in name]
+    assert table == {"scale": 2.0} and "warp_error" in again.metrics
+
+
+def test_an_error_of_a_file_is_told_of_that_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = configure("train", {"loss": "./mine.py:Mine"}).loss
+    metric = configure("evaluate", {"metrics": ["./mine.py:Brightness"]}).metrics["Brightness"]
+    name, source = made_by(loss) or ("", "")
+    assert name == "mine.py" and source.startswith("(source ")
+    with pytest.raises(ValueError, match="no") as raised:
+        loss.fail()  # type: ignore[attr-defined]
+    sentence = attribution(raised.value) or ""
+    assert sentence.startswith("The loss 'Mine' of mine.py failed (ValueError: no). ")
+    assert sentence.endswith("Correct the file; nothing that was saved is lost.")
+    assert called(metric) == "The metric 'Brightness' of mine.py"
+    with pytest.raises(SystemExit) as left:
+        sys.modules[type(loss).__module__].leave()
+    assert "of mine.py failed (SystemExit: 0)" in (attribution(left.value) or "")
+    monkeypatch.setattr(type(metric), "__call__", lambda *_: 1 / 0)
+    _, failed = Meters.of({"Brightness": metric}).measure(torch.zeros(1, 3, 2, 8, 8), ["a"])
+    assert "of mine.py failed (ZeroDivisionError" in " ".join(failed.values())
+
+
+def test_metrics_without_a_target_are_refused_before_anything_is_drawn(file: Path) -> None:
+    with pytest.raises(UserError, match="none of them has the role of a target"):
+        dv.evaluate(base=file, tuned=file, metrics=["sharpness", "mine.py:Brightness"])
+
+
 def test_what_is_wrong_with_a_file_is_told(file: Path) -> None:
     for name, sentence in (
         ("none.py:Mine", "cannot be read: No such file"),
         ("mine.py:Yours", "has no class 'Yours'"),
         ("mine.py:Broken", "is not a Loss"),
+        ("mine.py:number", "is not a Loss"),
+        ("mine.py", "is a file. Name the class in it, too"),
+        ("mine.py:Mine+0.1*sft", "a loss in a file cannot be part of a sum"),
+        ("sft+0.1*mine.py:Mine", "a loss in a file cannot be part of a sum"),
     ):
         with pytest.raises(UserError, match=sentence):
             configure("train", {"loss": name})
     Path("bad.py").write_text("1 / 0\n")
     with pytest.raises(PluginError, match=r"cannot be imported \(ZeroDivisionError"):
         configure("train", {"loss": "bad.py:Mine"})
+    with pytest.raises(PluginError, match="has the role 'gard'"):
+        configure("evaluate", {"metrics": ["mine.py:Misplaced"]})
+    Path("other.py").write_text(SOURCE)
     with pytest.raises(UserError, match="Two of the metrics are named 'Brightness'"):
-        configure("evaluate", {"metrics": ["mine.py:Brightness", "./mine.py:Brightness"]})
+        configure("evaluate", {"metrics": ["mine.py:Brightness", "./other.py:Brightness"]})
 
 
 def test_a_backbone_and_a_metric_in_a_file_are_kept_with_the_run_and_its_pairs(

@@ -290,11 +290,12 @@ def test_a_command_of_a_plugin_is_imported_when_it_runs_and_takes_nothing_away(
     install("dpo-train", HELLO, "train", "hello", "command")
     said(0, "--help")
     helped = said.out  # type: ignore[attr-defined]
-    assert "hello" in helped and "(of dpo-hello 1.0)" in helped and "dpo-train" not in helped
+    assert "Say hello. (of dpo-hello 1.0)" in helped and "dpo-train" not in helped
     assert not Path("imported").exists()
     said(0, "list", "command")
     listed = said.out  # type: ignore[attr-defined]
-    assert "run it as dpo-train:train" in listed and not Path("imported").exists()
+    assert "run it as dpo-train:train" in listed and "Say hello." in listed
+    assert not Path("imported").exists()
     for name in ("hello", "dpo-train:train"):
         said(0, name, "--name=all")
         assert said.out == "Hello, all.\n"  # type: ignore[attr-defined]

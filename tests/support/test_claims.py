@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,9 @@ def record_of(path: Path, **fields: object) -> Holder:
     """Leave a record as another process would."""
     holder = replace(Holder.this_process(shared=False), **fields)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(holder)))
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    claims._write(descriptor, holder)  # in place: it is never empty in between
+    os.close(descriptor)
     return holder
 
 
