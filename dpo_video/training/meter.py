@@ -86,6 +86,11 @@ def nonfinite_pairs(
 def check_first_step(figures: PairFigures) -> None:
     """Raise a TrainingError unless the policy equals its reference to the bit."""
     margin = figures.margin.abs().max().item()
+    if margin != 0 and not (figures.chosen_change.any() or figures.rejected_change.any()):
+        raise TrainingError(
+            f"At step 0 the policy equals the reference, but the loss gives a margin of "
+            f"{margin:.3g} instead of 0. Correct the margin in the loss's LossOutput."
+        )
     if margin != 0:
         raise TrainingError(
             f"At step 0 the policy must equal the reference, but the margin is {margin:.3g}. The "

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_video import registry
 from dpo_video.errors import UserError
+from dpo_video.registry import local
 from dpo_video.registry.entry_points import unreadable
 from dpo_video.workflows import recipes
 
@@ -72,8 +73,10 @@ def show_strategy(kind: str, name: str | None = None) -> Description:
         registry.check_kind(kind)
         raise UserError(f"show {kind} needs a NAME (see `dpo-video list {kind}`).")
     else:
+        if local.is_file(name):  # typed, so the file may run
+            local.allow(name)
         model = registry.load(registry.check_kind(kind), name)
-        path = f"{kind}.{name}" if kind in registry.SEVERAL else kind
+        path = f"{kind}.{registry.short_name(name)}" if kind in registry.SEVERAL else kind
     return Description(
         kind=kind,
         name=name,

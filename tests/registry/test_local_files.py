@@ -170,6 +170,11 @@ def test_options_hold_for_the_same_class_named_again(file: Path) -> None:
     assert table == {"scale": 2.0} and "warp_error" in again.metrics
 
 
+def test_a_class_of_a_file_is_shown(file: Path, said: Said) -> None:
+    said(0, "show", "metric", "mine.py:Brightness")
+    assert "metric.Brightness.scale" in said.out  # type: ignore[attr-defined]
+
+
 def test_an_error_of_a_file_is_told_of_that_file(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
