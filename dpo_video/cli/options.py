@@ -224,13 +224,18 @@ def _check_names(options: Mapping[str, Any]) -> None:
 
 
 def _names_in(config: Path | None) -> list[tuple[str, Any]]:
-    """Kinds and names of the strategies in a TOML file; none if it cannot be read."""
+    """Kinds and names of the strategies in a TOML file; none if it cannot be read.
+
+    None of a run.toml either: what reads it names the packages that are missing.
+    """
     from dpo_video import registry
     from dpo_video.support.reading import read_toml
 
     try:
         tables = read_toml(config) if config else {}
     except (OSError, ValueError):
+        return []
+    if "versions" in tables:
         return []
     tables = {kind: table for kind, table in tables.items() if isinstance(table, dict)}
     named = [(kind, name) for kind in registry.SEVERAL for name in tables.pop(kind, {})]

@@ -263,6 +263,10 @@ def resolve(
         if isinstance(choice, Strategy):
             tables[kind] = {"name": registry.name_of(choice)}
             given += [(f"{kind}.{name}", value) for name, value in set_by_hand(choice).items()]
+        elif isinstance(choice, type):
+            raise UserError(
+                f"{kind}={choice.__name__} is a class. Pass an object of it: {choice.__name__}()"
+            )
         elif choice is not None:
             choose(tables, kind, str(choice))
         elif kind not in tables and kind in names:

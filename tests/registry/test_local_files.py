@@ -16,6 +16,7 @@ from dpo_video.data.store import PairStore
 from dpo_video.errors import PluginError, UserError
 from dpo_video.evaluation.measuring import Meters
 from dpo_video.evaluation.results import Evaluation
+from dpo_video.loss.global_ import Global
 from dpo_video.registry import local
 from dpo_video.registry.attribution import attribution, made_by
 from dpo_video.registry.returned import called
@@ -216,6 +217,8 @@ def test_what_is_wrong_with_a_file_is_told(file: Path) -> None:
     Path("bad.py").write_text("1 / 0\n")
     with pytest.raises(PluginError, match=r"cannot be imported \(ZeroDivisionError"):
         configure("train", {"loss": "bad.py:Mine"})
+    with pytest.raises(UserError, match=r"is a class. Pass an object of it: Global\(\)"):
+        configure("train", {"loss": Global})
     with pytest.raises(PluginError, match="has the role 'gard'"):
         configure("evaluate", {"metrics": ["mine.py:Misplaced"]})
     Path("other.py").write_text(SOURCE)
