@@ -200,6 +200,17 @@ def _on_hub(spec: ExportSpec) -> bool:
     return spec.file is None and is_hub_id(source) and not Path(source).is_dir()
 
 
+def _unusual(tables: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Other strategies of the training than the usual ones."""
+    usual = {"timesteps": "family", "optimizer": "adamw", "schedule": "linear"}
+    names = {kind: tables.get(kind, {}).get("name", name) for kind, name in usual.items()}
+    listeners = ", ".join(short_name(name) for name in tables.get("listener", {}))
+    return [
+        *((kind, short_name(name)) for kind, name in names.items() if name != usual[kind]),
+        *([("listeners", listeners)] if listeners else []),
+    ]
+
+
 def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:
     tables = summary.tables
     train, run = tables["train"], tables["run"]
@@ -215,6 +226,7 @@ def _settings(summary: RunSummary, spec: ExportSpec) -> list[tuple[str, str]]:
         ("labels", ", ".join(train.get("labels", ())) or "those stored with the pairs"),
         ("loss", f"{short_name(tables['loss']['name'])} ({loss})"),
         ("reference", short_name(tables["reference"]["name"])),
+        *_unusual(tables),
         ("LoRA", f"rank {train['rank']}, alpha {train['alpha']:g}{_options(train)}"),
         ("learning rate", f"{train['learning_rate']:g}"),
         ("steps", f"{summary.step} of {train['steps']}, {counted(per_step, 'pair')} each"),

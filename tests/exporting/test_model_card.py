@@ -119,3 +119,19 @@ def test_the_card_tells_the_files_of_two_networks_apart() -> None:
         format=registry.strategy("format", "comfyui"), spec=replace(SPEC, networks=networks)
     )
     assert "`-transformer` is for the high-noise model, the file ending in `-transformer_2`" in text
+
+
+def test_the_card_names_unusual_strategies_of_the_training() -> None:
+    assert "| schedule |" not in card() and "| listeners |" not in card()
+    tables = {
+        **SUMMARY.tables,
+        "timesteps": {"name": "code/mine-0123456789ab.py:Late"},
+        "schedule": {"name": "linear"},
+        "listener": {"early_stop": {}},
+    }
+    text = model_card(
+        replace(SUMMARY, tables=tables), SPEC, format=DIFFUSERS, script="", change=0.5,
+        difference=0.0,
+    )  # fmt: skip
+    assert "| timesteps | Late |" in text and "| listeners | early_stop |" in text
+    assert "| schedule |" not in text
