@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import memory, reference_cache, tiers
+from benchmarks import memory, reference_cache
 from benchmarks.study import analysis
 from benchmarks.support.plots import scatter
 from benchmarks.support.results import markdown, read_results
+from benchmarks.support.tier_table import tier_table
 
 RESULTS = Path(__file__).parent / "results" / "0.1.0"
 
@@ -32,7 +33,12 @@ def rendered() -> dict[Path, str]:
     texts[RESULTS / "study.svg"] = analysis.picture(study)
     rows = json.loads((RESULTS / "memory.json").read_text())
     texts[RESULTS / "memory.svg"] = memory.drawn([memory.Row.model_validate(row) for row in rows])
-    texts[RESULTS / "tiers.md"] = tiers.markdown(json.loads((RESULTS / "tiers.json").read_text()))
+    memory_suites = [
+        result
+        for path in sorted(RESULTS.glob("bench/*/memory.json"))
+        for result in read_results(path).values()
+    ]
+    texts[RESULTS / "tiers.md"] = tier_table(memory_suites)
     cache = json.loads((RESULTS / "reference_cache.json").read_text())
     texts[RESULTS / "reference_cache.txt"] = reference_cache.text(cache)
     return texts

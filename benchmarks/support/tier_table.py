@@ -45,7 +45,7 @@ def tier_table(results: Iterable[SuiteResult]) -> str:
         peaks = ", ".join(f"{each.figures[MEASURED]:.1f} ({r.device})" for r, each in on_gpu)
         rates = ", ".join(f"{1 / each.median:.3g} ({r.device})" for r, each in on_gpu)
         lines.append(
-            f"| {model} | {tier} | {figures[RANK]} | {figures[MODE]} | {figures[BLOCKS]} "
+            f"| {model} | {tier} | {figures[RANK]:.0f} | {figures[MODE]} | {figures[BLOCKS]:.0f} "
             f"| {figures[PREDICTED]:.1f} of {find_tier(tier).memory_gib:.1f} | {peaks} | {rates} "
             f"| {figures[HOST]:.1f} | {figures[OPERATIONS]:,.0f} | {figures[BESIDES]} |"
         )

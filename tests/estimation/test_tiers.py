@@ -121,7 +121,7 @@ def test_every_preset_option_exists_for_the_backbone(backbone: str) -> None:
             assert tables[head][option] == value, path
 
 
-# The fastest case; benchmarks/tiers.py covers all tiers, and what `auto` chooses.
+# The fastest case; benchmarks/bench_memory.py covers all tiers, and what `auto` chooses.
 def test_the_smallest_card_holds_its_presets_with_all_blocks_checkpointed() -> None:
     config = resolve(tier="t4", choices={"backbone": "cogvideox"})
     assert (config.memory.checkpointing, config.memory.quantization) == ("auto", "native")
@@ -133,7 +133,7 @@ def test_the_smallest_card_holds_its_presets_with_all_blocks_checkpointed() -> N
     assert need.total <= BUDGET_SHARE * find_tier("t4").memory_gib * GIB
 
 
-# benchmarks/tiers.py covers all tiers.
+# benchmarks/bench_memory.py covers all tiers.
 @pytest.mark.parametrize("backbone", ["animatediff", "cogvideox", "wan"])
 def test_the_smallest_card_builds_samples_evaluates_and_resumes(backbone: str) -> None:
     flags = {"memory.checkpointing": "blocks"}
