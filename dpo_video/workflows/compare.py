@@ -20,7 +20,7 @@ from dpo_video.workflows.compare_runs import check_finished, finished_cells
 from dpo_video.workflows.config import Config
 from dpo_video.workflows.entries import chosen, read_entries
 from dpo_video.workflows.estimate import choose_blocks
-from dpo_video.workflows.evaluate import evaluate_run
+from dpo_video.workflows.evaluate import check_targets, evaluate_run
 from dpo_video.workflows.launcher import refuse_launcher
 from dpo_video.workflows.options import checked
 from dpo_video.workflows.presets import Tables
@@ -135,6 +135,7 @@ def compare(
         for seed in training_seeds or entry.seeds:
             config = entry.resolve({**flags, "run.seed": seed}, recipe)
             notes.update(dict.fromkeys(config.notes))
+            check_targets(config)
             evaluation_prompts(config, lambda text: notes.update({text: None}))
             where = pick_device(config.run.device)
             # With a number in place of checkpointing=auto, as run.toml will have it.

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_video import registry
 from dpo_video.data.audit import CHECKS
-from dpo_video.errors import PluginError, UserError, fault_reason, unknown
+from dpo_video.errors import UserError, fault_reason, unknown
 from dpo_video.extensions import (
     ExportFormat,
     ListenerFactory,
@@ -339,17 +339,11 @@ def resolve(
 
 def _why_absent(metric: str) -> str:
     """Why a metric that a file names cannot be measured, as a sentence; empty if it can."""
-    if local.is_file(metric):
-        try:
-            registry.load("metric", metric)
-        except UserError as error:
-            return str(error)
-        return ""
-    if not registry.is_installed("metric", metric):
+    if not local.is_file(metric) and not registry.is_installed("metric", metric):
         return f"no installed package provides the metric '{metric}'."
     try:
         registry.load("metric", metric)
-    except PluginError as error:
+    except UserError as error:
         return str(error)
     return ""
 
@@ -407,7 +401,7 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
     trained_by = {kind: each for kind in TRAINED_BY if (each := made.pop(kind)) is not None}
     rest: dict[str, Any] = {
         "pair_store": store,
-        "metrics": _by_short_name("metric", several["metric"]),
+        "metrics": _by_short_name(several["metric"]),
         "listeners": several["listener"],
         "checks": several["check"],
         "tables": resolved,
@@ -415,18 +409,18 @@ def _make(tables: Tables, kinds: Collection[str]) -> Config:
     return Config(**engines, **made, trained_by=trained_by, **rest)  # type: ignore[arg-type]
 
 
-def _by_short_name(kind: str, several: Mapping[str, Model]) -> dict[str, Model]:
-    """Strategies by the names that a report has for them: of a class in a file, that of the class.
+def _by_short_name(metrics: Mapping[str, Model]) -> dict[str, Model]:
+    """Metrics by the names that a report has for them: of a class in a file, that of the class.
 
     Raises:
         UserError: if two have the same.
     """
     found: dict[str, Model] = {}
-    for name, each in several.items():
+    for name, each in metrics.items():
         short = registry.short_name(name) if local.is_file(name) else name
         if short in found:
             raise UserError(
-                f"Two of the {kind}s are named '{short}'. Rename the class in '{name}'."
+                f"Two of the metrics are named '{short}'. Rename the class in its file."
             )
         found[short] = each
     return found

@@ -97,7 +97,7 @@ def evaluate(
     config = configure("evaluate", options, kinds=("backbone", "metric"))
     for note in config.notes:
         progress.note(note)
-    _check_targets(config)
+    check_targets(config)
     if run is not None:
         command = command or run.evaluate_command
         return evaluate_run(
@@ -152,7 +152,6 @@ def evaluate_run(
     The base's videos are kept in `base_folder`, by default the run's, for its other checkpoints.
     """
     # What can be refused comes before the videos, which may take hours.
-    _check_targets(config)
     rows = evaluation_prompts(config, progress.note)
     trained = tuple(sorted({*run.prompts} & {row.text for row in rows}))
     reports, toml = run.reports, run.toml
@@ -196,8 +195,8 @@ def evaluate_run(
         return evaluation
 
 
-def _check_targets(config: Config) -> None:
-    """Refuse metrics of which none measures what training should improve."""
+def check_targets(config: Config) -> None:
+    """A UserError unless a metric measures what training should improve."""
     if not any(metric.role == "target" for metric in config.metrics.values()):
         raise UserError(
             f"No verdict can be made by {' and '.join(config.metrics)} alone: none of them has the "
