@@ -295,7 +295,7 @@ def test_the_adapter_is_peft_and_nothing_else(whole: Path) -> None:
     assert {path.parent.name for path in samples} == {"step_000002", "step_000004", "step_000006"}
 
 
-def test_a_policy_that_differs_at_step_0_is_refused(
+def test_a_loss_with_a_margin_at_step_0_is_refused(
     small_folder: Path, store: PairStore, tmp_path: Path
 ) -> None:
 
@@ -304,7 +304,7 @@ def test_a_policy_that_differs_at_step_0_is_refused(
             output = Global()(errors)
             return LossOutput(**{**vars(output), "margin": output.margin + 1e-9})
 
-    with pytest.raises(TrainingError, match="margin is 1e-09"):
+    with pytest.raises(TrainingError, match="gives a margin of 1e-09 instead of 0"):
         run(small_folder, store, tmp_path / "run", loss=Lopsided())
 
 
