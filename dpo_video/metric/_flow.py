@@ -21,6 +21,10 @@ from torch import Tensor
 Frames = Float[Tensor, "n c H W"]
 Flow = Float[Tensor, "n 2 H W"]
 
+LIGHT = 0.1  # of the shorter side: standard deviation of the windows whose light is taken out
+DARK = 0.2  # of white, added before the logarithm: what is darker is mostly noise
+FAINT = 0.03  # contrast of the logarithm below which noise dominates
+CONTRAST = 0.15  # standard deviation of evenly lit frames
 COARSEST = 12  # pixels: least shorter side of the coarsest pyramid level
 ITERATIONS = (3, 2)  # on the coarser levels and on the finest
 LARGEST_STEP = 2.0  # pixels of a level per iteration: the linearisation does not hold beyond it
@@ -50,7 +54,8 @@ def dense_flow(
     squares sum over the channels, since a shape can have the same luminance as its background.
 
     - Light: a plane is fitted to every window of gradients and residuals, per channel, and
-      subtracted, so that a light that changes evenly over a window moves nothing.
+      subtracted, so that a light that changes evenly over a window moves nothing. Frames through
+      `even_light` are needed where light changes within a window.
     - Motion boundaries and large motions: the flow passes a median filter after every iteration
       (Sun et al. 2010), and takes over the flow of pixels nearby where that fits much better
       (Barnes et al. 2009; DIS, Kroeger et al. 2016, propagates along patches alike).
@@ -74,6 +79,30 @@ def dense_flow(
     return torch.cat(
         [_coarse_to_fine(a, b, guess, window, finest, levels) for a, b, guess in groups]
     )
+
+
+def even_light(frames: Frames) -> Frames:
+    """The contrast of every pixel to its surroundings, around 0.5: frames without their light.
+
+    Light multiplies a picture, so it adds to the logarithm. A Gaussian window around each pixel (a
+    tenth of the picture's shorter side) gives its mean, which is subtracted per channel, and the
+    standard deviation over all channels, by which the rest is divided. Light that
+    changes over more than the window then has no effect, and soft patches of a quarter of the
+    picture less than half of theirs.
+    """
+    sigma = LIGHT * min(frames.shape[-2:])
+    logs = (frames + DARK).log_()
+    logs -= _wide_blur(logs, sigma)
+    spread = _wide_blur(logs.square().mean(1, keepdim=True), sigma).sqrt_()
+    return logs.mul_(CONTRAST).div_(spread.add_(FAINT)).add_(0.5).clamp_(0, 1)
+
+
+def _wide_blur(values: Frames, sigma: float) -> Frames:
+    """Gaussian blur at the least resolution that a window of `sigma` pixels needs."""
+    factor = max(1, int(sigma / 3))
+    small = F.avg_pool2d(values, factor, ceil_mode=True, count_include_pad=False)
+    wide = blur(small, sigma / factor)
+    return F.interpolate(wide, size=values.shape[-2:], mode="bilinear")
 
 
 def warp(frames: Float[Tensor, "n c H W"], flow: Flow) -> Frames:

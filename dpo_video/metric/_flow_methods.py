@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dpo_video.errors import UserError
-from dpo_video.metric._flow import Flow, Frames, dense_flow
+from dpo_video.metric._flow import Flow, Frames, dense_flow, even_light
 
 FlowMethod = Literal["lucas_kanade", "dis", "farneback", "raft"]
 RAFT_MULTIPLE = 8  # RAFT's input sides are multiples of it
@@ -29,7 +29,7 @@ def flow_between(
 ) -> Flow:
     """Optical flow from `first` to `second`, frames in [0, 1], in pixels.
 
-    - `lucas_kanade`: `dense_flow`, on the frames' own device.
+    - `lucas_kanade`: `dense_flow` of the frames in even light, on their own device.
     - `dis`: Kroeger et al. 2016, arXiv 1603.03590, OpenCV's medium preset.
     - `farneback`: Farneback 2003, OpenCV, 5 levels and windows of 15 pixels.
     - `raft`: Teed & Deng 2020, arXiv 2003.12039, torchvision's network with `raft_weights`.
@@ -38,7 +38,7 @@ def flow_between(
         UserError: OpenCV, torchvision or the weights are missing.
     """
     if method == "lucas_kanade":
-        return dense_flow(first, second)
+        return dense_flow(even_light(first), even_light(second))
     if method == "raft":
         return _raft_flow(first, second, raft_weights)
     return opencv_flow(method, first, second)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo_video.errors import UserError
-from dpo_video.metric._flow import blur, dense_flow, halve, warp
+from dpo_video.metric._flow import blur, dense_flow, even_light, halve, warp
 from dpo_video.metric._flow_methods import FlowMethod, flow_between, second_flow
 from dpo_video.paths import LocalPath
 from dpo_video.strategies import Metric
@@ -34,9 +34,9 @@ class DynamicDegree(Metric):
 
     After VBench's dynamic degree (Huang et al. 2023, arXiv 2311.17982): the fastest 5% of the
     picture count, so that a small object on a still background is not averaged away. VBench uses
-    the flow of consecutive frames, in which flicker looks like motion. Here every pixel of some
-    anchor frames is tracked directly to each of the surrounding frames, by a flow on which changes
-    of light have no effect, and a line is fitted to its path. The slope of the line is motion; its
+    the flow of consecutive frames, in which flicker looks like motion. Here the light is taken out of
+    the frames, every pixel of some anchor frames is tracked directly to each of the surrounding
+    frames, and a line is fitted to its path. The slope of the line is motion; its
     residual is flicker. Pixels whose slope is not significant against the residual (an F-test)
     count as still, and twice the variance that noise adds is subtracted from the squared speed of
     the others (twice, because the largest of many equal speeds are those with the largest errors):
@@ -50,7 +50,8 @@ class DynamicDegree(Metric):
 
     Limits: an object smaller than `share` of the picture counts by the root of its area; an object
     that moves a tenth of the picture per frame is lost; motion that changes direction from frame to
-    frame, or is interrupted by a leap, counts in part or not at all; the spin of a flat disc is not
+    frame (a trembling camera), stops and goes, or is interrupted by a leap, counts in part or not
+    at all; the spin of a flat disc is not
     seen; flicker slower than the window looks like motion; grain as strong as the picture's
     contrast hides slow motion; videos of fewer than 5 frames are too short for the tests, and their
     flicker counts as motion.
@@ -86,7 +87,7 @@ class DynamicDegree(Metric):
                 "dynamic_degree tracks pixels from frame to frame, and these videos have only "
                 "one. Use videos of 2 frames or more."
             )
-        videos = self._reduce(videos.float())
+        videos = self._prepare(videos.float())
         back, forth = self._flows(videos)
         half = halve(videos[..., : videos.shape[-2] // 2 * 2, : videos.shape[-1] // 2 * 2])
         count = math.ceil(frames / SHORT)
@@ -101,19 +102,19 @@ class DynamicDegree(Metric):
             speeds.append(squared.flatten(1).topk(fastest, dim=1).values.mean(1).sqrt())
         return torch.stack(speeds).mean(0) * (100 / math.hypot(*videos.shape[-2:]))
 
-    def _reduce(self, videos: Videos) -> Float[Tensor, "b 3 F h w"]:
-        """Shrink to `size`: enough resolution for tracking, and less noise."""
+    def _prepare(self, videos: Videos) -> Float[Tensor, "b 3 F h w"]:
+        """Shrink to `size`, which is enough for tracking and has less noise, and even the light."""
+        frames = videos.transpose(1, 2).flatten(0, 1)
         scale = self.size / min(videos.shape[-2:])
-        if scale >= 1:
-            return videos
-        small = F.interpolate(
-            videos.transpose(1, 2).flatten(0, 1),
-            size=[round(side * scale) for side in videos.shape[-2:]],
-            mode="bilinear",
-            antialias=True,
-            align_corners=False,
-        )
-        return small.unflatten(0, (len(videos), -1)).transpose(1, 2)
+        if scale < 1:
+            frames = F.interpolate(
+                frames,
+                size=[round(side * scale) for side in videos.shape[-2:]],
+                mode="bilinear",
+                antialias=True,
+                align_corners=False,
+            )
+        return even_light(frames).unflatten(0, (len(videos), -1)).transpose(1, 2)
 
     def _flows(
         self, videos: Float[Tensor, "b 3 F H W"]
