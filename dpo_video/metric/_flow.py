@@ -23,8 +23,8 @@ Flow = Float[Tensor, "n 2 H W"]
 
 LIGHT = 0.1  # of the shorter side: standard deviation of the windows whose light is taken out
 DARK = 0.2  # of white, added before the logarithm: what is darker is mostly noise
-FAINT = 0.03  # contrast of the logarithm below which noise dominates
-CONTRAST = 0.15  # standard deviation of evenly lit frames
+FAINT = 0.1  # contrast of the logarithm below which noise dominates
+CONTRAST = 0.4  # standard deviation of evenly lit frames
 COARSEST = 12  # pixels: least shorter side of the coarsest pyramid level
 ITERATIONS = (3, 2)  # on the coarser levels and on the finest
 LARGEST_STEP = 2.0  # pixels of a level per iteration: the linearisation does not hold beyond it
@@ -94,7 +94,7 @@ def even_light(frames: Frames) -> Frames:
     logs = (frames + DARK).log_()
     logs -= _wide_blur(logs, sigma)
     spread = _wide_blur(logs.square().mean(1, keepdim=True), sigma).sqrt_()
-    return logs.mul_(CONTRAST).div_(spread.add_(FAINT)).add_(0.5).clamp_(0, 1)
+    return logs.mul_(CONTRAST).div_(spread.add_(FAINT)).add_(0.5)
 
 
 def _wide_blur(values: Frames, sigma: float) -> Frames:

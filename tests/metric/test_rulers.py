@@ -78,7 +78,7 @@ def test_even_light_takes_out_changes_of_light_and_keeps_the_picture(light: str)
     assert even < 0.5 * lit * even_light(first).std() / first.std()
     picture = texture(96)
     shade = torch.linspace(0.3, 1, 96)  # from left to right
-    assert (even_light(picture * shade) - even_light(picture)).std() < 0.2 * 0.15
+    assert (even_light(picture * shade) - even_light(picture)).std() < 0.2 * 0.3
     assert even_light(torch.full((1, 3, 20, 20), 0.4)).sub(0.5).abs().max() < 1e-4
 
 
