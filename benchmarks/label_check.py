@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from benchmarks.rulers import relit_clip
+from benchmarks.rulers import relit_clips
 from dpo_video.data.fitting import fit_video
 from dpo_video.data.video import read_video
 from dpo_video.labeler.metric import ByMetric, Measuring
@@ -111,7 +111,7 @@ def slowed(video: Tensor) -> Tensor:
 
 
 DEGRADATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "flicker: soft patches of light of 15%": relit_clip,
+    "flicker: soft patches of light of 15%": lambda video: relit_clips(video, "white"),
     "noise of 5%": lambda video: noise(video, 0.05),
     "blur, sigma 0.7 pixels": lambda video: blur(video, 0.7),
     "blur, sigma 1.5 pixels": lambda video: blur(video, 1.5),

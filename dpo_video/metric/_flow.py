@@ -86,9 +86,9 @@ def even_light(frames: Frames) -> Frames:
 
     Light multiplies a picture, so it adds to the logarithm. A Gaussian window around each pixel (a
     tenth of the picture's shorter side) gives its mean, which is subtracted per channel, and the
-    standard deviation over all channels, by which the rest is divided. Light that
-    changes over more than the window then has no effect, and soft patches of a quarter of the
-    picture less than half of theirs.
+    standard deviation over all channels, by which the rest is divided. Light that changes over more
+    than the window then has no effect, and soft patches of a quarter of the picture have less than
+    half of theirs. Values lie mostly within 0.5 +- 1.
     """
     sigma = LIGHT * min(frames.shape[-2:])
     logs = (frames + DARK).log_()

@@ -34,12 +34,12 @@ class DynamicDegree(Metric):
 
     After VBench's dynamic degree (Huang et al. 2023, arXiv 2311.17982): the fastest 5% of the
     picture count, so that a small object on a still background is not averaged away. VBench uses
-    the flow of consecutive frames, in which flicker looks like motion. Here the light is taken out of
-    the frames, every pixel of some anchor frames is tracked directly to each of the surrounding
-    frames, and a line is fitted to its path. The slope of the line is motion; its
-    residual is flicker. Pixels whose slope is not significant against the residual (an F-test)
-    count as still, and twice the variance that noise adds is subtracted from the squared speed of
-    the others (twice, because the largest of many equal speeds are those with the largest errors):
+    the flow of consecutive frames, in which flicker looks like motion. Here the light is taken out
+    of the frames, every pixel of some anchor frames is tracked directly to each of the surrounding
+    frames, and a line is fitted to its path. The slope of the line is motion; its residual is
+    flicker. Pixels whose slope is not significant against the residual (an F-test) count as still,
+    and twice the variance that noise adds is subtracted from the squared speed of the others
+    (twice, because the largest of many equal speeds are those with the largest errors):
 
     `100 / diagonal * sqrt(mean over anchors and the fastest pixels of |speed|^2 - 2 variance)`
 
