@@ -60,6 +60,8 @@ def tensor_fault(
     if within is not None and value.numel():
         low, high = torch.aminmax(value.detach())
         if not (low >= within[0] and high <= within[1]):
+            if within[1] == torch.inf:
+                return f"is below {within[0]:g}"
             return f"is not in [{within[0]:g}, {within[1]:g}]"
     return ""
 
@@ -80,7 +82,7 @@ def checked(
         PluginError: names the strategy and what is wrong.
     """
     if fault := tensor_fault(value, shape, within=within, finite=finite, device=device):
-        raise wrong(thing, f"returns {what} that {fault}")
+        raise wrong(thing, f"returns {what}, a value that {fault}")
     return cast(Tensor, value)
 
 

@@ -6,6 +6,7 @@ resuming nor the number of processes changes them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -251,7 +252,11 @@ class PairSampler:
             source = generator(self._seed, "draw", draw.pair, draw.draw)
             noises.append(torch.randn(self._model.latent_shape, generator=source))
             drawn = self._timesteps(self._model, 1, source)
-            timesteps.append(checked(self._timesteps, "timesteps", drawn, (1,), device="cpu"))
+            timesteps.append(
+                checked(
+                    self._timesteps, "timesteps", drawn, (1,), within=(0, math.inf), device="cpu"
+                )
+            )
         noise = torch.stack(noises).to(batch.first.dtype)
         return StepInputs(batch=batch, noise=noise, timestep=torch.cat(timesteps))
 

@@ -19,7 +19,8 @@ from small_training import SETTINGS, adapter_hash, make_store, run
 from dpo_video import registry
 from dpo_video.backbone.animatediff import AnimateDiffModel
 from dpo_video.data.store import PairStore
-from dpo_video.errors import RunError, StoreError, TrainingError
+from dpo_video.errors import PluginError, RunError, StoreError, TrainingError
+from dpo_video.extensions import TimestepSampler
 from dpo_video.listener.early_stop import EarlyStop
 from dpo_video.loss.global_ import Global
 from dpo_video.loss.mapo import MaPO
@@ -31,7 +32,7 @@ from dpo_video.reference.none import NoReference
 from dpo_video.reference.toggle import Toggle
 from dpo_video.registry import local
 from dpo_video.settings import TrainSettings
-from dpo_video.strategies import Loss
+from dpo_video.strategies import Loss, VideoModel
 from dpo_video.support.report import StepEvent, StepReport
 from dpo_video.support.tensor_tree import save_state
 from dpo_video.timesteps.family import Family
@@ -46,7 +47,7 @@ from dpo_video.training.loop import Run
 from dpo_video.training.run import train
 from dpo_video.training.run_dir import checkpoints, latest_checkpoint, read_log, truncate_log
 from dpo_video.training.sampler import PairSampler, trainable_pairs
-from dpo_video.types import LossOutput, Pair, PairErrors
+from dpo_video.types import LossOutput, Pair, PairErrors, PerPair
 
 SAMPLED = SETTINGS.model_copy(update={"validation_videos": 1})
 SHORT = SETTINGS.model_copy(update={"steps": 2, "save_steps": 1})
@@ -708,3 +709,14 @@ def test_a_plugins_steps_are_taken_and_resume_in_the_same_bytes(
     assert trained(tmp_path / "halves", resume=True) == [5.0] * 3
     assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "halves")
     assert adapter_hash(tmp_path / "run") != adapter_hash(whole)
+
+
+def test_timesteps_below_0_are_refused(
+    small_folder: Path, store: PairStore, tmp_path: Path
+) -> None:
+    class Early(TimestepSampler):
+        def __call__(self, model: VideoModel, n: int, generator: torch.Generator) -> PerPair:
+            return model.sample_timesteps(n, generator) - 2000
+
+    with pytest.raises(PluginError, match="returns timesteps, a value that is below 0"):
+        run(small_folder, store, tmp_path / "run", timesteps=Early())
