@@ -24,6 +24,7 @@ _MODULE = "dpo_video_local_"
 _SUFFIX = re.compile(r"-[0-9a-f]{12}$")
 _allowed: set[str] = set()
 _contents: dict[str, bytes] = {}
+_typed: dict[str, str] = {}
 
 
 def is_file(name: str) -> bool:
@@ -76,7 +77,20 @@ def recorded(name: str) -> str:
     data = _read(path, name)
     file = f"{FOLDER}/{_SUFFIX.sub('', path.stem)}-{_digest(data)[:12]}.py"
     _contents[file] = data
+    _typed[f"{file}:{cls}"] = below(Path.cwd(), name)
     return f"{file}:{cls}"
+
+
+def typed(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables whose recorded names are those of the files that they were made of."""
+    return {
+        _typed.get(key, key): typed(value)
+        if isinstance(value, Mapping)
+        else _typed.get(value, value)
+        if key == "name"
+        else value
+        for key, value in tables.items()
+    }
 
 
 def save(tables: Mapping[str, Mapping[str, Any]], folder: Path) -> None:

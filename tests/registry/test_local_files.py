@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from conftest import Said
 
@@ -123,6 +125,18 @@ def test_a_typed_file_is_used_and_kept_with_its_hash(file: Path) -> None:
     file.write_text(SOURCE + "# changed\n")
     assert configure("train", {"loss": "mine.py:Mine"}).tables["loss"]["name"] != name
     assert (file.parent / "run" / name.partition(":")[0]).read_text() == SOURCE
+
+
+def test_a_printed_configuration_names_the_files_themselves(file: Path, said: Said) -> None:
+    given = ("config", "--loss", "./mine.py:Mine", "--metric", "+mine.py:Brightness")
+    said(0, *given, "--json")
+    tables = json.loads(said.out)
+    assert tables["loss"]["name"] == f"{file}:Mine"
+    assert f"{file}:Brightness" in tables["metric"]
+    Path("elsewhere").mkdir()
+    Path("elsewhere/mine.toml").write_text(tomli_w.dumps(tables))
+    again = configure("train", {"config": Path("elsewhere/mine.toml"), "allow_code": True})
+    assert type(again.loss).__name__ == "Mine" and again.tables["loss"]["name"].startswith("code/")
 
 
 def test_a_file_that_another_file_names_runs_only_with_a_flag(
