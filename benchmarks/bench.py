@@ -27,6 +27,7 @@ from benchmarks.support.results import (
     markdown,
     read_results,
     regressions,
+    unmatched,
     write_result,
 )
 from benchmarks.support.tier_table import tier_table
@@ -169,8 +170,12 @@ def compare(old: Path, new: Path, tolerance: float) -> int:
             f"{each.suite}: {each.group}: {each.candidate}: {each.what} {each.old:.3g}, now "
             f"{each.new:.3g} ({each.new / each.old - 1:+.0%})"
         )
+    if others := unmatched(before, after):
+        print(f"Not compared, since only one side has them or their texts differ: {len(others)}")
+        for other in others:
+            print(f"- {other}")
     if not risen:
-        print(f"None of {count} times and peaks rose by more than {tolerance:.0%}.")
+        print(f"None of {count} times, peaks and counts rose by more than {tolerance:.0%}.")
     return REGRESSION if risen else 0
 
 

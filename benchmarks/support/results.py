@@ -2,7 +2,7 @@
 
 A time depends on the machine and on its load. Groups of alternating candidates therefore have a
 baseline, one candidate that is not ours, and two runs are compared by the ratios of candidate to
-baseline. A peak of memory does not depend on the load and is compared as it is.
+baseline. Memory and operations do not depend on the load and are compared as they are.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal, final
 
-from pydantic import ValidationError
+from pydantic import FiniteFloat, ValidationError
 
 from dpo_video.errors import UserError, first_fault
 from dpo_video.support.atomic import write_text
 from dpo_video.support.statistics import Record
 
 PEAK = "peak"
+NEEDS = (PEAK, "CPU memory", "TFLOP per pair")
+"""How the names of the figures begin that are compared as they are."""
 
 
 @final
@@ -27,12 +29,12 @@ class Candidate(Record):
     """One of several ways to do the same work."""
 
     name: str
-    seconds: tuple[float, ...]
+    seconds: tuple[FiniteFloat, ...]
     """Seconds per unit of work, one number per round."""
-    flops: float | None = None
+    flops: FiniteFloat | None = None
     """Operations per unit of work, where counted."""
     figures: Mapping[str, float | str] = {}
-    """Further findings, such as accuracy; names of peak memory begin with `PEAK`."""
+    """Further findings, such as accuracy; those that are compared begin as in `NEEDS`."""
 
     @property
     def median(self) -> float:
@@ -209,7 +211,7 @@ def write_result(folder: Path, result: SuiteResult) -> None:
 def regressions(
     old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult], tolerance: float
 ) -> list[Regression]:
-    """The candidates whose time relative to the baseline, or a peak, rose by over `tolerance`.
+    """The candidates whose relative time, memory or operations rose by over `tolerance`.
 
     Args:
         old: Results by suite.
@@ -220,8 +222,33 @@ def regressions(
 
 
 def compared(old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]) -> int:
-    """Number of times and peaks that both sides have."""
+    """Number of times and needs that both sides have."""
     return sum(1 for _ in _shared(old, new))
+
+
+def unmatched(old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]) -> list[str]:
+    """What one side has and the other lacks, or what the other has with another text."""
+    found = [f"suite {name}" for name in sorted(old.keys() ^ new.keys())]
+    for suite in sorted(old.keys() & new.keys()):
+        before, after = ({each.name: each for each in side[suite].groups} for side in (old, new))
+        found += [f"{suite}: {name}" for name in sorted(before.keys() ^ after.keys())]
+        for name in before.keys() & after.keys():
+            one, other = before[name], after[name]
+            where = f"{suite}: {name}"
+            if one.baseline != other.baseline:
+                found.append(f"{where}: times (baseline {one.baseline}, now {other.baseline})")
+            candidates = {each.name for each in one.candidates}
+            for each in sorted(candidates ^ {each.name for each in other.candidates}):
+                found.append(f"{where}: {each}")
+            for mine in one.candidates:
+                theirs = other.of(mine.name)
+                figures = theirs.figures if theirs is not None else mine.figures
+                found += [
+                    f"{where}: {mine.name}: {figure} ({value}, now {figures.get(figure)})"
+                    for figure, value in mine.figures.items()
+                    if isinstance(value, str) and figures.get(figure) != value
+                ]
+    return found
 
 
 def _shared(old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]) -> Iterator[Regression]:
@@ -251,7 +278,7 @@ def _compared(group: Group, name: str) -> dict[str, float]:
     found = {
         figure: float(value)
         for figure, value in candidate.figures.items()
-        if figure.startswith(PEAK) and isinstance(value, float | int)
+        if figure.startswith(NEEDS) and isinstance(value, float | int)
     }
     return found if relative is None else {_TIME: relative, **found}
 

@@ -24,6 +24,7 @@ from benchmarks.support.results import (
     markdown,
     read_results,
     regressions,
+    unmatched,
     write_result,
 )
 from dpo_video.errors import UserError
@@ -261,3 +262,33 @@ def test_memory_modes_stand_among_the_cards_and_no_names_touch() -> None:
             spot.name for spot in by_size
         ]
     assert picture.count('class="mark hollow"') == 1
+
+
+def test_compare_names_what_it_cannot_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = result([1.0, 1.0], [1.0, 1.0])
+    (group,) = whole.groups
+    ours, theirs = group.candidates
+    changed = ours.model_copy(update={"figures": {"mode": "joint"}})
+    write_result(tmp_path / "new", result([1.0], [1.0], suite="store"))
+    for candidates, baseline, name in (
+        ((ours,), "ours", "theirs"),
+        ((ours, theirs), None, "times (baseline theirs, now None)"),
+        ((changed, theirs), "theirs", "ours: mode (joint, now None)"),
+    ):
+        update = {"candidates": candidates, "baseline": baseline}
+        other = whole.model_copy(update={"groups": (group.model_copy(update=update),)})
+        before, after = {"metric": whole}, {"metric": other}
+        assert any(name in each for each in unmatched(before, after) + unmatched(after, before))
+    assert compare(tmp_path, whole) == 0
+    told = capsys.readouterr().out
+    assert "only one side has them" in told and "- suite store" in told
+
+
+def test_times_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    write_result(tmp_path, result([1.0], [1.0]))
+    file = tmp_path / "metric.json"
+    file.write_text(file.read_text().replace("1.0", "NaN", 1))
+    with pytest.raises(UserError, match="holds no results"):
+        read_results(file)
