@@ -22,11 +22,12 @@ def bench(context: typer.Context) -> None:
     """
     import dpo_video
 
-    root = Path(dpo_video.__file__).parents[1]
-    if not (root / "benchmarks" / "bench.py").is_file():
+    places = (Path(dpo_video.__file__).parents[1], Path.cwd())
+    root = next((each for each in places if (each / "benchmarks" / "bench.py").is_file()), None)
+    if root is None:
         raise UserError(
-            "The benchmarks are not in the installed package. Clone the repository, and install it "
-            "with: pip install --editable '.[dev]'"
+            "The benchmarks are not in the installed package. Run this command in a clone of the "
+            "repository."
         )
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "benchmarks.bench", *context.args]

@@ -142,4 +142,5 @@ def _what_else(mode: MemoryMode) -> str:
     }
     left = [option for option, helps in options.items() if helps]
     smaller = "lower backbone.frames, height or width"
-    return f"Set {', '.join(left)}, or {smaller}." if left else f"{smaller.capitalize()}."
+    more = f"{smaller}, or raise memory.budget where the card has more"
+    return f"Set one or more of {', '.join(left)}; {more}." if left else f"{more.capitalize()}."

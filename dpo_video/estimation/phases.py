@@ -57,6 +57,19 @@ class Plan:
     """Of an evaluation."""
     evaluation_steps: int | None
 
+    def __str__(self) -> str:
+        """The numbers in words; None of sampling steps is the model's own number."""
+        own = "the model's"
+        parts = [f"an evaluation of {self.videos} videos of each model, "
+                 f"{self.evaluation_steps or own} sampling steps"]  # fmt: skip
+        if self.validation_videos:
+            parts.insert(0, f"{self.validation_videos} validation videos")
+        if self.pairs:
+            each = f"{self.samples_per_pair} sampled video{'s' * (self.samples_per_pair > 1)} each"
+            steps = f"{self.pair_steps or own} sampling steps"
+            parts.insert(0, f"{self.pairs} pairs with {each}, {steps}")
+        return "; ".join(parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
@@ -149,7 +162,7 @@ def predict_phases(
     rounds = -(-2 * plan.videos // plan.batch_size)
     phases += [
         ("evaluate: text encoder", built, text.activations, 0),
-        (f"evaluate: sample {plan.batch_size}", denoiser + decode.weights, many,
+        (f"evaluate: sample, {plan.batch_size} at a time", denoiser + decode.weights, many,
          many_flops * rounds * (plan.evaluation_steps or steps)),
         ("evaluate: decode", denoiser + decode.weights, decode.activations,
          decode.flops * 2 * plan.videos),

@@ -22,6 +22,11 @@ NOT_COMPILED = (
 )
 
 
+def _by_size() -> list[Tier]:
+    """The cards, smallest first, and those of one size (in whole GiB) by speed."""
+    return sorted(tiers().values(), key=lambda each: (round(each.memory_gib), each.tflops))
+
+
 @final
 class MemoryEstimate(Record):
     """Predicted peak memory of a step in one mode, in bytes, and its operations."""
@@ -111,6 +116,11 @@ class Estimate(Record):
     estimates: tuple[MemoryEstimate, ...]
     phases: tuple[PhaseEstimate, ...] = ()
     """Everything besides the steps: building pairs, validation videos, an evaluation."""
+    work: str = ""
+    """The numbers of videos and sampling steps of the phases."""
+    remedies: tuple[tuple[str, str], ...] = ()
+    """What the configuration could still do against a phase that is too large: a part of such a
+    phase's name, and the advice."""
     asked: MemoryMode | None = None
     """The mode that the configuration asks for."""
     tier: Tier | None = None
@@ -178,7 +188,7 @@ class Estimate(Record):
         Memory is in GiB, `tflop` in 10^12 operations per pair, `hours` on the card of `tier` (the
         fastest known card if there is none). `fits_from` names the smallest card that holds it.
         """
-        cards = sorted(tiers().values(), key=lambda each: each.memory_gib)
+        cards = _by_size()
         rows = []
         for each in self.estimates:
             figures = ("total", "tensors", "weights", "gradients", "optimizer", "activations")
@@ -239,12 +249,16 @@ class Estimate(Record):
     def headline(self) -> str:
         """What was predicted, in one sentence."""
         return (
-            f"{self.model}: {self.parameters / 1e9:.2f} B parameters, {self.trainable / 1e6:.1f} M "
-            f"of them trainable (LoRA rank {self.rank}), latents "
+            f"{self.model}: {self.parameters / 1e9:.2f} B parameters and an adapter of "
+            f"{self.trainable / 1e6:.1f} M (LoRA rank {self.rank}), latents "
             f"{' x '.join(map(str, self.latent_shape))}, {self._precision}, "
-            f"{self.pairs} pairs in the run. All numbers are predicted on shapes; nothing was "
-            "measured." + (f" {NOT_COMPILED}" if self.compiled else "")
+            f"{self.pairs} pairs {self._of_a_process}in the run. All numbers are predicted on "
+            "shapes; nothing was measured." + (f" {NOT_COMPILED}" if self.compiled else "")
         )
+
+    @property
+    def _of_a_process(self) -> str:
+        return "of each process " if self.asked is not None and self.asked.shard > 1 else ""
 
     @property
     def _precision(self) -> str:
@@ -260,9 +274,11 @@ class Estimate(Record):
             "(int8 and nf4 change the numbers). GiB: GPU memory for weights, "
             "the adapter's gradients and AdamW state, activations plus "
             f"{FRAGMENTS:.0%} for fragmentation, and {CONTEXT / GIB:.1f} GiB for CUDA. CPU: GiB of "
-            f"CPU memory. TFLOP: per pair. h: hours of the run's steps at {self.efficiency:.0%} of "
-            "the card's published speed (assumed), without transfers. A cached reference is "
-            "computed before training, and its noise draws repeat."
+            "CPU memory that the modes use, of each process. TFLOP: per pair. h: hours of the "
+            f"run's steps at {self.efficiency:.0%} of the card's published speed (assumed), "
+            "without transfers (on an H200, cpu:b added 15% on AnimateDiff and 44% on Wan). A "
+            "cached reference is computed before training, and its noise draws repeat."
+            + (f" Besides the steps: {self.work}." if self.work else "")
         )
 
     @property
@@ -286,13 +302,27 @@ class Estimate(Record):
                 f"{asked.activations / GIB:.1f}) and {fits} "
                 f"{self.tier.card} ({self.tier.memory_gib:g} GiB)."
             )
-        for phase in self._too_large:
-            parts.append(f"{phase.name} needs {phase.total / GIB:.1f} GiB and does not fit.")
-        if self._too_large:
+        if asked is not None and self.phases:
+            steps = self.hours(asked, self.tier)
+            beside = sum(phase.hours(self.tier, self.efficiency) for phase in self.phases)
             parts.append(
-                "Keep the text encoder in CPU memory (--set memory.text_encoder=host), use the VAE "
-                "in tiles (--set backbone.tiling=true), or lower evaluate.batch_size."
+                f"The run takes {steps + beside:,.1f} hours: {steps:,.1f} of steps and "
+                f"{beside:,.1f} besides them."
             )
+        if asked is not None and asked.mode.shard > 1:
+            size = 4 if self.precision == "no" else 2
+            parts.append(
+                "Each process first reads the whole model into CPU memory: "
+                f"{size * self.parameters / GIB:.1f} GiB of weights each."
+            )
+        if large := self._too_large:
+            most = max(large, key=lambda phase: phase.total)
+            parts.append(
+                f"Besides the steps, {len(large)} of {len(self.phases)} parts do not fit; the "
+                f"largest, {most.name}, needs {most.total / GIB:.1f} GiB."
+            )
+            names = " ".join(phase.name for phase in large)
+            parts += [advice for part, advice in self.remedies if part in names]
         best = self.recommended
         if best is None:
             parts.append(
@@ -342,7 +372,7 @@ class Estimate(Record):
         for name in ("besides the steps", "GiB", f"h ({self._shown.name})", "fits from"):
             left = name in ("besides the steps", "fits from")
             table.add_column(name, justify="left" if left else "right", no_wrap=True)
-        cards = sorted(tiers().values(), key=lambda each: each.memory_gib)
+        cards = _by_size()
         for phase in self.phases:
             hours = phase.hours(self._shown, self.efficiency)
             memory = cell(f"{phase.total / GIB:.1f}")

@@ -35,17 +35,23 @@ GRAPHS = 256  # of one class of blocks: as many as it has shapes, some of them t
 _cuts: ContextVar[bool] = ContextVar("_cuts", default=False)
 
 
-def check_compile(memory: MemorySettings, device: torch.device) -> None:
-    """Check that memory.compile works with the other modes and the device; else a UserError."""
-    if memory.compile == "off":
-        return
-    if memory.quantization != "native" or memory.shard > 1 or "blocks" in memory.offload:
+def check_compile_modes(memory: MemorySettings) -> None:
+    """Check that memory.compile works with the other modes; else a UserError."""
+    packed = memory.quantization != "native" or memory.shard > 1 or "blocks" in memory.offload
+    if memory.compile == "on" and packed:
         # With int8, a compiled block was seen to keep the unpacked weights.
         raise UserError(
             "memory.compile=on would keep whole weights for the backward pass, where "
             "memory.quantization and memory.offload=blocks hold one layer's at a time and "
             "memory.shard one block's. Set memory.compile=off, or leave those out."
         )
+
+
+def check_compile(memory: MemorySettings, device: torch.device) -> None:
+    """Check that memory.compile works with the other modes and the device; else a UserError."""
+    if memory.compile == "off":
+        return
+    check_compile_modes(memory)
     if device.type == "cpu":
         from torch._inductor import cpp_builder, exc
 

@@ -27,6 +27,7 @@ from dpo_video.estimation.results import (
 )
 from dpo_video.estimation.tiers import Tier, find_tier
 from dpo_video.estimation.tracing import TraceCache
+from dpo_video.memory.compile import check_compile_modes
 from dpo_video.strategies import PairBuilder
 from dpo_video.training.lora import check_lora, starting_rank
 from dpo_video.training.step import check_backward
@@ -69,6 +70,7 @@ def estimate(
     """
     tier = options.get("tier")
     config = configure("train", options, pairs)
+    check_compile_modes(config.memory)
     for note in config.notes:
         progress.note(note)
     if config.loss.sees_groups:
@@ -94,7 +96,10 @@ def estimate(
         progress.note(str(error), warning=True)
         within_budget = False
     found = predict(config, card=card, traces=traces)
-    found = found.model_copy(update={"phases": phases_of(config, found, traces)})
+    phases, plan = phases_of(config, found, traces), plan_of(config)
+    found = found.model_copy(
+        update={"phases": phases, "work": str(plan), "remedies": _remedies(config)}
+    )
     compiled = config.memory.compile == "on"
     update: dict[str, Any] = {"within_budget": within_budget, "compiled": compiled}
     if efficiency is not None:
@@ -113,9 +118,17 @@ def phases_of(config: Config, found: Estimate, traces: TraceCache) -> tuple[Phas
     assert found.asked is not None
     step = found.for_mode(found.asked)
     assert step is not None
+    return predict_phases(
+        config.backbone, config.train, found.asked, step, plan_of(config),
+        text_encoder_on_host=config.memory.text_encoder == "host", traces=traces,
+    )  # fmt: skip
+
+
+def plan_of(config: Config) -> Plan:
+    """How many videos a configuration draws, and how."""
     train, settings = config.train, config.evaluate
     checkpoints = -(-train.steps // train.save_steps)
-    plan = Plan(
+    return Plan(
         pairs=0 if config.pairs is None else wanted(config.build, None),
         samples_per_pair=getattr(config.pairs, "samples", 1),
         encodes=config.pairs is not None and config.pairs.needs_video,
@@ -125,10 +138,23 @@ def phases_of(config: Config, found: Estimate, traces: TraceCache) -> tuple[Phas
         batch_size=settings.batch_size,
         evaluation_steps=settings.num_inference_steps,
     )
-    return predict_phases(
-        config.backbone, train, found.asked, step, plan,
-        text_encoder_on_host=config.memory.text_encoder == "host", traces=traces,
-    )  # fmt: skip
+
+
+def _remedies(config: Config) -> tuple[tuple[str, str], ...]:
+    """What a configuration does not do yet against parts that do not fit beside the steps."""
+    found = []
+    if config.memory.text_encoder != "host":
+        advice = "Keep the text encoder in CPU memory: --set memory.text_encoder=host."
+        found.append(("text encoder", advice))
+    if getattr(config.backbone, "tiling", True) is False:
+        advice = "Use the VAE in tiles: --set backbone.tiling=true."
+        found += [("code", advice)]  # encode, decode
+    if "blocks" not in config.memory.offload:
+        modes = ",".join([*config.memory.offload, "blocks"])
+        found.append(("sample", f"Keep idle blocks in CPU memory: --set memory.offload={modes}."))
+    if config.evaluate.batch_size > 1:
+        found.append(("evaluate: sample", "Lower evaluate.batch_size."))
+    return tuple(found)
 
 
 def predict(

@@ -254,8 +254,8 @@ def as_launched(config: Config, request: LauncherRequest) -> Config:
     if world % memory.shard:
         raise UserError(
             f"memory.shard={memory.shard} does not divide this run's number of processes, {world}. "
-            f"Set it to {world} or a divisor, or start that many processes: accelerate launch "
-            f"--num_processes {memory.shard} -m dpo_video train ..."
+            f"Set it to {world} or a divisor, or start that many processes: torchrun "
+            f"--nproc_per_node {memory.shard} -m dpo_video train ..."
         )
     if memory.shard > 1 and config.pairs is not None:
         raise UserError(
@@ -286,7 +286,7 @@ def notes_on(config: Config, request: LauncherRequest, *, memory: bool = True) -
     return (
         notes
         + [
-            f"The launcher's {path}={value} is left out, because this run sets {now[path]}."
+            f"The launcher's {path}={value} is not used: this run has {path}={now[path]}."
             for path, value in asked.items()
             if path not in taken
         ]

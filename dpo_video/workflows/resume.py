@@ -190,9 +190,19 @@ class Resumption:
         if learned and not accept:
             raise RunError(
                 f"Cannot resume '{self.folder}' with other options than those of its {self.step} "
-                f"steps: {changes.text(learned)}. Leave them out, or train on with them: "
-                "--accept-changes"
+                f"steps: {changes.text(learned)}. {self._instead(changes)}"
             )
+
+    def _instead(self, changes: Changes) -> str:
+        """What to do about changes that make another run of it."""
+        accept = "train on with them: --accept-changes"
+        if "processes" not in changes.paths:
+            return f"Leave them out, or {accept}"
+        then = _pairs_of_a_step(self.options, changes.then)
+        now = _pairs_of_a_step(self.options, {**changes.now, _ACCUMULATION: 1})
+        if then % now:
+            return f"A step then sees other numbers of pairs; {accept}"
+        return f"Keep the pairs of a step with --set {_ACCUMULATION}={then // now}, or {accept}"
 
     def _changes_learning(self, path: str, config: Config, changes: Changes) -> bool:
         if path == "train.steps":  # the learning rate may decay towards the last one
@@ -237,6 +247,9 @@ class Changes:
             "then": dict(self.then),
             "now": dict(self.now),
         }
+
+
+_ACCUMULATION = "train.gradient_accumulation_steps"
 
 
 def _pairs_of_a_step(options: Mapping[str, Any], changed: Mapping[str, Any]) -> int:

@@ -297,14 +297,15 @@ def test_an_option_of_the_run_overrides_the_launchers() -> None:
     )
     assert (config.train.mixed_precision, config.memory.checkpointing) == ("no", 2)
     assert notes_on(config, request) == [
-        "The launcher's train.mixed_precision=bf16 is left out, because this run sets no."
+        "The launcher's train.mixed_precision=bf16 is not used: this run has "
+        "train.mixed_precision=no."
     ]
     config, request = launched(
         [*FSDP, "--fsdp_activation_checkpointing=true"], "memory.checkpointing=2"
     )
     assert notes_on(config, request) == [
         "Set by the launcher: memory.shard=4.",
-        "The launcher's memory.checkpointing=blocks is left out, because this run sets 2.",
+        "The launcher's memory.checkpointing=blocks is not used: this run has memory.checkpointing=2.",
     ]
 
 
