@@ -305,7 +305,8 @@ def test_an_option_of_the_run_overrides_the_launchers() -> None:
     )
     assert notes_on(config, request) == [
         "Set by the launcher: memory.shard=4.",
-        "The launcher's memory.checkpointing=blocks is not used: this run has memory.checkpointing=2.",
+        "The launcher's memory.checkpointing=blocks is not used: this run has "
+        "memory.checkpointing=2.",
     ]
 
 
