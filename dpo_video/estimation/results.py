@@ -27,6 +27,11 @@ def _by_size() -> list[Tier]:
     return sorted(tiers().values(), key=lambda each: (round(each.memory_gib), each.tflops))
 
 
+def _count(parameters: int) -> str:
+    """In billions or millions."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
 @final
 class MemoryEstimate(Record):
     """Predicted peak memory of a step in one mode, in bytes, and its operations."""
@@ -249,8 +254,8 @@ class Estimate(Record):
     def headline(self) -> str:
         """What was predicted, in one sentence."""
         return (
-            f"{self.model}: {self.parameters / 1e9:.2f} B parameters and an adapter of "
-            f"{self.trainable / 1e6:.1f} M (LoRA rank {self.rank}), latents "
+            f"{self.model}: {_count(self.parameters)} parameters and an adapter of "
+            f"{_count(self.trainable)} (LoRA rank {self.rank}), latents "
             f"{' x '.join(map(str, self.latent_shape))}, {self._precision}, "
             f"{self.pairs} pairs {self._of_a_process}in the run. All numbers are predicted on "
             "shapes; nothing was measured." + (f" {NOT_COMPILED}" if self.compiled else "")
