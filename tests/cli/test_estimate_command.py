@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from dpo_video.cli import app
 from dpo_video.cli.estimate import DOES_NOT_FIT
+from dpo_video.errors import UserError
 from dpo_video.estimation.modes import MemoryMode, candidate_modes
 from dpo_video.estimation.results import Estimate
 from dpo_video.estimation.tiers import Tier
@@ -97,3 +98,12 @@ def test_a_compiled_step_is_predicted_without_compile_and_says_so(arguments: lis
     compiled = CliRunner().invoke(app, [*arguments, "--set=memory.compile=on"])
     assert compiled.exit_code == 0 and told in compiled.stdout
     assert told not in CliRunner().invoke(app, arguments).stdout
+
+
+@pytest.mark.parametrize("other", ["memory.offload=blocks", "memory.quantization=int8"])
+def test_modes_that_do_not_combine_are_refused_as_by_train(
+    arguments: list[str], other: str
+) -> None:
+    found = CliRunner().invoke(app, [*arguments, "--set=memory.compile=on", f"--set={other}"])
+    assert isinstance(found.exception, UserError)
+    assert "Set memory.compile=off, or leave those out" in str(found.exception)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dpo_video.estimation.modes import MemoryMode
-from dpo_video.estimation.results import GIB, Estimate, MemoryEstimate
+from dpo_video.estimation.results import GIB, Estimate, MemoryEstimate, PhaseEstimate
 from dpo_video.estimation.tiers import find_tier
 
 PLAIN = MemoryMode(reference="toggle", checkpointing="none", backward="joint")
@@ -84,3 +84,34 @@ def test_a_notebook_and_a_terminal_show_the_modes() -> None:
     console.print(an_estimate().table())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "copy 7 blocks split /8 cpu:c" in text and "h (h100)" in text
+
+
+def test_the_verdict_adds_up_the_hours_and_advises_on_what_does_not_fit() -> None:
+    def phase(name: str, gib: int) -> PhaseEstimate:
+        return PhaseEstimate(name=name, weights=gib * GIB, activations=0, flops=36 * 10**17)
+
+    remedies = (("text encoder", "Move it."), ("code", "Use tiles."))
+    verdict = an_estimate(
+        SMALL, tier=find_tier("t4"), remedies=remedies,
+        phases=(phase("build: decode", 30), phase("build: sample", 20), phase("build: encode", 2)),
+    ).verdict  # fmt: skip
+    # 65 TFLOP/s at 35% of them: 44 hours a phase, and 10 pairs of 2 PFLOP, 0.2 hours.
+    assert "The run takes 132.1 hours: 0.2 of steps and 131.9 besides them." in verdict
+    assert "2 of 3 parts do not fit; the largest, build: decode, needs 30.6 GiB." in verdict
+    assert "Use tiles." in verdict and "Move it." not in verdict
+
+
+def test_what_holds_for_each_of_several_processes_is_said() -> None:
+    shared = PLAIN.model_copy(update={"shard": 8})
+    need = an_estimate().estimates[0].model_copy(update={"mode": shared})
+    estimate = an_estimate(shared, tier=find_tier("a100"), estimates=(need,), parameters=2 * GIB)
+    assert "10 pairs of each process" in estimate.headline
+    assert "whole model into CPU memory: 4.0 GiB of weights each" in estimate.verdict
+    assert "each process" not in an_estimate(tier=find_tier("a100")).verdict
+
+
+def test_of_cards_of_one_size_the_slower_comes_first() -> None:
+    (row,) = an_estimate(estimates=(an_estimate().estimates[0],)).rows()
+    big = an_estimate().estimates[0].model_copy(update={"activations": 60 * GIB})
+    (large,) = an_estimate(estimates=(big,)).rows()
+    assert (row["fits_from"], large["fits_from"]) == ("4090", "a100")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from dpo_video.errors import BusyError, RunError, UserError
 from dpo_video.support.claims import WRITER, claim
 from dpo_video.support.tensor_tree import load_state
 from dpo_video.training.run_dir import checkpoint_folder, read_log
+from dpo_video.workflows.config import resolve
+from dpo_video.workflows.resume import Resumption
 
 OPTIONS: dict[str, Any] = {
     "loss": "global",
@@ -142,6 +145,28 @@ def test_a_refused_resume_changes_no_file(case: str, run: Path, resume: Train) -
     # And the plain command still goes on.
     assert resume(run).new_reports == ()
     assert contents(run.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        (2, 1, "Keep the pairs of a step with --set train.gradient_accumulation_steps=2, or"),
+        (1, 3, "A step then sees other numbers of pairs; train on with them: --accept-changes"),
+    ],
+)
+def test_another_number_of_processes_is_told_how_to_keep_the_pairs_of_a_step(
+    then: int, now: int, told: str, run: Path
+) -> None:
+    before = Resumption.of(run, print)
+    before = replace(before, options={**before.options, "processes": then})
+    config = resolve(file=run / "run.toml")
+    with pytest.raises(RunError, match=told):
+        before.check(config, now, accept=False)
+    accumulating = resolve(
+        file=run / "run.toml", assignments=["train.gradient_accumulation_steps=2"]
+    )
+    if then == 2:
+        before.check(accumulating, now, accept=False)
 
 
 def test_a_hand_edited_run_toml_is_noticed(run: Path, resume: Train) -> None:
