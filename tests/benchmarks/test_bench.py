@@ -89,6 +89,11 @@ def test_without_the_repository_it_names_the_next_step(
 ) -> None:
     installed = tmp_path / "site-packages" / "dpo_video" / "__init__.py"
     monkeypatch.setattr(dpo_video, "__file__", str(installed))
+    here = Path.cwd()
+    monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["bench", "loss"])
     assert isinstance(done.exception, UserError)
-    assert "Clone the repository" in str(done.exception)
+    assert "Run this command in a clone of the repository" in str(done.exception)
+    # In a clone beside an installed package.
+    monkeypatch.chdir(here)
+    assert CliRunner().invoke(app, ["bench", "nosuch"]).exit_code == 2

@@ -286,10 +286,10 @@ def test_a_nonfinite_pair_is_neither_stored_nor_previewed(
 @pytest.mark.parametrize(
     ("videos", "sentence"),
     [
-        (lambda right: right[:, :, :1], r"videos that has the shape \(1, 3, 1, 16, 16\)"),
-        (lambda right: 255 * right, r"videos that is not in \[0, 1\]"),
-        (lambda right: (255 * right).byte(), "videos that has the type uint8"),
-        (lambda right: None, "videos that is None, not a tensor"),
+        (lambda right: right[:, :, :1], r"videos, a value that has the shape \(1, 3, 1, 16, 16\)"),
+        (lambda right: 255 * right, r"videos, a value that is not in \[0, 1\]"),
+        (lambda right: (255 * right).byte(), "videos, a value that has the type uint8"),
+        (lambda right: None, "videos, a value that is None, not a tensor"),
     ],
 )
 def test_a_model_that_decodes_to_something_else_is_named(

@@ -55,7 +55,7 @@ def test_the_predicted_peaks_are_those_of_real_tensors(small_folder: Path) -> No
     assert found["build: encode"].activations == encode.total - encode.weights
     assert found["evaluate: decode"].flops == 2 * 6 * decode.flops
     assert found["build: decode"].flops == (2 * 3 + 2 * 2) * decode.flops
-    one, two = found["build: sample"], found["evaluate: sample 2"]
+    one, two = found["build: sample"], found["evaluate: sample, 2 at a time"]
     assert one.flops / (2 * 3 * 5) == pytest.approx(two.flops / (6 * 7) / 2, rel=0.01)
     assert one.activations < two.activations < 2.5 * one.activations
     assert found["validation videos: sample"].weights > two.weights  # the optimizer's state

@@ -159,7 +159,7 @@ def test_a_metric_that_fails_is_left_out_and_the_others_are_reported(
     assert [result.name for result in comparison.metrics] == ["frame_difference"]
     reasons = {metric.name: metric.reason for metric in comparison.left_out}
     assert "'blind' of dpo-blind 1.0 failed (KeyError: 'a')" in reasons["blind"]
-    assert "'short' of dpo-short 1.0 returns values that" in reasons["short"]
+    assert "'short' of dpo-short 1.0 returns values, a value that" in reasons["short"]
     assert "'void' is left out: it is nan for the base model's video of 'a'" in reasons["void"]
 
     class Ours(FrameDifference.__base__):  # type: ignore[misc, name-defined]
@@ -212,7 +212,9 @@ def test_a_loss_of_one_number_for_all_pairs_is_refused(faulty: Faulty) -> None:
 def test_labels_outside_the_contract_are_refused(labels: torch.Tensor) -> None:
     labeler = VLM(model="none")
     assert check_labels(labeler, torch.tensor([[1.0, -0.5]]), 2).tolist() == [[1.0, -0.5]]
-    with pytest.raises(UserError, match=r"labeler VLM of .* returns labels of 2 segments that"):
+    with pytest.raises(
+        UserError, match=r"labeler VLM of .* returns labels of 2 segments, a value that"
+    ):
         check_labels(labeler, labels, 2)
 
 
