@@ -158,8 +158,8 @@ class MemorySettings(Settings):
     forward_chunks: int = Field(default=1, ge=1)
     """Number of chunks in which feed-forward and cross-attention layers run one after another, each
     recomputed in the backward pass. Their inner activations, the widest tensors of a transformer,
-    then exist for one chunk only. 8 is enough. On an H200 it made a step of Wan 14%
-    longer, and one of AnimateDiff 131%."""
+    then exist for one chunk only. 8 is enough. On an H200 it made a step of Wan 14% longer, and
+    one of AnimateDiff 131%."""
     offload: Annotated[
         tuple[Literal["checkpoints", "blocks", "optimizer"], ...], BeforeValidator(_listed)
     ] = ()

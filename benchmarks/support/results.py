@@ -232,7 +232,7 @@ def unmatched(old: Mapping[str, SuiteResult], new: Mapping[str, SuiteResult]) ->
     for suite in sorted(old.keys() & new.keys()):
         before, after = ({each.name: each for each in side[suite].groups} for side in (old, new))
         found += [f"{suite}: {name}" for name in sorted(before.keys() ^ after.keys())]
-        for name in before.keys() & after.keys():
+        for name in sorted(before.keys() & after.keys()):
             one, other = before[name], after[name]
             where = f"{suite}: {name}"
             if one.baseline != other.baseline:

@@ -327,7 +327,7 @@ class Estimate(Record):
                 f"largest, {most.name}, needs {most.total / GIB:.1f} GiB."
             )
             names = " ".join(phase.name for phase in large)
-            parts += [advice for part, advice in self.remedies if part in names]
+            parts += dict.fromkeys(advice for part, advice in self.remedies if part in names)
         best = self.recommended
         if best is None:
             parts.append(

@@ -48,13 +48,13 @@ class DynamicDegree(Metric):
     fails, as it does for fast objects and curved paths, one over 2 frames to either side can stand
     in for it.
 
-    Limits: an object smaller than `share` of the picture counts by the root of its area; an object
-    that moves a tenth of the picture per frame is lost; motion that changes direction from frame to
-    frame (a trembling camera), stops and goes, or is interrupted by a leap, counts in part or not
-    at all; the spin of a flat disc is not
-    seen; flicker slower than the window looks like motion; grain as strong as the picture's
-    contrast hides slow motion; videos of fewer than 5 frames are too short for the tests, and their
-    flicker counts as motion.
+    Limits: an object smaller than `share` of the picture counts by the root of its area; an
+    object that moves a tenth of the picture per frame is lost; motion that changes direction
+    from frame to frame (a trembling camera), stops and goes, or is interrupted by a leap,
+    counts in part or not at all; the spin of a flat disc is not seen; flicker slower than the
+    window looks like motion; grain as strong as the picture's contrast hides slow motion;
+    videos of fewer than 5 frames are too short for the tests, and their flicker counts as
+    motion.
     """
 
     higher_is_better: ClassVar[bool] = True

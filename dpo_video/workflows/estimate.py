@@ -148,7 +148,7 @@ def _remedies(config: Config) -> tuple[tuple[str, str], ...]:
         found.append(("text encoder", advice))
     if getattr(config.backbone, "tiling", True) is False:
         advice = "Use the VAE in tiles: --set backbone.tiling=true."
-        found += [("code", advice)]  # encode, decode
+        found += [(": encode", advice), (": decode", advice)]
     if "blocks" not in config.memory.offload:
         modes = ",".join([*config.memory.offload, "blocks"])
         found.append(("sample", f"Keep idle blocks in CPU memory: --set memory.offload={modes}."))

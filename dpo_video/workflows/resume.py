@@ -71,7 +71,8 @@ _FIXED = {
 """A run with another value is another run."""
 _USUAL = {f"{kind}.name": DEFAULTS[kind] for kind in ("timesteps", "optimizer", "schedule")}
 """What a run used whose options do not say it."""
-_PASSES = {"train.batch_size", "train.gradient_accumulation_steps", _PROCESSES}
+_ACCUMULATION = "train.gradient_accumulation_steps"
+_PASSES = {"train.batch_size", _ACCUMULATION, _PROCESSES}
 """Their product is the number of pairs of a step."""
 
 
@@ -196,7 +197,7 @@ class Resumption:
     def _instead(self, changes: Changes) -> str:
         """What to do about changes that make another run of it."""
         accept = "train on with them: --accept-changes"
-        if "processes" not in changes.paths:
+        if _PROCESSES not in changes.paths:
             return f"Leave them out, or {accept}"
         then = _pairs_of_a_step(self.options, changes.then)
         now = _pairs_of_a_step(self.options, {**changes.now, _ACCUMULATION: 1})
@@ -247,9 +248,6 @@ class Changes:
             "then": dict(self.then),
             "now": dict(self.now),
         }
-
-
-_ACCUMULATION = "train.gradient_accumulation_steps"
 
 
 def _pairs_of_a_step(options: Mapping[str, Any], changed: Mapping[str, Any]) -> int:

@@ -90,7 +90,8 @@ def test_the_verdict_adds_up_the_hours_and_advises_on_what_does_not_fit() -> Non
     def phase(name: str, gib: int) -> PhaseEstimate:
         return PhaseEstimate(name=name, weights=gib * GIB, activations=0, flops=36 * 10**17)
 
-    remedies = (("text encoder", "Move it."), ("code", "Use tiles."))
+    tiles = "Use tiles."
+    remedies = (("text encoder", "Move it."), (": encode", tiles), (": decode", tiles))
     verdict = an_estimate(
         SMALL, tier=find_tier("t4"), remedies=remedies,
         phases=(phase("build: decode", 30), phase("build: sample", 20), phase("build: encode", 2)),
@@ -98,7 +99,11 @@ def test_the_verdict_adds_up_the_hours_and_advises_on_what_does_not_fit() -> Non
     # 65 TFLOP/s at 35% of them: 44 hours a phase, and 10 pairs of 2 PFLOP, 0.2 hours.
     assert "The run takes 132.1 hours: 0.2 of steps and 131.9 besides them." in verdict
     assert "2 of 3 parts do not fit; the largest, build: decode, needs 30.6 GiB." in verdict
-    assert "Use tiles." in verdict and "Move it." not in verdict
+    assert verdict.count(tiles) == 1 and "Move it." not in verdict
+    only_text = an_estimate(
+        SMALL, tier=find_tier("t4"), remedies=remedies, phases=(phase("build: text encoder", 30),)
+    ).verdict
+    assert "Move it." in only_text and tiles not in only_text
 
 
 def test_what_holds_for_each_of_several_processes_is_said() -> None:
