@@ -26,6 +26,7 @@ EDGE = (
 )
 PIXELS = 1 << 20  # of the frame pairs that are matched at once
 SHORT = 2  # frames before and after the anchor of the shorter window
+CAMERA = 0.01  # significance level of the test that the camera moves and does not just tremble
 
 
 @final
@@ -45,15 +46,19 @@ class DynamicDegree(Metric):
 
     A line must also predict the frames on both sides of the anchor much better than no motion does;
     no line does so across a leap from one place to another. Where the line over the whole window
-    fails, as it does for fast objects and curved paths, one over 2 frames to either side can stand
-    in for it.
+    fails, as it does for fast objects and curved paths, a line over five frames or a parabola can
+    stand in for it.
+
+    The median over the picture is the motion of the camera. What it does beside its line is no
+    residual, so that a trembling camera does not hide what moves. Where its line is not significant
+    against its own residual, the camera trembles, and speeds are relative to it.
 
     Limits: an object smaller than `share` of the picture counts by the root of its area; an
-    object that moves a tenth of the picture per frame is lost; motion that changes direction
-    from frame to frame (a trembling camera), stops and goes, or is interrupted by a leap,
-    counts in part or not at all; the spin of a flat disc is not seen; flicker slower than the
-    window looks like motion; grain as strong as the picture's contrast hides slow motion;
-    videos of fewer than 5 frames are too short for the tests, and their flicker counts as
+    object that moves a tenth of the picture per frame is lost; the trembling of the camera does
+    not count; other motion that changes direction from frame to frame, stops and goes, or is
+    interrupted by a leap counts in part or not at all; the spin of a flat disc is not seen; flicker
+    slower than the window looks like motion; grain as strong as the picture's contrast hides slow
+    motion; videos of fewer than 5 frames are too short for the tests, and their flicker counts as
     motion.
     """
 
@@ -139,12 +144,16 @@ class DynamicDegree(Metric):
         self, videos: Float[Tensor, "b 3 F h w"], path: dict[int, Tensor], anchor: int
     ) -> Float[Tensor, "b h w"]:
         """Squared speed of the pixels of one frame, in pixels per frame; 0 for still ones."""
+        if videos.shape[2] < TESTABLE:
+            return _fit(path, 1, 1.0)[1]
         squared = torch.zeros_like(path[0][:, 0])
-        short = {offset: value for offset, value in path.items() if abs(offset) <= SHORT}
-        # The more closely a curve can follow noise, the more it takes to convince.
-        for points, degree, exponent in ((short, 1, 1.5), (path, 2, 1.5), (path, 1, 1.0)):
-            if videos.shape[2] < TESTABLE:
-                return _fit(path, 1, 1.0)[1]
+        short = {k: path[k] for k in _window(anchor, videos.shape[2], SHORT)}
+        centred = {k: value for k, value in path.items() if abs(k) <= self.radius}
+        # The more closely a curve can follow noise, the more it takes to convince. Near the first
+        # and the last frame, the centred window can be too short for a curve.
+        for points, degree, exponent in (
+            (short, 1, 1.5), (centred, 2, 1.5), (centred, 1, 1.0), (path, 2, 1.5),
+        ):  # fmt: skip
             if len(points) < degree + 2:
                 continue
             curve, value = _fit(points, degree, self.significance**exponent)
@@ -158,7 +167,8 @@ def _fit(
 ) -> tuple[dict[int, Float[Tensor, "b 2 h w"]], Float[Tensor, "b h w"]]:
     """Polynomials in time fitted to paths, and the squared speed at the anchor minus its variance.
 
-    In pixels, and pixels per frame; the square is 0 where the speed is not significant.
+    In pixels, and pixels per frame; the square is 0 where the speed is not significant. Speeds are
+    relative to the camera where the camera only trembles.
     """
     points = torch.stack(list(path.values()), dim=1)
     time = points.new_tensor(list(path))
@@ -167,17 +177,33 @@ def _fit(
     coefficients = torch.einsum("pk,nkchw->npchw", inverse @ design.T, points)
     fitted = torch.einsum("kp,npchw->nkchw", design, coefficients)
     curve = {k: fitted[:, i] - coefficients[:, 0] for i, k in enumerate(path)}
-    squared = coefficients[:, 1].square().sum(1)
-    freedom = 2 * (len(path) - degree - 1)
+    speed = coefficients[:, 1]
     if chance == 1:
-        return curve, squared
-    residual = (points - fitted).square().sum(dim=(1, 2)) / (freedom / 2)
-    variance = residual * inverse[1, 1]  # of the speed of a pixel that does not move
-    # Quantile of the F distribution with 2 and `freedom` degrees, in closed form.
-    critical = freedom / 2 * (chance ** (-2 / freedom) - 1)
-    return curve, torch.where(
-        squared > critical * variance, squared - 2 * variance, 0
-    )  # twice: see the class
+        return curve, speed.square().sum(1)
+    residual = points - fitted
+    shake = residual.flatten(3).median(-1).values[..., None, None]
+    camera = speed.flatten(2).median(-1).values[..., None, None]
+    freedom = 2 * (len(path) - degree - 1)
+
+    def variance(residual: Tensor) -> Tensor:
+        """Of the speed of what does not move."""
+        return residual.square().sum(dim=(1, 2)) / (freedom / 2) * inverse[1, 1]
+
+    def critical(chance: float) -> float:
+        """Quantile of the F distribution with 2 and `freedom` degrees, in closed form."""
+        return freedom / 2 * (chance ** (-2 / freedom) - 1)
+
+    pans = camera.square().sum(1, keepdim=True) > critical(CAMERA) * variance(shake)[:, None]
+    squared = (speed - torch.where(pans, 0, camera)).square().sum(1)
+    noise = variance(residual - shake)
+    # Twice: see the class.
+    return curve, torch.where(squared > critical(chance) * noise, squared - 2 * noise, 0)
+
+
+def _window(anchor: int, frames: int, radius: int) -> range:
+    """Offsets of the `2 * radius + 1` frames nearest to the anchor, fewer in shorter videos."""
+    first = max(0, min(anchor - radius, frames - 2 * radius - 1))
+    return range(first - anchor, min(first + 2 * radius + 1, frames) - anchor)
 
 
 def _paths(
@@ -190,11 +216,10 @@ def _paths(
     """
     origin = torch.zeros_like(forth[:, 0])
     path = {0: origin}
+    window = _window(anchor, forth.shape[1] + 1, radius)
     for step, flows in ((-1, back), (1, forth)):
-        for offset in range(step, step * (radius + 1), step):
+        for offset in range(step, window[-1] + 1 if step > 0 else window[0] - 1, step):
             index = anchor + offset - (step > 0)
-            if not 0 <= index < flows.shape[1]:
-                break
             # `back` has the flow of frame t at t - 1, `forth` at t.
             last = path[offset - step]
             path[offset] = last + warp(flows[:, index], last / 2)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from kornia.filters import gaussian_blur2d
 from torch import Generator, Tensor
 
+from benchmarks.rulers import texture
 from benchmarks.tiny.recipe import flicker
 from dpo_video.data.video import read_video
 from dpo_video.errors import UserError
@@ -230,6 +231,44 @@ def test_any_number_of_frames(frames: int, tolerance: float) -> None:
     moving = pick(drawn, (drawn.motion < 4).nonzero()[:4, 0])
     truth = 100 / DIAGONAL * moving.center.diff(dim=1).norm(dim=-1).mean(1)
     assert torch.allclose(degree(filmed(moving)[:, :, :frames]), truth, rtol=tolerance)
+
+
+def filmed_by_hand(path: Tensor, square: float = 0.0, size: int = 96) -> Tensor:
+    """A texture under a camera at the points of `path`; a square of half its size moves over it."""
+    ground, patch = texture(size + 40), texture(size, seed=7)
+    frames = []
+    for t, point in enumerate(path - path[len(path) // 2]):
+        scene = ground.clone()
+        left = 44 + round(square * (t - len(path) // 2))
+        scene[..., 44 : 44 + size // 2, left : left + size // 2] = patch[..., ::2, ::2]
+        flow = point[:, None, None].expand(2, *scene.shape[-2:])
+        frames.append(warp(scene, flow[None])[..., 20:-20, 20:-20])
+    return torch.cat(frames).transpose(0, 1)[None]
+
+
+def trembling(strength: float, frames: int = 16) -> Tensor:
+    return strength * torch.randn(frames, 2, generator=Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("strength", "tolerance"), [(0.3, 0.05), (1.0, 0.05), (2.0, 0.2)])
+def test_a_trembling_camera_is_not_motion_and_hides_none(strength: float, tolerance: float) -> None:
+    still, moving = (filmed_by_hand(trembling(strength), speed) for speed in (0.0, 2.0))
+    assert degree(still) < 0.01
+    assert degree(moving).item() == pytest.approx(200 / math.hypot(96, 96), rel=tolerance)
+
+
+def test_a_camera_that_pans_and_trembles_moves() -> None:
+    pan = torch.stack([torch.arange(16.0) - 8, torch.zeros(16)], dim=1)
+    truth = 100 / math.hypot(96, 96)
+    assert degree(filmed_by_hand(pan)).item() == pytest.approx(truth, rel=0.1)
+    assert degree(filmed_by_hand(pan + trembling(0.5))).item() == pytest.approx(truth, rel=0.2)
+
+
+@pytest.mark.parametrize("frame", [3, 8])
+def test_a_leap_of_the_camera_is_not_motion(frame: int) -> None:
+    path = torch.zeros(16, 2)
+    path[frame:, 0] = 12
+    assert degree(filmed_by_hand(path)) < 0.01
 
 
 def test_single_frame_is_refused() -> None:
