@@ -13,14 +13,19 @@ whether the law of the trap holds. Seconds are of one core.
 - stereo: a pair of photographs with true disparities. FOLDER holds `motorcycle_left.png`,
   `motorcycle_right.png` and `motorcycle_disp.npz` (Middlebury 2014, as in `skimage/data` of the
   scikit-image 0.16.2 wheel).
-- speed: every frame of a clip against every second one; dynamic_degree should halve. Means over
-  windows of 16 frames, behind titles and between cuts.
+- speed: every frame of a clip against every second one; dynamic_degree should halve, unless the
+  motion changes from frame to frame. Means over windows of 16 frames, behind titles and between
+  cuts.
+- camera: the same by the shift between whole frames (phase correlation), for each window of the
+  clips whose camera moves: 0.5 where it moves steadily, and more where it trembles.
+- mosaic: four mirrored copies of a clip at half its size against the clip. Every motion is half.
 - bait: a lit clip against the clean one at half the speed, which must not read as equal motion.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -49,6 +54,7 @@ WINDOWS = {  # first frames of the windows of the clips; 0 for others
     "puck_constant_force": (3, 10),
     "thrown_ball": (2, 30, 60, 90),
 }
+HANDHELD = ("dog", "grand_prix_1906")
 UNCOVERED = ((1, 0), (2, 1), (4, 2), (8, 3))
 Estimate = Callable[[Tensor, Tensor], Tensor]
 
@@ -176,6 +182,17 @@ def relit_clips(videos: Tensor, light: str) -> Tensor:
     return torch.stack(lit).transpose(1, 2)
 
 
+def mosaic(videos: Tensor) -> Tensor:
+    """Four mirrored copies of `[b 3 F H W]` at half the size."""
+    frames = videos.transpose(1, 2)
+    height, width = (side // 2 for side in frames.shape[-2:])
+    small = F.interpolate(
+        frames.flatten(0, 1), (height, width), mode="bilinear", antialias=True
+    ).unflatten(0, frames.shape[:2])
+    row = torch.cat([small, small.flip(-1)], dim=-1)
+    return torch.cat([row, row.flip(-2)], dim=-2).transpose(1, 2)
+
+
 # --- readings --------------------------------------------------------------------------------
 
 
@@ -255,26 +272,51 @@ def flow_rows(flow: FlowMethod, raft: str, folder: Path | None) -> Iterator[Row]
             )  # fmt: skip
 
 
+def windows(path: Path) -> Tensor:
+    """The windows of a clip, `[b 3 16 H W]`."""
+    frames = read_video(path).frames / 255
+    return torch.stack([frames[:, at : at + 16] for at in WINDOWS.get(path.stem, (0,))])
+
+
+def camera_rows(clips: Path) -> Iterator[Row]:
+    """How much slower the camera of real clips is with every frame than with every second one."""
+    for name in HANDHELD:
+        for start, video in zip(WINDOWS[name], windows(clips / f"{name}.mp4"), strict=True):
+            begin = time.process_time()
+            ratio = camera_speed(video) / camera_speed(video[:, ::2])
+            seconds = (time.process_time() - begin) / 2
+            trap = f"camera, {name} from frame {start}: slow / fast"
+            yield Row(trap, "registration", ratio, 0.5, 0, math.inf, seconds)
+
+
+def camera_speed(video: Tensor) -> float:
+    """Mean shift between consecutive frames of `[3 F H W]` as a whole, in pixels."""
+    import cv2
+
+    window = cv2.createHanningWindow((video.shape[-1], video.shape[-2]), cv2.CV_64F)
+    frames = [frame.numpy() for frame in video.mean(0).double()]
+    pairs = list(itertools.pairwise(frames))
+    return sum(math.hypot(*cv2.phaseCorrelate(a, b, window)[0]) for a, b in pairs) / len(pairs)
+
+
 def speed_rows(flow: FlowMethod, raft: str, clips: Path, sizes: tuple[int, ...]) -> Iterator[Row]:
-    """The readings of dynamic_degree on every frame and on every second frame of real clips."""
+    """The readings of dynamic_degree on real clips and on the same at half the motion."""
     ruler = f"dynamic_degree, {flow}"
     for path in sorted(clips.glob("*.mp4")):
-        frames = read_video(path).frames / 255
-        starts = WINDOWS.get(path.stem, (0,))
-        video = torch.stack([frames[:, start : start + 16] for start in starts])
+        video = windows(path)
         for size in sizes:
             degree = DynamicDegree(flow=flow, raft_weights=raft, size=size)
             begin = time.process_time()
-            read = {
-                light: [float(degree(v, []).mean()) for v in (lit, lit[:, :, ::2])]
-                for light in ("none", "white", "coloured")
-                for lit in [relit_clips(video, light)]
-            }
-            seconds = (time.process_time() - begin) / 6 / len(video)
-            half = {f"speed, light {light}": pair for light, pair in read.items()}
+            read, half = {}, {}
+            for light in ("none", "white", "coloured"):
+                lit, small = relit_clips(video, light), relit_clips(mosaic(video), light)
+                read[light] = [float(degree(v, []).mean()) for v in (lit, lit[:, :, ::2], small)]
+                half[f"speed, light {light}"] = read[light][:2]
+                half[f"mosaic, light {light}"] = [read[light][2], read[light][0]]
+            seconds = (time.process_time() - begin) / 9 / len(video)
             bait = {
                 f"bait, light {light}": [read["none"][0], fast]
-                for light, (_, fast) in read.items()
+                for light, (_, fast, _) in read.items()
                 if light != "none"
             }
             for trap, (above, below) in (half | bait).items():
@@ -321,6 +363,8 @@ def main() -> None:
         for row in flow_rows(flow, options.raft, options.stereo):
             print(f"{row.trap} by {row.ruler}: {row.reads:.3f} ({row.seconds:.2f} s)", flush=True)
             rows.append(row)
+    if options.clips:
+        rows.extend(camera_rows(options.clips))
     for flow in flows if options.clips else ():
         for row in speed_rows(flow, options.raft, options.clips, tuple(options.sizes)):
             print(f"{row.trap} by {row.ruler}: {row.reads:.3f} ({row.seconds:.2f} s)", flush=True)
