@@ -65,6 +65,9 @@ def paired_difference(
     the quantile of its own degrees of freedom (Banerjee 1960), so that three runs give the interval
     of three runs however many prompts there are.
 
+    Where no value is below 0, nothing can fall by more than all of it: the relative interval ends
+    at -1.
+
     `python -m benchmarks.coverage` measures how often the intervals cover the truth.
 
     Args:
@@ -99,6 +102,7 @@ def paired_difference(
     def sums(values: Array) -> Array:
         return np.bincount(cluster, values).astype(np.float64)
 
+    least = -1.0 if min(before[finite].min(), after[:, finite].min()) >= 0 else -math.inf
     size, before = sums(np.ones(len(cluster))), sums(before[finite])
     change = np.stack([sums(run[finite]) for run in after]) - before
     base_mean = float(before.sum() / size.sum())
@@ -114,7 +118,7 @@ def paired_difference(
         low=low,
         high=high,
         relative=relative and relative[0],
-        relative_low=relative and relative[1],
+        relative_low=relative and max(relative[1], least),
         relative_high=relative and relative[2],
     )
 

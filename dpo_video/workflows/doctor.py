@@ -76,7 +76,7 @@ def doctor(package: str | None = None, *, contracts: bool = False) -> Examinatio
     if package is None:
         findings += [Finding(what="plugin", fault=each) for each in unreadable()]
         findings += [Finding(what="plugin", fault=each) for each in registry.unknown_groups()]
-    for entry in chosen:
+    for entry in sorted(chosen, key=lambda entry: (entry.kind, entry.qualified)):
         findings += _examined(entry, contracts=contracts)
     return Examination(findings=findings)
 

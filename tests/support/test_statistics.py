@@ -121,6 +121,16 @@ def test_a_base_of_zero_has_no_relative_change() -> None:
     assert paired_difference([0.0, 0.0, 5.0], [1.0, 2.0, 3.0]).relative is None
 
 
+def test_what_is_never_negative_cannot_fall_by_more_than_all_of_it() -> None:
+    base = [84.0, 75.0, 4.0, 7.0, 4.0, 8.0, 6.0, 5.0]  # two videos decide
+    tuned = [5.0, 115.0, 3.0, 3.0, 3.0, 6.0, 5.0, 4.0]
+    found = paired_difference(base, tuned)
+    assert found.relative_low == -1
+    assert found.relative_high is not None and found.relative_high > 0
+    signed = paired_difference([*base, 6.0], [*tuned, -0.1])
+    assert signed.relative_low is not None and signed.relative_low < -1
+
+
 def test_a_negative_base_keeps_the_sign_of_the_change() -> None:
     found = paired_difference([-10.0, -20.0, -30.0], [-9.0, -18.0, -29.0])
     assert found.relative is not None and found.relative > 0
