@@ -98,24 +98,30 @@ class Witness(Change):
         """The change and its interval on one line."""
         return f"by {self.name}: {self.change_text} ({self.interval_text})"
 
-    def conflict(self, first: Change) -> str:
+    def conflict(self, first: Change, *, min_effect: float = 0.0) -> str:
         """How it differs from the first measurement, in words; empty if the two agree.
 
-        They disagree if one interval excludes zero and the other does not, if both do and the
-        changes have different signs, or if the intervals do not overlap. Two changes of which
-        neither is shown do not disagree.
+        A change is clear if its interval excludes zero and it is at least `min_effect`. The two
+        disagree if one is clear and the other's interval includes zero, if one is clear and they
+        have different signs, or if the intervals do not overlap. Two changes of which neither is
+        clear do not disagree.
         """
         ours, others = self.relative_interval, first.relative_interval
         if ours is None or others is None:
             ours, others = self.interval, first.interval
-        clear, first_clear = (low > 0 or high < 0 for low, high in (ours, others))
+        excludes, first_excludes = (low > 0 or high < 0 for low, high in (ours, others))
+        large, first_large = (
+            change.difference.relative is None or abs(change.difference.relative) >= min_effect
+            for change in (self, first)
+        )
+        if not ((excludes and large) or (first_excludes and first_large)):
+            return ""
         reasons = []
-        opposite = self.difference.difference * first.difference.difference < 0
-        if opposite and (clear or first_clear):
+        if self.difference.difference * first.difference.difference < 0:
             rose = self.difference.difference > 0
             reasons.append("it rose instead of falling" if rose else "it fell instead of rising")
-        if clear != first_clear:
-            reasons.append(f"its interval {'excludes' if clear else 'includes'} zero")
+        if excludes != first_excludes:
+            reasons.append(f"its interval {'excludes' if excludes else 'includes'} zero")
         if ours[0] > others[1] or ours[1] < others[0]:
             reasons.append("the intervals do not overlap")
         return " and ".join(reasons)

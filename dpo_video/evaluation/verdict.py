@@ -106,7 +106,9 @@ class MetricResult(Change):
     @property
     def conflict(self) -> str:
         """How the witness differs, in words; empty if it agrees or there is none."""
-        return "" if self.witness is None else self.witness.conflict(self)
+        if self.witness is None:
+            return ""
+        return self.witness.conflict(self, min_effect=self.min_effect)
 
     @property
     def disagreement(self) -> str:

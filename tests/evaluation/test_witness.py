@@ -56,6 +56,7 @@ UNCLEAR, UNCLEAR_RISES = (-3, 1.5, 0.5), (3, -1.5, -0.5)
     [
         (FALLS, (-1, -1.2, -0.9), ""),
         (UNCLEAR, (-3, 1, 0.5), ""),
+        ((-0.05, -0.055, -0.045), (-0.05, -0.2, 0.05), ""),  # half a per cent, on both
         (FALLS, FALLS_MORE, "the intervals do not overlap."),
         (FALLS, (-1, -4, 1), "its interval includes zero."),
         ((-1, -4, 1), FALLS, "its interval excludes zero."),
