@@ -37,5 +37,5 @@ def label(
         show_json(summary.to_dict())
         return
     show(summary.summary, summary.table(), *summary.details())
-    if summary.labelled:
+    if summary.labelled and not summary.all_ties:
         say(next_step(opened(pairs), "--labels", summary.name))

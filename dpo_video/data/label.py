@@ -204,6 +204,11 @@ class LabelSummary(Record):
         """The counts in one line."""
         return f"{self.labelled} of {self.pairs} pairs have labels: {self.labels}"
 
+    @property
+    def all_ties(self) -> bool:
+        """Whether every pair is labelled, and every label is a tie."""
+        return self.labelled == self.pairs and all(each.tie == 1 for each in self.segments)
+
     def details(self) -> list[str]:
         """Agreement and costs, a line each."""
         lines = []

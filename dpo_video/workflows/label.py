@@ -82,4 +82,16 @@ def label(
         except StopSignal as signal:
             signal.done = f"{summarize(store, labels, figures).summary}. Stopped."
             raise
-        return summarize(store, labels, figures)
+        summary = summarize(store, labels, figures)
+        if summary.all_ties:
+            metrics = "by metrics (--labeler metric)"
+            if "weights" in table:
+                metrics = "by other metrics (--set labeler.weights.NAME=1)"
+            vetoes = "without vetoes (--set labeler.guards={}), " if table.get("guards") else ""
+            progress.note(
+                f"All labels in '{summary.labels}' are ties, from which there is nothing to learn. "
+                f"Label the pairs under another name (--as NAME): {vetoes}{metrics} or by people "
+                "(--labeler page).",
+                warning=True,
+            )
+        return summary

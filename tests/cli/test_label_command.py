@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import SHAPE, load_small
+from conftest import SHAPE, Said, load_small
 from small_labels import random_store
 from typer.testing import CliRunner
 
@@ -128,6 +128,17 @@ def test_a_label_file_may_grow(pairs: Path, tmp_path: Path) -> None:
 def test_a_user_error_is_one_sentence(pairs: Path, flags: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         run("label", pairs, *flags)
+
+
+def test_labels_that_are_all_ties_are_warned_of(pairs: Path, said: Said) -> None:
+    ties = ["--set=labeler.weights.frame_difference=1", "--set=labeler.guards.frame_difference=0",
+            SEGMENTS, "--device=cpu"]  # fmt: skip
+    told = said(0, "label", pairs, "--labeler=metric", "--set=labeler.margin=1.99", *ties)
+    assert "are ties, from which there is nothing to learn" in told
+    assert "under another name (--as NAME): without vetoes (--set labeler.guards={})" in told
+    assert "dpo-video train" not in said.out
+    told = said(0, "label", pairs, *METRIC, SEGMENTS, "--device=cpu", "--as=no_vetoes")
+    assert "nothing to learn" not in told
 
 
 def test_a_folder_without_pairs_is_refused(tmp_path: Path) -> None:
