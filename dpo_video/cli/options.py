@@ -129,14 +129,11 @@ FLAGS: Mapping[str, Any] = {
     "batch_size": _flag(
         int, "--batch-size", "Videos that are sampled at once; 1 by default.", min=1
     ),
-    "min_effect": _flag(
-        float, "--min-effect", "Least relative change of a target that counts.", min=0
-    ),
+    "min_effect": _flag(float, "--min-effect", "Least relative change of a target that counts."),
     "tolerance": _flag(
         float,
         "--tolerance",
         "Relative loss of motion or of a guard that still counts as keeping it.",
-        min=0,
     ),
     "min_prompts": _flag(int, "--min-prompts", "Number of prompts that a verdict needs.", min=2),
     "prompts": _flag(
@@ -163,7 +160,6 @@ FLAGS: Mapping[str, Any] = {
         float,
         "--guidance-scale",
         "Classifier-free guidance scale; by default the backbone's own.",
-        min=0,
     ),
 }
 """Keyword of a workflow to the flag that gives it."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dpo_video.data.video import VIDEO_SUFFIXES, natural_key, read_video
+from dpo_video.data.video import VIDEO_SUFFIXES, Footage, natural_key, read_video
 from dpo_video.errors import UserError
 from dpo_video.support.formatting import counted
 from dpo_video.support.reading import one_spaced, read_text
+
+_SAME_RATE = 0.01  # relative difference of frame rates that is none
 
 
 def paired_videos(base: Path, tuned: Path) -> list[tuple[Path, Path]]:
@@ -15,7 +17,7 @@ def paired_videos(base: Path, tuned: Path) -> list[tuple[Path, Path]]:
 
     Raises:
         UserError: if a folder is missing, the names differ, there are fewer than two pairs, or the
-            two videos of a pair differ in size or length.
+            two videos of a pair differ in size, length or frame rate.
     """
     sides = [_by_name(folder) for folder in (base, tuned)]
     if odd := sorted(sides[0].keys() ^ sides[1].keys(), key=natural_key):
@@ -32,15 +34,25 @@ def paired_videos(base: Path, tuned: Path) -> list[tuple[Path, Path]]:
         )
     pairs = [(sides[0][name], sides[1][name]) for name in names]
     for first, second in pairs:
-        shapes = [tuple(read_video(file).frames.shape[1:]) for file in (first, second)]
-        if shapes[0] != shapes[1]:
-            (frames, height, width), other = shapes[0], shapes[1]
+        if differences := _differences(read_video(first), read_video(second)):
             raise UserError(
-                f"'{first.name}' has {frames} frames of {height}x{width} in '{base}', and "
-                f"{other[0]} of {other[1]}x{other[2]} in '{tuned}'. The metrics depend on both: "
-                "export both videos alike."
+                f"The videos '{first}' and '{second}' differ in {' and '.join(differences)}. "
+                "Export both alike: the metrics depend on it."
             )
     return pairs
+
+
+def _differences(base: Footage, tuned: Footage) -> list[str]:
+    """What the videos of a pair differ in, in words with both values."""
+    (frames, height, width), others = base.frames.shape[1:], tuned.frames.shape[1:]
+    found = []
+    if others[1:] != (height, width):
+        found.append(f"width x height ({width}x{height} and {others[2]}x{others[1]})")
+    if others[0] != frames:
+        found.append(f"length ({frames} and {others[0]} frames)")
+    if abs(base.fps - tuned.fps) > _SAME_RATE * base.fps:
+        found.append(f"frame rate ({base.fps:.4g} and {tuned.fps:.4g} fps)")
+    return found
 
 
 def caption_of(*files: Path) -> str:

@@ -163,10 +163,14 @@ class Evaluation(Record):
         """What was evaluated, as a sentence."""
         videos, prompts = len(self.prompts), len(set(self.prompts))
         different = f" of {prompts} different prompts" if prompts < videos else ""
-        drawn = "from the same prompts and seeds" if self.seeds else "paired by their names"
+        source = (
+            "from each model, from the same prompts and seeds"
+            if self.seeds
+            else "in each folder, paired by their names"
+        )
         return (
-            f"{counted(videos, 'video')}{different} from each model, {drawn}; 95% intervals of "
-            "the paired difference."
+            f"{counted(videos, 'video')}{different} {source}; 95% intervals of the paired "
+            "difference."
         )
 
     @property

@@ -215,7 +215,11 @@ class EvaluationVerdict(Record):
 
 
 def judge_evaluation(
-    metrics: Sequence[MetricResult], *, min_prompts: int = MIN_PROMPTS, trained_on: int = 0
+    metrics: Sequence[MetricResult],
+    *,
+    min_prompts: int = MIN_PROMPTS,
+    trained_on: int = 0,
+    finished: bool = False,
 ) -> EvaluationVerdict:
     """Judge the metrics together.
 
@@ -230,6 +234,7 @@ def judge_evaluation(
         metrics: At least one with the role of a target.
         min_prompts: Number of prompts below which there is no verdict.
         trained_on: How many of the prompts are also prompts of the training pairs.
+        finished: Whether the videos come from two folders, and nothing is known of a training.
 
     Raises:
         ValueError: if there is no target.
@@ -248,7 +253,8 @@ def judge_evaluation(
     fewest = min(metric.difference.prompts for metric in metrics)
     if fewest < min_prompts:
         outcome = Outcome.TOO_FEW
-        headline = _too_few(min(metric.difference.pairs for metric in metrics), fewest, min_prompts)
+        pairs = min(metric.difference.pairs for metric in metrics)
+        headline = _too_few(pairs, fewest, min_prompts, finished=finished)
     elif better and worse:
         outcome = Outcome.MIXED
         headline = f"Mixed: {_names(better)} improved, but {_names(worse)} got worse."
@@ -295,6 +301,11 @@ def judge_evaluation(
         )
     if (runs := metrics[0].difference.runs) > 1:
         details.append(f"The intervals cover the prompts and {runs} training seeds.")
+    elif finished:
+        details.append(
+            "The intervals cover the prompts of these two sets of videos; other sets may give "
+            "another change."
+        )
     else:
         details.append(
             "The intervals cover the prompts of one training run; another training seed may give "
@@ -333,8 +344,14 @@ def _limits(values: Sequence[tuple[str, float]]) -> str:
     return ", ".join(f"{limit(value)} ({label})" for label, value in values)
 
 
-def _too_few(videos: int, prompts: int, needed: int) -> str:
+def _too_few(videos: int, prompts: int, needed: int, *, finished: bool) -> str:
     """What an evaluation lacks for a verdict, and how to get it."""
+    if finished:
+        found = f"the {videos} pairs of videos have {prompts} different prompts"
+        return (
+            f"No verdict: {found}, and a verdict needs {needed} or more (add videos of other "
+            "prompts to both folders)."
+        )
     if videos < needed:
         return (
             f"No verdict: {prompts} prompts were evaluated, and a verdict needs {needed} or more "

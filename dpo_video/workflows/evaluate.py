@@ -38,6 +38,12 @@ from dpo_video.workflows.session import evaluation_prompts, load_model, pick_dev
 
 _SAMPLED_BY = ("run", "backbone", "memory", "evaluate", "metric")
 """The tables that an evaluation without a training depends on."""
+_DRAWN_BY = {
+    "prompts": "--prompts", "num_prompts": "--num-prompts",
+    "num_videos_per_prompt": "--num-videos-per-prompt", "batch_size": "--batch-size",
+    "seed": "", "num_inference_steps": "", "guidance_scale": "",
+}  # fmt: skip
+"""Option of [evaluate] that says what is drawn, to its flag if it has one."""
 
 
 @with_options
@@ -81,7 +87,13 @@ def evaluate(
         BusyError: if another process is writing the same evaluation.
     """
     folders = base is not None or tuned is not None
-    if (run is not None) + (lora is not None) + folders != 1 or (base is None) != (tuned is None):
+    named = (run is not None) + (lora is not None) + folders
+    if named > 1:
+        raise UserError(
+            "A run, a LoRA (--lora) and two folders of videos (--base and --tuned) exclude one "
+            "another; name one of them."
+        )
+    if not named or (base is None) != (tuned is None):
         raise UserError(
             "Name what to evaluate: a run (dpo-video evaluate RUN), a LoRA (--lora FILE --backbone "
             "NAME), or two folders of videos (--base DIR --tuned DIR)."
@@ -92,8 +104,10 @@ def evaluate(
     if run is not None:
         run = Run.open(run)
         options["config"] = options.get("config") or run.folder / "run.toml"
-    elif folders and options.get("backbone") is None:
-        options["backbone"] = "animatediff"  # its metrics are for any video; nothing is loaded
+    elif base is not None and tuned is not None:
+        _check_folders(Path(base), Path(tuned), folder, options)
+        if options.get("backbone") is None:
+            options["backbone"] = "animatediff"  # its metrics are for any video; nothing is loaded
     config = configure("evaluate", options, kinds=("backbone", "metric"))
     for note in config.notes:
         progress.note(note)
@@ -193,6 +207,24 @@ def evaluate_run(
         if not worker.number:
             _track(evaluation, run, config, step_of(adapter.parent), progress)
         return evaluation
+
+
+def _check_folders(base: Path, tuned: Path, out: Path, options: EvaluateOptions) -> None:
+    """Refuse options that have no effect on finished videos, and to write among them."""
+    assigned = {str(path).partition("=")[0].strip() for path in options.get("set") or ()}
+    for name in _DRAWN_BY:
+        path = f"evaluate.{name}"
+        if options.get(name) is not None or path in assigned:
+            flag = "" if path in assigned else _DRAWN_BY[name]
+            raise UserError(
+                f"{flag or path} has no effect on finished videos (--base and --tuned), all of "
+                "which are evaluated. Leave it out."
+            )
+    written = {out.resolve(), (out / VIDEOS).resolve()}
+    if written & {base.resolve(), tuned.resolve()}:
+        raise UserError(
+            f"'{out}' holds the videos to evaluate. Name another folder to write with --out."
+        )
 
 
 def check_targets(config: Config) -> None:
@@ -344,7 +376,13 @@ def _written(
     evaluation = Evaluation(
         metrics=measured.metrics,
         min_prompts=least,
-        verdict=_verdict(measured, least, len(trained_prompts), progress),
+        verdict=_verdict(
+            measured,
+            progress,
+            min_prompts=least,
+            trained_on=len(trained_prompts),
+            finished=not fields["seeds"],
+        ),
         trained_prompts=trained_prompts,
         command=text.without_credentials(command),
         preference=preference_in(folder, len(fields["prompts"])),
@@ -355,13 +393,11 @@ def _written(
     return evaluation
 
 
-def _verdict(
-    measured: Measurement, min_prompts: int, trained: int, progress: Progress
-) -> EvaluationVerdict:
+def _verdict(measured: Measurement, progress: Progress, **options: Any) -> EvaluationVerdict:
     for metric in measured.left_out:
         if metric.error is not None:  # for the plugin's author
             progress.note("".join(traceback.format_exception(metric.error)), warning=True)
-    verdict = judge_evaluation(measured.metrics, min_prompts=min_prompts, trained_on=trained)
+    verdict = judge_evaluation(measured.metrics, **options)
     reasons = [metric.reason for metric in measured.left_out]
     return verdict.model_copy(update={"details": (*verdict.details, *reasons)})
 

@@ -140,8 +140,91 @@ def test_two_folders_of_videos_are_compared(folders: tuple[Path, Path], tmp_path
         dv.evaluate(base=base, tuned=tuned, out=tmp_path / "odd", **METRICS)
     (tuned / "clip_9.mp4").unlink()
     write_video(tuned / "clip_2.mp4", small_videos(1, SHAPE.frames, 16, 32)[0], 8.0)
-    with pytest.raises(UserError, match=r"of 32x32 .* of 16x32"):
+    with pytest.raises(UserError, match=r"differ in width x height \(32x32 and 32x16\)\. Export"):
         dv.evaluate(base=base, tuned=tuned, out=tmp_path / "odd", **METRICS)
+
+
+def test_the_two_videos_of_a_pair_are_alike_in_length_and_speed(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, tuned = folders
+    video = small_videos(1, SHAPE.frames, 32, 32)[0]
+    write_video(tuned / "clip_1.mp4", video, 8.05)
+    dv.evaluate(base=base, tuned=tuned, out=tmp_path / "out", **METRICS)
+    write_video(tuned / "clip_1.mp4", video, 16.0)
+    with pytest.raises(UserError, match=r"clip_1.mp4' differ in frame rate \(8 and 16 fps\)\. Exp"):
+        dv.evaluate(base=base, tuned=tuned, out=tmp_path / "odd", **METRICS)
+    write_video(tuned / "clip_1.mp4", video[:, :-1], 16.0)
+    with pytest.raises(UserError, match=r"length \(4 and 3 frames\) and frame rate \(8 and"):
+        dv.evaluate(base=base, tuned=tuned, out=tmp_path / "odd", **METRICS)
+
+
+def test_a_report_on_folders_speaks_of_videos(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    found = dv.evaluate(base=base, tuned=tuned, out=tmp_path / "out", **METRICS)
+    assert found.sample.startswith("3 videos in each folder, paired by their names;")
+    assert found.verdict.headline == (
+        "No verdict: the 3 pairs of videos have 3 different prompts, and a verdict needs 8 or more "
+        "(add videos of other prompts to both folders)."
+    )
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "tuned minus base of the two videos of one name" in page
+    for word in (
+        "same prompt",
+        "training run",
+        "training seed",
+        "from each model",
+        "--num-prompts",
+    ):
+        assert word not in page
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"num_prompts": 8}, "--num-prompts"),
+        ({"prompts": "training"}, "--prompts"),
+        ({"num_videos_per_prompt": 2}, "--num-videos-per-prompt"),
+        ({"seed": 0}, r"evaluate\.seed"),
+        ({"set": {"evaluate.guidance_scale": 2.0}}, r"evaluate\.guidance_scale"),
+        ({"set": ["evaluate.num_prompts=8"]}, r"evaluate\.num_prompts"),
+    ],
+)
+def test_options_of_drawing_are_refused_for_folders(
+    folders: tuple[Path, Path], options: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    base, tuned = folders
+    with pytest.raises(UserError, match=rf"^{name} has no effect on finished videos.*Leave it out"):
+        dv.evaluate(base=base, tuned=tuned, out=tmp_path / "out", **options, **METRICS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folders_to_compare_are_not_written_to(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, tuned = folders
+    for out in (base, tuned, tmp_path / "base" / ".." / "base"):
+        with pytest.raises(UserError, match="holds the videos to evaluate"):
+            dv.evaluate(base=base, tuned=tuned, out=out, **METRICS)
+    base.rename(tmp_path / "videos")  # the name of the evaluation's own folder of videos
+    with pytest.raises(UserError, match="holds the videos to evaluate"):
+        dv.evaluate(base=tmp_path / "videos", tuned=tuned, out=tmp_path, **METRICS)
+    assert len(list(tuned.iterdir())) == 3
+
+
+def test_only_one_thing_is_evaluated(folders: tuple[Path, Path]) -> None:
+    base, tuned = folders
+    with pytest.raises(UserError, match=r"exclude one another; name one of them"):
+        dv.evaluate(lora="some.safetensors", base=base, tuned=tuned)
+
+
+@pytest.mark.parametrize("flag", ["min-effect", "tolerance"])
+def test_a_threshold_must_be_a_number(flag: str, folders: tuple[Path, Path], said: Said) -> None:
+    base, tuned = folders
+    told = said(2, "evaluate", "--base", base, "--tuned", tuned, f"--{flag}", "nan")
+    assert f"evaluate.{flag.replace('-', '_')} = nan: a finite number is needed." in told
+    told = said(2, "evaluate", "--base", base, "--tuned", tuned, f"--{flag}", "-0.1")
+    assert "it must be at least 0" in told
 
 
 class Fan(StoreLabeler):
