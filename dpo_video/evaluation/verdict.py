@@ -9,7 +9,7 @@ from enum import StrEnum
 import numpy as np
 
 from dpo_video.evaluation.change import Change, Witness, compared
-from dpo_video.support.formatting import apart, counted, limit, percent
+from dpo_video.support.formatting import apart, brief, counted, limit, percent
 from dpo_video.support.statistics import Record
 
 MIN_PROMPTS = 8
@@ -108,7 +108,10 @@ class MetricResult(Change):
         """How the witness differs, in words; empty if it agrees or there is none."""
         if self.witness is None:
             return ""
-        return self.witness.conflict(self, min_effect=self.min_effect)
+        if self.role is Role.TARGET:
+            return self.witness.conflict(self, min_effect=self.min_effect)
+        other = self.model_copy(update={"difference": self.witness.difference})
+        return "" if other.mark == self.mark else f"by it, the result is: {other.mark[1]}"
 
     @property
     def disagreement(self) -> str:
@@ -137,8 +140,24 @@ class MetricResult(Change):
         verbs = ("has", "decides") if few == 1 else ("have", "decide")
         return (
             f"{few} of the {len(largest)} videos {verbs[0]} {share:.0%} of the {self.label}, and "
-            f"{verbs[1]} its change. The typical change, without such weights, is "
-            f"{percent(typical)}."
+            f"{verbs[1]} its change. The typical change, the geometric mean of the videos' ratios, "
+            f"is {percent(typical)}."
+        )
+
+    @property
+    def ambiguity(self) -> str:
+        """A sentence if only one of the two intervals excludes zero; empty otherwise."""
+        if self.relative_interval is None:
+            return ""
+        low, high = self.interval
+        excludes = low > 0 or high < 0
+        if excludes == self.clear:
+            return ""
+        does = "excludes" if excludes else "includes"
+        return (
+            f"The interval of the difference in {self.label} ({brief(low)} to {brief(high)}) "
+            f"{does} zero, that of the relative change {'does not' if excludes else 'excludes it'}: "
+            "the base's values are uneven."
         )
 
     @property
@@ -148,8 +167,8 @@ class MetricResult(Change):
 
     @property
     def worsened(self) -> bool:
-        """Whether the interval is on the worse side of zero and the change is large enough."""
-        return self._better[1] < 0 and self._large
+        """Whether one of the intervals is on the worse side of zero and the change is large."""
+        return self._falls and self._large
 
     @property
     def kept(self) -> bool:
@@ -160,12 +179,12 @@ class MetricResult(Change):
 
     @property
     def lost(self) -> bool:
-        """Whether it is worse by more than the tolerance, and the interval excludes zero."""
+        """Whether it is worse by more than the tolerance, and an interval excludes zero."""
         relative = self.difference.relative
         if relative is None:
-            return self._better[1] < 0
+            return self._falls
         change = relative if self.higher_is_better else -relative
-        return self._better[1] < 0 and change < -self.tolerance
+        return self._falls and change < -self.tolerance
 
     @property
     def mark(self) -> tuple[str, str]:
@@ -177,7 +196,14 @@ class MetricResult(Change):
     @property
     def _better(self) -> tuple[float, float]:
         """The deciding interval, with better as positive."""
-        low, high = self.deciding
+        return self._oriented(self.deciding)
+
+    @property
+    def _falls(self) -> bool:
+        return self._better[1] < 0 or self._oriented(self.interval)[1] < 0
+
+    def _oriented(self, interval: tuple[float, float]) -> tuple[float, float]:
+        low, high = interval
         return (low, high) if self.higher_is_better else (-high, -low)
 
     @property
@@ -225,9 +251,10 @@ def judge_evaluation(
 
     Witnesses take no part in the outcome; the details say where one disagrees.
 
-    The outcome is "improved" only if three conditions hold: a target's 95% interval (the one that
-    is shown) excludes zero on the better side, its relative change is at least `min_effect`, and no
-    other target is worse in the same sense; every motion metric is kept; and every guard is kept.
+    The outcome is "improved" only if three conditions hold: a target's 95% interval (the relative
+    one, if there is one) excludes zero on the better side, its relative change is at least
+    `min_effect`, and no other target is worse; every motion metric is kept; and every guard is
+    kept. Worse is what has one of the two intervals on the worse side of zero.
     "Kept" is a test of non-inferiority: the interval excludes a loss larger than `tolerance`.
 
     Args:
@@ -261,19 +288,17 @@ def judge_evaluation(
     elif better and stiller:
         outcome = Outcome.MOVES_LESS
         also = f" and are less faithful ({_moves(unfaithful)})" if unfaithful else ""
-        headline = f"Not improved: the videos are {gain}, but move less{also}."
+        headline = f"Not improved: the videos {gain}, but move less{also}."
     elif better and unfaithful:
         outcome = Outcome.LESS_FAITHFUL
-        headline = f"Not improved: the videos are {gain}, but less faithful ({_moves(unfaithful)})."
+        headline = f"Not improved: the videos {gain}, but are less faithful ({_moves(unfaithful)})."
     elif better and not motions:
         outcome = Outcome.UNPROVEN
-        headline = f"Unproven: the videos are {gain}, but their motion was not measured."
+        headline = f"Unproven: the videos {gain}, but their motion was not measured."
     elif better and open_:
         outcome = Outcome.UNPROVEN
         verb = "is" if len(open_) == 1 else "are"
-        headline = (
-            f"Unproven: the videos are {gain}, but {_names(open_)} {verb} not shown to be kept."
-        )
+        headline = f"Unproven: the videos {gain}, but {_names(open_)} {verb} not shown to be kept."
     elif better:
         outcome = Outcome.IMPROVED
         more = any(
@@ -281,7 +306,7 @@ def judge_evaluation(
             for metric in motions
         )
         motion = "more than" if more else "as much as"
-        headline = f"Improved: the videos are {gain} and move {motion} before."
+        headline = f"Improved: the videos {gain} and move {motion} before."
     else:
         fallen = [*worse, *stiller, *unfaithful]
         outcome = Outcome.WORSE if fallen else Outcome.NO_CLEAR_CHANGE
@@ -290,12 +315,13 @@ def judge_evaluation(
     if all(metric.base == metric.tuned for metric in metrics):
         details.insert(0, "Every measured value of the tuned model is that of the base.")
     details += [metric.unevenness for metric in targets if metric.unevenness]
+    details += [metric.ambiguity for metric in metrics if metric.ambiguity]
     details += [metric.disagreement for metric in metrics if metric.disagreement]
     for reason in dict.fromkeys(metric.no_witness for metric in metrics if metric.no_witness):
         once = [metric for metric in metrics if metric.no_witness == reason]
         verb = "was" if len(once) == 1 else "were"
         details.append(f"{_names(once).capitalize()} {verb} not measured a second time. {reason}")
-    if min_prompts <= fewest < FEW:
+    if fewest < FEW:
         details.append(
             f"With {counted(fewest, 'prompt')} the intervals are rough; evaluate more prompts."
         )
@@ -364,9 +390,11 @@ def _too_few(videos: int, prompts: int, needed: int, *, finished: bool) -> str:
 
 
 def _gain(better: Sequence[MetricResult]) -> str:
-    # The metrics' names affect this word only, never the outcome.
-    smooth = all(metric.name in ("warp_error", "frame_difference") for metric in better)
-    return "smoother" if smooth else "better"
+    # The metrics' names affect these words only, never the outcome.
+    names = {metric.name for metric in better}
+    if names == {"frame_difference"}:
+        return "change less from frame to frame"
+    return "are smoother" if names <= {"warp_error", "frame_difference"} else "are better"
 
 
 def _names(metrics: Sequence[MetricResult]) -> str:

@@ -20,6 +20,7 @@ from dpo_video.evaluation.human import preference_in
 from dpo_video.evaluation.measuring import Measurement
 from dpo_video.evaluation.results import BASE_MODEL, VIDEOS, Evaluation
 from dpo_video.evaluation.verdict import EvaluationVerdict, judge_evaluation
+from dpo_video.metric.dynamic_degree import TESTABLE
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import claim
 from dpo_video.support.formatting import counted
@@ -379,6 +380,7 @@ def _written(
         verdict=_verdict(
             measured,
             progress,
+            fields["frames"],
             min_prompts=least,
             trained_on=len(trained_prompts),
             finished=not fields["seeds"],
@@ -393,12 +395,19 @@ def _written(
     return evaluation
 
 
-def _verdict(measured: Measurement, progress: Progress, **options: Any) -> EvaluationVerdict:
+def _verdict(
+    measured: Measurement, progress: Progress, frames: int, **options: Any
+) -> EvaluationVerdict:
     for metric in measured.left_out:
         if metric.error is not None:  # for the plugin's author
             progress.note("".join(traceback.format_exception(metric.error)), warning=True)
     verdict = judge_evaluation(measured.metrics, **options)
     reasons = [metric.reason for metric in measured.left_out]
+    if frames < TESTABLE and any(metric.name == "dynamic_degree" for metric in measured.metrics):
+        reasons.append(
+            f"Videos of {counted(frames, 'frame')} are too short for dynamic degree to tell "
+            f"flicker from motion; that takes {TESTABLE} frames."
+        )
     return verdict.model_copy(update={"details": (*verdict.details, *reasons)})
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dpo_video.evaluation.change import Witness
 from dpo_video.evaluation.verdict import MetricResult, Outcome, Role, judge_evaluation, rules
 from dpo_video.support.formatting import brief, percent
 
@@ -76,7 +77,7 @@ def test_more_motion_needs_an_interval_above_zero() -> None:
         (
             (-0.2, -0.2, 0.0, -0.2),
             Outcome.LESS_FAITHFUL,
-            "Not improved: the videos are smoother, but less faithful (caption match fell).",
+            "Not improved: the videos are smoother, but are less faithful (caption match fell).",
         ),
         ((-0.2, -0.2, 0.0, -0.005), Outcome.IMPROVED, "Improved"),  # within the tolerance
         (
@@ -265,7 +266,7 @@ def test_a_change_that_few_videos_decide_is_told_with_the_typical_one() -> None:
     typical = (0.5**8 * 1.1**2) ** 0.1 - 1
     assert uneven(base, tuned) == (
         "2 of the 10 videos have 88% of the warp error, and decide its change. The typical change, "
-        f"without such weights, is {percent(typical)}."
+        f"the geometric mean of the videos' ratios, is {percent(typical)}."
     )
     assert f"{typical:.3f}" == "-0.415"
     assert uneven(even, even) == ""
@@ -274,3 +275,42 @@ def test_a_change_that_few_videos_decide_is_told_with_the_typical_one() -> None:
         "warp_error", base, tuned, unit="", higher_is_better=False, role=Role.TARGET
     )
     assert result.unevenness in judge_evaluation([result]).details
+
+
+def test_a_smaller_frame_difference_alone_is_not_called_smoother() -> None:
+    outcome, headline = judge(difference=-0.2)
+    assert outcome is Outcome.IMPROVED
+    assert headline.startswith("Improved: the videos change less from frame to frame and move")
+
+
+def test_what_rises_in_every_video_is_worse_though_the_base_is_uneven() -> None:
+    base = [0.3, 0.5, 20.0, 0.4, 12.0, 0.2, 0.6, 0.4]
+    tuned = [value + rise for value, rise in zip(base, (8, 9, 5, 7, 4, 5, 7, 3), strict=True)]
+    shaken = MetricResult.measured(
+        "frame_difference", base, tuned, unit="", higher_is_better=False, role=Role.TARGET
+    )
+    assert shaken.interval[0] > 0 > shaken.deciding[0]
+    verdict = judge_evaluation([shaken])
+    assert verdict.headline == "Worse: frame difference rose."
+    low, high = (brief(end) for end in shaken.interval)
+    assert (
+        f"The interval of the difference in frame difference ({low} to {high}) excludes zero, that "
+        "of the relative change does not: the base's values are uneven."
+    ) in verdict.details
+    turned = shaken.model_copy(update={"higher_is_better": True})
+    assert not turned.improved and not turned.worsened  # a gain needs the deciding interval
+
+
+def test_the_witness_of_a_motion_metric_is_asked_what_the_verdict_asks() -> None:
+    first = metric("dynamic_degree", Role.MOTION, 0.0)
+    for change, sentence in (
+        (0.005, ""),
+        (-0.3, "by it, the result is: worse."),
+        (-0.029, "by it, the result is: not shown to be kept."),
+    ):
+        other = metric("dynamic_degree", Role.MOTION, change)
+        witness = Witness.measured("DIS", other.base, other.tuned)
+        result = first.model_copy(update={"witness": witness})
+        assert result.disagreement.endswith(sentence) and bool(result.disagreement) == bool(
+            sentence
+        )
