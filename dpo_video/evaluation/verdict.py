@@ -153,11 +153,10 @@ class MetricResult(Change):
         excludes = low > 0 or high < 0
         if excludes == self.clear:
             return ""
-        does = "excludes" if excludes else "includes"
+        ours, others = ("excludes", "does not") if excludes else ("includes", "excludes it")
         return (
-            f"The interval of the difference in {self.label} ({brief(low)} to {brief(high)}) "
-            f"{does} zero, that of the relative change {'does not' if excludes else 'excludes it'}: "
-            "the base's values are uneven."
+            f"The interval of the difference in {self.label} ({brief(low)} to {brief(high)}) {ours} "
+            f"zero, that of the relative change {others}: the base's values are uneven."
         )
 
     @property
