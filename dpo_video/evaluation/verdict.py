@@ -153,10 +153,11 @@ class MetricResult(Change):
         excludes = low > 0 or high < 0
         if excludes == self.clear:
             return ""
-        ours, others = ("excludes", "does not") if excludes else ("includes", "excludes it")
+        verb, others = ("excludes", "does not") if excludes else ("includes", "excludes it")
+        ends = f"{brief(low)} to {brief(high)}"
         return (
-            f"The interval of the difference in {self.label} ({brief(low)} to {brief(high)}) {ours} "
-            f"zero, that of the relative change {others}: the base's values are uneven."
+            f"The interval of the difference in {self.label} ({ends}) {verb} zero, that of the "
+            f"relative change {others}: the base's values are uneven."
         )
 
     @property
