@@ -32,12 +32,18 @@ from dpo_video.data.fitting import fit_video
 from dpo_video.data.video import read_video
 from dpo_video.labeler.metric import ByMetric, Measuring
 from dpo_video.metric.dynamic_degree import DynamicDegree
+from dpo_video.metric.new_frames import NewFrames
 from dpo_video.metric.sharpness import Sharpness
 from dpo_video.metric.warp_error import WarpError
 from dpo_video.types import VideoShape
 
 FRAMES, HUMAN_FPS, HUMAN_SIZE, HUMAN_SECONDS = 16, 8, 96, 4
-METRICS = {"warp_error": WarpError(), "sharpness": Sharpness(), "dynamic_degree": DynamicDegree()}
+METRICS = {
+    "warp_error": WarpError(),
+    "sharpness": Sharpness(),
+    "dynamic_degree": DynamicDegree(),
+    "new_frames": NewFrames(),
+}
 WORDS = {1: "clean", 0: "tie", -1: "degraded"}
 
 

@@ -24,7 +24,7 @@ _NEGATIVES_KEPT = 64  # encoded; each may be megabytes
 class PretrainedBackbone(Backbone):
     """A family whose models show anything, and that has no clips of its own."""
 
-    guards: ClassVar[tuple[str, ...]] = ("sharpness", "contrast")
+    guards: ClassVar[tuple[str, ...]] = ("sharpness", "contrast", "new_frames")
 
     def clips(self, seed: int) -> Iterator[Clip] | None:
         """None: the family has no clips of its own."""

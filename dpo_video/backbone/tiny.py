@@ -26,7 +26,7 @@ class Tiny(Backbone):
     any AnimateDiff checkpoint. Training recipe: `python -m benchmarks.tiny.recipe`.
     """
 
-    guards: ClassVar[tuple[str, ...]] = ("caption_match", "sharpness", "contrast")
+    guards: ClassVar[tuple[str, ...]] = ("caption_match", "sharpness", "contrast", "new_frames")
 
     model: Path | None = None
     """Folder written by the recipe; the package's weights when not set."""

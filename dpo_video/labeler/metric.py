@@ -41,7 +41,9 @@ class ByMetric(LabelerFactory):
     defaults."""
     margin: float = Field(default=0.05, ge=0, lt=2)
     """Largest mean lead that is a tie: 0.05 is 5% of the value."""
-    guards: dict[str, float] = Field(default={"sharpness": 0.03, "dynamic_degree": 0.2})
+    guards: dict[str, float] = Field(
+        default={"sharpness": 0.03, "dynamic_degree": 0.2, "new_frames": 0.2}
+    )
     """Metrics that can veto a label, and by what share the preferred video may be worse than the
     other: 0.03 is 3%. Setting one replaces all defaults; `labeler.guards={}` is for no veto."""
 

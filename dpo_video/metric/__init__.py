@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dpo_video.metric.contrast import Contrast as Contrast
     from dpo_video.metric.dynamic_degree import DynamicDegree as DynamicDegree
     from dpo_video.metric.frame_difference import FrameDifference as FrameDifference
+    from dpo_video.metric.new_frames import NewFrames as NewFrames
     from dpo_video.metric.sharpness import Sharpness as Sharpness
     from dpo_video.metric.warp_error import WarpError as WarpError
 

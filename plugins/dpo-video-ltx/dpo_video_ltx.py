@@ -55,7 +55,7 @@ class LTX(Backbone):
     ones also remove noise, which is not supported.
     """
 
-    guards: ClassVar[tuple[str, ...]] = ("sharpness", "contrast")
+    guards: ClassVar[tuple[str, ...]] = ("sharpness", "contrast", "new_frames")
     training: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-5, "mixed_precision": "bf16"}
 
     model: str = "Lightricks/LTX-Video"
