@@ -222,7 +222,12 @@ def test_metrics_are_found_by_name_and_their_options_kept() -> None:
                      "labeler.options.warp_error.flow=videodpo_lk"],
     )  # fmt: skip
     assert isinstance(config.labeler, Measuring)
-    assert list(config.labeler.metrics) == ["warp_error", "sharpness", "dynamic_degree"]
+    assert list(config.labeler.metrics) == [
+        "warp_error",
+        "sharpness",
+        "dynamic_degree",
+        "new_frames",
+    ]
     table = config.tables["labeler"]
     assert table["name"] == "metric" and table["options"]["warp_error"] == {
         "flow": "videodpo_lk",
