@@ -20,7 +20,6 @@ from dpo_video.evaluation.human import preference_in
 from dpo_video.evaluation.measuring import Measurement
 from dpo_video.evaluation.results import BASE_MODEL, VIDEOS, Evaluation
 from dpo_video.evaluation.verdict import EvaluationVerdict, judge_evaluation
-from dpo_video.metric.dynamic_degree import TESTABLE
 from dpo_video.strategies import VideoModel
 from dpo_video.support.claims import claim
 from dpo_video.support.formatting import counted
@@ -37,6 +36,7 @@ from dpo_video.workflows.progress import SILENT, Progress
 from dpo_video.workflows.runs import Run, verdict_of
 from dpo_video.workflows.session import evaluation_prompts, load_model, pick_device
 
+_TESTABLE = 5  # frames: fewer are too few for the tests of dynamic_degree
 _SAMPLED_BY = ("run", "backbone", "memory", "evaluate", "metric")
 """The tables that an evaluation without a training depends on."""
 _DRAWN_BY = {
@@ -403,10 +403,10 @@ def _verdict(
             progress.note("".join(traceback.format_exception(metric.error)), warning=True)
     verdict = judge_evaluation(measured.metrics, **options)
     reasons = [metric.reason for metric in measured.left_out]
-    if frames < TESTABLE and any(metric.name == "dynamic_degree" for metric in measured.metrics):
+    if frames < _TESTABLE and any(metric.name == "dynamic_degree" for metric in measured.metrics):
         reasons.append(
             f"Videos of {counted(frames, 'frame')} are too short for dynamic degree to tell "
-            f"flicker from motion; that takes {TESTABLE} frames."
+            f"flicker from motion; that takes {_TESTABLE} frames."
         )
     return verdict.model_copy(update={"details": (*verdict.details, *reasons)})
 

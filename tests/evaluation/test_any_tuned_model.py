@@ -18,11 +18,13 @@ from dpo_video.evaluation.adapter import put_on
 from dpo_video.evaluation.human import HumanPreference, preference_in, wilson
 from dpo_video.evaluation.judging import EvaluationTask, ask_people
 from dpo_video.evaluation.results import Evaluation
+from dpo_video.metric.dynamic_degree import TESTABLE
 from dpo_video.settings import TrainSettings
 from dpo_video.strategies import LabelTask, StoreLabeler
 from dpo_video.testing import small_videos
 from dpo_video.training.foreign_lora import peft_adapter
 from dpo_video.training.lora import adapt
+from dpo_video.workflows.evaluate import _TESTABLE
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,18 @@ def test_the_folders_to_compare_are_not_written_to(
     with pytest.raises(UserError, match="holds the videos to evaluate"):
         dv.evaluate(base=tmp_path / "videos", tuned=tuned, out=tmp_path, **METRICS)
     assert len(list(tuned.iterdir())) == 3
+
+
+def test_videos_too_short_for_the_motion_metric_are_named(tmp_path: Path) -> None:
+    assert _TESTABLE == TESTABLE
+    for side in ("base", "tuned"):
+        for name, video in zip("abcdefgh", small_videos(8), strict=True):
+            write_video(tmp_path / side / f"{name}.mp4", video[:, :4], fps=8.0)
+    evaluation = dv.evaluate(
+        base=tmp_path / "base", tuned=tmp_path / "tuned", out=tmp_path / "out",
+        metrics=["frame_difference", "dynamic_degree"],
+    )  # fmt: skip
+    assert evaluation.verdict.details[-1].startswith("Videos of 4 frames are too short")
 
 
 def test_only_one_thing_is_evaluated(folders: tuple[Path, Path]) -> None:
