@@ -355,7 +355,8 @@ def rules(metrics: Sequence[MetricResult], min_prompts: int) -> str:
     effects = _limits([(m.label, m.min_effect) for m in metrics if m.role is Role.TARGET])
     kept = _limits([(m.label, m.tolerance) for m in metrics if m.role is not Role.TARGET])
     text = (
-        "A target is better or worse if its 95% interval excludes zero and it changed by at least "
+        "A target is better if the 95% interval of its relative change excludes zero, and worse if "
+        "that or the interval of its difference does, in both cases only if it changed by at least "
         f"{effects}."
     )
     if kept:

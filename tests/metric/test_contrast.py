@@ -1,4 +1,4 @@
-"""Contrast: pale and dark videos lose it, flicker, grain and blur hardly change it."""
+"""Contrast: pale and dark videos lose it, flicker and grain hardly change it."""
 
 from __future__ import annotations
 
